@@ -1,0 +1,209 @@
+"""What a user says about embeddings, and the plan of physical tables that follows from it. No tensors here."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+__all__ = [
+    "Embedding",
+    "Initializer",
+    "Lookup",
+    "Plan",
+    "TablePlan",
+    "constant",
+    "normal",
+    "plan_tables",
+    "truncated_normal",
+    "uniform",
+]
+
+
+class Initializer(NamedTuple):
+    """Distribution of a new weight: loc + scale * q(x), x uniform in (-1, 1).
+
+    cover 0: q is the identity; otherwise the quantile function of the normal's central share `cover`.
+    """
+
+    loc: float
+    scale: float
+    cover: float
+
+
+def constant(value: float) -> Initializer:
+    """Every new weight is `value`."""
+    return Initializer(value, 0.0, 0.0)
+
+
+def uniform(low: float, high: float) -> Initializer:
+    """Uniform in (low, high)."""
+    return Initializer((low + high) / 2, (high - low) / 2, 0.0)
+
+
+def normal(std: float, mean: float = 0.0) -> Initializer:
+    """Normal with the given standard deviation and mean."""
+    return Initializer(mean, std, 1.0)
+
+
+def truncated_normal(std: float, mean: float = 0.0, bound: float = 2.0) -> Initializer:
+    """Normal cut at `bound` standard deviations on both sides, by inversion: no weight lies outside.
+
+    Example:  >>> truncated_normal(0.001).scale
+              0.001
+    """
+    if not bound > 0:
+        raise ValueError(f"bound: got {bound}, expected > 0. It is the number of standard deviations that are kept.")
+    return Initializer(mean, std, math.erf(bound / math.sqrt(2)))
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """One embedding table read through one sparse feature.
+
+    Args:     feature: name of the ragged i64 feature that holds the ids.
+              dim: width of a weight row.
+              shared_name: tables of one name are one table. Default: '<feature>_<group>', a table of its own.
+              combiner: how the rows of a sample's list become one: their sum or their mean. Empty lists give zeros.
+              init: distribution of a new row, a function of (seed, table name, id, column) alone.
+              device: where the table lives; features must be there too.
+    Raises:   ValueError on a dim below 1 or an unknown combiner.
+    Example:  >>> Embedding("item", dim=8, init=uniform(-0.1, 0.1)).combiner
+              'sum'
+    """
+
+    feature: str
+    dim: int = field(kw_only=True)
+    shared_name: str | None = field(default=None, kw_only=True)
+    combiner: Literal["sum", "mean"] = field(default="sum", kw_only=True)
+    init: Initializer = field(default=truncated_normal(0.001), kw_only=True)
+    device: str = field(default="cpu", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise ValueError(f"feature '{self.feature}': got dim {self.dim}, expected at least 1.")
+        if self.combiner not in ("sum", "mean"):
+            raise ValueError(f"feature '{self.feature}': got combiner '{self.combiner}', expected 'sum' or 'mean'.")
+
+
+class Column(NamedTuple):
+    """A logical table's place in a physical row, for one vocabulary."""
+
+    name: str
+    first: int
+    dim: int
+    init: Initializer
+
+
+class Lookup(NamedTuple):
+    """A feature read in a vocabulary of a physical table."""
+
+    feature: str
+    vocabulary: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablePlan:
+    """A physical table: vocabularies of equal row shape, whose rows hold their logical tables side by side."""
+
+    device: str
+    dims: tuple[int, ...]
+    vocabularies: tuple[tuple[Column, ...], ...]
+    lookups: tuple[Lookup, ...]
+
+    @property
+    def width(self) -> int:
+        return sum(self.dims)
+
+    @property
+    def firsts(self) -> tuple[int, ...]:
+        return tuple(sum(self.dims[:k]) for k in range(len(self.dims)))
+
+
+class Cell(NamedTuple):
+    """Where an embedding comes out of the pooled blocks: block `column` of table `table`, lookup `lookup`."""
+
+    table: int
+    column: int
+    lookup: int
+    combiner: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Physical tables, and for each group of embeddings the cells that its stacked tensor is made of."""
+
+    tables: tuple[TablePlan, ...]
+    groups: dict[str, tuple[Cell, ...]]
+
+
+def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
+    """Coalesces embeddings into as few physical tables and as few lookups as exactness allows.
+
+    Logical tables read through the same features share keys: their columns lie side by side in one row and one lookup
+    serves them all (embedding and bias of a column). Vocabularies of equal row shape on one device share a physical
+    table, where an id is still told apart from the same id of another vocabulary.
+
+    Args:     groups: embeddings by group name; a group reaches the model as one tensor [B, len(group), dim].
+    Raises:   ValueError when a group mixes dims, or one shared name is given two dims, initialisers or devices.
+    Example:  >>> plan = plan_tables({"emb": [Embedding("c1", dim=8), Embedding("c2", dim=8)],
+              ...                     "bias": [Embedding("c1", dim=1), Embedding("c2", dim=1)]})
+              >>> [(t.dims, len(t.vocabularies), len(t.lookups)) for t in plan.tables]
+              [((8, 1), 2, 2)]
+    """
+    logical: dict[str, Embedding] = {}
+    readers: dict[str, list[str]] = {}
+    for group, embeddings in groups.items():
+        if len({e.dim for e in embeddings}) != 1:
+            raise ValueError(f"group '{group}': got dims {[e.dim for e in embeddings]}, expected one. Split the group.")
+        for e in embeddings:
+            name = _name(group, e)
+            known = logical.setdefault(name, e)
+            if (known.dim, known.init, known.device) != (e.dim, e.init, e.device):
+                raise ValueError(f"table '{name}': got {e} and {known}, expected one dim, init and device per name.")
+            if e.feature not in readers.setdefault(name, []):
+                readers[name].append(e.feature)
+
+    names_of: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for name, e in logical.items():
+        names_of.setdefault((tuple(sorted(readers[name])), e.device), []).append(name)
+    shape_of = {key: (tuple(logical[n].dim for n in names), key[1]) for key, names in names_of.items()}
+    shapes = list(dict.fromkeys(shape_of.values()))
+
+    feature_order = list(dict.fromkeys(e.feature for embeddings in groups.values() for e in embeddings))
+    tables, place = [], {}
+    for t, (dims, device) in enumerate(shapes):
+        keys = [key for key, shape in shape_of.items() if shape == (dims, device)]
+        lookups = sorted(
+            (Lookup(feature, v) for v, (features, _) in enumerate(keys) for feature in features),
+            key=lambda lookup: (feature_order.index(lookup.feature), lookup.vocabulary),
+        )
+        vocabularies = []
+        for v, key in enumerate(keys):
+            columns = []
+            for k, name in enumerate(names_of[key]):
+                columns.append(Column(name, sum(dims[:k]), dims[k], logical[name].init))
+                for l, lookup in enumerate(lookups):
+                    if lookup.vocabulary == v:
+                        place[name, lookup.feature] = (t, k, l)
+            vocabularies.append(tuple(columns))
+        tables.append(
+            TablePlan(device=device, dims=dims, vocabularies=tuple(vocabularies), lookups=tuple(lookups))
+        )
+    cells = {
+        group: tuple(Cell(*place[_name(group, e), e.feature], e.combiner) for e in embeddings)
+        for group, embeddings in groups.items()
+    }
+    return Plan(tables=tuple(tables), groups=cells)
+
+
+def _name(group: str, e: Embedding) -> str:
+    return e.shared_name or f"{e.feature}_{group}"
+
+
+def column_key(seed: int, name: str, column: int) -> int:
+    """Signed 64-bit key of one column of a logical table: the same on every machine and in every process."""
+    digest = hashlib.blake2b(f"{seed}/{name}/{column}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -1,0 +1,57 @@
+"""adamw_rows_: the AdamW family on the unique rows of one step."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from recfx.kernels.op import address, c_function, define_op
+
+__all__ = ["adamw_rows_", "adamw_update"]
+
+
+def adamw_update(w: Tensor, m: Tensor, v: Tensor, g: Tensor, hyper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """m <- b1 m + c1 g;  v <- b2 v + c2 g^2;  w <- decay w - alpha m / (sqrt(v) + eps), with g scaled by `scale`.
+
+    Shapes:   w, m, v, g alike; hyper f64 [8]: decay, b1, c1, b2, c2, alpha, eps, scale.
+    """
+    decay, b1, c1, b2, c2, alpha, eps, scale = hyper.to(w.dtype).unbind()
+    g = g * scale
+    m = b1 * m + c1 * g
+    v = b2 * v + c2 * g * g
+    return decay * w - alpha * m / (v.sqrt() + eps), m, v
+
+
+def definition(
+    rows: Tensor, grads: Tensor, num_unique: Tensor, unique_rows: Tensor, hyper: Tensor, due: Tensor
+) -> None:
+    """`adamw_update` on rows[unique_rows[:num_unique]], then grads and num_unique back to zero for the next step.
+
+    Nothing happens unless `due`: a micro-batch inside a gradient accumulation window leaves the rows alone.
+
+    Shapes:   rows f32 [R, 3, W] (weight, m, v), grads f32 [U, W], unique_rows i32 [U], num_unique i64 [], due bool [].
+    """
+    if not due:
+        return
+    num = int(num_unique)
+    row = unique_rows[:num].long()
+    w, m, v = rows[row].unbind(1)
+    for slot, new in enumerate(adamw_update(w, m, v, grads[:num], hyper)):
+        rows[row, slot] = new
+    grads[:num] = 0
+    num_unique.zero_()
+
+
+_adamw_rows = c_function("adamw_rows", "pppp" + "i" + "pp")
+
+
+def _cpu(rows, grads, num_unique, unique_rows, hyper, due):  # type: ignore[no-untyped-def]
+    _adamw_rows(*map(address, (rows, grads, num_unique, unique_rows)), rows.shape[2], address(hyper), address(due))
+
+
+adamw_rows_ = define_op(
+    "adamw_rows_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) num_unique, Tensor unique_rows, Tensor hyper,"
+    " Tensor due) -> ()",
+    definition=definition,
+    cpu=_cpu,
+    fake=lambda *_: None,
+)

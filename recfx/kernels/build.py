@@ -1,0 +1,68 @@
+"""Compiles the C++ kernels of this folder, once per machine and source, into one shared library."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import getpass
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch  # noqa: F401  first, so that the kernels share torch's OpenMP runtime
+
+__all__ = ["library"]
+
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels as a ctypes library, or None (with one warning) where no C++ compiler is found.
+
+    The library is kept in the temporary folder of the user, beside torch.compile's own cache, under a name that is a
+    hash of sources, flags, compiler and processor.
+
+    Raises:   RuntimeError with the compiler's words when the compiler fails.
+    """
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        warnings.warn("recfx: no C++ compiler found, running the slow reference kernels.", stacklevel=2)
+        return None
+    sources = sorted(Path(__file__).parent.glob("*.cpp"))
+    headers = sorted(Path(__file__).parent.glob("*.h"))
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    words = [version, _processor().encode(), *map(str.encode, FLAGS), *(f.read_bytes() for f in sources + headers)]
+    name = hashlib.sha256(b"\0".join(words)).hexdigest()[:24]
+    folder = Path(tempfile.gettempdir()) / f"recfx_{getpass.getuser()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{folder}: belongs to another user, expected to own it. Set TMPDIR to a folder of yours.")
+    path = folder / f"{name}.so"
+    if not path.exists():
+        _compile(compiler, sources, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compile(compiler: str, sources: list[Path], path: Path) -> None:
+    """Writes beside the target and renames, so that two processes building at once are both right."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        built = Path(scratch) / path.name
+        command = [compiler, *FLAGS, *map(str, sources), "-o", str(built)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}.\n{done.stderr}")
+        os.replace(built, path)
+
+
+def _processor() -> str:
+    """The instruction set that -march=native would pick: a home folder may be shared by unlike machines."""
+    try:
+        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,137 @@
+// What the table kernels share. The torch definitions beside them say the same in numbers.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+constexpr int64_t EMPTY = -1;
+constexpr int32_t UNKNOWN = -1;  // pools to zeros
+constexpr int32_t REFUSED = -2;  // pools to its initial value
+
+static inline uint64_t mix(uint64_t x) {
+  x ^= x >> 32;
+  x *= 0xd6e8feb86659fd93ULL;
+  x ^= x >> 32;
+  x *= 0xd6e8feb86659fd93ULL;
+  return x ^ (x >> 32);
+}
+
+static inline uint64_t hash_id(int64_t id, uint64_t vocabulary, uint64_t salt) {
+  return mix(((uint64_t)id + (vocabulary + 1) * 0x9e3779b97f4a7c15ULL) ^ salt);
+}
+
+// A slot is tag:16 | vocabulary:16 | row:32; all ones is empty.
+static inline uint64_t slot_head(uint64_t hash, uint64_t vocabulary) { return (hash >> 48) << 16 | vocabulary; }
+static inline int64_t make_slot(uint64_t head, int64_t row) { return (int64_t)(head << 32 | (uint64_t)row); }
+static inline int64_t slot_row(int64_t slot) { return slot & 0xffffffffLL; }
+
+// Row of (vocabulary, id), or UNKNOWN; `at` ends on its slot or on the empty one where it would go.
+static inline int64_t probe(const int64_t* slots, const int64_t* ids, uint64_t mask, uint64_t hash,
+                            uint64_t vocabulary, int64_t id, uint64_t* at) {
+  const uint64_t head = slot_head(hash, vocabulary);
+  for (uint64_t p = hash & mask;; p = (p + 1) & mask) {
+    const int64_t slot = slots[p];
+    if (slot == EMPTY || ((uint64_t)slot >> 32 == head && ids[slot_row(slot)] == id)) {
+      *at = p;
+      return slot == EMPTY ? UNKNOWN : slot_row(slot);
+    }
+  }
+}
+
+// The initial weights of one row: value_c = loc_c + scale_c * quantile(x_c), x_c uniform in (-1, 1) and a function of
+// (key_c, id) alone. cover_c = 0: quantile(x) = x; otherwise the normal quantile of the central share `cover_c`.
+struct Initializer {
+  const int64_t* keys;  // [vocabularies, width]
+  const float* params;  // [vocabularies, 3, width]: loc, scale, cover
+  int64_t width;
+};
+
+static inline float log_positive(float x) {  // relative error below 2e-7, vectorises
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const int32_t e = (bits - 0x3f3504f3) >> 23;  // x = 2^e m, m in [sqrt(1/2), sqrt(2))
+  const int32_t m_bits = bits - (e << 23);
+  float m;
+  std::memcpy(&m, &m_bits, 4);
+  const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
+  const float poly = 2.0f * s * (1.0f + z * (1.0f / 3 + z * (1.0f / 5 + z * (1.0f / 7 + z * (1.0f / 9)))));
+  return poly + (float)e * 0.69314718056f;
+}
+
+// Inverse error function in single precision: Giles, "Approximating the erfinv function", GPU Computing Gems 2, 2010.
+static inline float erfinv_f32(float x) {
+  const float w = -log_positive((1.0f - x) * (1.0f + x));
+  const float a = w - 2.5f, b = std::sqrt(w) - 3.0f;
+  float p = 2.81022636e-08f, q = -0.000200214257f;
+  p = 3.43273939e-07f + p * a;
+  p = -3.5233877e-06f + p * a;
+  p = -4.39150654e-06f + p * a;
+  p = 0.00021858087f + p * a;
+  p = -0.00125372503f + p * a;
+  p = -0.00417768164f + p * a;
+  p = 0.246640727f + p * a;
+  p = 1.50140941f + p * a;
+  q = 0.000100950558f + q * b;
+  q = 0.00134934322f + q * b;
+  q = -0.00367342844f + q * b;
+  q = 0.00573950773f + q * b;
+  q = -0.0076224613f + q * b;
+  q = 0.00943887047f + q * b;
+  q = 1.00167406f + q * b;
+  q = 2.83297682f + q * b;
+  return (w < 5.0f ? p : q) * x;
+}
+
+static inline void initial_values(const Initializer& init, uint64_t vocabulary, int64_t id, int64_t first, int64_t dim,
+                                  float* out) {
+  const int64_t* keys = init.keys + vocabulary * init.width + first;
+  const float* params = init.params + vocabulary * 3 * init.width + first;
+  for (int64_t c = 0; c < dim; ++c) {
+    const uint64_t bits = mix((uint64_t)id * 0x9e3779b97f4a7c15ULL ^ (uint64_t)keys[c]) >> 41;
+    const float x = (float)(int32_t)(2 * bits + 1 - (1 << 23)) * (1.0f / (1 << 23));
+    const float loc = params[c], scale = params[init.width + c], cover = params[2 * init.width + c];
+    const float normal = 1.41421356237f * erfinv_f32(cover * x);
+    out[c] = loc + scale * (cover == 0.0f ? x : normal);
+  }
+}
+
+// One physical table's reading list: lookup l owns positions starts[l] + [0, offsets[l][B]) of values.
+struct Lookups {
+  const int64_t* values;
+  const int32_t* offsets;  // [L, B + 1]
+  const int64_t* starts;   // [L]
+  const int32_t* vocabularies;  // [L]
+  int64_t num_lookups, batch_size;
+  int64_t count(int64_t l) const { return offsets[l * (batch_size + 1) + batch_size]; }
+  const int32_t* of(int64_t l) const { return offsets + l * (batch_size + 1); }
+};
+
+// Calls f(dim) with the usual widths as compile-time constants, so that their loops become a few vector instructions.
+template <class F>
+static inline void with_dim(int64_t dim, F f) {
+  switch (dim) {
+    case 1: return f(std::integral_constant<int64_t, 1>{});
+    case 4: return f(std::integral_constant<int64_t, 4>{});
+    case 8: return f(std::integral_constant<int64_t, 8>{});
+    case 16: return f(std::integral_constant<int64_t, 16>{});
+    case 32: return f(std::integral_constant<int64_t, 32>{});
+    case 64: return f(std::integral_constant<int64_t, 64>{});
+    case 128: return f(std::integral_constant<int64_t, 128>{});
+    default: return f(dim);
+  }
+}
+
+static inline void copy_floats(float* __restrict to, const float* __restrict from, int64_t dim) {
+  with_dim(dim, [=](auto n) {
+    for (int64_t c = 0; c < n; ++c) to[c] = from[c];
+  });
+}
+
+static inline void add_floats(float* __restrict to, const float* __restrict from, int64_t dim) {
+  with_dim(dim, [=](auto n) {
+    for (int64_t c = 0; c < n; ++c) to[c] += from[c];
+  });
+}

@@ -1,0 +1,1 @@
+"""Models: `init(config, generator) -> Params` and `forward(params, emb, dense) -> logit`."""

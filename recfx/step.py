@@ -1,0 +1,219 @@
+"""The training step: features -> lookup -> pool -> forward and backward -> row gradients -> optimisers -> metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recfx.embeddings import Embedding, Plan, plan_tables
+from recfx.losses import bce_with_logits
+from recfx.metrics import BinaryCounts, binary_metrics
+from recfx.optim import AdamState, SparseOptimizer
+from recfx.table import Found, Table, TableState, table
+from recfx.types import NUM_SAMPLES, Params, Ragged, Transform
+
+__all__ = ["Aux", "Step", "TrainState", "Window", "train_step"]
+
+
+class Window(NamedTuple):
+    """Gradient accumulation in progress; all zero between optimiser steps."""
+
+    grads: Params  # sums over the window's samples; empty when accumulation is 1
+    num_samples: Tensor  # i64 []
+    num_batches: Tensor  # i64 []
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes."""
+
+    params: Params
+    dense: AdamState
+    tables: tuple[TableState, ...]
+    metrics: BinaryCounts
+    window: Window
+
+
+class Aux(NamedTuple):
+    """What a step says of its batch. Valid until the next call of the captured step."""
+
+    loss: Tensor  # f32 [], mean over the batch's samples, nats
+    logit: Tensor  # f32 [B, 1]
+    num_samples: Tensor  # i32 []
+
+
+class Step(NamedTuple):
+    """The functions of one training program. Those ending in `_` write into the state they are given.
+
+    init:       (params) -> TrainState
+    update:     (state, batch) -> (state, aux); pure, plain torch: the specification, for tests and small tables.
+    update_:    the same in place: what is captured.
+    evaluate_:  (state, batch) -> (state, aux); changes `metrics` alone, inserts nothing.
+    flush_:     (state) -> state; applies an incomplete accumulation window with its true count.
+    ids_in:     (batch) -> most ids per table that batches of this layout hold.
+    grow_:      (state, ids) -> state; makes room for that many new ids per table. Runs between steps, on the host.
+    """
+
+    init: Callable[[Params], TrainState]
+    update: Callable[[TrainState, dict], tuple[TrainState, Aux]]
+    update_: Callable[[TrainState, dict], tuple[TrainState, Aux]]
+    evaluate_: Callable[[TrainState, dict], tuple[TrainState, Aux]]
+    flush_: Callable[[TrainState], TrainState]
+    ids_in: Callable[[dict], tuple[int, ...]]
+    grow_: Callable[[TrainState, Sequence[int]], TrainState]
+
+
+class _Spelling(NamedTuple):
+    """The functions that differ between the pure and the in-place step."""
+
+    insert: Callable[[Table], Callable]
+    add_grads: Callable[[Table], Callable]
+    sparse: Callable
+    dense: Callable
+    metrics: Callable
+    store: Callable[[Tensor, Tensor], Tensor]
+
+
+def train_step(
+    *,
+    features: Callable[[dict], dict[str, Tensor | Ragged]],
+    embeddings: Mapping[str, Sequence[Embedding]],
+    forward: Callable[[Params, dict[str, Tensor], dict], Tensor],
+    sparse_optimizer: SparseOptimizer,
+    dense_optimizer: Transform,
+    loss: Callable[[Tensor, Tensor], Tensor] = bce_with_logits,
+    label: str = "label",
+    accumulation: int = 1,
+    max_rows: int = 2**26,
+    max_unique: int | None = None,
+    seed: int = 42,
+    metrics: Transform | None = None,
+) -> Step:
+    """Composes feature function, embeddings, model and optimisers into one step.
+
+    Args:     features: batch -> features by name; ids for `embeddings` as Ragged i64, whatever `forward` wants besides.
+              embeddings: by group; a group reaches the model as one tensor [B, len(group), dim].
+              forward: (params, embeddings by group, features) -> logit f32 [B, 1].
+              loss: (logit, label) -> loss per sample [B, 1]; label: name of the feature [B, 1] that holds the target.
+              accumulation: micro-batches per optimiser step. The step equals one on their concatenation: gradients are
+              summed over valid samples and divided by their total.
+              max_rows, max_unique, seed: of every physical table, see `recfx.table.table`.
+    Raises:   ValueError when accumulation is below 1.
+    """
+    if accumulation < 1:
+        raise ValueError(f"accumulation: got {accumulation}, expected at least 1.")
+    plan = plan_tables(embeddings)
+    tables = [
+        table(t, optimizer_slots=sparse_optimizer.num_slots, seed=seed, max_rows=max_rows, max_unique=max_unique)
+        for t in plan.tables
+    ]
+    counts = metrics or binary_metrics()
+    in_place = _Spelling(
+        lambda t: t.insert_, lambda t: t.add_grads_, sparse_optimizer.apply_, dense_optimizer.update_, counts.update_,
+        Tensor.copy_,
+    )  # fmt: skip
+    pure = _Spelling(
+        lambda t: t.insert, lambda t: t.add_grads, sparse_optimizer.apply, dense_optimizer.update, counts.update,
+        lambda _, new: new,
+    )  # fmt: skip
+
+    def init(params: Params) -> TrainState:
+        device = next(iter(params.values())).device
+        window = {name: torch.zeros_like(p) for name, p in params.items()} if accumulation > 1 else {}
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        return TrainState(
+            params=params,
+            dense=dense_optimizer.init(params),
+            tables=tuple(t.init() for t in tables),
+            metrics=counts.init(device),
+            window=Window(window, zero, zero.clone()),
+        )
+
+    def total_loss(params: Params, blocks: list[list[Tensor]], found: list[Found], feats: dict, valid: Tensor) -> Any:
+        emb = _groups(plan, blocks, found)
+        logit = forward(params, emb, feats)
+        loss_B = torch.where(valid, loss(logit, feats[label]), 0.0)
+        return loss_B.sum(), (logit, loss_B)
+
+    gradients = torch.func.grad(total_loss, argnums=(0, 1), has_aux=True)
+
+    def spell(do: _Spelling) -> Callable[[TrainState, dict], tuple[TrainState, Aux]]:
+        def update(state: TrainState, batch: dict) -> tuple[TrainState, Aux]:
+            feats, valid = features(batch), _valid(batch, label)
+            inserted = [do.insert(t)(s, feats) for t, s in zip(tables, state.tables, strict=True)]
+            found = [f for _, f in inserted]
+            blocks = [t.pool(s, f) for t, (s, f) in zip(tables, inserted, strict=True)]
+            (grads, block_grads), (logit, loss_B) = gradients(state.params, blocks, found, feats, valid)
+            states = [
+                do.add_grads(t)(s, f, g) for t, (s, f), g in zip(tables, inserted, block_grads, strict=True)
+            ]
+
+            window, num_samples = state.window, batch[NUM_SAMPLES]
+            total, num_batches = window.num_samples + num_samples, window.num_batches + 1
+            due = num_batches >= accumulation
+            scale = 1.0 / total.clamp(min=1).float()
+            if accumulation > 1:
+                grads = {name: window.grads[name] + g for name, g in grads.items()}
+            dense, params = do.dense(state.dense, state.params, grads, scale, due)
+            left = {name: do.store(g, torch.where(due, 0.0, grads[name])) for name, g in window.grads.items()}
+            window = Window(
+                left, do.store(window.num_samples, total * ~due), do.store(window.num_batches, num_batches * ~due)
+            )
+            states = [do.sparse(s, scale, due) for s in states]
+            counted = do.metrics(state.metrics, logit, feats[label], loss_B, valid)
+            aux = Aux(loss_B.sum() / num_samples.clamp(min=1), logit, num_samples)
+            return TrainState(params, dense, tuple(states), counted, window), aux
+
+        return update
+
+    def evaluate_(state: TrainState, batch: dict) -> tuple[TrainState, Aux]:
+        feats, valid = features(batch), _valid(batch, label)
+        found = [t.find(s, feats) for t, s in zip(tables, state.tables, strict=True)]
+        blocks = [t.pool(s, f) for t, s, f in zip(tables, state.tables, found, strict=True)]
+        _, (logit, loss_B) = total_loss(state.params, blocks, found, feats, valid)
+        counts.update_(state.metrics, logit, feats[label], loss_B, valid)
+        return state, Aux(loss_B.sum() / batch[NUM_SAMPLES].clamp(min=1), logit, batch[NUM_SAMPLES])
+
+    def flush_(state: TrainState) -> TrainState:
+        due = state.window.num_batches > 0
+        scale = 1.0 / state.window.num_samples.clamp(min=1).float()
+        if accumulation > 1:
+            dense_optimizer.update_(state.dense, state.params, state.window.grads, scale, due)
+            for s in state.tables:
+                sparse_optimizer.apply_(s, scale, due)
+            for t in (*state.window.grads.values(), *state.window[1:]):
+                t.zero_()
+        return state
+
+    def ids_in(batch: dict) -> tuple[int, ...]:
+        feats = features(batch)
+        return tuple(sum(feats[lookup.feature].values.numel() for lookup in t.lookups) for t in plan.tables)
+
+    def grow_(state: TrainState, ids: Sequence[int]) -> TrainState:
+        for t, s, num_ids in zip(tables, state.tables, ids, strict=True):
+            t.grow_(s, num_ids)
+        return state
+
+    return Step(init, spell(pure), spell(in_place), evaluate_, flush_, ids_in, grow_)
+
+
+def _valid(batch: dict, label: str) -> Tensor:
+    """bool [B, 1]: the samples that are not padding."""
+    return torch.arange(batch[label].shape[0], device=batch[label].device)[:, None] < batch[NUM_SAMPLES]
+
+
+def _groups(plan: Plan, blocks: list[list[Tensor]], found: list[Found]) -> dict[str, Tensor]:
+    """Each group's embeddings as one tensor [B, len(group), dim], in its declared order."""
+    groups = {}
+    for name, cells in plan.groups.items():
+        parts = [blocks[c.table][c.column][:, c.lookup] for c in cells]
+        block = blocks[cells[0].table][cells[0].column]
+        whole = [(cells[0].table, cells[0].column, l, "sum") for l in range(block.shape[1])]
+        for i, c in enumerate(cells):
+            if c.combiner == "mean":
+                count = found[c.table].offsets[c.lookup].diff()[:, None]
+                parts[i] = parts[i] / count.clamp(min=1)
+        groups[name] = block if [tuple(c) for c in cells] == whole else torch.stack(parts, dim=1)
+    return groups

@@ -1,0 +1,237 @@
+"""The embedding hash table as an explicit state: an index from ids to rows, and the rows.
+
+The specification is a Python dict: `row = d.setdefault((vocabulary, id), len(d))`, ids taken in the order (sample,
+lookup, place in the list).
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recfx.embeddings import TablePlan, column_key
+from recfx.kernels import add_row_grads, find, find_or_insert, pool, rehash
+from recfx.types import Ragged
+
+__all__ = ["Found", "Table", "TableState", "num_rows_bytes", "table"]
+
+FIRST_SLOTS = 2**16
+
+
+class TableState(NamedTuple):
+    """A table. Tensors are reserved at their largest size; memory is used as rows come (on a CPU).
+
+    So nothing moves and no shape changes while a table grows: `num_slots` says how much of the index is in use.
+    The last three fields belong to the step in progress and are zero between steps.
+    """
+
+    slots: Tensor  # i64 [S], open addressing: tag:16 | vocabulary:16 | row:32, or -1
+    ids: Tensor  # i64 [R], id of each row
+    vocabularies: Tensor  # i32 [R], vocabulary of each row
+    seen: Tensor  # i64 [R], last step that touched the row << 32 | its unique number in that step
+    rows: Tensor  # f32 [R, 1 + optimiser slots, W], weights first
+    num_rows: Tensor  # i64 []
+    num_slots: Tensor  # i64 [], a power of two
+    num_refused: Tensor  # i64 [], ids that found no room, counted per occurrence
+    salt: Tensor  # i64 []
+    step: Tensor  # i64 [], optimiser steps taken on this table
+    unique_rows: Tensor  # i32 [U], rows touched by the step in progress, in first-occurrence order
+    num_unique: Tensor  # i64 []
+    grads: Tensor  # f32 [U, W], their gradients
+
+
+class Found(NamedTuple):
+    """Where a batch's ids are. Lives inside one step."""
+
+    values: Tensor  # i64 [P], the lookups' ids end to end
+    offsets: Tensor  # i32 [L, B + 1]
+    starts: tuple[int, ...]  # first position of each lookup
+    row: Tensor  # i32 [P], -1 unknown or padding, -2 refused
+    inverse: Tensor  # i32 [P], unique number in this step, -1 without
+
+
+class Table(NamedTuple):
+    """The functions of one physical table; those ending in `_` write into the state they are given."""
+
+    init: Callable[[], TableState]
+    find: Callable[[TableState, dict], Found]
+    insert: Callable[[TableState, dict], tuple[TableState, Found]]
+    insert_: Callable[[TableState, dict], tuple[TableState, Found]]
+    pool: Callable[[TableState, Found], list[Tensor]]
+    add_grads: Callable[[TableState, Found, list[Tensor]], TableState]
+    add_grads_: Callable[[TableState, Found, list[Tensor]], TableState]
+    grow_: Callable[[TableState, int], TableState]
+
+
+def table(
+    plan: TablePlan, *, optimizer_slots: int, seed: int, max_rows: int = 2**26, max_unique: int | None = None
+) -> Table:
+    """An embedding table of one row shape for all vocabularies of `plan`.
+
+    Args:     optimizer_slots: f32 values the optimiser keeps per weight.
+              seed: of the initial weights.
+              max_rows: hard cap; ids beyond it use their initial value, are not trained, and are counted. On a CPU a
+              reserved row costs address space only, on a GPU it costs its memory.
+              max_unique: most distinct ids one optimiser step may touch. Default max_rows.
+    Cost:     find and insert read 16 to 32 B per id; insert never syncs; at load 0.75 a row's index and bookkeeping
+              take 31 B, 42 B right after a doubling.
+    Raises:   ValueError when max_rows is not in [1, 2**31).
+    """
+    if not 1 <= max_rows < 2**31:
+        raise ValueError(f"max_rows: got {max_rows}, expected 1 to 2**31 - 1. Row numbers are 32-bit.")
+    device, width = torch.device(plan.device), plan.width
+    num_unique = min(max_rows, max_unique or max_rows)
+    max_slots = _slots_for(max_rows, 7 / 8)
+    vocabularies = torch.tensor([lookup.vocabulary for lookup in plan.lookups], dtype=torch.int32, device=device)
+    init_keys, init_params = _initializer_tensors(plan, seed)
+
+    def init() -> TableState:
+        def counter(value: int = 0) -> Tensor:
+            return torch.tensor(value, dtype=torch.int64, device=device)
+
+        first_slots = min(FIRST_SLOTS, max_slots)
+        slots = reserve((max_slots,), torch.int64, device)
+        slots[:first_slots] = -1
+        return TableState(
+            slots=slots,
+            ids=reserve((max_rows,), torch.int64, device),
+            vocabularies=reserve((max_rows,), torch.int32, device),
+            seen=reserve((max_rows,), torch.int64, device),
+            rows=reserve((max_rows, 1 + optimizer_slots, width), torch.float32, device),
+            num_rows=counter(),
+            num_slots=counter(first_slots),
+            num_refused=counter(),
+            salt=counter(),
+            step=counter(),
+            unique_rows=reserve((num_unique,), torch.int32, device),
+            num_unique=counter(),
+            grads=reserve((num_unique, width), torch.float32, device),
+        )
+
+    def read(features: dict) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        ragged = [_ids(features, lookup.feature) for lookup in plan.lookups]
+        capacities = [r.values.numel() for r in ragged]
+        starts = tuple(sum(capacities[:l]) for l in range(len(capacities)))
+        return torch.cat([r.values for r in ragged]), torch.stack([r.offsets for r in ragged]), starts
+
+    def find_(state: TableState, features: dict) -> Found:
+        values, offsets, starts = read(features)
+        row = find.find(state.slots, state.ids, state.num_slots, state.salt, values, offsets, starts, vocabularies)
+        return Found(values, offsets, starts, row, torch.full_like(row, -1))
+
+    def insert_with(op: Callable) -> Callable[[TableState, dict], tuple[TableState, Found]]:
+        def insert_(s: TableState, features: dict) -> tuple[TableState, Found]:
+            values, offsets, starts = read(features)
+            row, inverse = op(
+                s.slots, s.ids, s.vocabularies, s.seen, s.rows, s.num_rows, s.num_refused, s.unique_rows,
+                s.num_unique, s.num_slots, s.salt, s.step + 1, values, offsets, starts, vocabularies, init_keys,
+                init_params,
+            )  # fmt: skip
+            return s, Found(values, offsets, starts, row, inverse)
+
+        return insert_
+
+    def pool_(state: TableState, found: Found) -> list[Tensor]:
+        reading = (found.values, found.offsets, found.starts, vocabularies)
+        return pool.pool(state.rows, found.row, *reading, init_keys, init_params, plan.firsts, plan.dims)
+
+    def add_with(op: Callable) -> Callable[[TableState, Found, list[Tensor]], TableState]:
+        def add_grads_(state: TableState, found: Found, blocks: list[Tensor]) -> TableState:
+            reading = (found.inverse, found.offsets, found.starts, vocabularies)
+            op(state.grads, *reading, plan.firsts, plan.dims, blocks)
+            return state
+
+        return add_grads_
+
+    def grow_(state: TableState, num_ids: int) -> TableState:
+        needed = min(int(state.num_rows) + num_ids, max_rows)
+        num_slots = min(_slots_for(needed, 3 / 4), max_slots)
+        if num_slots > int(state.num_slots):
+            arguments = int(state.num_rows), num_slots, int(state.salt)
+            rehash.rehash_(state.slots, state.ids, state.vocabularies, *arguments)
+            state.num_slots.fill_(num_slots)
+        return state
+
+    insert_pure, add_pure = insert_with(find_or_insert.definition), add_with(add_row_grads.definition)
+    return Table(
+        init=init,
+        find=find_,
+        insert=lambda state, features: insert_pure(copy_of(state), features),
+        insert_=insert_with(find_or_insert.find_or_insert_),
+        pool=pool_,
+        add_grads=lambda state, found, blocks: add_pure(copy_of(state), found, blocks),
+        add_grads_=add_with(add_row_grads.add_row_grads_),
+        grow_=grow_,
+    )
+
+
+def copy_of(state: TableState) -> TableState:
+    """A deep copy, reserved sizes included: for tests and small tables."""
+    return TableState(*(t.clone() for t in state))
+
+
+def num_rows_bytes(state: TableState) -> int:
+    """Bytes that the rows in use take, index and bookkeeping included."""
+    per_row = sum(t[0].numel() * t.element_size() for t in (state.ids, state.vocabularies, state.seen, state.rows))
+    return int(state.num_rows) * per_row + int(state.num_slots) * state.slots.element_size()
+
+
+def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros whose memory, on a CPU, is taken page by page when first written.
+
+    Raises:   MemoryError naming the size when the system will not reserve that much.
+    """
+    num_bytes = max(torch.Size(shape).numel() * dtype.itemsize, 1)
+    if device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=flags)
+    except OSError as error:
+        raise MemoryError(
+            f"max_rows: could not reserve {num_bytes} bytes for a table tensor {list(shape)}. Lower max_rows."
+        ) from error
+    if hasattr(mmap, "MADV_HUGEPAGE") and num_bytes >= HUGE_PAGE_BYTES:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=torch.Size(shape).numel()).view(shape)
+
+
+HUGE_PAGE_BYTES = 2**21
+# Python names this flag from 3.13 on; elsewhere than on Linux the system overcommits without being asked.
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+
+
+def _slots_for(num_rows: int, load: float) -> int:
+    """Smallest power of two, at least 8, that holds `num_rows` at no more than `load`."""
+    slots = 8
+    while slots * load < num_rows:
+        slots *= 2
+    return slots
+
+
+def _ids(features: dict, name: str) -> Ragged:
+    value = features.get(name)
+    if value is None:
+        raise ValueError(f"feature '{name}': missing, expected Ragged i64 ids. Known features: {sorted(features)}.")
+    if not isinstance(value, Ragged):
+        raise TypeError(f"feature '{name}': got {type(value).__name__}, expected Ragged i64 ids.")
+    if value.values.dtype != torch.int64:
+        raise TypeError(
+            f"feature '{name}': got {value.values.dtype} ids, expected torch.int64. float32 merges ids above 2**24. "
+            "Cast when loading, not in the step."
+        )
+    return value
+
+
+def _initializer_tensors(plan: TablePlan, seed: int) -> tuple[Tensor, Tensor]:
+    """keys i64 [V, W], params f32 [V, 3, W]."""
+    keys = [[column_key(seed, c.name, d) for c in columns for d in range(c.dim)] for columns in plan.vocabularies]
+    params = [
+        [[part for c in columns for part in [c.init[i]] * c.dim] for i in range(3)] for columns in plan.vocabularies
+    ]
+    return torch.tensor(keys, device=plan.device), torch.tensor(params, dtype=torch.float32, device=plan.device)

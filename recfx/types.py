@@ -1,0 +1,155 @@
+"""The nouns every other module speaks in.
+
+Axis letters, used as name suffixes wherever a function juggles axes:
+
+    B batch   F sparse fields   N numeric fields   D width   U unique ids   C capacity   H hidden
+    L lookups of one physical table   P positions (ids of one batch, padding included)   V vocabularies
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "Field", "Layout", "Params", "Ragged", "Transform", "pack"]
+
+Params = dict[str, Tensor]
+
+NUM_SAMPLES = "num_samples"  # batch key: i32 [], how many of the B samples are real
+
+ALIGN_BYTES = 64
+
+
+class Ragged(NamedTuple):
+    """A list of values per sample, end to end: sample b holds values[offsets[b]:offsets[b + 1]].
+
+    `values` has a static capacity; what lies beyond offsets[-1] is padding that no op reads.
+
+    Example:  >>> Ragged(torch.tensor([7, 8, 9, 0]), torch.tensor([0, 2, 3], dtype=torch.int32)).num_samples
+              2
+    """
+
+    values: Tensor  # [capacity], i64 ids or f32 numbers
+    offsets: Tensor  # i32 [B + 1], rising, offsets[0] = 0
+
+    @property
+    def num_samples(self) -> int:
+        return self.offsets.shape[0] - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """Where one tensor of a packed batch lies: `numel` items of `dtype` from item `start` of that dtype's section."""
+
+    name: str
+    part: str  # "dense", "values" or "offsets"
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The static shape of a packed batch. Equal layouts run through the same captured graph."""
+
+    fields: tuple[Field, ...]
+    sections: tuple[tuple[torch.dtype, int, int], ...]  # dtype, first byte, number of items
+    num_bytes: int
+
+    @staticmethod
+    def of(tensors: Mapping[tuple[str, str], tuple[torch.dtype, tuple[int, ...]]]) -> Layout:
+        """Lays out {(name, part): (dtype, shape)} in declaration order, one 64-byte aligned section per dtype."""
+        fields, sections, first_byte = [], [], 0
+        for dtype in sorted({dtype for dtype, _ in tensors.values()}, key=lambda d: (-d.itemsize, str(d))):
+            start = 0
+            for (name, part), (field_dtype, shape) in tensors.items():
+                if field_dtype == dtype:
+                    fields.append(Field(name=name, part=part, dtype=dtype, shape=shape, start=start))
+                    items_per_line = ALIGN_BYTES // dtype.itemsize
+                    start += -(-torch.Size(shape).numel() // items_per_line) * items_per_line
+            sections.append((dtype, first_byte, start))
+            first_byte += start * dtype.itemsize
+        return Layout(fields=tuple(fields), sections=tuple(sections), num_bytes=first_byte)
+
+
+class Batch(dict[str, Any]):
+    """A dict of tensors (`Tensor` or `Ragged` by column name), all of them views of one buffer.
+
+    One buffer is what makes a batch cheap: one copy to the device, and a captured step that takes a handful of
+    inputs instead of two per column.
+
+    Shapes:   buffer u8 [layout.num_bytes].
+    Raises:   ValueError when the buffer's size is not the layout's.
+    Example:  >>> b = pack({"x": torch.ones(2, 1), "c": Ragged(torch.tensor([5, 6]), torch.tensor([0, 1, 2]).int())})
+              >>> b["c"].values.tolist(), len(b.sections)
+              ([5, 6], 3)
+    """
+
+    def __init__(self, buffer: Tensor, layout: Layout) -> None:
+        if buffer.numel() != layout.num_bytes:
+            raise ValueError(f"buffer: got {buffer.numel()} bytes, expected {layout.num_bytes}, the layout's.")
+        self.buffer = buffer
+        self.layout = layout
+        super().__init__(unpack(self.sections, layout))
+
+    @property
+    def sections(self) -> list[Tensor]:
+        """One flat tensor per dtype, in the layout's order: what the captured step takes as its inputs."""
+        return [
+            self.buffer[first : first + n * dtype.itemsize].view(dtype) for dtype, first, n in self.layout.sections
+        ]
+
+
+def unpack(sections: list[Tensor], layout: Layout) -> dict[str, Tensor | Ragged]:
+    """Views of the sections by column name. Plain slicing, so it costs nothing inside a captured graph."""
+    by_dtype = {dtype: section for (dtype, _, _), section in zip(layout.sections, sections, strict=True)}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for f in layout.fields:
+        flat = by_dtype[f.dtype][f.start : f.start + torch.Size(f.shape).numel()]
+        parts.setdefault(f.name, {})[f.part] = flat.view(f.shape)
+    return {name: p["dense"] if "dense" in p else Ragged(p["values"], p["offsets"]) for name, p in parts.items()}
+
+
+def pack(columns: Mapping[str, Tensor | Ragged]) -> Batch:
+    """Copies a dict of tensors into one buffer. NUM_SAMPLES is added when absent: every sample is real.
+
+    Args:     columns: `Tensor` [B, d] or `Ragged` by name; all with the same B.
+    Raises:   ValueError when two columns disagree on B, TypeError when a column is neither kind.
+    """
+    num_samples = {name: c.num_samples if isinstance(c, Ragged) else c.shape[0] for name, c in columns.items()
+                   if name != NUM_SAMPLES}
+    if len(set(num_samples.values())) != 1:
+        raise ValueError(f"columns: got {num_samples} samples, expected one number. A batch is cut by sample.")
+    batch_size = next(iter(num_samples.values()))
+    tensors: dict[tuple[str, str], Tensor] = {}
+    for name, column in columns.items():
+        if isinstance(column, Ragged):
+            tensors[name, "values"], tensors[name, "offsets"] = column.values, column.offsets
+        elif isinstance(column, Tensor):
+            tensors[name, "dense"] = column
+        else:
+            raise TypeError(f"column '{name}': got {type(column).__name__}, expected Tensor or Ragged.")
+    if NUM_SAMPLES not in columns:
+        tensors[NUM_SAMPLES, "dense"] = torch.tensor(batch_size, dtype=torch.int32)
+    layout = Layout.of({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})
+    device = next(iter(tensors.values())).device
+    batch = Batch(torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device), layout)
+    for (name, part), t in tensors.items():
+        target = batch[name] if part == "dense" else getattr(batch[name], part)
+        target.copy_(t)
+    return batch
+
+
+class Transform(NamedTuple):
+    """A stateful module: `update` is pure and is the specification, `update_` writes into `state` and is what runs.
+
+    Both return (state, aux). A caller uses only the state that comes back.
+    """
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+    update_: Callable[..., Any]
