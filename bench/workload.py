@@ -7,6 +7,7 @@ rows of one stacked table, missing = a last row of zeros). How often ids repeat 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +17,14 @@ from torch import Tensor
 from recfx.types import Batch, Ragged, pack
 
 NUM_COLUMNS, NUM_NUMERICS, LABEL_MEAN = 26, 13, 0.032
+DIM, HIDDEN = 8, (64, 16)
 CATEGORICAL = tuple(f"c{i}" for i in range(1, NUM_COLUMNS + 1))
 NUMERIC = tuple(f"i{i}" for i in range(1, NUM_NUMERICS + 1))
 HEAD = 1024  # the most frequent ids of a column: the same in every batch; rarer ones are placed anew in each batch
 
 
 class Column(NamedTuple):
-    """How often ids of one column repeat: P(rank r) = (1 - uniform) (r + shift)^-exponent / Z + uniform / cardinality."""
+    """How often ids of a column repeat: P(rank r) = (1 - uniform) (r + shift)^-exponent / Z + uniform / cardinality."""
 
     cardinality: int  # in a table of 0.2 M rows
     missing: float  # columns of equal share are missing together
@@ -52,11 +54,14 @@ NUMERIC_STATS = np.array((
 
 
 class DenseBatch(NamedTuple):
-    """A batch for the baselines: ids already remapped to table rows."""
+    """A batch for the baselines: ids already remapped to table rows.
 
-    index_BF: Tensor  # i64 [B, 26], row of the stacked table; missing = table_rows, the padding row
-    num_BN: Tensor  # f32 [B, 13], missing = 0
-    label_B1: Tensor  # f32 [B, 1]
+    One column's indices lie together: two threads then meet on no row, which halves the baselines' scatters.
+    """
+
+    index: Tensor  # i64 [26, B], row of the stacked table; missing = table_rows, the padding row
+    num: Tensor  # f32 [B, 13], missing = 0
+    label: Tensor  # f32 [B, 1]
 
 
 class Workload(NamedTuple):
@@ -64,7 +69,7 @@ class Workload(NamedTuple):
 
     batches: list[Batch]  # "label" f32 [B, 1], "i1".."i13" Ragged f32, "c1".."c26" Ragged i64; capacity B each
     dense: list[DenseBatch]
-    universe: dict[str, Tensor]  # i64 ids by column; end to end their positions are the rows of DenseBatch.index_BF
+    universe: dict[str, Tensor]  # i64 ids by column; end to end their positions are the rows of DenseBatch.index
     table_rows: int
     num_distinct: list[int]  # distinct (column, id) pairs, per batch
 
@@ -106,15 +111,16 @@ def place(rank: np.ndarray, num_rows: int, rng: np.random.Generator) -> np.ndarr
     return row
 
 
-def dense_batch(batch_size: int, rows: np.ndarray, shape_rng: np.random.Generator,
-                place_rng: np.random.Generator) -> DenseBatch:
+def dense_batch(
+    batch_size: int, rows: np.ndarray, shape_rng: np.random.Generator, place_rng: np.random.Generator
+) -> DenseBatch:
     first = np.cumsum(rows) - rows
-    index = np.full((batch_size, NUM_COLUMNS), rows.sum(), dtype=np.int64)
+    index = np.full((NUM_COLUMNS, batch_size), rows.sum(), dtype=np.int64)
     missing = {share: shape_rng.random(batch_size) < share for share in sorted({c.missing for c in COLUMNS})}
     for f, column in enumerate(COLUMNS):
         present = ~missing[column.missing]
         rank = draw_ranks(column, min(column.cardinality, rows[f]), batch_size, shape_rng)[present]
-        index[present, f] = first[f] + place(rank, rows[f], place_rng)
+        index[f, present] = first[f] + place(rank, rows[f], place_rng)
     share, mean, std = NUMERIC_STATS.T
     num = np.abs(shape_rng.normal(mean, std, (batch_size, NUM_NUMERICS)))
     num[shape_rng.random(num.shape) < share] = 0
@@ -131,9 +137,9 @@ def ragged(value_B: Tensor, present_B: Tensor) -> Ragged:
 
 
 def recfx_batch(dense: DenseBatch, id_of_row: Tensor) -> Batch:
-    columns: dict[str, Tensor | Ragged] = {"label": dense.label_B1}
-    columns |= {name: ragged(x, x != 0) for name, x in zip(NUMERIC, dense.num_BN.unbind(1), strict=True)}
-    for name, row in zip(CATEGORICAL, dense.index_BF.unbind(1), strict=True):
+    columns: dict[str, Tensor | Ragged] = {"label": dense.label}
+    columns |= {name: ragged(x, x != 0) for name, x in zip(NUMERIC, dense.num.unbind(1), strict=True)}
+    for name, row in zip(CATEGORICAL, dense.index.unbind(0), strict=True):
         present = row < len(id_of_row)
         columns[name] = ragged(id_of_row[row.clamp(max=len(id_of_row) - 1)], present)
     return pack(columns)
@@ -149,13 +155,32 @@ def make_batches(num_batches: int, batch_size: int, *, table_rows: int = 200_000
     Cost:     about 1 s for 16 batches of 16 384 and 10 M rows.
     Raises:   ValueError when `table_rows` is too small to give each column an id.
     Example:  >>> w = make_batches(2, 8, table_rows=1000)
-              >>> len(w.batches), w.batches[0]["c1"].num_samples, w.dense[0].index_BF.shape
-              (2, 8, torch.Size([8, 26]))
+              >>> len(w.batches), w.batches[0]["c1"].num_samples, w.dense[0].index.shape
+              (2, 8, torch.Size([26, 8]))
     """
     rows = column_rows(table_rows)
     shape_rng, place_rng = (np.random.default_rng([seed, stream]) for stream in (0, 1))
     id_of_row = torch.from_numpy(raw_ids(np.arange(table_rows)))
     dense = [dense_batch(batch_size, rows, shape_rng, place_rng) for _ in range(num_batches)]
     universe = dict(zip(CATEGORICAL, id_of_row.split(rows.tolist()), strict=True))
-    num_distinct = [int((d.index_BF.unique() < table_rows).sum()) for d in dense]
+    num_distinct = [int((d.index.unique() < table_rows).sum()) for d in dense]
     return Workload([recfx_batch(d, id_of_row) for d in dense], dense, universe, table_rows, num_distinct)
+
+
+def init_weights(table_rows: int, *, seed: int = 0) -> dict[str, Tensor]:
+    """DeepFM's first weights for every baseline: 21 206 dense ones, and the stacked tables, last row (padding) zero."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.nn.init.trunc_normal_(torch.empty(shape), std=0.001, a=-0.002, b=0.002, generator=generator)
+
+    def uniform(*shape: int, fan_in: int) -> Tensor:
+        return torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+
+    weights = {"embedding": normal(table_rows + 1, DIM), "bias": normal(table_rows + 1, 1)}
+    weights["embedding"][-1], weights["bias"][-1] = 0, 0
+    weights |= {"numeric_embedding": normal(NUM_NUMERICS, DIM), "numeric_bias": normal(NUM_NUMERICS, 1)}
+    widths = ((NUM_NUMERICS + NUM_COLUMNS) * DIM, *HIDDEN, 1)
+    for i, (fan_in, width) in enumerate(pairwise(widths), start=1):
+        weights |= {f"w{i}": uniform(width, fan_in, fan_in=fan_in), f"b{i}": uniform(width, fan_in=fan_in)}
+    return weights

@@ -189,9 +189,7 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
                     if lookup.vocabulary == v:
                         place[name, lookup.feature] = (t, k, l)
             vocabularies.append(tuple(columns))
-        tables.append(
-            TablePlan(device=device, dims=dims, vocabularies=tuple(vocabularies), lookups=tuple(lookups))
-        )
+        tables.append(TablePlan(device=device, dims=dims, vocabularies=tuple(vocabularies), lookups=tuple(lookups)))
     cells = {
         group: tuple(Cell(*place[_name(group, e), e.feature], e.combiner) for e in embeddings)
         for group, embeddings in groups.items()

@@ -1,4 +1,4 @@
-"""Streaming metrics of binary predictions: integer histograms updated inside the step, read on the host when logging."""
+"""Streaming metrics of binary predictions: integer histograms inside the step, read on the host when logging."""
 
 from __future__ import annotations
 
@@ -39,7 +39,12 @@ def binary_metrics(num_bins: int = 2**16) -> Transform:
         unit = (logit + LOGIT_RANGE) / (2 * LOGIT_RANGE)
         bin_B = (unit * num_bins).long().clamp(0, num_bins - 1).flatten()
         is_click = (label > 0.5).long().flatten()
-        terms = [valid, torch.where(valid, label, 0), torch.where(valid, loss, 0), torch.where(valid, logit.sigmoid(), 0)]
+        terms = [
+            valid,
+            torch.where(valid, label, 0),
+            torch.where(valid, loss, 0),
+            torch.where(valid, logit.sigmoid(), 0),
+        ]
         return is_click, bin_B, valid.long().flatten(), torch.stack([t.double().sum() for t in terms])
 
     def update(state: BinaryCounts, logit: Tensor, label: Tensor, loss: Tensor, valid: Tensor) -> BinaryCounts:

@@ -135,7 +135,12 @@ def _hyper(
     decay_by_lr: bool = True,
 ) -> Hyper:
     """The step's scalars, in float64: 1 - b2^t in float32 would be wrong in the fifth digit at t = 1."""
-    ranges = {"b1": (b1, 0, 1), "b2": (b2, 0, 1), "eps": (eps, 0, math.inf), "weight_decay": (weight_decay, 0, math.inf)}
+    ranges = {
+        "b1": (b1, 0, 1),
+        "b2": (b2, 0, 1),
+        "eps": (eps, 0, math.inf),
+        "weight_decay": (weight_decay, 0, math.inf),
+    }
     if not isinstance(lr, Tensor):
         ranges["lr"] = (lr, 0, math.inf)
     for name, (value, low, high) in ranges.items():
@@ -150,8 +155,9 @@ def _hyper(
         decay = 1 - (rate if decay_by_lr else 1.0) * weight_decay
         constants = [torch.full_like(step, c) for c in (b1, 1 - b1, b2, 1 - b2)]
         decay = decay if isinstance(decay, Tensor) else torch.full_like(step, decay)
-        return torch.stack([decay, *constants, alpha, eps * (root if eps_corrected else torch.ones_like(root)),
-                            scale.double()])
+        return torch.stack(
+            [decay, *constants, alpha, eps * (root if eps_corrected else torch.ones_like(root)), scale.double()]
+        )
 
     return hyper
 
@@ -183,9 +189,7 @@ def _dense(hyper: Hyper) -> Transform:
         m, v = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
         return AdamState(m, v, torch.zeros((), dtype=torch.int64, device=device))
 
-    def update(
-        state: AdamState, params: Params, grads: Params, scale: Tensor, due: Tensor
-    ) -> tuple[AdamState, Params]:
+    def update(state: AdamState, params: Params, grads: Params, scale: Tensor, due: Tensor) -> tuple[AdamState, Params]:
         scalars = hyper(state.step + 1, scale)
         new: tuple[Params, Params, Params] = ({}, {}, {})
         for name, w in params.items():

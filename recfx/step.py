@@ -54,6 +54,7 @@ class Step(NamedTuple):
     flush_:     (state) -> state; applies an incomplete accumulation window with its true count.
     ids_in:     (batch) -> most ids per table that batches of this layout hold.
     grow_:      (state, ids) -> state; makes room for that many new ids per table. Runs between steps, on the host.
+    plan:       the physical tables, one per entry of TrainState.tables.
     """
 
     init: Callable[[Params], TrainState]
@@ -63,6 +64,7 @@ class Step(NamedTuple):
     flush_: Callable[[TrainState], TrainState]
     ids_in: Callable[[dict], tuple[int, ...]]
     grow_: Callable[[TrainState, Sequence[int]], TrainState]
+    plan: Plan
 
 
 class _Spelling(NamedTuple):
@@ -146,9 +148,7 @@ def train_step(
             found = [f for _, f in inserted]
             blocks = [t.pool(s, f) for t, (s, f) in zip(tables, inserted, strict=True)]
             (grads, block_grads), (logit, loss_B) = gradients(state.params, blocks, found, feats, valid)
-            states = [
-                do.add_grads(t)(s, f, g) for t, (s, f), g in zip(tables, inserted, block_grads, strict=True)
-            ]
+            states = [do.add_grads(t)(s, f, g) for t, (s, f), g in zip(tables, inserted, block_grads, strict=True)]
 
             window, num_samples = state.window, batch[NUM_SAMPLES]
             total, num_batches = window.num_samples + num_samples, window.num_batches + 1
@@ -196,7 +196,7 @@ def train_step(
             t.grow_(s, num_ids)
         return state
 
-    return Step(init, spell(pure), spell(in_place), evaluate_, flush_, ids_in, grow_)
+    return Step(init, spell(pure), spell(in_place), evaluate_, flush_, ids_in, grow_, plan)
 
 
 def _valid(batch: dict, label: str) -> Tensor:

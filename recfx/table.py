@@ -18,7 +18,7 @@ from recfx.embeddings import TablePlan, column_key
 from recfx.kernels import add_row_grads, find, find_or_insert, pool, rehash
 from recfx.types import Ragged
 
-__all__ = ["Found", "Table", "TableState", "num_rows_bytes", "table"]
+__all__ = ["Found", "Table", "TableState", "copy_of", "grow_", "num_rows_bytes", "rebuild_", "reserve", "table"]
 
 FIRST_SLOTS = 2**16
 
@@ -148,15 +148,6 @@ def table(
 
         return add_grads_
 
-    def grow_(state: TableState, num_ids: int) -> TableState:
-        needed = min(int(state.num_rows) + num_ids, max_rows)
-        num_slots = min(_slots_for(needed, 3 / 4), max_slots)
-        if num_slots > int(state.num_slots):
-            arguments = int(state.num_rows), num_slots, int(state.salt)
-            rehash.rehash_(state.slots, state.ids, state.vocabularies, *arguments)
-            state.num_slots.fill_(num_slots)
-        return state
-
     insert_pure, add_pure = insert_with(find_or_insert.definition), add_with(add_row_grads.definition)
     return Table(
         init=init,
@@ -168,6 +159,24 @@ def table(
         add_grads_=add_with(add_row_grads.add_row_grads_),
         grow_=grow_,
     )
+
+
+def grow_(state: TableState, num_ids: int) -> TableState:
+    """Doubles the index until `num_ids` more rows fit at load 0.75. One rehash; no row moves, no shape changes."""
+    needed = min(int(state.num_rows) + num_ids, state.ids.numel())
+    num_slots = min(_slots_for(needed, 3 / 4), state.slots.numel())
+    if num_slots > int(state.num_slots):
+        state.num_slots.fill_(num_slots)
+        rebuild_(state)
+    return state
+
+
+def rebuild_(state: TableState) -> TableState:
+    """The index made anew from the rows, over as many slots as they need."""
+    num_slots = max(int(state.num_slots), min(_slots_for(int(state.num_rows), 3 / 4), state.slots.numel()))
+    rehash.rehash_(state.slots, state.ids, state.vocabularies, int(state.num_rows), num_slots, int(state.salt))
+    state.num_slots.fill_(num_slots)
+    return state
 
 
 def copy_of(state: TableState) -> TableState:

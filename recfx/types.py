@@ -8,7 +8,8 @@ Axis letters, used as name suffixes wherever a function juggles axes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,6 +61,19 @@ class Layout:
     sections: tuple[tuple[torch.dtype, int, int], ...]  # dtype, first byte, number of items
     num_bytes: int
 
+    @functools.cached_property
+    def columns(self) -> dict[str, dict[str, Field]]:
+        """Fields by column name and part."""
+        columns: dict[str, dict[str, Field]] = {}
+        for f in self.fields:
+            columns.setdefault(f.name, {})[f.part] = f
+        return columns
+
+    @functools.cached_property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of the sections."""
+        return tuple(dtype for dtype, _, _ in self.sections)
+
     @staticmethod
     def of(tensors: Mapping[tuple[str, str], tuple[torch.dtype, tuple[int, ...]]]) -> Layout:
         """Lays out {(name, part): (dtype, shape)} in declaration order, one 64-byte aligned section per dtype."""
@@ -76,11 +90,11 @@ class Layout:
         return Layout(fields=tuple(fields), sections=tuple(sections), num_bytes=first_byte)
 
 
-class Batch(dict[str, Any]):
-    """A dict of tensors (`Tensor` or `Ragged` by column name), all of them views of one buffer.
+class Batch(Mapping[str, "Tensor | Ragged"]):
+    """A read-only dict of tensors (`Tensor` or `Ragged` by column name), all of them views of one buffer.
 
     One buffer is what makes a batch cheap: one copy to the device, and a captured step that takes a handful of
-    inputs instead of two per column.
+    inputs instead of two per column. Views are made when asked for.
 
     Shapes:   buffer u8 [layout.num_bytes].
     Raises:   ValueError when the buffer's size is not the layout's.
@@ -94,24 +108,34 @@ class Batch(dict[str, Any]):
             raise ValueError(f"buffer: got {buffer.numel()} bytes, expected {layout.num_bytes}, the layout's.")
         self.buffer = buffer
         self.layout = layout
-        super().__init__(unpack(self.sections, layout))
 
     @property
     def sections(self) -> list[Tensor]:
         """One flat tensor per dtype, in the layout's order: what the captured step takes as its inputs."""
-        return [
-            self.buffer[first : first + n * dtype.itemsize].view(dtype) for dtype, first, n in self.layout.sections
-        ]
+        return [self.buffer[first : first + n * dtype.itemsize].view(dtype) for dtype, first, n in self.layout.sections]
+
+    def __getitem__(self, name: str) -> Tensor | Ragged:
+        return _column(self.layout.columns[name], dict(zip(self.layout.dtypes, self.sections, strict=True)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.columns)
+
+    def __len__(self) -> int:
+        return len(self.layout.columns)
 
 
 def unpack(sections: list[Tensor], layout: Layout) -> dict[str, Tensor | Ragged]:
     """Views of the sections by column name. Plain slicing, so it costs nothing inside a captured graph."""
-    by_dtype = {dtype: section for (dtype, _, _), section in zip(layout.sections, sections, strict=True)}
-    parts: dict[str, dict[str, Tensor]] = {}
-    for f in layout.fields:
-        flat = by_dtype[f.dtype][f.start : f.start + torch.Size(f.shape).numel()]
-        parts.setdefault(f.name, {})[f.part] = flat.view(f.shape)
-    return {name: p["dense"] if "dense" in p else Ragged(p["values"], p["offsets"]) for name, p in parts.items()}
+    by_dtype = dict(zip(layout.dtypes, sections, strict=True))
+    return {name: _column(parts, by_dtype) for name, parts in layout.columns.items()}
+
+
+def _column(parts: Mapping[str, Field], sections: Mapping[torch.dtype, Tensor]) -> Tensor | Ragged:
+    views = {
+        part: sections[f.dtype][f.start : f.start + torch.Size(f.shape).numel()].view(f.shape)
+        for part, f in parts.items()
+    }
+    return views["dense"] if "dense" in views else Ragged(views["values"], views["offsets"])
 
 
 def pack(columns: Mapping[str, Tensor | Ragged]) -> Batch:
@@ -120,8 +144,11 @@ def pack(columns: Mapping[str, Tensor | Ragged]) -> Batch:
     Args:     columns: `Tensor` [B, d] or `Ragged` by name; all with the same B.
     Raises:   ValueError when two columns disagree on B, TypeError when a column is neither kind.
     """
-    num_samples = {name: c.num_samples if isinstance(c, Ragged) else c.shape[0] for name, c in columns.items()
-                   if name != NUM_SAMPLES}
+    num_samples = {
+        name: c.num_samples if isinstance(c, Ragged) else c.shape[0]
+        for name, c in columns.items()
+        if name != NUM_SAMPLES
+    }
     if len(set(num_samples.values())) != 1:
         raise ValueError(f"columns: got {num_samples} samples, expected one number. A batch is cut by sample.")
     batch_size = next(iter(num_samples.values()))

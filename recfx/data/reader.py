@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import islice
 from typing import Any, NamedTuple
@@ -152,9 +152,9 @@ class BatchIterator(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         segments, missing = [], self._reader.batch_size
-        while missing and self._fill_block():
-            end = min(self._row + missing, self._block.num_rows)
-            segments.append(Segment(self._block, self._row, end))
+        while missing and (block := self._block_with_rows()) is not None:
+            end = min(self._row + missing, block.num_rows)
+            segments.append(Segment(block, self._row, end))
             missing -= end - self._row
             self._row = end
         if not segments or (missing and self._reader.drop_remainder):
@@ -169,19 +169,19 @@ class BatchIterator(Iterator[Batch]):
         self._stripes.close()
         self._block = None
 
-    def _fill_block(self) -> bool:
-        """Makes sure that the block has a row left; False at the end of the data."""
+    def _block_with_rows(self) -> Block | None:
+        """The block that has the next row; None at the end of the data."""
         while self._block is None or self._row >= self._block.num_rows:
             stripe = next(self._stripes, None)
             if stripe is None:
-                return False
+                return None
             if self._block is not None:
                 self._block_row = self._block_row + self._block.num_rows if stripe.file == self._file else 0
                 self._row = 0
             elif stripe.file != self._file:
                 self._block_row = self._row = 0
             self._file, self._block = stripe.file, stripe.block
-        return True
+        return self._block
 
 
 class _Stripe(NamedTuple):
@@ -211,7 +211,7 @@ def _fail(error: ValueError) -> Any:
     raise error
 
 
-def _decoded(tasks: Iterator[Callable[[], _Stripe]], threads: int, prefetch: int) -> Iterator[_Stripe]:
+def _decoded(tasks: Iterator[Callable[[], _Stripe]], threads: int, prefetch: int) -> Generator[_Stripe, None, None]:
     """The results of the tasks, in order. See `orc_reader` for threads and prefetch."""
     if threads == 1 and prefetch == 0:
         yield from (task() for task in tasks)

@@ -60,7 +60,11 @@ def definition(
     row = torch.where(is_new, torch.where(rank < room, num_rows + rank, REFUSED), row)
     new_keys, new_row = keys[:, is_new & (row >= 0)], row[is_new & (row >= 0)]
     hashing.place(slots, num_slots, salt, *new_keys, new_row)
-    ids[new_row], row_vocabularies[new_row], seen[new_row] = new_keys[1], new_keys[0].int(), torch.full_like(new_row, -1)
+    ids[new_row], row_vocabularies[new_row], seen[new_row] = (
+        new_keys[1],
+        new_keys[0].int(),
+        torch.full_like(new_row, -1),
+    )
     rows[new_row] = torch.zeros_like(rows[new_row])
     rows[new_row, 0] = initial_values(new_keys[1], init_keys[new_keys[0]], init_params[new_keys[0]])
     num_rows += new_row.numel()

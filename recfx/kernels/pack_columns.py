@@ -135,9 +135,8 @@ def count_values(segments: Sequence[Segment]) -> np.ndarray:
     """How many values each column holds in the segments: i64 [columns]."""
     kernels, num_columns = _kernels(), len(segments[0].block.values)
     if kernels is None:
-        return sum(
-            np.array([int(o[s.end]) - int(o[s.begin]) for o in s.block.offsets], dtype=np.int64) for s in segments
-        )
+        counted = [[int(o[s.end]) - int(o[s.begin]) for o in s.block.offsets] for s in segments]
+        return np.array(counted, dtype=np.int64).sum(axis=0)
     table, counts = _segment_table(segments), np.empty(num_columns, dtype=np.int64)
     kernels.recfx_count_values(table.ctypes.data, len(table), num_columns, counts.ctypes.data)
     return counts

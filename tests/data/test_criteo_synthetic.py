@@ -66,7 +66,8 @@ def test_columns_of_a_group_are_missing_together(table):
 )
 def test_cardinality_and_skew(table, name, num_ids, once, top):
     ids = values(table, name)
-    assert ids.min() >= 0 and ids.max() < 1 << 40
+    assert ids.min() >= 0
+    assert ids.max() < 1 << 40
     _, counts = np.unique(ids, return_counts=True)
     assert len(counts) == pytest.approx(num_ids, rel=0.1, abs=2)
     assert (counts == 1).mean() == pytest.approx(once, abs=0.1)
@@ -81,13 +82,15 @@ def test_cardinality_and_skew(table, name, num_ids, once, top):
 def test_numbers(table, name, mean, std):
     numbers = values(table, name)
     assert (numbers == np.rint(numbers)).all()
-    assert QUANTILES[name][0] <= numbers.min() and numbers.max() <= QUANTILES[name][-1]
+    assert QUANTILES[name][0] <= numbers.min()
+    assert numbers.max() <= QUANTILES[name][-1]
     assert np.log1p(numbers).mean() == pytest.approx(mean, abs=0.15)
     assert np.log1p(numbers).std() == pytest.approx(std, abs=0.15)
 
 
 def test_the_range_of_i8(table):
-    assert values(table, "i8").min() == -1 and values(table, "i8").max() <= 9153
+    assert values(table, "i8").min() == -1
+    assert values(table, "i8").max() <= 9153
 
 
 def test_info(data, table):
@@ -97,14 +100,17 @@ def test_info(data, table):
     assert info["click_rate"] == pytest.approx(0.032, abs=0.006)
     assert values(table, "label").mean() == pytest.approx(0.032, abs=0.006)
     assert info["numeric_lr_auc"] > 0.55
-    assert 0.72 < info["best_auc"] < 0.85 and info["best_auc"] > info["numeric_lr_auc"] + 0.1
+    assert 0.72 < info["best_auc"] < 0.85
+    assert info["best_auc"] > info["numeric_lr_auc"] + 0.1
 
 
 def test_equal_seeds_give_equal_bytes(tmp_path):
     for name, seed in [("a", 7), ("b", 7), ("c", 8)]:
         generate(tmp_path / name, **{**SMALL, "seed": seed})
     a, b, c = (digests(tmp_path / name) for name in "abc")
-    assert len(a) == 4 and a == b and not set(a) & set(c)
+    assert len(a) == 4
+    assert a == b
+    assert not set(a) & set(c)
 
 
 def test_more_files_leave_the_first_ones_as_they_are(tmp_path):
@@ -123,7 +129,7 @@ def test_finished_data_is_reused_and_nothing_else_is_overwritten(tmp_path):
     with pytest.raises(ValueError, match=r"folder: got .* expected .*'seed': 8"):
         generate(folder, **{**SMALL, "seed": 8})
     (folder / "info.json").unlink()
-    with pytest.raises(ValueError, match="folder: got .* other files"):
+    with pytest.raises(ValueError, match=r"folder: got .* other files"):
         generate(folder, **SMALL)
 
 

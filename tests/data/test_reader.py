@@ -73,10 +73,14 @@ def test_rows_are_one_stream_over_files(folder, batch_size):
     assert all_rows(batches) == expected_rows(range(53))
     assert [b[NUM_SAMPLES].item() for b in batches[:-1]] == [batch_size] * (len(batches) - 1)
     for batch in batches:
-        assert batch["label"].shape == (batch_size, 1) and batch["label"].dtype == torch.float32
-        assert batch["x"].values.dtype == torch.float32 and batch["c"].values.dtype == torch.int64
-        assert batch["c"].offsets.shape == (batch_size + 1,) and batch["c"].offsets.dtype == torch.int32
-        assert batch[NUM_SAMPLES].shape == () and batch[NUM_SAMPLES].dtype == torch.int32
+        assert batch["label"].shape == (batch_size, 1)
+        assert batch["label"].dtype == torch.float32
+        assert batch["x"].values.dtype == torch.float32
+        assert batch["c"].values.dtype == torch.int64
+        assert batch["c"].offsets.shape == (batch_size + 1,)
+        assert batch["c"].offsets.dtype == torch.int32
+        assert batch[NUM_SAMPLES].shape == ()
+        assert batch[NUM_SAMPLES].dtype == torch.int32
 
 
 def test_drop_remainder_leaves_out_the_short_batch(folder):
@@ -96,7 +100,8 @@ def test_short_batch_is_padded(folder):
 def test_batches_do_not_depend_on_threads_and_prefetch(folder, threads, prefetch):
     plain = [b.buffer for b in orc_reader(folder, COLUMNS, 6, prefetch=0)]
     threaded = [b.buffer for b in orc_reader(folder, COLUMNS, 6, threads=threads, prefetch=prefetch)]
-    assert len(plain) == len(threaded) and all(map(torch.equal, plain, threaded))
+    assert len(plain) == len(threaded)
+    assert all(map(torch.equal, plain, threaded))
     assert num_threads() == 0
 
 
@@ -119,7 +124,8 @@ def test_position_is_of_the_batch_last_returned(folder):
     assert it.position == {"file": 0, "row": 5}
     next(it)
     assert it.position == {"file": 2, "row": 3}
-    assert list(it) and it.position == {"file": 3, "row": 10}
+    assert list(it)
+    assert it.position == {"file": 3, "row": 10}
 
 
 @pytest.mark.parametrize("position", [{"file": 0, "row": 8}, {"file": 5, "row": 0}, {"file": 0, "row": -1}])
@@ -159,7 +165,8 @@ def test_transform_runs_before_packing(folder):
 
     batches = list(orc_reader(folder, COLUMNS, 10, drop_remainder=False, transform=double))
     assert set(batches[0]) == {NUM_SAMPLES, "label", "c"}
-    assert batches[-1][NUM_SAMPLES].item() == 3 and len(batches[0].sections) == 3
+    assert batches[-1][NUM_SAMPLES].item() == 3
+    assert len(batches[0].sections) == 3
     assert torch.cat([b["label"] for b in batches])[:53, 0].tolist() == [2 * r[0][0] for r in expected_rows(range(53))]
 
 
@@ -182,7 +189,7 @@ def test_paths(folder):
 @pytest.mark.parametrize("paths", ["{}/nothing-*.orc", "{}/z.orc", "{}/a.orc,{}/z.orc", "{}/void"])
 def test_paths_that_match_nothing(folder, paths):
     (folder / "void").mkdir()
-    with pytest.raises(ValueError, match="paths: got .* matches no file"):
+    with pytest.raises(ValueError, match=r"paths: got .* matches no file"):
         orc_reader(paths.format(folder, folder), COLUMNS)
     with pytest.raises(ValueError, match="paths: got '', expected at least one"):
         orc_reader("", COLUMNS)
@@ -207,7 +214,7 @@ def test_arguments_out_of_range(folder, arguments, match):
 
 
 def test_column_declarations():
-    with pytest.raises(ValueError, match="column 'x': got dtype torch.float64"):
+    with pytest.raises(ValueError, match=r"column 'x': got dtype torch.float64"):
         varlen("x", torch.float64)
     with pytest.raises(ValueError, match="column 'x': got an empty default"):
         fixedlen("x", [])
@@ -265,9 +272,9 @@ def test_bad_file_stops_after_the_whole_batches_before_it(folder, fault, threads
     bad_file(folder / "e.orc", fault)
     it, rows = iter(orc_reader(folder, COLUMNS, 10, drop_remainder=False, threads=threads, prefetch=prefetch)), []
     with pytest.raises(ValueError, match=FAULTS[fault]):
-        for batch in it:
-            rows += rows_of(batch)
-    assert rows[:50] == expected_rows(range(50)) and len(rows) % 10 == 0
+        rows.extend(itertools.chain.from_iterable(map(rows_of, it)))
+    assert rows[:50] == expected_rows(range(50))
+    assert len(rows) % 10 == 0
     assert num_threads() == 0
     assert next(it, None) is None
 

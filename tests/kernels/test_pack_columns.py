@@ -72,7 +72,8 @@ def test_contents_by_hand():
     assert batch["y"].offsets.tolist() == [0, 0, 0, 0, 0]
     assert batch["c"].values.tolist() == [*EXTREMES[2:], *EXTREMES[:2], 0]
     assert batch["c"].offsets.tolist() == [0, 3, 3, 5, 5]
-    assert batch["num_samples"].dtype == torch.int32 and batch["num_samples"].item() == 3
+    assert batch["num_samples"].dtype == torch.int32
+    assert batch["num_samples"].item() == 3
 
 
 def test_without_a_compiler_the_reference_runs(monkeypatch):

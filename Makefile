@@ -1,0 +1,45 @@
+# The two commands of README.md, and what else a developer runs. Everything goes through .venv, made when absent.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+TORCH := torch==2.13.0
+
+.PHONY: demo test slow bench lint graphs clean
+
+# torch goes in first and alone, by exact version: nothing later may pull in another build of it.
+$(VENV)/installed: pyproject.toml requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --editable .
+	touch $@
+
+$(VENV)/bench-installed: $(VENV)/installed requirements-bench.txt
+	$(PIP) -r requirements-bench.txt
+	touch $@
+
+demo: $(VENV)/installed
+	$(PY) -m recfx.examples.deepfm --batch_size 1000 --gradient_accumulation_steps 1 --thread_num 2 --prefetch 0 \
+	    --log_steps 50 --save_steps 1000 --output_dir demo/ckpt --generated_dir demo/data
+
+test: $(VENV)/installed lint
+	$(PY) -m pytest
+
+slow: $(VENV)/installed
+	$(PY) -m pytest -m slow
+
+bench: $(VENV)/bench-installed
+	$(PY) -m pytest bench --benchmark-only -p no:cacheprovider -o addopts= -s
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# Accepts the captured graphs as they are now; review the diff of graphs/.
+graphs: $(VENV)/installed
+	$(PY) -m pytest tests/test_graphs.py --accept-graphs
+
+clean:
+	rm -rf $(VENV) demo ckpt .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks *.egg-info

@@ -1,0 +1,35 @@
+"""The claims of a benchmark session: tests add to them, the end of the session prints and writes them."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.harness import NUM_THREADS, Claims, use_threads
+
+CLAIMS = pytest.StashKey[Claims]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[CLAIMS] = Claims()
+
+
+@pytest.fixture(scope="session")
+def claims(request: pytest.FixtureRequest) -> Claims:
+    return request.config.stash[CLAIMS]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    import torch
+
+    use_threads(NUM_THREADS)
+    torch.set_num_threads(NUM_THREADS)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    claims = config.stash[CLAIMS]
+    if claims.claims or claims.notes:
+        terminalreporter.section("claims (ratio > 1: recfx ahead)")
+        terminalreporter.write_line(claims.table())
+    if claims.claims:
+        claims.write()

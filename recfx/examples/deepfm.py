@@ -1,0 +1,227 @@
+"""Trains DeepFM on click logs in ORC files: `python -m recfx.examples.deepfm --data_paths=./data/`.
+
+Without --data_paths it first writes, once, a click log of the same shape whose labels come from a planted model, so
+that the AUC reached can be held against the best one possible.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from recfx import features as ops
+from recfx.capture import capture, capture_evaluation
+from recfx.data import Reader, fixedlen, orc_reader, varlen
+from recfx.data.criteo_synthetic import generate
+from recfx.embeddings import Embedding, truncated_normal
+from recfx.models import deepfm
+from recfx.optim import adamw, sparse_adamw
+from recfx.step import Step, TrainState, train_step
+from recfx.train import Event, Progress, TrainConfig, evaluate, train
+
+__all__ = ["build_step", "main", "parse", "read", "run"]
+
+NUMERIC = [f"i{i}" for i in range(1, 14)]
+CATEGORICAL = [f"c{i}" for i in range(1, 27)]
+COLUMNS = [
+    fixedlen("label", [0.0]),
+    *(varlen(name, torch.float32) for name in NUMERIC),
+    *(varlen(name, torch.int64) for name in CATEGORICAL),
+]
+EMBEDDING_DIM, HIDDEN = 8, (64, 16)
+
+
+def log1p_features(batch: dict) -> dict[str, Any]:
+    """Numerics as log(1 + max(x, 0)), a missing one 0; categories as they are."""
+    feats = raw_features(batch)
+    return {**feats, "numeric": ops.log1p(feats["numeric"])}
+
+
+def raw_features(batch: dict) -> dict[str, Any]:
+    """Numerics as they are, as the seed's example has them: ill-conditioned, logits reach a million."""
+    numeric_BN = torch.cat([ops.select_dense(batch[name]) for name in NUMERIC], dim=1)
+    return {
+        "label": batch["label"],
+        "numeric": numeric_BN,
+        **{name: ops.select_ragged(batch[name]) for name in CATEGORICAL},
+    }
+
+
+def build_step(args: argparse.Namespace) -> tuple[Step, TrainState]:
+    """The whole training program as one step, and its first state."""
+
+    def embeddings(dim: int) -> list[Embedding]:
+        init = truncated_normal(0.001)
+        return [Embedding(name, dim=dim, combiner="sum", init=init, device=args.device) for name in CATEGORICAL]
+
+    step = train_step(
+        features=log1p_features if args.numeric == "log1p" else raw_features,
+        embeddings={"emb": embeddings(EMBEDDING_DIM), "bias": embeddings(1)},
+        forward=lambda params, emb, feats: deepfm.forward(params, emb, feats["numeric"]),
+        sparse_optimizer=sparse_adamw(args.sparse_lr, weight_decay=0.01),
+        dense_optimizer=adamw(args.dense_lr, weight_decay=0.01),
+        accumulation=args.gradient_accumulation_steps,
+        seed=args.seed,
+    )
+    config = deepfm.DeepFMConfig(num_numeric=13, num_sparse=26, dim=EMBEDDING_DIM, hidden=HIDDEN)
+    return step, step.init(deepfm.init(config, torch.Generator().manual_seed(args.seed)))
+
+
+def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reader:
+    """A reader over this worker's share of the files."""
+    return orc_reader(
+        paths,
+        COLUMNS,
+        args.batch_size,
+        drop_remainder=drop_remainder,
+        threads=args.thread_num,
+        prefetch=args.prefetch,
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains, evaluates, saves; returns the summary that is also written to <output_dir>/summary.json."""
+    planted: dict[str, Any] = {}
+    if args.data_paths is None:
+        print(f"no --data_paths: using generated click logs in {args.generated_dir}", flush=True)
+        planted = generate(
+            args.generated_dir,
+            rows_per_file=args.generated_rows // 10,
+            train_files=10,
+            eval_files=1,
+            seed=args.seed,
+        )
+        args.data_paths, args.eval_paths = f"{args.generated_dir}/train", f"{args.generated_dir}/eval"
+        print(f"best possible AUC on the held-out rows: {planted['best_auc']:.4f}", flush=True)
+
+    reader = read(args, args.data_paths, drop_remainder=args.drop_remainder)
+    step, state = build_step(args)
+    first = next(iter(reader), None)
+    if first is None:
+        raise ValueError(f"data_paths: got fewer than {args.batch_size} rows, expected a full batch at least.")
+
+    evaluate_with = None
+    if args.eval_paths is not None:
+        held_out = read(args, args.eval_paths, drop_remainder=False)
+        evaluation = capture_evaluation(step, state, first)
+
+        def evaluate_with(state: TrainState) -> dict[str, float]:
+            return evaluate(evaluation, state, held_out, eval_steps=args.eval_steps)
+
+    config = TrainConfig(
+        output_dir=args.output_dir,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_steps=args.log_steps,
+        save_steps=args.save_steps,
+        train_steps=args.train_steps,
+        train_epoch=args.train_epoch,
+        eval_steps=args.eval_steps,
+        max_to_keep=args.max_to_keep,
+    )
+    with tqdm(unit=" samples", unit_scale=True, dynamic_ncols=True) as bar:
+        state, progress = train(
+            step,
+            capture(step, state, first),
+            state,
+            reader,
+            config,
+            resume=args.resume,
+            evaluate_with=evaluate_with,
+            on_event=lambda event, progress, state: _show(bar, event, progress),
+        )
+    summary = {
+        "auc": progress.evaluation.get("auc", progress.auc),
+        "best_auc": planted.get("best_auc"),
+        "numeric_lr_auc": planted.get("numeric_lr_auc"),
+        "log_loss": progress.evaluation.get("log_loss", progress.loss),
+        "calibration": progress.evaluation.get("calibration"),
+        "samples_per_s": progress.samples_per_s,
+        "first_step_s": progress.first_step_s,
+        "train_s": progress.train_s,
+        "rows": sum(int(t.num_rows) for t in state.tables),
+        "refused_ids": sum(int(t.num_refused) for t in state.tables),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+        "steps": progress.step,
+        "stopped": progress.stopped or "end of data",
+    }
+    Path(args.output_dir, "summary.json").write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def _show(bar: tqdm, event: Event, progress: Progress) -> None:
+    if event == "log":
+        bar.set_postfix(
+            epoch=progress.epoch, step=progress.step, loss=f"{progress.loss:.4f}", auc=f"{progress.auc:.4f}"
+        )
+        bar.update(progress.num_samples - bar.n)
+    elif event == "after_evaluation":
+        values = " ".join(f"{name}={value:.4f}" for name, value in progress.evaluation.items() if name != "num_samples")
+        bar.write(f"epoch {progress.epoch} step {progress.step} held out: {values}")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The seed system's argument names, where it has them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recfx.examples.deepfm",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data_paths", help="ORC files, folders or globs to train on, with commas between; default: generate some")
+    add("--eval_paths", help="held-out files, evaluated after every epoch; default: none, or the generated ones")
+    add("--batch_size", type=int, default=1000, help="samples per micro-batch")
+    add("--thread_num", type=int, default=1, help="ORC stripes decoded at once")
+    add("--prefetch", type=int, default=1, help="stripes decoded ahead per thread; 0: decode while the step waits")
+    add("--drop_remainder", type=_flag, default=True, help="leave out the last rows that do not fill a batch")
+    add("--gradient_accumulation_steps", type=int, default=4, help="micro-batches per optimiser step")
+    add("--output_dir", default="./ckpt", help="checkpoints and summary.json")
+    add("--log_steps", type=int, default=10, help="optimiser steps between log lines")
+    add("--save_steps", type=int, default=2000, help="optimiser steps between checkpoints; one more at the end")
+    add("--eval_steps", type=int, default=None, help="batches per evaluation; default: all")
+    add("--max_to_keep", type=int, default=5, help="checkpoints kept")
+    add("--train_steps", type=int, default=None, help="stop after so many optimiser steps; default: after the data")
+    add("--train_epoch", type=int, default=1, help="passes over the data")
+    add("--sparse_lr", type=float, default=1e-3, help="learning rate of the embedding rows")
+    add("--dense_lr", type=float, default=1e-3, help="learning rate of the dense parameters")
+    add("--seed", type=int, default=42, help="of initial weights, and of generated data")
+    add("--resume", type=_flag, nargs="?", const=True, default=False, help="go on from the newest checkpoint")
+    add("--device", choices=["cpu"], default="cpu", help="where the step runs; GPU kernels are not in this version")
+    add("--numeric", choices=["log1p", "raw"], default="log1p", help="log(1 + max(x, 0)), or the seed's own raw inputs")
+    add("--num_threads", type=int, default=None, help="threads of the step; default: torch's")
+    add("--generated_dir", default="./demo/data", help="where generated files are kept")
+    add("--generated_rows", type=int, default=3_000_000, help="training rows to generate")
+    return parser.parse_args(argv)
+
+
+def _flag(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"got '{word}', expected true or false")
+    return word.lower() == "true"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    try:
+        summary = run(args)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    for name, value in summary.items():
+        print(f"{name:>16}  {value}")
+
+
+if __name__ == "__main__":
+    main()

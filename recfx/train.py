@@ -1,0 +1,222 @@
+"""The loop around a captured step: epochs, logging, evaluation, checkpoints, ctrl-C."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from recfx import checkpoint, metrics
+from recfx.metrics import BinaryCounts
+from recfx.step import Step, TrainState
+from recfx.types import NUM_SAMPLES, Batch
+
+__all__ = ["Event", "Progress", "Reader", "TrainConfig", "evaluate", "read_metrics", "reset_metrics_", "train"]
+
+Run = Callable[[TrainState, Batch], tuple[TrainState, Any]]
+Event = Literal[
+    "before_epoch", "after_epoch", "before_step", "after_step", "log", "before_save", "after_save", "before_evaluation",
+    "after_evaluation",
+]  # fmt: skip
+
+
+class Reader(Protocol):
+    """An iterable of batches that can start anywhere in an epoch; its iterator has a JSON-able `position`."""
+
+    def start_at(self, position: dict) -> Any: ...
+
+    def __iter__(self) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What the loop does besides stepping; names are the seed system's. Steps are optimiser steps.
+
+    Args:     output_dir: where checkpoints go.  log_steps: steps between log events.
+              save_steps: steps between checkpoints; one is saved at the end and on ctrl-C in any case.
+              train_steps: stop after so many steps in all; None: after the data.  train_epoch: passes over the data.
+              gradient_accumulation_steps: micro-batches per step, as the step was built with.
+              eval_steps: batches per evaluation; None: all.  max_to_keep: checkpoints kept.
+    """
+
+    output_dir: str = "./ckpt"
+    gradient_accumulation_steps: int = 1
+    log_steps: int = 10
+    save_steps: int = 2000
+    train_steps: int | None = None
+    train_epoch: int = 1
+    eval_steps: int | None = None
+    max_to_keep: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("gradient_accumulation_steps", "log_steps", "save_steps", "train_epoch", "max_to_keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1.")
+
+
+@dataclass
+class Progress:
+    """Where training stands; what event listeners are shown."""
+
+    epoch: int = 0
+    step: int = 0
+    num_samples: int = 0  # of this run, the first batch left out: it waits for the compiler
+    seconds: float = 0.0  # that they took, reading and logging included, saving and evaluating left out
+    first_step_s: float = 0.0
+    train_s: float = 0.0
+    loss: float = float("nan")  # mean over the samples since the epoch began
+    auc: float = float("nan")
+    stopped: str = ""  # "train_steps", "interrupted" or ""
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def samples_per_s(self) -> float:
+        return self.num_samples / self.seconds if self.seconds else float("nan")
+
+
+def train(
+    step: Step,
+    run: Run,
+    state: TrainState,
+    reader: Reader,
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    evaluate_with: Callable[[TrainState], dict[str, float]] | None = None,
+    on_event: Callable[[Event, Progress, TrainState], None] = lambda *_: None,
+) -> tuple[TrainState, Progress]:
+    """Trains until the data, the epochs or `train_steps` end, or ctrl-C, which finishes the step and saves.
+
+    Args:     run: `step.update_` or its capture.  state: freshly initialised.
+              resume: continue from the newest checkpoint in output_dir, if there is one: the same bytes as never
+              having stopped.
+              evaluate_with: state -> values by name, called after every epoch.  on_event: told of every phase.
+    """
+    progress, position = Progress(), None
+    found = checkpoint.latest(config.output_dir) if resume else None
+    if found is not None:
+        state, loop = checkpoint.load(found, step, state)
+        progress.step, progress.epoch, position = loop["step"], loop["epoch"], loop["position"]
+    begun = time.perf_counter()
+
+    def save(position: dict | None) -> None:
+        on_event("before_save", progress, state)
+        loop = {"epoch": progress.epoch, "position": position}
+        keep = config.max_to_keep
+        checkpoint.save(config.output_dir, step, state, number=progress.step, loop=loop, max_to_keep=keep)
+        on_event("after_save", progress, state)
+
+    def after_step() -> None:
+        progress.step += 1
+        if progress.step % config.log_steps == 0:
+            read_metrics(progress, state)
+            on_event("log", progress, state)
+        on_event("after_step", progress, state)
+        if config.train_steps is not None and progress.step >= config.train_steps:
+            progress.stopped = "train_steps"
+        elif interrupted:
+            progress.stopped = "interrupted"
+
+    with _interrupts() as interrupted:
+        while progress.epoch < config.train_epoch and not progress.stopped:
+            reset_metrics_(state)
+            on_event("before_epoch", progress, state)
+            batches = iter(reader) if position is None else reader.start_at(position)
+            window = 0  # micro-batches of the open accumulation window
+            clock = time.perf_counter()
+            for batch in batches:
+                if window == 0:
+                    on_event("before_step", progress, state)
+                state, _ = run(state, batch)
+                clock = _count(progress, batch, clock)
+                position, window = batches.position, (window + 1) % config.gradient_accumulation_steps
+                if window:
+                    continue
+                after_step()
+                if progress.stopped:
+                    batches.close()
+                    break
+                if progress.step % config.save_steps == 0:
+                    save(position)
+                    clock = time.perf_counter()
+            else:
+                if window:
+                    state = step.flush_(state)
+                    after_step()
+                progress.epoch, position = progress.epoch + 1, None
+                on_event("after_epoch", progress, state)
+            if evaluate_with is not None and progress.stopped != "interrupted":
+                on_event("before_evaluation", progress, state)
+                progress.evaluation = evaluate_with(state)
+                on_event("after_evaluation", progress, state)
+        progress.train_s = time.perf_counter() - begun
+        save(position)
+    return state, progress
+
+
+def evaluate(
+    run: Run, state: TrainState, batches: Iterable[Batch], *, eval_steps: int | None = None
+) -> dict[str, float]:
+    """AUC, log loss, calibration and number of samples of held-out batches; the state's own metrics come out unchanged.
+
+    Args:     run: `step.evaluate_` or its capture.  eval_steps: batches to read; None: all.
+    """
+    kept = state._replace(metrics=BinaryCounts(*(t.clone() for t in state.metrics)))
+    reset_metrics_(state)
+    for batch in itertools.islice(batches, eval_steps):
+        state, _ = run(state, batch)
+    counts = state.metrics
+    values = {
+        "auc": metrics.auc(counts),
+        "log_loss": metrics.log_loss(counts),
+        "calibration": metrics.calibration(counts),
+        "num_samples": float(counts.sums[0]),
+    }
+    for target, source in zip(state.metrics, kept.metrics, strict=True):
+        target.copy_(source)
+    return values
+
+
+def read_metrics(progress: Progress, state: TrainState) -> None:
+    """Loss and AUC since the metrics were last reset, read from the device."""
+    progress.loss, progress.auc = metrics.log_loss(state.metrics), metrics.auc(state.metrics)
+
+
+def reset_metrics_(state: TrainState) -> None:
+    for t in state.metrics:
+        t.zero_()
+
+
+def _count(progress: Progress, batch: Batch, clock: float) -> float:
+    now = time.perf_counter()
+    if progress.first_step_s:
+        progress.num_samples += int(batch[NUM_SAMPLES])
+        progress.seconds += now - clock
+    else:
+        progress.first_step_s = now - clock
+    return now
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collects ctrl-C instead of raising it, so that a step is never cut in half. A second one raises."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def receive(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = signal.signal(signal.SIGINT, receive)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)

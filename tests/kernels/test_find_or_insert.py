@@ -1,0 +1,156 @@
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recfx.kernels import find, find_or_insert
+from recfx.table import TableState, _initializer_tensors, copy_of, grow_, table
+from tests.reference import (
+    EXTREMES,
+    DictTable,
+    Reading,
+    Stream,
+    assert_same_table,
+    on_threads,
+    random_lists,
+    reading_of,
+    streams,
+    table_plan,
+)
+
+OPS = {"definition": find_or_insert.definition, "kernel": find_or_insert.find_or_insert_}
+FINDS = {"definition": find.definition, "kernel": find.find}
+
+
+def empty_table(vocabularies, *, max_rows=64, max_unique=None) -> tuple[TableState, tuple]:
+    plan = table_plan(vocabularies)
+    state = table(plan, optimizer_slots=2, seed=1, max_rows=max_rows, max_unique=max_unique).init()
+    return state, _initializer_tensors(plan, 1)
+
+
+def arguments(s: TableState, r: Reading, init: tuple) -> tuple:
+    return (
+        s.slots, s.ids, s.vocabularies, s.seen, s.rows, s.num_rows, s.num_refused, s.unique_rows, s.num_unique,
+        s.num_slots, s.salt, s.step + 1, *r, *init,
+    )  # fmt: skip
+
+
+def insert(op, state, reading, init):
+    row, inverse = op(*arguments(state, reading, init))
+    return row.tolist(), inverse.tolist()
+
+
+def find_with(op, s: TableState, r: Reading):
+    return op(s.slots, s.ids, s.num_slots, s.salt, *r).tolist()
+
+
+def finish_step(state: TableState) -> None:
+    state.num_unique.zero_()
+    state.step.add_(1)
+
+
+def check(stream: Stream, ends: list[bool], max_rows: int, max_unique: int | None) -> None:
+    """Every spelling against the dict, batch by batch; `ends[i]` says that a step ends after batch i."""
+    oracle = DictTable(max_rows, max_unique or max_rows)
+    tables = {}
+    for name in OPS:
+        tables[name], init = empty_table(stream.vocabularies, max_rows=max_rows, max_unique=max_unique)
+    for reading, end in zip(stream.readings(), ends, strict=True):
+        known = oracle.find(reading)
+        expected = oracle.insert(reading)
+        assert find_with(FINDS["definition"], tables["kernel"], reading) == known
+        assert find_with(FINDS["kernel"], tables["definition"], reading) == known
+        for name, op in OPS.items():
+            assert insert(op, tables[name], reading, init) == expected
+            assert find_with(FINDS["kernel"], tables[name], reading) == oracle.find(reading)
+        state = tables["kernel"]
+        keys = list(zip(state.vocabularies.tolist(), state.ids.tolist(), strict=True))[: int(state.num_rows)]
+        assert keys == list(oracle.rows)
+        assert int(state.num_refused) == oracle.num_refused
+        assert state.unique_rows[: int(state.num_unique)].tolist() == list(oracle.unique)
+        assert_same_table(state, tables["definition"], exact_rows=False)
+        if end:
+            oracle.next_step()
+            for table_state in tables.values():
+                finish_step(table_state)
+
+
+@given(stream=streams(3), ends=st.lists(st.booleans(), min_size=3, max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_kernel_is_definition_is_dict(stream, ends):
+    check(stream, ends[: len(stream.batches)], max_rows=256, max_unique=None)
+
+
+@given(stream=streams(3), ends=st.lists(st.booleans(), min_size=3, max_size=3), max_rows=st.integers(1, 12),
+       max_unique=st.integers(1, 6))  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_full_table_and_full_step_are_counted(stream, ends, max_rows, max_unique):
+    check(stream, ends[: len(stream.batches)], max_rows=max_rows, max_unique=max_unique)
+
+
+def test_index_refuses_rows_beyond_seven_eighths():
+    """A table that was not grown in time stays right: what finds no slot is refused and counted."""
+    state, init = empty_table([0], max_rows=64)
+    state.num_slots.fill_(8)
+    state.slots[:8] = -1
+    reading = reading_of([[[i] for i in range(20)]], [0])
+    for op in OPS.values():
+        s = copy_of(state)
+        row, _ = insert(op, s, reading, init)
+        assert row == [*range(7), *[-2] * 13]
+        assert (int(s.num_rows), int(s.num_refused)) == (7, 13)
+
+
+def test_refused_ids_leave_no_trace_and_are_taken_after_growth():
+    state, init = empty_table([0], max_rows=64)
+    state.num_slots.fill_(8)
+    state.slots[:8] = -1
+    reading = reading_of([[[i] for i in range(20)]], [0])
+    insert(OPS["kernel"], state, reading, init)
+    grow_(state, 64)
+    assert find_with(FINDS["kernel"], state, reading) == [*range(7), *[-1] * 13]
+    assert insert(OPS["kernel"], state, reading, init)[0] == list(range(20))
+
+
+def test_many_ids_on_one_and_two_threads():
+    """Enough ids for several blocks per thread; equal bytes whatever the thread count."""
+    rng = random.Random(0)
+    vocabularies = [v % 5 for v in range(7)]
+    ids = [*EXTREMES, *(rng.getrandbits(64) - 2**63 for _ in range(3000))]
+    batches = [random_lists(rng, lookups=7, samples=400, longest=3, ids=ids) for _ in range(2)]
+    stream = Stream(vocabularies, batches, 5)
+    tables, rows = {}, {}
+    oracle = DictTable()
+    expected = [oracle.insert(r) for r in stream.readings()]
+    for threads in (1, 2):
+        tables[threads], init = empty_table(vocabularies, max_rows=16384)
+        rows[threads] = [
+            on_threads(threads, insert, OPS["kernel"], tables[threads], r, init) for r in stream.readings()
+        ]
+        assert rows[threads] == expected
+    for a, b in zip(*tables.values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@given(stream=streams(max_batches=1))
+@settings(max_examples=30, deadline=None)
+def test_new_rows_start_with_zero_moments_whatever_the_memory_held(stream):
+    for op in OPS.values():
+        state, init = empty_table(stream.vocabularies, max_rows=64)
+        state.rows.fill_(9.0)
+        state.seen.fill_((1 << 32) | 3)  # what an evicted row might leave
+        insert(op, state, stream.readings()[0], init)
+        new = state.rows[: int(state.num_rows)]
+        assert not new[:, 1:].any()
+        assert (new[:, 0] < 1.5).all()
+        assert torch.equal(state.rows[int(state.num_rows) :], torch.full_like(state.rows[int(state.num_rows) :], 9.0))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_opcheck():
+    state, init = empty_table([0, 1], max_rows=64)
+    reading = reading_of([[[1, 2], []], [[1], [3, 3]]], [0, 1], spare=1)
+    torch.library.opcheck(find_or_insert.find_or_insert_, arguments(state, reading, init))
+    torch.library.opcheck(find.find, (state.slots, state.ids, state.num_slots, state.salt, *reading))

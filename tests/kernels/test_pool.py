@@ -1,0 +1,76 @@
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recfx.kernels import pool
+from recfx.kernels.initial import initial_values
+from recfx.table import _initializer_tensors
+from tests.reference import REFUSED, UNKNOWN, on_threads, positions, random_lists, reading_of, streams, table_plan
+
+DIMS = [(3, 1), (8, 1), (1,), (5,), (16, 4, 2)]
+
+
+def loop(rows, row_P, reading, init, firsts, dims):
+    keys, params = init
+    blocks = [torch.zeros(reading.offsets.shape[1] - 1, len(reading.starts), dim) for dim in dims]
+    for b, l, p in positions(reading):
+        row, v = int(row_P[p]), int(reading.vocabularies[l])
+        if row == UNKNOWN:
+            continue
+        weight = initial_values(reading.values[p : p + 1], keys[v : v + 1], params[v : v + 1])[0]
+        weight = weight if row == REFUSED else rows[row, 0]
+        for block, first, dim in zip(blocks, firsts, dims, strict=True):
+            block[b, l] += weight[first : first + dim]
+    return blocks
+
+
+def case(lists, vocabularies, dims, seed, spare=2):
+    plan = table_plan(vocabularies, dims)
+    g = torch.Generator().manual_seed(seed)
+    reading = reading_of(lists, vocabularies, spare=spare)
+    rows = torch.randn(10, 3, plan.width, generator=g)
+    row_P = torch.randint(REFUSED, 10, reading.values.shape, generator=g, dtype=torch.int32)
+    init = _initializer_tensors(plan, 1)
+    return rows, row_P, reading, init, plan.firsts, plan.dims
+
+
+def call(op, rows, row_P, reading, init, firsts, dims):
+    return op(rows, row_P, *reading, *init, firsts, dims)
+
+
+@given(stream=streams(max_batches=1), dims=st.sampled_from(DIMS), seed=st.integers(0, 2**31))
+@settings(max_examples=100, deadline=None)
+def test_kernel_is_definition_is_loop(stream, dims, seed):
+    args = case(stream.batches[0], stream.vocabularies, dims, seed, stream.spare)
+    expected = loop(*args)
+    for op in (pool.definition, pool.pool):
+        for a, b in zip(call(op, *args), expected, strict=True):
+            assert a.is_contiguous()
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_single_known_ids_are_copied_exactly_and_empty_lists_are_zero():
+    rows, _, reading, init, firsts, dims = case([[[1], [], [2]]], [0], (8, 1), 0)
+    row_P = torch.tensor([4, 9, 0, 0], dtype=torch.int32)[: reading.values.numel()]
+    emb, bias = call(pool.pool, rows, row_P, reading, init, firsts, dims)
+    assert torch.equal(emb[:, 0], torch.stack([rows[4, 0, :8], torch.zeros(8), rows[9, 0, :8]]))
+    assert torch.equal(bias[:, 0], torch.stack([rows[4, 0, 8:], torch.zeros(1), rows[9, 0, 8:]]))
+
+
+def test_one_and_two_threads_give_the_same_bytes():
+    rng = random.Random(0)
+    lists = random_lists(rng, lookups=6, samples=300, longest=4, ids=range(50))
+    args = case(lists, [0, 1, 2, 0, 1, 2], (8, 1), 0)
+    one, two = (on_threads(n, call, pool.pool, *args) for n in (1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    for a, b in zip(one, call(pool.definition, *args), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_opcheck():
+    rows, row_P, reading, init, firsts, dims = case([[[1, 2], []], [[1], [3, 3]]], [0, 1], (8, 1), 0)
+    torch.library.opcheck(pool.pool, (rows, row_P, *reading, *init, firsts, dims))

@@ -1,0 +1,207 @@
+"""The captured step: equal to the eager one, traced once, and with no temporary as large as a table."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from recfx import table as table_module
+from recfx.capture import capture, capture_evaluation
+from recfx.step import Step
+from tests.conftest import BATCH_SIZE, deepfm_batches, deepfm_params, deepfm_step
+from tests.reference import on_threads
+from tests.test_step import assert_same_state
+
+BIG = 2**21  # reserved rows: a table of 126 MB and gradients of 42 MB beside a few KB of activations
+
+
+class Captured(NamedTuple):
+    step: Step
+    call: Any
+    evaluate: Any
+
+
+def fresh(step: Step) -> Any:
+    return step.init({name: p.clone() for name, p in deepfm_params().items()})
+
+
+def leaves(state: Any) -> list[torch.Tensor]:
+    """What the state holds: reserved rows that are not in use left out."""
+    tables = []
+    for s in state.tables:
+        n, u = int(s.num_rows), int(s.num_unique)
+        parts = (s.slots[: int(s.num_slots)], s.ids[:n], s.vocabularies[:n], s.seen[:n], s.rows[:n], s.unique_rows[:u])
+        tables += [t.clone() for t in (*parts, s.grads[:u], s.num_rows, s.num_slots, s.num_refused, s.step)]
+    rest = torch.utils._pytree.tree_leaves(state._replace(tables=()))
+    return tables + [t.clone() for t in rest]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def run(function: Any, state: Any, batches: list) -> tuple[Any, list[torch.Tensor]]:
+    losses = []
+    for batch in batches:
+        state, aux = function(state, batch)
+        losses.append(aux.loss.clone())
+    return state, losses
+
+
+@pytest.fixture(autouse=True)
+def _small_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Growth from the first batch on."""
+    monkeypatch.setattr(table_module, "FIRST_SLOTS", 8)
+
+
+@pytest.fixture(scope="module")
+def one() -> Captured:
+    step = deepfm_step(max_rows=BIG)
+    state, batch = fresh(step), deepfm_batches(1)[0]
+    return Captured(step, capture(step, state, batch), capture_evaluation(step, state, batch))
+
+
+@pytest.fixture(scope="module")
+def three() -> Captured:
+    step = deepfm_step(max_rows=BIG, accumulation=3)
+    state, batch = fresh(step), deepfm_batches(1)[0]
+    return Captured(step, capture(step, state, batch), None)
+
+
+def stream() -> list:
+    """Ids that keep coming, so that the index doubles several times; the last batch is short."""
+    first = deepfm_batches(4)
+    ids = tuple(range(1000, 1400))
+    return first + deepfm_batches(10, seed=1, ids=ids, short_last=True)
+
+
+@pytest.mark.parametrize("name", ["one", "three"])
+def test_captured_is_eager_through_growth_and_a_short_last_batch(name, request):
+    captured = request.getfixturevalue(name)
+    a, b = fresh(captured.step), fresh(captured.step)
+    num_slots = set()
+    for batch in stream():
+        a, aux_a = captured.call(a, batch)
+        b = captured.step.grow_(b, captured.step.ids_in(batch))
+        b, aux_b = captured.step.update_(b, batch)
+        assert_same_state(a, b)
+        torch.testing.assert_close(aux_a.loss, aux_b.loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(aux_a.logit, aux_b.logit, rtol=1e-5, atol=1e-5)
+        num_slots.add(int(a.tables[0].num_slots))
+    assert len(num_slots) > 2
+    assert int(a.metrics.sums[0]) == 14 * BATCH_SIZE - BATCH_SIZE // 2 - 1
+    assert int(a.tables[0].num_rows) > 100
+
+
+def test_one_trace_and_one_graph_over_many_steps(one):
+    run(one.call, fresh(one.step), deepfm_batches(1))
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(one.call, fresh(one.step), stream())
+        run(one.call, fresh(one.step), stream())
+    assert counters["stats"]["unique_graphs"] == 0
+    assert not counters["graph_break"]
+    assert not counters["recompiles"]
+
+
+def test_one_graph_for_a_new_layout():
+    counters.clear()
+    step = deepfm_step(forward=lambda params, emb, feats: emb["bias"].sum(1) + params["numeric_bias"].sum())
+    state = fresh(step)
+    call = capture(step, state, deepfm_batches(1)[0])
+    run(call, state, deepfm_batches(3, short_last=True))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_same_bytes_from_run_to_run(one, threads):
+    first = on_threads(threads, run, one.call, fresh(one.step), stream())
+    again = on_threads(threads, run, one.call, fresh(one.step), stream())
+    assert equal(leaves(first[0]), leaves(again[0]))
+    assert equal(first[1], again[1])
+
+
+def test_one_and_two_threads_agree(one):
+    """Ids, rows and counters exactly; values within 1e-5."""
+    states = [on_threads(n, run, one.call, fresh(one.step), stream())[0] for n in (1, 2)]
+    assert_same_state(*states)
+
+
+def test_capturing_does_not_train(one):
+    state, batch = fresh(one.step), deepfm_batches(1)[0]
+    before, buffer = leaves(state), batch.buffer.clone()
+    capture(one.step, state, batch)
+    capture_evaluation(one.step, state, batch)
+    assert equal(before, leaves(state))
+    assert torch.equal(buffer, batch.buffer)
+
+
+def test_states_and_steps_interleave(one, three):
+    """A captured step holds no state of its own."""
+    alone = [run(c.call, fresh(c.step), stream())[0] for c in (one, one, three)]
+    mixed = [fresh(one.step), fresh(one.step), fresh(three.step)]
+    for batch in stream():
+        mixed = [c.call(s, batch)[0] for c, s in zip((one, one, three), mixed, strict=True)]
+    for a, b in zip(alone, mixed, strict=True):
+        assert equal(leaves(a), leaves(b))
+
+
+def test_the_batch_is_only_read(one):
+    batches = stream()
+    buffers = [batch.buffer.clone() for batch in batches]
+    run(one.call, fresh(one.step), batches)
+    assert all(torch.equal(a, batch.buffer) for a, batch in zip(buffers, batches, strict=True))
+
+
+def test_captured_evaluation_is_eager_and_changes_metrics_alone(one):
+    state, _ = run(one.call, fresh(one.step), stream()[:3])
+    before = leaves(state._replace(metrics=()))
+    other = state._replace(metrics=type(state.metrics)(*(t.clone() for t in state.metrics)))
+    for batch in deepfm_batches(3, seed=9, ids=tuple(range(20, 60)), short_last=True):
+        state, aux_a = one.evaluate(state, batch)
+        other, aux_b = one.step.evaluate_(other, batch)
+        torch.testing.assert_close(aux_a.logit, aux_b.logit, rtol=1e-5, atol=1e-5)
+    assert equal(before, leaves(state._replace(metrics=())))
+    torch.testing.assert_close(state.metrics.sums, other.metrics.sums, rtol=1e-5, atol=1e-6)
+    assert state.metrics.histogram.sum() == other.metrics.histogram.sum()
+
+
+def largest_allocation(function: Any) -> int:
+    """Bytes of the largest tensor memory that `function` takes at once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    return max(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+
+
+@pytest.mark.parametrize("name", ["one", "three"])
+def test_no_temporary_as_large_as_a_table(name, request):
+    captured = request.getfixturevalue(name)
+    state, batches = fresh(captured.step), stream()
+    assert state.tables[0].rows.nbytes > 2**26
+    state, _ = run(captured.call, state, batches[:4])
+    assert largest_allocation(lambda: run(captured.call, state, batches[:4])) < 2**20
+    smallest = min(t.nbytes for t in state.tables[0] if t.dim())
+    assert smallest > 2**22
+    assert largest_allocation(lambda: state.tables[0].unique_rows.clone()) >= smallest  # the measure sees one
+
+
+def test_evaluation_has_no_temporary_as_large_as_a_table(one):
+    state, _ = run(one.call, fresh(one.step), stream()[:2])
+    run(one.evaluate, state, stream()[:1])
+    assert largest_allocation(lambda: run(one.evaluate, state, stream()[:3])) < 2**20
+
+
+def test_a_batch_that_is_not_packed_is_an_error(one):
+    with pytest.raises(TypeError, match=r"batch: got dict, expected recfx.types.Batch"):
+        one.call(fresh(one.step), dict(deepfm_batches(1)[0]))
+
+
+def test_what_cannot_be_captured_is_an_error():
+    step = deepfm_step(forward=lambda params, emb, feats: emb["bias"].sum(1) * float(emb["bias"].sum()))
+    state, batch = fresh(step), deepfm_batches(1)[0]
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        capture(step, state, batch)(state, batch)
