@@ -56,7 +56,7 @@ def compiled(weights: dict[str, np.ndarray], *, max_distinct: int) -> Baseline:
               max_distinct: static bound on distinct rows per batch, the padding row included.
     """
     state = init(weights)
-    jitted = jax.jit(partial(train_step, capacity=-(-max_distinct // 64) * 64), donate_argnums=0)
+    jitted = jax.jit(partial(train_step, capacity=max_distinct), donate_argnums=0)
 
     def step(batch: Batch) -> Array:
         nonlocal state
@@ -104,7 +104,7 @@ def unique(last_seen: Array, index: Array, capacity: int) -> tuple[Array, Array,
     position = jnp.arange(len(index), dtype=jnp.int32)
     last_seen = last_seen.at[index].set(position)
     winner = last_seen[index]
-    rank = jnp.cumsum((winner == position).reshape(-1, 8 * NUM_COLUMNS), 1, dtype=jnp.int32)  # two levels: faster
+    rank = jnp.cumsum((winner == position).reshape(NUM_COLUMNS, -1), 1, dtype=jnp.int32)  # two levels: faster
     before = jnp.cumsum(rank[:, -1]) - rank[:, -1]
     slot = (rank + before[:, None] - 1).reshape(-1)[winner]
     index_U = jnp.full(capacity, len(last_seen) - 1, jnp.int32).at[slot].set(index, mode="drop")

@@ -114,10 +114,9 @@ def functional_compiled(weights: dict[str, Tensor], *, max_distinct: int) -> Bas
     rows = torch.zeros(len(weights["bias"]), 3 * WIDTH)
     rows[:, :DIM], rows[:, DIM : DIM + 1] = weights["embedding"], weights["bias"]
     state = State(dense, m, v, rows, torch.zeros(len(rows), dtype=torch.int32), torch.zeros(()))
-    capacity = -(-max_distinct // 64) * 64
     compiled = torch.compile(functional_step, fullgraph=True, dynamic=False)
     return Baseline(
-        lambda batch: compiled(state, batch, capacity),
+        lambda batch: compiled(state, batch, max_distinct),
         lambda: state.dense | {"embedding": state.rows[:, :DIM], "bias": state.rows[:, DIM:WIDTH]},
     )
 

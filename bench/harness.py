@@ -33,7 +33,8 @@ class Loop:
 
     Args:     step: called with one batch; what it returns is handed to `sync` after the last step.
               sync: waits for that result. A CPU torch step needs none.
-    Example:  >>> Loop(lambda batch: None, [1, 2]).run(3) < 1
+    Example:
+              >>> Loop(lambda batch: None, [1, 2]).run(3) < 1
               True
     """
 
@@ -58,9 +59,11 @@ class Child:
 
     Args:     target: "module:function", imported in the child; function(**parameters) returns (step, sync) where
               step(k) runs the k-th step and sync(result) waits for it.
-    Example:  >>> with Child("bench.baselines_jax:child_loop", num_batches=16, batch_size=1000, table_rows=200_000,
-              ...            seed=0) as jax_side:                                                # doctest: +SKIP
-              ...     compare("step", recfx_side, jax_side)
+    Example:
+              >>> with Child("bench.baselines_jax:child_loop", num_batches=16, batch_size=1000,  # doctest: +SKIP
+              ...            table_rows=200_000,
+              ...            seed=0) as jax_side:
+              ...     compare(recfx_side, jax_side)
     """
 
     def __init__(self, target: str, **parameters: Any) -> None:

@@ -154,7 +154,8 @@ def make_batches(num_batches: int, batch_size: int, *, table_rows: int = 200_000
     Args:     table_rows: distinct (column, id) pairs the table starts with, in `universe`.
     Cost:     about 1 s for 16 batches of 16 384 and 10 M rows.
     Raises:   ValueError when `table_rows` is too small to give each column an id.
-    Example:  >>> w = make_batches(2, 8, table_rows=1000)
+    Example:
+              >>> w = make_batches(2, 8, table_rows=1000)
               >>> len(w.batches), w.batches[0]["c1"].num_samples, w.dense[0].index.shape
               (2, 8, torch.Size([26, 8]))
     """

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import dtype_abbrs
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from recfx.step import Step
 from recfx.types import Batch, Layout, unpack
 
-__all__ = ["capture", "capture_evaluation", "sections_function"]
+__all__ = ["capture", "capture_evaluation", "sections_function", "trace"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
@@ -47,22 +51,55 @@ def sections_function(update_: Callable, layout: Layout) -> Callable[[Any, list[
     return types.FunctionType(code, run.__globals__, "step", run.__defaults__, run.__closure__)
 
 
+def trace(update_: Callable, state: Any, batch: Batch) -> torch.fx.GraphModule:
+    """The ATen graph of `sections_function(update_, batch.layout)`, a callable of the same signature.
+
+    Traced on fake tensors: nothing is computed and `state` is neither read nor written, so tables of any size will do.
+    Inputs are named by their path, `params_dnn_0_weight`, `tables_0_slots`, `sections_i64`; writes stay visible as
+    in-place ops; what nothing uses is left out. Depends on the program alone, not on the process.
+    """
+    run = sections_function(update_, batch.layout)
+    with torch.no_grad():
+        graph_module = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(state, batch.sections)
+    names = [re.sub(r"\W+", "_", keystr(path)).strip("_") for path, _ in tree_flatten_with_path(state)[0]]
+    names += [f"sections_{dtype_abbrs[dtype]}" for dtype in batch.layout.dtypes]
+    for node, name in zip(graph_module.graph.find_nodes(op="placeholder"), names, strict=True):
+        node.name = node.target = name
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
 def _captured(step: Step, update_: Callable, grow_: Callable) -> Callable[[Any, Batch], tuple[Any, Any]]:
     _keep_freed_memory()
-    compiled: dict[Layout, tuple[Callable, tuple[int, ...]]] = {}
+    compiled: dict[tuple, tuple[Callable, tuple[int, ...]]] = {}
+    known_state, known_shapes = None, ()
 
     def run(state: Any, batch: Batch) -> tuple[Any, Any]:
+        nonlocal known_state, known_shapes
         if not isinstance(batch, Batch):
             raise TypeError(f"batch: got {type(batch).__name__}, expected recfx.types.Batch. Use recfx.types.pack.")
-        if batch.layout not in compiled:
-            function = torch.compile(sections_function(update_, batch.layout), fullgraph=True, dynamic=False)
-            compiled[batch.layout] = function, step.ids_in(batch)
-        function, ids = compiled[batch.layout]
+        if state is not known_state:
+            known_state, known_shapes = state, _shapes(state)
+        key = (batch.layout, known_shapes, torch.get_num_threads())
+        if key not in compiled:
+            compiled[key] = _compile(sections_function(update_, batch.layout)), step.ids_in(batch)
+        function, ids = compiled[key]
         state = grow_(state, ids)
         with torch.no_grad():
             return state, function(state, batch.sections)
 
     return run
+
+
+def _compile(function: Callable) -> Callable:
+    """One graph, without Dynamo's guards: `run` looks up by all that they would check, in a tenth of the time."""
+    options = {"guard_filter_fn": lambda guards: [False for _ in guards]}
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+
+
+def _shapes(state: Any) -> tuple:
+    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in tree_leaves(state))
 
 
 @functools.cache

@@ -65,7 +65,7 @@ class Embedding:
 
     Args:     feature: name of the ragged i64 feature that holds the ids.
               dim: width of a weight row.
-              shared_name: tables of one name are one table. Default: '<feature>_<group>', a table of its own.
+              shared_name: tables of one name are one table. Default: '<group>/<feature>', a table of its own.
               combiner: how the rows of a sample's list become one: their sum or their mean. Empty lists give zeros.
               init: distribution of a new row, a function of (seed, table name, id, column) alone.
               device: where the table lives; features must be there too.
@@ -198,7 +198,7 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
 
 
 def _name(group: str, e: Embedding) -> str:
-    return e.shared_name or f"{e.feature}_{group}"
+    return e.shared_name or f"{group}/{e.feature}"
 
 
 def column_key(seed: int, name: str, column: int) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recfx.types import Params
 
-__all__ = ["init_linear", "linear", "mlp"]
+__all__ = ["init_linear", "linear", "mlp", "mlp_from_first"]
 
 
 def init_linear(num_in: int, num_out: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -26,6 +26,11 @@ def linear(params: Params, name: str, x: Tensor) -> Tensor:
 
 def mlp(params: Params, name: str, x: Tensor, *, num_hidden: int) -> Tensor:
     """ReLU layers '<name>.0' ... and a last linear one without."""
-    for i in range(num_hidden):
-        x = torch.relu(linear(params, f"{name}.{i}", x))
-    return linear(params, f"{name}.{num_hidden}", x)
+    return mlp_from_first(params, name, linear(params, f"{name}.0", x), num_hidden=num_hidden)
+
+
+def mlp_from_first(params: Params, name: str, x: Tensor, *, num_hidden: int) -> Tensor:
+    """`mlp` whose first linear layer has been computed already: x is its output [B, num_out of '<name>.0']."""
+    for i in range(1, num_hidden + 1):
+        x = linear(params, f"{name}.{i}", torch.relu(x))
+    return x

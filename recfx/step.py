@@ -213,7 +213,7 @@ def _groups(plan: Plan, blocks: list[list[Tensor]], found: list[Found]) -> dict[
         whole = [(cells[0].table, cells[0].column, l, "sum") for l in range(block.shape[1])]
         for i, c in enumerate(cells):
             if c.combiner == "mean":
-                count = found[c.table].offsets[c.lookup].diff()[:, None]
+                count = found[c.table].ragged[c.lookup].offsets.diff()[:, None]
                 parts[i] = parts[i] / count.clamp(min=1)
         groups[name] = block if [tuple(c) for c in cells] == whole else torch.stack(parts, dim=1)
     return groups

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recfx.embeddings import TablePlan, column_key
-from recfx.kernels import add_row_grads, find, find_or_insert, pool, rehash
+from recfx.kernels import add_row_grads, find, find_or_insert, order_ids, pool, rehash
 from recfx.types import Ragged
 
 __all__ = ["Found", "Table", "TableState", "copy_of", "grow_", "num_rows_bytes", "rebuild_", "reserve", "table"]
@@ -48,9 +48,9 @@ class TableState(NamedTuple):
 class Found(NamedTuple):
     """Where a batch's ids are. Lives inside one step."""
 
-    values: Tensor  # i64 [P], the lookups' ids end to end
-    offsets: Tensor  # i32 [L, B + 1]
-    starts: tuple[int, ...]  # first position of each lookup
+    id: Tensor  # i64 [P], in the order (sample, lookup, place in the list), padding at the end
+    cell: Tensor  # i32 [P], sample * L + lookup, -1 padding
+    ragged: list[Ragged]  # the feature of each lookup
     row: Tensor  # i32 [P], -1 unknown or padding, -2 refused
     inverse: Tensor  # i32 [P], unique number in this step, -1 without
 
@@ -80,12 +80,14 @@ def table(
               max_unique: most distinct ids one optimiser step may touch. Default max_rows.
     Cost:     find and insert read 16 to 32 B per id; insert never syncs; at load 0.75 a row's index and bookkeeping
               take 31 B, 42 B right after a doubling.
-    Raises:   ValueError when max_rows is not in [1, 2**31).
+    Raises:   ValueError when max_rows is not in [1, 2**31) or max_unique is below 1.
     """
     if not 1 <= max_rows < 2**31:
         raise ValueError(f"max_rows: got {max_rows}, expected 1 to 2**31 - 1. Row numbers are 32-bit.")
+    if max_unique is not None and max_unique < 1:
+        raise ValueError(f"max_unique: got {max_unique}, expected at least 1. A step could train nothing.")
     device, width = torch.device(plan.device), plan.width
-    num_unique = min(max_rows, max_unique or max_rows)
+    num_unique = max_rows if max_unique is None else min(max_rows, max_unique)
     max_slots = _slots_for(max_rows, 7 / 8)
     vocabularies = torch.tensor([lookup.vocabulary for lookup in plan.lookups], dtype=torch.int32, device=device)
     init_keys, init_params = _initializer_tensors(plan, seed)
@@ -113,37 +115,33 @@ def table(
             grads=reserve((num_unique, width), torch.float32, device),
         )
 
-    def read(features: dict) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    def read(features: dict) -> tuple[Tensor, Tensor, list[Ragged]]:
         ragged = [_ids(features, lookup.feature) for lookup in plan.lookups]
-        capacities = [r.values.numel() for r in ragged]
-        starts = tuple(sum(capacities[:l]) for l in range(len(capacities)))
-        return torch.cat([r.values for r in ragged]), torch.stack([r.offsets for r in ragged]), starts
+        return *order_ids.order_ids([r.values for r in ragged], [r.offsets for r in ragged]), ragged
 
     def find_(state: TableState, features: dict) -> Found:
-        values, offsets, starts = read(features)
-        row = find.find(state.slots, state.ids, state.num_slots, state.salt, values, offsets, starts, vocabularies)
-        return Found(values, offsets, starts, row, torch.full_like(row, -1))
+        id, cell, ragged = read(features)
+        row = find.find(state.slots, state.ids, state.num_slots, state.salt, id, cell, vocabularies)
+        return Found(id, cell, ragged, row, torch.full_like(row, -1))
 
     def insert_with(op: Callable) -> Callable[[TableState, dict], tuple[TableState, Found]]:
         def insert_(s: TableState, features: dict) -> tuple[TableState, Found]:
-            values, offsets, starts = read(features)
+            id, cell, ragged = read(features)
             row, inverse = op(
                 s.slots, s.ids, s.vocabularies, s.seen, s.rows, s.num_rows, s.num_refused, s.unique_rows,
-                s.num_unique, s.num_slots, s.salt, s.step + 1, values, offsets, starts, vocabularies, init_keys,
-                init_params,
+                s.num_unique, s.num_slots, s.salt, s.step + 1, id, cell, vocabularies, init_keys, init_params,
             )  # fmt: skip
-            return s, Found(values, offsets, starts, row, inverse)
+            return s, Found(id, cell, ragged, row, inverse)
 
         return insert_
 
     def pool_(state: TableState, found: Found) -> list[Tensor]:
-        reading = (found.values, found.offsets, found.starts, vocabularies)
-        return pool.pool(state.rows, found.row, *reading, init_keys, init_params, plan.firsts, plan.dims)
+        ids = (found.row, found.id, found.cell, vocabularies, found.ragged[0].num_samples)
+        return pool.pool(state.rows, *ids, init_keys, init_params, plan.firsts, plan.dims)
 
     def add_with(op: Callable) -> Callable[[TableState, Found, list[Tensor]], TableState]:
         def add_grads_(state: TableState, found: Found, blocks: list[Tensor]) -> TableState:
-            reading = (found.inverse, found.offsets, found.starts, vocabularies)
-            op(state.grads, *reading, plan.firsts, plan.dims, blocks)
+            op(state.grads, found.inverse, found.cell, vocabularies, plan.firsts, plan.dims, blocks)
             return state
 
         return add_grads_
@@ -195,8 +193,8 @@ def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
     Raises:   MemoryError naming the size when the system will not reserve that much.
     """
-    num_bytes = max(torch.Size(shape).numel() * dtype.itemsize, 1)
-    if device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    if num_bytes == 0 or device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(shape, dtype=dtype, device=device)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     try:

@@ -18,6 +18,10 @@ FEATURES, NUM_NUMERIC, DIM, BATCH_SIZE, CAPACITY = ("a", "b", "c"), 2, 4, 8, 24
 SMALL_IDS = (*EXTREMES, *range(2, 30))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accept-graphs", action="store_true", help="write graphs/ as the graphs are now")
+
+
 @pytest.fixture(autouse=True)
 def _two_threads() -> Iterator[None]:
     torch.set_num_threads(2)

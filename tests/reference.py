@@ -45,11 +45,10 @@ def initial_value(seed: int, name: str, id: int, column: int, init: Initializer)
 
 
 class Reading(NamedTuple):
-    """What the kernels read: the ids of several lookups, end to end."""
+    """What the kernels read: the ids of several lookups in the table's order, padding at the end."""
 
-    values: Tensor
-    offsets: Tensor
-    starts: tuple[int, ...]
+    id: Tensor
+    cell: Tensor
     vocabularies: Tensor
 
 
@@ -63,9 +62,9 @@ class DictTable:
         self.num_refused = 0
 
     def insert(self, reading: Reading) -> tuple[list[int], list[int]]:
-        row_P, inverse_P = ([UNKNOWN] * reading.values.numel() for _ in range(2))
+        row_P, inverse_P = ([UNKNOWN] * reading.id.numel() for _ in range(2))
         for _, l, p in positions(reading):
-            key = (int(reading.vocabularies[l]), int(reading.values[p]))
+            key = (int(reading.vocabularies[l]), int(reading.id[p]))
             if key not in self.rows and len(self.rows) >= self.max_rows:
                 row_P[p] = REFUSED
                 self.num_refused += 1
@@ -78,9 +77,9 @@ class DictTable:
         return row_P, inverse_P
 
     def find(self, reading: Reading) -> list[int]:
-        row_P = [UNKNOWN] * reading.values.numel()
+        row_P = [UNKNOWN] * reading.id.numel()
         for _, l, p in positions(reading):
-            row_P[p] = self.rows.get((int(reading.vocabularies[l]), int(reading.values[p])), UNKNOWN)
+            row_P[p] = self.rows.get((int(reading.vocabularies[l]), int(reading.id[p])), UNKNOWN)
         return row_P
 
     def next_step(self) -> None:
@@ -89,11 +88,9 @@ class DictTable:
 
 def positions(reading: Reading) -> Iterator[tuple[int, int, int]]:
     """(sample, lookup, position) of every id that is not padding, in the table's order."""
-    offsets = reading.offsets.tolist()
-    for b in range(len(offsets[0]) - 1):
-        for l, start in enumerate(reading.starts):
-            for p in range(start + offsets[l][b], start + offsets[l][b + 1]):
-                yield b, l, p
+    for p, cell in enumerate(reading.cell.tolist()):
+        if cell >= 0:
+            yield *divmod(cell, len(reading.vocabularies)), p
 
 
 # Batches.
@@ -109,10 +106,15 @@ def ragged(lists: Sequence[Sequence], *, spare: int = 0, dtype: torch.dtype = to
 
 
 def reading_of(lists: Lists, vocabularies: Sequence[int], *, spare: int = 0) -> Reading:
-    columns = [ragged(lookup, spare=spare) for lookup in lists]
-    starts = tuple(sum(c.values.numel() for c in columns[:l]) for l in range(len(columns)))
-    values, offsets = torch.cat([c.values for c in columns]), torch.stack([c.offsets for c in columns])
-    return Reading(values, offsets, starts, torch.tensor(list(vocabularies), dtype=torch.int32))
+    id, cell = [], []
+    for b in range(len(lists[0])):
+        for l, lookup in enumerate(lists):
+            id += lookup[b]
+            cell += [b * len(lists) + l] * len(lookup[b])
+    id += [0] * spare * len(lists)
+    cell += [-1] * spare * len(lists)
+    ints = [torch.tensor(cell, dtype=torch.int32), torch.tensor(list(vocabularies), dtype=torch.int32)]
+    return Reading(torch.tensor(id, dtype=torch.int64), *ints)
 
 
 def random_lists(rng: random.Random, *, lookups: int, samples: int, longest: int, ids: Sequence[int]) -> Lists:

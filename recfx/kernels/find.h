@@ -1,8 +1,5 @@
-// Reading the index: rows of all positions, in blocks that hide one cache miss behind the next.
+// Reading the index: rows of all ids, in blocks that hide one cache miss behind the next.
 #pragma once
-#include <algorithm>
-#include <vector>
-
 #include "table.h"
 
 constexpr int64_t FIND_BLOCK = 64, FIND_CHUNK = 512;
@@ -14,9 +11,10 @@ struct Index {
   uint64_t mask, salt;
 };
 
-static inline void find_block(const Index& index, const int64_t* values, int64_t n, uint64_t vocabulary, int32_t* out) {
-  uint64_t hash[FIND_BLOCK];
-  for (int64_t i = 0; i < n; ++i) hash[i] = hash_id(values[i], vocabulary, index.salt);
+static inline void find_block(const Index& index, const Ids& in, int64_t first, int64_t n, int32_t* out) {
+  uint64_t hash[FIND_BLOCK], vocabulary[FIND_BLOCK];
+  for (int64_t i = 0; i < n; ++i) vocabulary[i] = in.vocabulary(first + i);
+  for (int64_t i = 0; i < n; ++i) hash[i] = hash_id(in.id[first + i], vocabulary[i], index.salt);
   for (int64_t i = 0; i < n; ++i) __builtin_prefetch(&index.slots[hash[i] & index.mask]);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t slot = index.slots[hash[i] & index.mask];
@@ -26,20 +24,16 @@ static inline void find_block(const Index& index, const int64_t* values, int64_t
   }
   uint64_t at;
   for (int64_t i = 0; i < n; ++i)
-    out[i] = (int32_t)probe(index.slots, index.ids, index.mask, hash[i], vocabulary, values[i], &at);
+    out[first + i] = (int32_t)probe(index.slots, index.ids, index.mask, hash[i], vocabulary[i], in.id[first + i], &at);
 }
 
-// out[p] for every valid position p; other positions keep what they hold.
-static inline void find_all(const Index& index, const Lookups& in, int32_t* out) {
-  std::vector<int64_t> first_chunk(in.num_lookups + 1, 0);
-  for (int64_t l = 0; l < in.num_lookups; ++l)
-    first_chunk[l + 1] = first_chunk[l] + (in.count(l) + FIND_CHUNK - 1) / FIND_CHUNK;
+// out[k] for every id k; the padding gets UNKNOWN.
+static inline void find_all(const Index& index, const Ids& in, int32_t* out) {
+  const int64_t count = in.count();
 #pragma omp parallel for schedule(static)
-  for (int64_t chunk = 0; chunk < first_chunk[in.num_lookups]; ++chunk) {
-    const int64_t l = std::upper_bound(first_chunk.begin(), first_chunk.end(), chunk) - first_chunk.begin() - 1;
-    const int64_t begin = (chunk - first_chunk[l]) * FIND_CHUNK, end = std::min(begin + FIND_CHUNK, in.count(l));
-    for (int64_t i = begin; i < end; i += FIND_BLOCK)
-      find_block(index, in.values + in.starts[l] + i, std::min(FIND_BLOCK, end - i), in.vocabularies[l],
-                 out + in.starts[l] + i);
+  for (int64_t chunk = 0; chunk < count; chunk += FIND_CHUNK) {
+    const int64_t end = std::min(chunk + FIND_CHUNK, count);
+    for (int64_t k = chunk; k < end; k += FIND_BLOCK) find_block(index, in, k, std::min(FIND_BLOCK, end - k), out);
   }
+  std::fill(out + count, out + in.num_positions, UNKNOWN);
 }

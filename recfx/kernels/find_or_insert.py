@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from recfx.kernels import hashing
 from recfx.kernels.initial import initial_values
-from recfx.kernels.op import REFUSED, UNKNOWN, address, c_function, define_op, int64s, lookup_positions
+from recfx.kernels.op import REFUSED, UNKNOWN, address, c_function, define_op
 
 __all__ = ["find_or_insert_"]
 
@@ -27,9 +25,8 @@ def definition(
     num_slots: Tensor,
     salt: Tensor,
     step: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    starts: Sequence[int],
+    id_P: Tensor,
+    cell_P: Tensor,
     vocabularies: Tensor,
     init_keys: Tensor,
     init_params: Tensor,
@@ -40,13 +37,13 @@ def definition(
     7/8 of `num_slots`; a step no more unique rows than `unique_rows` has places. What finds no place is counted.
 
     Shapes:   slots i64 [S], ids i64 [R], row_vocabularies i32 [R], seen i64 [R], rows f32 [R, 1 + slots, W],
-              unique_rows i32 [U], counters i64 []; reading list as in `find`; init_keys i64 [V, W],
-              init_params f32 [V, 3, W].
+              unique_rows i32 [U], counters i64 []; id_P, cell_P, vocabularies as in `find`;
+              init_keys i64 [V, W], init_params f32 [V, 3, W].
     Returns:  row_P i32 [P] (REFUSED without room), inverse_P i32 [P] (unique number in this step, -1 without).
     Writes:   slots, ids, row_vocabularies, seen, rows, num_rows, num_refused, unique_rows, num_unique.
     """
-    position, _, lookup = lookup_positions(offsets, starts)
-    vocabulary, id = vocabularies[lookup].long(), values[position]
+    valid = cell_P >= 0
+    vocabulary, id = vocabularies[cell_P[valid] % len(vocabularies)].long(), id_P[valid]
     keys, inverse = torch.unique(torch.stack([vocabulary, id]), dim=1, return_inverse=True)
     nth = torch.arange(id.numel(), device=id.device)
     first = torch.full((keys.shape[1],), id.numel(), device=id.device).scatter_reduce(0, inverse, nth, "amin")
@@ -80,52 +77,41 @@ def definition(
     num_unique += joins.sum()
     num_refused += (unique[inverse] == UNKNOWN).sum()
 
-    row_P = torch.full_like(values, UNKNOWN, dtype=torch.int32)
+    row_P = torch.full_like(cell_P, UNKNOWN)
     inverse_P = row_P.clone()
-    row_P[position], inverse_P[position] = row[inverse].int(), unique[inverse].int()
+    row_P[valid], inverse_P[valid] = row[inverse].int(), unique[inverse].int()
     return row_P, inverse_P
 
 
-_find_or_insert = c_function("find_or_insert", "p" * 12 + "iii" + "pppp" + "iii" + "ppi" + "pp")
+_find_or_insert = c_function("find_or_insert", "p" * 12 + "iii" + "ppi" + "pi" + "ppi" + "pp")
 
 
 def _cpu(  # type: ignore[no-untyped-def]
     slots, ids, row_vocabularies, seen, rows, num_rows, num_refused, unique_rows, num_unique, num_slots, salt, step,
-    values, offsets, starts, vocabularies, init_keys, init_params,
+    id_P, cell_P, vocabularies, init_keys, init_params,
 ):  # fmt: skip
-    row_P = torch.empty_like(values, dtype=torch.int32)
-    inverse_P = torch.empty_like(row_P)
+    row_P, inverse_P = torch.empty_like(cell_P), torch.empty_like(cell_P)
     table = (slots, ids, row_vocabularies, seen, rows, num_rows, num_refused, unique_rows, num_unique, num_slots, salt)
     _find_or_insert(
         *map(address, (*table, step)),
-        ids.numel(),
-        unique_rows.numel(),
-        rows.shape[1],
-        address(values),
-        address(offsets),
-        int64s(starts),
-        address(vocabularies),
-        len(starts),
-        offsets.shape[1] - 1,
-        values.numel(),
-        address(init_keys),
-        address(init_params),
-        rows.shape[2],
-        address(row_P),
-        address(inverse_P),
+        *(ids.numel(), unique_rows.numel(), rows.shape[1]),
+        *(address(id_P), address(cell_P), cell_P.numel()),
+        *(address(vocabularies), len(vocabularies)),
+        *(address(init_keys), address(init_params), rows.shape[2]),
+        *(address(row_P), address(inverse_P)),
     )
     return row_P, inverse_P
 
 
 def _fake(*args):  # type: ignore[no-untyped-def]
-    values = args[12]
-    return torch.empty_like(values, dtype=torch.int32), torch.empty_like(values, dtype=torch.int32)
+    cell_P = args[13]
+    return torch.empty_like(cell_P), torch.empty_like(cell_P)
 
 
 find_or_insert_ = define_op(
     "find_or_insert_(Tensor(a!) slots, Tensor(b!) ids, Tensor(c!) row_vocabularies, Tensor(d!) seen, Tensor(e!) rows,"
     " Tensor(f!) num_rows, Tensor(g!) num_refused, Tensor(h!) unique_rows, Tensor(i!) num_unique, Tensor num_slots,"
-    " Tensor salt, Tensor step, Tensor values, Tensor offsets, int[] starts, Tensor vocabularies, Tensor init_keys,"
+    " Tensor salt, Tensor step, Tensor id_P, Tensor cell_P, Tensor vocabularies, Tensor init_keys,"
     " Tensor init_params) -> (Tensor, Tensor)",
     definition=definition,
     cpu=_cpu,

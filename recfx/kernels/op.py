@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recfx.kernels.build import library
 
-__all__ = ["address", "addresses", "c_function", "define_op", "lookup_positions"]
+__all__ = ["address", "addresses", "c_function", "define_op", "int64s"]
 
 _LIBRARY = torch.library.Library("recfx", "DEF")
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
@@ -62,20 +62,3 @@ def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
 
 def int64s(values: Sequence[int]) -> ctypes.Array:
     return (ctypes.c_int64 * len(values))(*values)
-
-
-def lookup_positions(offsets_LB: Tensor, starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The valid positions of a batch in the table's order: (sample, lookup, place in the list).
-
-    Returns:  position, sample and lookup of each valid id, i64 [number of valid ids]. Reads the counts on the host.
-    """
-    position, sample = [], []
-    for start, offset in zip(starts, offsets_LB, strict=True):
-        place = torch.arange(int(offset[-1]), device=offset.device)
-        position.append(start + place)
-        sample.append(torch.bucketize(place, offset[1:].long(), right=True))
-    lookup = torch.arange(len(starts), device=offsets_LB.device).repeat_interleave(
-        torch.tensor([len(p) for p in position], device=offsets_LB.device)
-    )
-    order = torch.argsort(torch.cat(sample) * len(starts) + lookup, stable=True)
-    return torch.cat(position)[order], torch.cat(sample)[order], lookup[order]

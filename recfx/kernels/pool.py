@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recfx.kernels.initial import initial_values
-from recfx.kernels.op import REFUSED, address, addresses, c_function, define_op, int64s, lookup_positions
+from recfx.kernels.op import REFUSED, address, addresses, c_function, define_op, int64s
 
 __all__ = ["pool"]
 
@@ -16,10 +16,10 @@ __all__ = ["pool"]
 def definition(
     rows: Tensor,
     row_P: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    starts: Sequence[int],
+    id_P: Tensor,
+    cell_P: Tensor,
     vocabularies: Tensor,
+    batch_size: int,
     init_keys: Tensor,
     init_params: Tensor,
     firsts: Sequence[int],
@@ -29,51 +29,41 @@ def definition(
 
     An UNKNOWN row adds zeros, a REFUSED one its initial value.
 
-    Shapes:   rows f32 [R, 1 + slots, W], row_P i32 [P]; reading list as in `find`; init as in `find_or_insert_`.
+    Shapes:   rows f32 [R, 1 + slots, W], row_P i32 [P]; id_P, cell_P, vocabularies as in `find`; init as in
+              `find_or_insert_`.
     """
-    position, sample, lookup = lookup_positions(offsets, starts)
-    row, vocabulary = row_P[position].long(), vocabularies[lookup].long()
+    valid = cell_P >= 0
+    row, cell = row_P[valid].long(), cell_P[valid].long()
+    vocabulary = vocabularies[cell % len(vocabularies)].long()
     weight = torch.where((row >= 0)[:, None], rows[row.clamp(min=0), 0], 0)
-    initial = initial_values(values[position], init_keys[vocabulary], init_params[vocabulary])
+    initial = initial_values(id_P[valid], init_keys[vocabulary], init_params[vocabulary])
     weight = torch.where((row == REFUSED)[:, None], initial, weight)
-    cell = sample * len(starts) + lookup
-    cells = rows.new_zeros((offsets.shape[1] - 1) * len(starts), rows.shape[2]).index_add(0, cell, weight)
-    cells = cells.view(-1, len(starts), rows.shape[2])
-    return [cells[:, :, first : first + dim].contiguous() for first, dim in zip(firsts, dims, strict=True)]
+    pooled = rows.new_zeros(batch_size * len(vocabularies), rows.shape[2]).index_add(0, cell, weight)
+    pooled = pooled.view(batch_size, len(vocabularies), rows.shape[2])
+    return [pooled[:, :, first : first + dim].contiguous() for first, dim in zip(firsts, dims, strict=True)]
 
 
-_pool = c_function("pool", "pii" + "ppp" + "pp" + "ii" + "ppi" + "ppp")
+_pool = c_function("pool", "pii" + "pppi" + "pii" + "pp" + "ippp")
 
 
-def _fake(rows, row_P, values, offsets, starts, vocabularies, init_keys, init_params, firsts, dims):  # type: ignore[no-untyped-def]
-    return [rows.new_empty(offsets.shape[1] - 1, len(starts), dim) for dim in dims]
+def _fake(rows, row_P, id_P, cell_P, vocabularies, batch_size, init_keys, init_params, firsts, dims):  # type: ignore[no-untyped-def]
+    return [rows.new_empty(batch_size, len(vocabularies), dim) for dim in dims]
 
 
-def _cpu(rows, row_P, values, offsets, starts, vocabularies, init_keys, init_params, firsts, dims):  # type: ignore[no-untyped-def]
-    out = [rows.new_empty(offsets.shape[1] - 1, len(starts), dim) for dim in dims]
+def _cpu(rows, row_P, id_P, cell_P, vocabularies, batch_size, init_keys, init_params, firsts, dims):  # type: ignore[no-untyped-def]
+    out = [rows.new_empty(batch_size, len(vocabularies), dim) for dim in dims]
     _pool(
-        address(rows),
-        rows.shape[1],
-        rows.shape[2],
-        address(row_P),
-        address(values),
-        address(offsets),
-        int64s(starts),
-        address(vocabularies),
-        len(starts),
-        offsets.shape[1] - 1,
-        address(init_keys),
-        address(init_params),
-        len(dims),
-        int64s(firsts),
-        int64s(dims),
-        addresses(out),
+        *(address(rows), rows.shape[1], rows.shape[2]),
+        *(address(row_P), address(id_P), address(cell_P), cell_P.numel()),
+        *(address(vocabularies), len(vocabularies), batch_size),
+        *(address(init_keys), address(init_params)),
+        *(len(dims), int64s(firsts), int64s(dims), addresses(out)),
     )
     return out
 
 
 pool = define_op(
-    "pool(Tensor rows, Tensor row_P, Tensor values, Tensor offsets, int[] starts, Tensor vocabularies,"
+    "pool(Tensor rows, Tensor row_P, Tensor id_P, Tensor cell_P, Tensor vocabularies, int batch_size,"
     " Tensor init_keys, Tensor init_params, int[] firsts, int[] dims) -> Tensor[]",
     definition=definition,
     cpu=_cpu,

@@ -1,5 +1,6 @@
 // What the table kernels share. The torch definitions beside them say the same in numbers.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -98,15 +99,26 @@ static inline void initial_values(const Initializer& init, uint64_t vocabulary, 
   }
 }
 
-// One physical table's reading list: lookup l owns positions starts[l] + [0, offsets[l][B]) of values.
-struct Lookups {
-  const int64_t* values;
-  const int32_t* offsets;  // [L, B + 1]
-  const int64_t* starts;   // [L]
-  const int32_t* vocabularies;  // [L]
-  int64_t num_lookups, batch_size;
-  int64_t count(int64_t l) const { return offsets[l * (batch_size + 1) + batch_size]; }
-  const int32_t* of(int64_t l) const { return offsets + l * (batch_size + 1); }
+// The ids of one batch in the table's order; cell = sample * num_lookups + lookup, -1 in the padding at the end.
+struct Ids {
+  const int64_t* id;
+  const int32_t* cell;
+  int64_t num_positions;
+  const int32_t* vocabularies;  // [L], of each lookup
+  int64_t num_lookups;
+  int64_t count() const { return std::lower_bound(cell, cell + num_positions, -1, later) - cell; }
+  int64_t first_of(int64_t sample) const {
+    return std::lower_bound(cell, cell + count(), sample * num_lookups) - cell;
+  }
+  // cell % num_lookups by two multiplications. Lemire, Kaser, Kurz 2019, arXiv:1902.01961.
+  int64_t lookup(int64_t k) const {
+    const uint64_t fraction = (UINT64_MAX / (uint64_t)num_lookups + 1) * (uint64_t)cell[k];
+    return (int64_t)((unsigned __int128)fraction * (uint64_t)num_lookups >> 64);
+  }
+  int32_t vocabulary(int64_t k) const { return vocabularies[lookup(k)]; }
+
+ private:
+  static bool later(int32_t a, int32_t) { return a >= 0; }
 };
 
 // Calls f(dim) with the usual widths as compile-time constants, so that their loops become a few vector instructions.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recfx.layers import init_linear, mlp
+from recfx.layers import init_linear, mlp_from_first
 from recfx.types import Params
 
 __all__ = ["DeepFMConfig", "forward", "init"]
@@ -51,18 +51,23 @@ def forward(params: Params, emb: dict[str, Tensor], numeric_BN: Tensor) -> Tenso
     over an axis in the middle, which compilers turn into scalar loops. The numeric embeddings enter the MLP unscaled,
     the same for every sample, so their part of the first layer is a bias. Cost: one GEMM [B, F D] x [F D, H + D].
     """
-    num_fields, dim = emb["emb"].shape[1:]
-    sparse_BX = emb["emb"].reshape(-1, num_fields * dim)
-    numeric_emb = params["numeric_emb"]
+    emb_BFD, numeric_emb, weight = emb["emb"], params["numeric_emb"], params["dnn.0.weight"]
+    num_fields, dim = emb_BFD.shape[1:]
+    numeric_weight, sparse_weight = weight[: numeric_emb.numel()], weight[numeric_emb.numel() :]
+    sum_over_fields = torch.eye(dim, device=weight.device, dtype=weight.dtype).repeat(num_fields, 1)
+    product = emb_BFD.flatten(1) @ torch.cat([sparse_weight, sum_over_fields], dim=1)
+    hidden_BH, sparse_sum_BD = product.split([weight.shape[1], dim], dim=1)
 
-    first_order = emb["bias"].sum(1) + numeric_BN @ params["numeric_bias"]
-    sum_BD = sparse_BX @ torch.eye(dim, device=numeric_BN.device).repeat(num_fields, 1) + numeric_BN @ numeric_emb
-    sum_of_squares = (sparse_BX * sparse_BX).sum(1, keepdim=True) + (numeric_BN**2) @ (numeric_emb**2).sum(1, True)
-    second_order = 0.5 * ((sum_BD**2).sum(1, keepdim=True) - sum_of_squares)
+    numeric_product = numeric_BN @ torch.cat([params["numeric_bias"], numeric_emb], dim=1)
+    numeric_first_B, numeric_sum_BD = numeric_product.split([1, dim], dim=1)
+    first_order = emb["bias"].sum(1) + numeric_first_B
 
-    weight = params["dnn.0.weight"]
-    numeric_part, sparse_part = weight[: numeric_emb.numel()], weight[numeric_emb.numel() :]
-    bias = params["dnn.0.bias"] + numeric_emb.reshape(-1) @ numeric_part
-    folded = {**params, "dnn.0.weight": sparse_part, "dnn.0.bias": bias}
+    # Squared in its own shape: added to the product's gradient by one loop, where two matrices would be copied first.
+    sparse_squares_B = (emb_BFD * emb_BFD).sum((1, 2))[:, None]
+    numeric_squares_B = (numeric_BN**2) @ (numeric_emb**2).sum(1, keepdim=True)
+    square_of_sum_B = ((sparse_sum_BD + numeric_sum_BD) ** 2).sum(1, keepdim=True)
+    second_order = 0.5 * (square_of_sum_B - sparse_squares_B - numeric_squares_B)
+
+    bias = params["dnn.0.bias"] + numeric_emb.flatten() @ numeric_weight
     num_hidden = sum(name.startswith("dnn.") for name in params) // 2 - 1
-    return first_order + second_order + mlp(folded, "dnn", sparse_BX, num_hidden=num_hidden)
+    return first_order + second_order + mlp_from_first(params, "dnn", hidden_BH + bias, num_hidden=num_hidden)

@@ -17,11 +17,11 @@ def case(lists, vocabularies, dims, seed, *, spare=2, num_unique=9):
     g = torch.Generator().manual_seed(seed)
     reading = reading_of(lists, vocabularies, spare=spare)
     per = num_unique // (max(vocabularies) + 1)
-    inverse_P = torch.randint(-1, per, reading.values.shape, generator=g, dtype=torch.int32)
+    inverse_P = torch.randint(-1, per, reading.id.shape, generator=g, dtype=torch.int32)
     for _, l, p in positions(reading):
         if inverse_P[p] >= 0:
             inverse_P[p] += per * int(reading.vocabularies[l])
-    blocks = [torch.randn(reading.offsets.shape[1] - 1, len(vocabularies), dim, generator=g) for dim in dims]
+    blocks = [torch.randn(len(lists[0]), len(vocabularies), dim, generator=g) for dim in dims]
     grads = torch.randn(num_unique, plan.width, generator=g)
     return grads, inverse_P, reading, plan.firsts, plan.dims, blocks
 

@@ -13,14 +13,14 @@ from tests.reference import REFUSED, UNKNOWN, on_threads, positions, random_list
 DIMS = [(3, 1), (8, 1), (1,), (5,), (16, 4, 2)]
 
 
-def loop(rows, row_P, reading, init, firsts, dims):
+def loop(rows, row_P, reading, batch_size, init, firsts, dims):
     keys, params = init
-    blocks = [torch.zeros(reading.offsets.shape[1] - 1, len(reading.starts), dim) for dim in dims]
+    blocks = [torch.zeros(batch_size, len(reading.vocabularies), dim) for dim in dims]
     for b, l, p in positions(reading):
         row, v = int(row_P[p]), int(reading.vocabularies[l])
         if row == UNKNOWN:
             continue
-        weight = initial_values(reading.values[p : p + 1], keys[v : v + 1], params[v : v + 1])[0]
+        weight = initial_values(reading.id[p : p + 1], keys[v : v + 1], params[v : v + 1])[0]
         weight = weight if row == REFUSED else rows[row, 0]
         for block, first, dim in zip(blocks, firsts, dims, strict=True):
             block[b, l] += weight[first : first + dim]
@@ -32,13 +32,13 @@ def case(lists, vocabularies, dims, seed, spare=2):
     g = torch.Generator().manual_seed(seed)
     reading = reading_of(lists, vocabularies, spare=spare)
     rows = torch.randn(10, 3, plan.width, generator=g)
-    row_P = torch.randint(REFUSED, 10, reading.values.shape, generator=g, dtype=torch.int32)
+    row_P = torch.randint(REFUSED, 10, reading.id.shape, generator=g, dtype=torch.int32)
     init = _initializer_tensors(plan, 1)
-    return rows, row_P, reading, init, plan.firsts, plan.dims
+    return rows, row_P, reading, len(lists[0]), init, plan.firsts, plan.dims
 
 
-def call(op, rows, row_P, reading, init, firsts, dims):
-    return op(rows, row_P, *reading, *init, firsts, dims)
+def call(op, rows, row_P, reading, batch_size, init, firsts, dims):
+    return op(rows, row_P, *reading, batch_size, *init, firsts, dims)
 
 
 @given(stream=streams(max_batches=1), dims=st.sampled_from(DIMS), seed=st.integers(0, 2**31))
@@ -53,9 +53,9 @@ def test_kernel_is_definition_is_loop(stream, dims, seed):
 
 
 def test_single_known_ids_are_copied_exactly_and_empty_lists_are_zero():
-    rows, _, reading, init, firsts, dims = case([[[1], [], [2]]], [0], (8, 1), 0)
-    row_P = torch.tensor([4, 9, 0, 0], dtype=torch.int32)[: reading.values.numel()]
-    emb, bias = call(pool.pool, rows, row_P, reading, init, firsts, dims)
+    rows, _, reading, batch_size, init, firsts, dims = case([[[1], [], [2]]], [0], (8, 1), 0)
+    row_P = torch.tensor([4, 9, 0, 0], dtype=torch.int32)[: reading.id.numel()]
+    emb, bias = call(pool.pool, rows, row_P, reading, batch_size, init, firsts, dims)
     assert torch.equal(emb[:, 0], torch.stack([rows[4, 0, :8], torch.zeros(8), rows[9, 0, :8]]))
     assert torch.equal(bias[:, 0], torch.stack([rows[4, 0, 8:], torch.zeros(1), rows[9, 0, 8:]]))
 
@@ -72,5 +72,5 @@ def test_one_and_two_threads_give_the_same_bytes():
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_opcheck():
-    rows, row_P, reading, init, firsts, dims = case([[[1, 2], []], [[1], [3, 3]]], [0, 1], (8, 1), 0)
-    torch.library.opcheck(pool.pool, (rows, row_P, *reading, *init, firsts, dims))
+    rows, row_P, reading, batch_size, init, firsts, dims = case([[[1, 2], []], [[1], [3, 3]]], [0, 1], (8, 1), 0)
+    torch.library.opcheck(pool.pool, (rows, row_P, *reading, batch_size, *init, firsts, dims))

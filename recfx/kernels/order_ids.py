@@ -1,0 +1,53 @@
+"""order_ids: the ids of all lookups of a table as one list in the table's order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from recfx.kernels.op import addresses, c_function, define_op
+
+__all__ = ["order_ids"]
+
+
+def definition(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Ids in the order (sample, lookup, place in the list), and where each belongs.
+
+    Shapes:   values[l] i64 [capacity of lookup l], offsets[l] i32 [B + 1]
+              -> id_P i64 [P], cell_P i32 [P], P the sum of capacities; cell = sample * L + lookup.
+              Behind the last id comes padding: id 0, cell -1.
+    """
+    id, cell = [], []
+    for lookup, (value, offset) in enumerate(zip(values, offsets, strict=True)):
+        place = torch.arange(int(offset[-1]), device=value.device)
+        sample = torch.bucketize(place, offset[1:].long(), right=True)
+        id.append(value[place])
+        cell.append(sample * len(values) + lookup)
+    cell_in_order, order = torch.sort(torch.cat(cell), stable=True)
+    num_positions = sum(v.numel() for v in values)
+    id_P = values[0].new_zeros(num_positions)
+    cell_P = offsets[0].new_full((num_positions,), -1)
+    id_P[: len(order)], cell_P[: len(order)] = torch.cat(id)[order], cell_in_order.int()
+    return id_P, cell_P
+
+
+_order_ids = c_function("order_ids", "pp" + "iii" + "pp")
+
+
+def _fake(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    num_positions = sum(v.numel() for v in values)
+    return values[0].new_empty(num_positions), offsets[0].new_empty(num_positions)
+
+
+def _cpu(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    id_P, cell_P = _fake(values, offsets)
+    sizes = len(values), offsets[0].numel() - 1, id_P.numel()
+    _order_ids(addresses(values), addresses(offsets), *sizes, id_P.data_ptr(), cell_P.data_ptr())
+    return id_P, cell_P
+
+
+order_ids = define_op(
+    "order_ids(Tensor[] values, Tensor[] offsets) -> (Tensor, Tensor)", definition=definition, cpu=_cpu, fake=_fake
+)
