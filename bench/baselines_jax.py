@@ -38,7 +38,7 @@ class State(NamedTuple):
 class Batch(NamedTuple):
     """DenseBatch of workload.py as numpy or jax arrays."""
 
-    index: Any  # i32 [26, B]
+    row: Any  # i32 [26, B]
     num: Any  # f32 [B, 13]
     label: Any  # f32 [B, 1]
 
@@ -81,7 +81,7 @@ def init(weights: dict[str, np.ndarray]) -> State:
 def train_step(state: State, batch: Batch, *, capacity: int) -> tuple[State, Array]:
     batch_size, padding = len(batch.num), len(state.rows) - 1
     t = state.t + 1
-    last_seen, slot, index_U, num_distinct = unique(state.last_seen, batch.index.reshape(-1), capacity)
+    last_seen, slot, index_U, num_distinct = unique(state.last_seen, batch.row.reshape(-1), capacity)
     slot_BF = slot.reshape(NUM_COLUMNS, batch_size).T
     rows_U = state.rows[index_U]
     emb, bias_BF = rows_U[:, :DIM][slot_BF].reshape(batch_size, -1), rows_U[:, DIM][slot_BF]
@@ -188,7 +188,7 @@ def batches(paths: Sequence[str], batch_size: int, log2_rows: int) -> Iterator[B
         rows = decode(path, log2_rows)
         if rest is not None and len(rest.num):
             rows = Batch(
-                np.concatenate([rest.index, rows.index], 1),
+                np.concatenate([rest.row, rows.row], 1),
                 *(np.concatenate(pair) for pair in zip(rest[1:], rows[1:], strict=True)),
             )
         end = len(rows.num) // batch_size * batch_size
@@ -198,7 +198,7 @@ def batches(paths: Sequence[str], batch_size: int, log2_rows: int) -> Iterator[B
 
 
 def cut(rows: Batch, part: slice) -> Batch:
-    return Batch(np.ascontiguousarray(rows.index[:, part]), rows.num[part], rows.label[part])
+    return Batch(np.ascontiguousarray(rows.row[:, part]), rows.num[part], rows.label[part])
 
 
 def decode(path: str, log2_rows: int) -> Batch:
@@ -254,9 +254,7 @@ def child_loop(
     work = make_batches(num_batches, batch_size, table_rows=table_rows, seed=seed)
     weights = {name: w.numpy() for name, w in init_weights(table_rows, seed=seed).items()}
     baseline = compiled(weights, max_distinct=max(work.num_distinct) + 1)
-    dense = [
-        jax.device_put(Batch(d.index.numpy().astype(np.int32), d.num.numpy(), d.label.numpy())) for d in work.dense
-    ]
+    dense = [jax.device_put(Batch(d.row.numpy().astype(np.int32), d.num.numpy(), d.label.numpy())) for d in work.dense]
     return (lambda k: baseline.step(dense[k % len(dense)])), jax.block_until_ready
 
 

@@ -59,7 +59,7 @@ class DeepFM(nn.Module):
 
 def eager(model: DeepFM, *optimizers: torch.optim.Optimizer) -> Baseline:
     def step(batch: DenseBatch) -> Tensor:
-        loss = F.binary_cross_entropy_with_logits(model(batch.index.t(), batch.num), batch.label)
+        loss = F.binary_cross_entropy_with_logits(model(batch.row.t(), batch.num), batch.label)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -125,7 +125,7 @@ def functional_step(state: State, batch: DenseBatch, capacity: int) -> Tensor:
     dense, m, v, rows, last_seen, t = state
     t.add_(1)
     batch_size = len(batch.num)
-    slot, index_U = unique(last_seen, batch.index.reshape(-1), capacity)
+    slot, index_U = unique(last_seen, batch.row.reshape(-1), capacity)
     rows_U = materialised(rows[index_U])
     emb = materialised(materialised(rows_U[:, :DIM][slot]).t().contiguous()).view(DIM * NUM_COLUMNS, batch_size)
     bias_FB = materialised(rows_U[:, DIM][slot]).view(NUM_COLUMNS, batch_size)

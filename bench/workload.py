@@ -59,7 +59,7 @@ class DenseBatch(NamedTuple):
     One column's indices lie together: two threads then meet on no row, which halves the baselines' scatters.
     """
 
-    index: Tensor  # i64 [26, B], row of the stacked table; missing = table_rows, the padding row
+    row: Tensor  # i64 [26, B], row of the stacked table; missing = table_rows, the padding row
     num: Tensor  # f32 [B, 13], missing = 0
     label: Tensor  # f32 [B, 1]
 
@@ -69,7 +69,7 @@ class Workload(NamedTuple):
 
     batches: list[Batch]  # "label" f32 [B, 1], "i1".."i13" Ragged f32, "c1".."c26" Ragged i64; capacity B each
     dense: list[DenseBatch]
-    universe: dict[str, Tensor]  # i64 ids by column; end to end their positions are the rows of DenseBatch.index
+    universe: dict[str, Tensor]  # i64 ids by column; end to end their positions are the rows of DenseBatch.row
     table_rows: int
     num_distinct: list[int]  # distinct (column, id) pairs, per batch
 
@@ -139,7 +139,7 @@ def ragged(value_B: Tensor, present_B: Tensor) -> Ragged:
 def recfx_batch(dense: DenseBatch, id_of_row: Tensor) -> Batch:
     columns: dict[str, Tensor | Ragged] = {"label": dense.label}
     columns |= {name: ragged(x, x != 0) for name, x in zip(NUMERIC, dense.num.unbind(1), strict=True)}
-    for name, row in zip(CATEGORICAL, dense.index.unbind(0), strict=True):
+    for name, row in zip(CATEGORICAL, dense.row.unbind(0), strict=True):
         present = row < len(id_of_row)
         columns[name] = ragged(id_of_row[row.clamp(max=len(id_of_row) - 1)], present)
     return pack(columns)
@@ -156,7 +156,7 @@ def make_batches(num_batches: int, batch_size: int, *, table_rows: int = 200_000
     Raises:   ValueError when `table_rows` is too small to give each column an id.
     Example:
               >>> w = make_batches(2, 8, table_rows=1000)
-              >>> len(w.batches), w.batches[0]["c1"].num_samples, w.dense[0].index.shape
+              >>> len(w.batches), w.batches[0]["c1"].num_samples, w.dense[0].row.shape
               (2, 8, torch.Size([26, 8]))
     """
     rows = column_rows(table_rows)
@@ -164,7 +164,7 @@ def make_batches(num_batches: int, batch_size: int, *, table_rows: int = 200_000
     id_of_row = torch.from_numpy(raw_ids(np.arange(table_rows)))
     dense = [dense_batch(batch_size, rows, shape_rng, place_rng) for _ in range(num_batches)]
     universe = dict(zip(CATEGORICAL, id_of_row.split(rows.tolist()), strict=True))
-    num_distinct = [int((d.index.unique() < table_rows).sum()) for d in dense]
+    num_distinct = [int((d.row.unique() < table_rows).sum()) for d in dense]
     return Workload([recfx_batch(d, id_of_row) for d in dense], dense, universe, table_rows, num_distinct)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from xml.sax.saxutils import escape
 
@@ -11,8 +12,9 @@ from graphs.dataflow import STAGES, Flow, Handed, is_op, is_view
 
 __all__ = ["draw"]
 
-MARGIN, STEP_X, STEP_Y = 28, 116, 84
+MARGIN, STEP_X, STEP_Y = 28, 116, 88
 BOX_WIDTH, BOX_HEIGHT = 196, 62
+LINE_HEIGHT, CODE_WIDTH = 14, 26  # inside a box: pixels, characters
 MAX_LINES = 3
 COLORS = {
     "batch": "#64748b",
@@ -111,18 +113,19 @@ def _box(stage: str, corner: tuple[int, int], flow: Flow, stages: dict[Node, str
     custom = dict.fromkeys(n.target._opname for n in ops if n.target.namespace == "recfx")
     frequent = [f"{n} {op}" for op, n in Counter(n.target._opname for n in ops).most_common(2)]
     plain = {"batch": "one packed buffer", "features": "reads the batch alone", "aux": "loss, logit, num_samples"}
-    lines = [("code", " ".join(custom) or ", ".join(frequent)), ("note", plain.get(stage) or _state_note(own, flow))]
+    code = textwrap.wrap(" ".join(custom) or ", ".join(frequent), CODE_WIDTH)
+    lines = [("code", line) for line in code] + [("note", plain.get(stage) or _state_note(own, flow))]
     count = f"{len(ops)} ops" if ops else ""
-    color = COLORS[stage]
-    frame = f'<rect x="{x}" y="{y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="8"'
+    color, height = COLORS[stage], BOX_HEIGHT + LINE_HEIGHT * max(0, len(lines) - 2)
+    frame = f'<rect x="{x}" y="{y}" width="{BOX_WIDTH}" height="{height}" rx="8"'
     return [
         f'{frame} fill="#ffffff"/>',
         f'{frame} fill="{color}" fill-opacity=".09" stroke="{color}" stroke-width="1.4"/>',
         f'<text class="stage" x="{x + 11}" y="{y + 21}" style="fill:{color}">{stage}</text>',
         f'<text class="note" x="{x + BOX_WIDTH - 11}" y="{y + 21}" text-anchor="end">{count}</text>',
     ] + [
-        f'<text class="{kind}" x="{x + 11}" y="{y + 38 + 15 * i}">{escape(line)}</text>'
-        for i, (kind, line) in enumerate(line for line in lines if line[1])
+        f'<text class="{kind}" x="{x + 11}" y="{y + 38 + LINE_HEIGHT * i}">{escape(line)}</text>'
+        for i, (kind, line) in enumerate(lines)
     ]
 
 

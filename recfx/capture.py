@@ -94,7 +94,7 @@ def _captured(step: Step, update_: Callable, grow_: Callable) -> Callable[[Any, 
 
 def _compile(function: Callable) -> Callable:
     """One graph, without Dynamo's guards: `run` looks up by all that they would check, in a tenth of the time."""
-    options = {"guard_filter_fn": lambda guards: [False for _ in guards]}
+    options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False for _ in guards]}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 

@@ -164,7 +164,8 @@ def _hyper(
 
 def _sparse(hyper: Hyper) -> SparseOptimizer:
     def update(rows: Tensor, grads: Tensor, step: Tensor, scale: Tensor) -> Tensor:
-        return torch.stack(adamw_update(*rows.unbind(1), grads, hyper(step + 1, scale)), dim=1)
+        w, m, v = rows.unbind(1)
+        return torch.stack(adamw_update(w, m, v, grads, hyper(step + 1, scale)), dim=1)
 
     def apply(state: TableState, scale: Tensor, due: Tensor) -> TableState:
         num = int(state.num_unique) if due else 0

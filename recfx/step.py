@@ -13,7 +13,7 @@ from recfx.losses import bce_with_logits
 from recfx.metrics import BinaryCounts, binary_metrics
 from recfx.optim import AdamState, SparseOptimizer
 from recfx.table import Found, Table, TableState, table
-from recfx.types import NUM_SAMPLES, Params, Ragged, Transform
+from recfx.types import NUM_SAMPLES, Params, Transform
 
 __all__ = ["Aux", "Step", "TrainState", "Window", "train_step"]
 
@@ -62,7 +62,7 @@ class Step(NamedTuple):
     update_: Callable[[TrainState, dict], tuple[TrainState, Aux]]
     evaluate_: Callable[[TrainState, dict], tuple[TrainState, Aux]]
     flush_: Callable[[TrainState], TrainState]
-    ids_in: Callable[[dict], tuple[int, ...]]
+    ids_in: Callable[[Mapping[str, Any]], tuple[int, ...]]
     grow_: Callable[[TrainState, Sequence[int]], TrainState]
     plan: Plan
 
@@ -80,7 +80,7 @@ class _Spelling(NamedTuple):
 
 def train_step(
     *,
-    features: Callable[[dict], dict[str, Tensor | Ragged]],
+    features: Callable[[Any], dict[str, Any]],
     embeddings: Mapping[str, Sequence[Embedding]],
     forward: Callable[[Params, dict[str, Tensor], dict], Tensor],
     sparse_optimizer: SparseOptimizer,
@@ -187,7 +187,7 @@ def train_step(
                 t.zero_()
         return state
 
-    def ids_in(batch: dict) -> tuple[int, ...]:
+    def ids_in(batch: Mapping[str, Any]) -> tuple[int, ...]:
         feats = features(batch)
         return tuple(sum(feats[lookup.feature].values.numel() for lookup in t.lookups) for t in plan.tables)
 

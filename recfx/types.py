@@ -90,7 +90,7 @@ class Layout:
         return Layout(fields=tuple(fields), sections=tuple(sections), num_bytes=first_byte)
 
 
-class Batch(Mapping[str, "Tensor | Ragged"]):
+class Batch(Mapping[str, Any]):
     """A read-only dict of tensors (`Tensor` or `Ragged` by column name), all of them views of one buffer.
 
     One buffer is what makes a batch cheap: one copy to the device, and a captured step that takes a handful of
@@ -114,7 +114,7 @@ class Batch(Mapping[str, "Tensor | Ragged"]):
         """One flat tensor per dtype, in the layout's order: what the captured step takes as its inputs."""
         return [self.buffer[first : first + n * dtype.itemsize].view(dtype) for dtype, first, n in self.layout.sections]
 
-    def __getitem__(self, name: str) -> Tensor | Ragged:
+    def __getitem__(self, name: str) -> Any:
         return _column(self.layout.columns[name], dict(zip(self.layout.dtypes, self.sections, strict=True)))
 
     def __iter__(self) -> Iterator[str]:

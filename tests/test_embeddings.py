@@ -44,7 +44,7 @@ def test_logical_tables_share_keys_only_when_read_by_the_same_features():
         "own": [Embedding("a", dim=8)],
     })  # fmt: skip
     (t,) = plan.tables
-    assert [[c.name for c in columns] for columns in t.vocabularies] == [["x"], ["a_own"]]
+    assert [[c.name for c in columns] for columns in t.vocabularies] == [["x"], ["own/a"]]
     assert t.lookups == (Lookup("a", 0), Lookup("a", 1), Lookup("b", 0))
     both = plan_tables({
         "emb": [Embedding("a", dim=8, shared_name="x"), Embedding("b", dim=8, shared_name="x")],

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from recfx import features as ops
 from recfx.capture import capture, capture_evaluation
-from recfx.data import Reader, fixedlen, orc_reader, varlen
+from recfx.data import Column, Reader, fixedlen, orc_reader, varlen
 from recfx.data.criteo_synthetic import generate
 from recfx.embeddings import Embedding, truncated_normal
 from recfx.models import deepfm
@@ -32,7 +32,7 @@ __all__ = ["build_step", "main", "parse", "read", "run"]
 
 NUMERIC = [f"i{i}" for i in range(1, 14)]
 CATEGORICAL = [f"c{i}" for i in range(1, 27)]
-COLUMNS = [
+COLUMNS: list[Column] = [
     fixedlen("label", [0.0]),
     *(varlen(name, torch.float32) for name in NUMERIC),
     *(varlen(name, torch.int64) for name in CATEGORICAL),

@@ -56,7 +56,7 @@ def definition(
     rank = torch.cumsum(is_new, 0) - 1
     row = torch.where(is_new, torch.where(rank < room, num_rows + rank, REFUSED), row)
     new_keys, new_row = keys[:, is_new & (row >= 0)], row[is_new & (row >= 0)]
-    hashing.place(slots, num_slots, salt, *new_keys, new_row)
+    hashing.place(slots, num_slots, salt, new_keys[0], new_keys[1], new_row)
     ids[new_row], row_vocabularies[new_row], seen[new_row] = (
         new_keys[1],
         new_keys[0].int(),

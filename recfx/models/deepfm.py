@@ -8,6 +8,7 @@ value or 1. Ref: Guo et al. 2017, arXiv:1703.04247.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,7 @@ def init(config: DeepFMConfig, generator: torch.Generator) -> Params:
         "numeric_bias": torch.randn(config.num_numeric, 1, generator=generator) * 0.001,
     }
     sizes = [(config.num_numeric + config.num_sparse) * config.dim, *config.hidden, 1]
-    for i, (num_in, num_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (num_in, num_out) in enumerate(itertools.pairwise(sizes)):
         params[f"dnn.{i}.weight"], params[f"dnn.{i}.bias"] = init_linear(num_in, num_out, generator)
     return params
 

@@ -39,9 +39,9 @@ def reference(batches: list[DenseBatch]):
     losses = []
     for batch in batches:
         untouched = torch.ones(TABLE_ROWS + 1, dtype=torch.bool)
-        untouched[batch.index.flatten()] = False
+        untouched[batch.row.flatten()] = False
         untouched[TABLE_ROWS] = True
-        loss = F.binary_cross_entropy_with_logits(model(batch.index.t(), batch.num), batch.label)
+        loss = F.binary_cross_entropy_with_logits(model(batch.row.t(), batch.num), batch.label)
         optimizer.zero_grad()
         loss.backward()
         before = [[x.detach().clone() for x in (w, *moments(optimizer, w))] for w in tables]
@@ -91,7 +91,7 @@ def test_eager_sparse_starts_alike_and_moves_touched_rows_only():
     losses = [baseline.step(batch).item() for batch in batches]
     assert losses[0] == pytest.approx(reference(batches)[0][0], rel=1e-6)
     touched = torch.zeros(TABLE_ROWS + 1, dtype=torch.bool)
-    touched[torch.cat([b.index.flatten() for b in batches])] = True
+    touched[torch.cat([b.row.flatten() for b in batches])] = True
     touched[TABLE_ROWS] = False
     for name in TABLES:
         moved = (baseline.weights()[name] != before[name]).any(1)
@@ -107,8 +107,7 @@ def test_jax_is_the_module_with_adamw_on_touched_rows(missing):
     weights = {name: w.numpy() for name, w in small_weights().items()}
     baseline = baselines_jax.compiled(weights, max_distinct=26 * 4 + 1)
     losses = [
-        float(baseline.step(baselines_jax.Batch(b.index.int().numpy(), b.num.numpy(), b.label.numpy())))
-        for b in batches
+        float(baseline.step(baselines_jax.Batch(b.row.int().numpy(), b.num.numpy(), b.label.numpy()))) for b in batches
     ]
     check_against(reference(batches), losses, baseline.weights())
     assert baseline.max_distinct() == 26 * 4 + (missing > 0)

@@ -1,0 +1,59 @@
+"""The captured step in a loop of your own: everything used here is public.
+
+python examples/own_loop.py
+"""
+
+import torch
+
+from recfx import features as ops
+from recfx.capture import capture
+from recfx.embeddings import Embedding
+from recfx.models import deepfm
+from recfx.optim import adamw, sparse_adamw
+from recfx.step import train_step
+from recfx.types import Ragged, pack
+
+CATEGORICAL = ["user", "item"]
+
+
+def features(batch):
+    """A pure function of the batch, traced into the step."""
+    return {
+        "label": batch["label"],
+        "numeric": ops.log1p(ops.select_dense(batch["price"])),
+        **{name: ops.select_ragged(batch[name]) for name in CATEGORICAL},
+    }
+
+
+step = train_step(
+    features=features,
+    embeddings={
+        "emb": [Embedding(name, dim=8) for name in CATEGORICAL],
+        "bias": [Embedding(name, dim=1) for name in CATEGORICAL],
+    },
+    forward=lambda params, emb, feats: deepfm.forward(params, emb, feats["numeric"]),
+    sparse_optimizer=sparse_adamw(lr=3e-3),
+    dense_optimizer=adamw(lr=3e-3),
+)
+config = deepfm.DeepFMConfig(num_numeric=1, num_sparse=2)
+state = step.init(deepfm.init(config, torch.Generator().manual_seed(0)))
+
+
+def batches(number, size):
+    """One id per list here; any length will do. Ids are 64-bit integers as they come, nothing is remapped."""
+    random = torch.Generator().manual_seed(1)
+    offsets = torch.arange(size + 1, dtype=torch.int32)
+    for _ in range(number):
+        ids = {name: torch.randint(0, 200, (size,), generator=random) * 2**40 for name in CATEGORICAL}
+        label = (ids["user"] // 2**40 % 2 == ids["item"] // 2**40 % 2).float()[:, None]
+        price = torch.rand(size, generator=random)
+        columns = {name: Ragged(id, offsets) for name, id in ids.items()}
+        yield pack({"label": label, "price": Ragged(price, offsets), **columns})
+
+
+first = next(batches(1, 256))
+run = capture(step, state, first)  # or `run = step.update_`: the same results, uncompiled
+for number, batch in enumerate(batches(400, 256), start=1):
+    state, aux = run(state, batch)  # the state passed in is donated: use the one that comes back
+    if number % 100 == 0:
+        print(f"step {number}  loss {float(aux.loss):.4f}  rows {int(state.tables[0].num_rows)}")
