@@ -1,4 +1,4 @@
-"""DeepFM in plain JAX: the step with dense tables in donated buffers, and a loop over ORC files. Torch-free when run.
+"""DeepFM in plain JAX: the step with dense tables in donated buffers, and a loop over ORC files.
 
 The same tricks as the torch functional baseline where XLA likes them: positions scattered instead of sorted, one gather
 and one scatter of whole rows (weights beside their AdamW moments) per distinct row, gradients by segment sum.

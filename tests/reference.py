@@ -300,7 +300,7 @@ class NaiveTrainer:
         for s in samples:
             cells = []
             for e in self.groups[group]:
-                name = e.shared_name or f"{e.feature}_{group}"
+                name = e.shared_name or f"{group}/{e.feature}"
                 ids = s.ids[e.feature]
                 total = torch.zeros(e.dim, dtype=torch.float64)
                 for id in ids:

@@ -245,7 +245,7 @@ def test_evaluation_changes_metrics_alone_and_gives_zeros_for_unknown_ids():
     rows = rows_by_name(step, state)
     pooled = {
         group: torch.stack([
-            torch.stack([sum((rows.get((f"{f}_{group}", i), torch.zeros(3, dim))[0] for i in s.ids[f]), torch.zeros(dim))
+            torch.stack([sum((rows.get((f"{group}/{f}", i), torch.zeros(3, dim))[0] for i in s.ids[f]), torch.zeros(dim))
                          for f in FEATURES])
             for s in samples
         ])

@@ -24,7 +24,7 @@ from recfx.data import Column, Reader, fixedlen, orc_reader, varlen
 from recfx.data.criteo_synthetic import generate
 from recfx.embeddings import Embedding, truncated_normal
 from recfx.models import deepfm
-from recfx.optim import adamw, sparse_adamw
+from recfx.optim import SparseOptimizer, adamw, sparse_adamw
 from recfx.step import Step, TrainState, train_step
 from recfx.train import Event, Progress, TrainConfig, evaluate, train
 
@@ -56,8 +56,10 @@ def raw_features(batch: dict) -> dict[str, Any]:
     }
 
 
-def build_step(args: argparse.Namespace) -> tuple[Step, TrainState]:
-    """The whole training program as one step, and its first state."""
+def build_step(
+    args: argparse.Namespace, *, sparse_optimizer: SparseOptimizer | None = None
+) -> tuple[Step, TrainState]:
+    """The whole training program as one step, and its first state. Another sparse optimiser may be put in."""
 
     def embeddings(dim: int) -> list[Embedding]:
         init = truncated_normal(0.001)
@@ -67,7 +69,7 @@ def build_step(args: argparse.Namespace) -> tuple[Step, TrainState]:
         features=log1p_features if args.numeric == "log1p" else raw_features,
         embeddings={"emb": embeddings(EMBEDDING_DIM), "bias": embeddings(1)},
         forward=lambda params, emb, feats: deepfm.forward(params, emb, feats["numeric"]),
-        sparse_optimizer=sparse_adamw(args.sparse_lr, weight_decay=0.01),
+        sparse_optimizer=sparse_optimizer or sparse_adamw(args.sparse_lr, weight_decay=0.01),
         dense_optimizer=adamw(args.dense_lr, weight_decay=0.01),
         accumulation=args.gradient_accumulation_steps,
         seed=args.seed,

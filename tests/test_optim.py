@@ -1,0 +1,241 @@
+"""Closed-form numbers, torch.optim.AdamW, and what must not move."""
+
+import math
+
+import pytest
+import torch
+
+from recfx import optim
+from recfx.table import TableState, copy_of, table
+from tests.reference import features_of, table_plan
+
+ONE, DUE, NOT_DUE = torch.tensor(1.0), torch.tensor(True), torch.tensor(False)
+SPARSE = {
+    "adamw": optim.sparse_adamw, "recis": optim.sparse_adamw_recis, "tf": optim.sparse_adamw_tf, "adam": optim.sparse_adam,
+}  # fmt: skip
+DENSE = {"adamw": optim.adamw, "recis": optim.adamw_recis, "tf": optim.adamw_tf, "adam": optim.adam}
+
+
+def state_of(num_rows: int, *, step: int = 0) -> TableState:
+    t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=64)
+    state, _ = t.insert_(t.init(), features_of([[[i] for i in range(num_rows)]]))
+    state.num_unique.zero_()
+    state.step.fill_(step)
+    return state
+
+
+def touch(state: TableState, rows: list[int], grads: torch.Tensor) -> None:
+    state.unique_rows[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
+    state.grads[: len(rows)] = grads
+    state.num_unique.fill_(len(rows))
+
+
+def moved(build, grad: float, *, steps: int = 1, first_step: int = 1, **kwargs) -> list[float]:
+    """Weights after each step of a row of zeros whose gradient is `grad`, the row first touched at `first_step`."""
+    optimizer, state, out = build(1e-3, **kwargs), state_of(1, step=first_step - 1), []
+    state.rows.zero_()
+    for _ in range(steps):
+        touch(state, [0], torch.full((1, state.rows.shape[2]), grad))
+        state = optimizer.apply_(state, ONE, DUE)
+        assert len(state.rows[0, 0].unique()) == 1
+        out.append(float(state.rows[0, 0, 0]))
+    assert int(state.step) == first_step - 1 + steps
+    return out
+
+
+def formula(name: str, w: float, grads: list[float], *, lr: float, wd: float, b1=0.9, b2=0.999, eps=1e-8) -> float:
+    m = v = 0.0
+    for t, g in enumerate(grads, start=1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        w *= {"adamw": 1 - lr * wd, "recis": 1 - lr * wd, "tf": 1 - wd, "adam": 1.0}[name]
+        if name == "recis":
+            w -= lr * math.sqrt(1 - b2**t) / (1 - b1**t) * m / (math.sqrt(v) + eps)
+        else:
+            w -= lr * (m / (1 - b1**t)) / (math.sqrt(v / (1 - b2**t)) + eps)
+    return w
+
+
+def test_recis_numbers():
+    assert moved(optim.sparse_adamw_recis, 1.0, steps=3) == pytest.approx(
+        [-0.00099999968, -0.00199998946, -0.00299996928], rel=2e-7
+    )
+    assert moved(optim.sparse_adamw_recis, 1e-6) == [pytest.approx(-7.597e-4, rel=1e-4)]
+    assert moved(optim.sparse_adamw, 1e-6) == [pytest.approx(-9.901e-4, rel=1e-4)]
+    assert moved(optim.sparse_adamw_recis, 1.0, first_step=10) == [pytest.approx(-4.84e-4, rel=1e-3)]
+    assert moved(optim.sparse_adamw_recis, 1.0, first_step=10_000) == [pytest.approx(-3.16e-3, rel=1e-3)]
+
+
+def test_dense_recis_numbers():
+    optimizer, params = optim.adamw_recis(1e-3), {"w": torch.zeros(2)}
+    state, out = optimizer.init(params), []
+    for _ in range(3):
+        state, params = optimizer.update(state, params, {"w": torch.ones(2)}, ONE, DUE)
+        out.append(float(params["w"][0]))
+    assert out == pytest.approx([-0.00099999968, -0.00199998946, -0.00299996928], rel=2e-7)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_variants_are_their_formulas(name):
+    wd = {} if name == "adam" else {"weight_decay": 0.05}
+    state, grads = state_of(2), [0.3, -1.0, 2e-6, 0.7, 0.0]
+    before = state.rows[:2, 0].double()
+    optimizer = SPARSE[name](1e-2, **wd)
+    for g in grads:
+        touch(state, [1, 0], torch.full((2, state.rows.shape[2]), g))
+        state = optimizer.apply_(state, ONE, DUE)
+    expected = before.clone().apply_(lambda w: formula(name, w, grads, lr=1e-2, wd=0.05))
+    torch.testing.assert_close(state.rows[:2, 0].double(), expected, rtol=1e-5, atol=1e-7)
+
+    dense, params = DENSE[name](1e-2, **wd), {"w": before.float()}
+    dense_state = dense.init(params)
+    for g in grads:
+        dense_state, params = dense.update(dense_state, params, {"w": torch.full_like(params["w"], g)}, ONE, DUE)
+    torch.testing.assert_close(params["w"].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_sparse_adamw_is_torch_when_all_rows_are_touched():
+    state, optimizer = state_of(20), optim.sparse_adamw(1e-2, b1=0.8, b2=0.99, eps=1e-7, weight_decay=0.1)
+    weight = torch.nn.Parameter(state.rows[:20, 0].clone())
+    reference = torch.optim.AdamW([weight], lr=1e-2, betas=(0.8, 0.99), eps=1e-7, weight_decay=0.1)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        grads, order = torch.randn(20, state.rows.shape[2], generator=g), torch.randperm(20, generator=g)
+        touch(state, order.tolist(), grads[order])
+        state = optimizer.apply_(state, ONE, DUE)
+        weight.grad = grads
+        reference.step()
+    torch.testing.assert_close(state.rows[:20, 0], weight.detach(), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(state.rows[:20, 1], reference.state[weight]["exp_avg"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state.rows[:20, 2], reference.state[weight]["exp_avg_sq"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spelling", ["update", "update_"])
+def test_dense_adamw_is_torch(spelling):
+    g = torch.Generator().manual_seed(0)
+    params = {"a": torch.randn(4, 3, generator=g), "b": torch.randn(3, generator=g)}
+    weights = {name: torch.nn.Parameter(p.clone()) for name, p in params.items()}
+    reference = torch.optim.AdamW(weights.values(), lr=1e-2, betas=(0.8, 0.99), eps=1e-7, weight_decay=0.1)
+    optimizer = optim.adamw(1e-2, b1=0.8, b2=0.99, eps=1e-7, weight_decay=0.1)
+    state = optimizer.init(params)
+    for _ in range(200):
+        grads = {name: torch.randn(p.shape, generator=g) for name, p in params.items()}
+        state, params = getattr(optimizer, spelling)(state, params, grads, ONE, DUE)
+        for name, w in weights.items():
+            w.grad = grads[name]
+        reference.step()
+    for name, w in weights.items():
+        torch.testing.assert_close(params[name], w.detach(), rtol=1e-5, atol=2e-6)
+    assert int(state.step) == 200
+
+
+def test_rows_out_of_reach_keep_their_bytes():
+    """Touched now and then, t counting steps of the table: a row's moments wait with it."""
+    state, optimizer = state_of(6), optim.sparse_adamw(1e-2)
+    for rows in ([0, 1], [1, 5], [], [0]):
+        before = copy_of(state)
+        touch(state, rows, torch.ones(len(rows), state.rows.shape[2]))
+        state = optimizer.apply_(state, ONE, DUE)
+        others = [r for r in range(64) if r not in rows]
+        assert torch.equal(state.rows[others], before.rows[others])
+        assert all((state.rows[r] != before.rows[r]).any() for r in rows)
+    assert int(state.step) == 4
+    assert not state.grads.any()
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("due", [True, False])
+def test_apply_is_apply_and_leaves_its_input(name, due):
+    optimizer = SPARSE[name](1e-2)
+    pure = in_place = state_of(8, step=3)
+    in_place = copy_of(in_place)
+    g = torch.Generator().manual_seed(0)
+    for rows in ([0, 3, 7], [3], []):
+        grads, scale = torch.randn(len(rows), pure.rows.shape[2], generator=g), torch.tensor(0.25)
+        touch(pure, rows, grads)
+        touch(in_place, rows, grads)
+        before = copy_of(pure)
+        new = optimizer.apply(pure, scale, torch.tensor(due))
+        assert all(torch.equal(a, b) for a, b in zip(before, pure, strict=True))
+        pure, returned = new, optimizer.apply_(in_place, scale, torch.tensor(due))
+        assert returned is in_place
+        for name_, a, b in zip(pure._fields, pure, in_place, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name_)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_nothing_moves_unless_due(name):
+    state = state_of(5)
+    touch(state, [1, 2], torch.ones(2, state.rows.shape[2]))
+    before = copy_of(state)
+    state = SPARSE[name](1e-2).apply_(state, ONE, NOT_DUE)
+    assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+
+    params, optimizer = {"w": torch.randn(3)}, DENSE[name](1e-2)
+    dense = optimizer.init(params)
+    dense, new = optimizer.update(dense, params, {"w": torch.ones(3)}, ONE, NOT_DUE)
+    assert torch.equal(new["w"], params["w"])
+    assert not dense.m["w"].any()
+    assert int(dense.step) == 0
+
+
+def test_dense_update_is_update_and_leaves_its_input():
+    optimizer = optim.adamw(1e-2)
+    params = {"w": torch.randn(3, 2)}
+    mine = {"w": params["w"].clone()}
+    a, b = optimizer.init(params), optimizer.init(mine)
+    for _ in range(3):
+        grads, before = {"w": torch.randn(3, 2)}, params["w"].clone()
+        new_a, new_params = optimizer.update(a, params, grads, ONE, DUE)
+        assert torch.equal(params["w"], before)
+        a, params = new_a, new_params
+        returned, same = optimizer.update_(b, mine, grads, ONE, DUE)
+        assert returned is b
+        assert same is mine
+        assert torch.equal(params["w"], mine["w"])
+        assert torch.equal(a.m["w"], b.m["w"])
+        assert torch.equal(a.v["w"], b.v["w"])
+        assert torch.equal(a.step, b.step)
+
+
+def test_gradients_are_multiplied_by_scale():
+    g = torch.full((1, 4), 0.3)
+    rows = []
+    for grads, scale in ((g, torch.tensor(0.25)), (g * 0.25, ONE)):
+        state = state_of(1)
+        touch(state, [0], grads)
+        rows.append(optim.sparse_adamw(1e-2).apply_(state, scale, DUE).rows[0])
+    torch.testing.assert_close(*rows, rtol=1e-6, atol=0)
+
+
+def test_learning_rate_as_a_tensor():
+    lr = torch.tensor(1e-2)
+    a, b = state_of(3), state_of(3)
+    with_tensor, with_float = optim.sparse_adamw(lr), optim.sparse_adamw(1e-2)
+    for _ in range(2):
+        for state in (a, b):
+            touch(state, [0, 2], torch.ones(2, 4))
+        a, b = with_tensor.apply_(a, ONE, DUE), with_float.apply_(b, ONE, DUE)
+    torch.testing.assert_close(a.rows[:3], b.rows[:3], rtol=1e-6, atol=0)
+    lr.fill_(0)
+    before = a.rows[:3, 0].clone()
+    touch(a, [0, 2], torch.ones(2, 4))
+    assert torch.equal(with_tensor.apply_(a, ONE, DUE).rows[:3, 0], before)
+
+
+@pytest.mark.parametrize("build", [*SPARSE.values(), *DENSE.values()], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("lr", -1e-3, r"0 <= lr < inf"),
+        ("lr", math.nan, r"0 <= lr < inf"),
+        ("b1", 1.0, r"0 <= b1 < 1"),
+        ("b2", -0.1, r"0 <= b2 < 1"),
+        ("eps", -1e-8, r"eps"),
+        ("weight_decay", -0.1, r"0 <= weight_decay < inf"),
+    ],
+)
+def test_values_out_of_range(build, name, value, expected):
+    if name == "weight_decay" and build in (optim.adam, optim.sparse_adam):
+        pytest.skip("has no decay")
+    with pytest.raises(ValueError, match=rf"^{name}: got {value}, expected .*{expected}"):
+        build(**{"lr": 1e-3} | {name: value})

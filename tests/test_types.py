@@ -1,0 +1,103 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recfx.types import ALIGN_BYTES, Batch, Layout, Ragged, pack, unpack
+from tests.reference import EXTREMES, ragged
+
+
+@st.composite
+def columns(draw):
+    """Dense and ragged columns of several types with one number of samples, zero included."""
+    samples, out = draw(st.integers(0, 5)), {}
+    for i in range(draw(st.integers(1, 5))):
+        kind = draw(st.sampled_from(["f32", "i64", "f64", "ragged i64", "ragged f32"]))
+        if kind.startswith("ragged"):
+            items = st.lists(st.lists(st.sampled_from(EXTREMES), max_size=3), min_size=samples, max_size=samples)
+            dtype = torch.int64 if kind.endswith("i64") else torch.float32
+            out[f"x{i}"] = ragged(draw(items), spare=draw(st.integers(0, 20)), dtype=dtype)
+        else:
+            dtype = {"f32": torch.float32, "i64": torch.int64, "f64": torch.float64}[kind]
+            out[f"x{i}"] = torch.arange(samples * 3).view(samples, 3).to(dtype)
+    return out
+
+
+def assert_same_columns(a, b):
+    assert set(a) == set(b)
+    for name in a:
+        assert type(a[name]) is type(b[name])
+        for x, y in zip(a[name] if isinstance(a[name], Ragged) else [a[name]],
+                        b[name] if isinstance(b[name], Ragged) else [b[name]], strict=True):  # fmt: skip
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y)
+
+
+@given(given_columns=columns())
+@settings(max_examples=100, deadline=None)
+def test_pack_is_undone_by_reading(given_columns):
+    batch = pack(given_columns)
+    first = next(iter(given_columns.values()))
+    num_samples = first.num_samples if isinstance(first, Ragged) else first.shape[0]
+    expected = given_columns | {"num_samples": torch.tensor(num_samples, dtype=torch.int32)}
+    assert_same_columns(dict(batch), expected)
+    assert_same_columns(unpack(batch.sections, batch.layout), expected)
+    assert_same_columns(dict(Batch(batch.buffer.clone(), batch.layout)), expected)
+    assert_same_columns(dict(pack(batch)), expected)
+
+
+@given(given_columns=columns())
+@settings(max_examples=50, deadline=None)
+def test_layout_is_aligned_and_without_overlap(given_columns):
+    layout = pack(given_columns).layout
+    spans = []
+    for dtype, first, _ in layout.sections:
+        assert first % ALIGN_BYTES == 0
+        for f in layout.fields:
+            if f.dtype == dtype:
+                begin = first + f.start * dtype.itemsize
+                assert begin % ALIGN_BYTES == 0
+                spans.append((begin, begin + torch.Size(f.shape).numel() * dtype.itemsize))
+    spans = sorted(span for span in spans if span[0] < span[1])
+    assert all(a[1] <= b[0] for a, b in zip(spans[:-1], spans[1:], strict=True))
+    assert not spans or spans[-1][1] <= layout.num_bytes
+
+
+def test_columns_are_views_of_one_buffer():
+    batch = pack({"x": torch.ones(2, 1), "c": ragged([[5], [6]])})
+    batch["x"].fill_(3)
+    batch["c"].values.fill_(9)
+    again = Batch(batch.buffer, batch.layout)
+    assert again["x"].tolist() == [[3], [3]]
+    assert again["c"].values.tolist() == [9, 9]
+
+
+def test_pack_copies():
+    x = torch.ones(2, 1)
+    batch = pack({"x": x})
+    batch["x"].zero_()
+    assert x.tolist() == [[1], [1]]
+
+
+def test_layouts_compare_by_shape():
+    a, b = (pack({"x": torch.full((2, 1), v), "c": ragged([[5], [6]])}).layout for v in (1.0, 2.0))
+    assert a == b
+    assert hash(a) == hash(b)
+    assert a != pack({"x": torch.ones(3, 1), "c": ragged([[5], [6], []])}).layout
+    assert a != pack({"y": torch.ones(2, 1), "c": ragged([[5], [6]])}).layout
+    assert isinstance(a, Layout)
+
+
+def test_num_samples_is_kept_when_given():
+    batch = pack({"x": torch.ones(4, 1), "num_samples": torch.tensor(3, dtype=torch.int32)})
+    assert int(batch["num_samples"]) == 3
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"columns: got {'x': 2, 'c': 3} samples, expected one number"):
+        pack({"x": torch.ones(2, 1), "c": ragged([[], [], []])})
+    with pytest.raises(TypeError, match="column 'x': got list, expected Tensor or Ragged"):
+        pack({"x": [1.0]})
+    batch = pack({"x": torch.ones(2, 1)})
+    with pytest.raises(ValueError, match=rf"buffer: got {batch.layout.num_bytes - 1} bytes, expected"):
+        Batch(batch.buffer[:-1], batch.layout)
