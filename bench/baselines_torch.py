@@ -7,6 +7,7 @@ DenseBatch and returns the loss. AdamW: lr 1e-3, weight decay 0.01, torch's form
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor import inductor_prims
 
-from bench.workload import DIM, NUM_COLUMNS, NUM_NUMERICS, DenseBatch
+from bench.harness import NUM_THREADS
+from bench.workload import DIM, NUM_COLUMNS, NUM_NUMERICS, DenseBatch, init_weights, make_batches
 
 LR, WEIGHT_DECAY, B1, B2, EPS = 1e-3, 0.01, 0.9, 0.999, 1e-8
 TABLES = ("embedding", "bias")
@@ -185,3 +187,22 @@ def adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor
 def materialised(x: Tensor) -> Tensor:
     """Tells Inductor to write `x` out instead of fusing it into its readers."""
     return inductor_prims.force_stride_order(x, x.stride())
+
+
+# --- in a child process: see harness.Child ---------------------------------------------------------------------------
+
+
+def child_loop(
+    variant: str, num_batches: int, batch_size: int, table_rows: int, seed: int
+) -> tuple[Callable[[int], Tensor], Callable[[Tensor], None]]:
+    """(run k-th step, wait for its result) of `eager_dense`, `eager_sparse` or `functional_compiled`."""
+    torch.set_num_threads(NUM_THREADS)
+    work = make_batches(num_batches, batch_size, table_rows=table_rows, seed=seed)
+    weights = init_weights(table_rows, seed=seed)
+    build = {
+        "eager_dense": eager_dense,
+        "eager_sparse": eager_sparse,
+        "functional_compiled": partial(functional_compiled, max_distinct=max(work.num_distinct) + 1),
+    }
+    step = build[variant](weights).step
+    return (lambda k: step(work.dense[k % num_batches])), lambda _: None

@@ -14,7 +14,7 @@ import os
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,7 +34,8 @@ def save(folder: str | Path, step: Step, state: TrainState, *, number: int, loop
     """Writes <folder>/step-<number>, then deletes all but the `max_to_keep` newest.
 
     The folder appears by one rename after its files are on disk: a kill at any moment leaves the previous checkpoints
-    whole and at most a hidden unfinished folder, which the next save clears away.
+    whole and at most a hidden unfinished folder, which the next save clears away. Saving equal state at the same number
+    again replaces the manifest alone, also by one rename.
 
     Args:     number: optimiser steps taken.  loop: small JSON-able dict, given back by `load`.
     Raises:   ValueError inside a gradient accumulation window; OSError when the disk is full or not writable.
@@ -47,7 +48,10 @@ def save(folder: str | Path, step: Step, state: TrainState, *, number: int, loop
         shutil.rmtree(leftover)
     scratch = folder / f"{UNFINISHED}{number:09d}"
     scratch.mkdir()
-    save_file(_tensors(state), scratch / STATE)
+    try:
+        save_file(_tensors(state), scratch / STATE)
+    except SafetensorError as error:
+        raise OSError(f"{scratch / STATE}: {error}. The checkpoints before this one are whole.") from error
     _sync(scratch / STATE)
     manifest = {
         "format": FORMAT,
@@ -55,16 +59,22 @@ def save(folder: str | Path, step: Step, state: TrainState, *, number: int, loop
         "tables": _table_names(step.plan),
         "loop": {**loop, "step": number},
     }
+    manifest["manifest_sha256"] = _digest(manifest)
     (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
     _sync(scratch / MANIFEST)
     _sync(scratch)
     target = folder / f"{PREFIX}{number:09d}"
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(scratch, target)
+    if (target / STATE).exists() and _sha256(target / STATE) == manifest["sha256"]:
+        os.replace(scratch / MANIFEST, target / MANIFEST)
+        _sync(target)
+        shutil.rmtree(scratch)
+    else:
+        _discard(target)
+        os.replace(scratch, target)
     _sync(folder)
-    for old in _finished(folder)[:-max_to_keep]:
-        shutil.rmtree(old)
+    others = [path for path in _finished(folder) if path != target]
+    for old in others[: max(len(others) + 1 - max_to_keep, 0)]:
+        _discard(old)
     return target
 
 
@@ -82,10 +92,13 @@ def load(path: str | Path, step: Step, state: TrainState) -> tuple[TrainState, d
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path / MANIFEST}: {error}, expected a checkpoint's manifest.") from error
-    if manifest["format"] > FORMAT:
-        raise ValueError(f"{path}: got format {manifest['format']}, expected at most {FORMAT}. Update recfx.")
+        version = int(manifest["format"])
+    except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or no text
+        raise ValueError(f"{path / MANIFEST}: {error!r}, expected a checkpoint's manifest.") from error
+    if version > FORMAT:
+        raise ValueError(f"{path}: got format {version}, expected at most {FORMAT}. Update recfx.")
+    if manifest.pop("manifest_sha256", None) != _digest(manifest):
+        raise ValueError(f"{path / MANIFEST}: checksum differs. The file is damaged; use an older one.")
     if not (path / STATE).exists():
         raise ValueError(f"{path / STATE}: missing, expected the file that {MANIFEST} names.")
     if _sha256(path / STATE) != manifest["sha256"]:
@@ -142,12 +155,24 @@ def _load_table_(table: TableState, i: int, saved: dict[str, Tensor]) -> TableSt
 
 
 def _table_names(plan: Plan) -> list[list[list[str]]]:
-    """Logical tables by physical table and vocabulary: what the numbers in the file mean."""
-    return [[[column.name for column in vocabulary] for vocabulary in t.vocabularies] for t in plan.tables]
+    """Logical tables and their widths by physical table and vocabulary: what the numbers in the file mean."""
+    return [[[f"{column.name}:{column.dim}" for column in vocabulary] for vocabulary in t.vocabularies] for t in plan.tables]
 
 
 def _finished(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / MANIFEST).exists())
+
+
+def _discard(path: Path) -> None:
+    """Hidden by one rename first: a folder half deleted must not pass for a checkpoint."""
+    if path.exists():
+        hidden = path.with_name(UNFINISHED + path.name)
+        os.replace(path, hidden)
+        shutil.rmtree(hidden)
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -21,7 +21,8 @@ def select_dense(column: Tensor | Ragged, dim: int = 1) -> Tensor:
         return column[:, :dim]
     first, last = column.offsets[:-1, None].long(), column.offsets[1:, None]
     place = first + torch.arange(dim, device=first.device)
-    value = column.values[place.clamp(max=column.values.numel() - 1)]
+    values = column.values if column.values.numel() else column.values.new_zeros(1)
+    value = values[place.clamp(max=values.numel() - 1)]
     return torch.where(place < last, value, 0.0)
 
 

@@ -54,9 +54,9 @@ class TrainConfig:
     max_to_keep: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("gradient_accumulation_steps", "log_steps", "save_steps", "train_epoch", "max_to_keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1.")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1.")
 
 
 @dataclass
@@ -95,7 +95,8 @@ def train(
     Args:     run: `step.update_` or its capture.  state: freshly initialised.
               resume: continue from the newest checkpoint in output_dir, if there is one: the same bytes as never
               having stopped.
-              evaluate_with: state -> values by name, called after every epoch.  on_event: told of every phase.
+              evaluate_with: state -> values by name, called after every epoch and after `train_steps`; a resumed run
+              that has nothing left to train is evaluated too.  on_event: told of every phase.
     """
     progress, position = Progress(), None
     found = checkpoint.latest(config.output_dir) if resume else None
@@ -117,13 +118,24 @@ def train(
             read_metrics(progress, state)
             on_event("log", progress, state)
         on_event("after_step", progress, state)
+
+    def should_stop() -> bool:
         if config.train_steps is not None and progress.step >= config.train_steps:
             progress.stopped = "train_steps"
         elif interrupted:
             progress.stopped = "interrupted"
+        return bool(progress.stopped)
+
+    def evaluate_now() -> None:
+        if evaluate_with is not None and progress.stopped != "interrupted":
+            on_event("before_evaluation", progress, state)
+            progress.evaluation = evaluate_with(state)
+            on_event("after_evaluation", progress, state)
 
     with _interrupts() as interrupted:
-        while progress.epoch < config.train_epoch and not progress.stopped:
+        if progress.epoch >= config.train_epoch or should_stop():
+            evaluate_now()
+        while progress.epoch < config.train_epoch and not should_stop():
             reset_metrics_(state)
             on_event("before_epoch", progress, state)
             batches = iter(reader) if position is None else reader.start_at(position)
@@ -138,7 +150,7 @@ def train(
                 if window:
                     continue
                 after_step()
-                if progress.stopped:
+                if should_stop():
                     batches.close()
                     break
                 if progress.step % config.save_steps == 0:
@@ -150,10 +162,9 @@ def train(
                     after_step()
                 progress.epoch, position = progress.epoch + 1, None
                 on_event("after_epoch", progress, state)
-            if evaluate_with is not None and progress.stopped != "interrupted":
-                on_event("before_evaluation", progress, state)
-                progress.evaluation = evaluate_with(state)
-                on_event("after_evaluation", progress, state)
+                if window and not should_stop() and progress.step % config.save_steps == 0:
+                    save(position)
+            evaluate_now()
         progress.train_s = time.perf_counter() - begun
         save(position)
     return state, progress
@@ -188,6 +199,7 @@ def read_metrics(progress: Progress, state: TrainState) -> None:
 
 
 def reset_metrics_(state: TrainState) -> None:
+    """Counts of the next phase start from zero."""
     for t in state.metrics:
         t.zero_()
 

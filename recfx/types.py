@@ -144,6 +144,9 @@ def pack(columns: Mapping[str, Tensor | Ragged]) -> Batch:
     Args:     columns: `Tensor` [B, d] or `Ragged` by name; all with the same B.
     Raises:   ValueError when two columns disagree on B, TypeError when a column is neither kind.
     """
+    for name, column in columns.items():
+        if not isinstance(column, Tensor | Ragged):
+            raise TypeError(f"column '{name}': got {type(column).__name__}, expected Tensor or Ragged.")
     num_samples = {
         name: c.num_samples if isinstance(c, Ragged) else c.shape[0]
         for name, c in columns.items()
@@ -156,10 +159,8 @@ def pack(columns: Mapping[str, Tensor | Ragged]) -> Batch:
     for name, column in columns.items():
         if isinstance(column, Ragged):
             tensors[name, "values"], tensors[name, "offsets"] = column.values, column.offsets
-        elif isinstance(column, Tensor):
-            tensors[name, "dense"] = column
         else:
-            raise TypeError(f"column '{name}': got {type(column).__name__}, expected Tensor or Ragged.")
+            tensors[name, "dense"] = column
     if NUM_SAMPLES not in columns:
         tensors[NUM_SAMPLES, "dense"] = torch.tensor(batch_size, dtype=torch.int32)
     layout = Layout.of({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})

@@ -65,7 +65,9 @@ def deepfm_batches(num: int, *, seed: int = 0, short_last: bool = False, ids: tu
         sizes[-1] = BATCH_SIZE // 2 - 1
     return [
         pack_samples(
-            random_samples(rng, size, features=FEATURES, num_numeric=NUM_NUMERIC, ids=ids), BATCH_SIZE, capacity=CAPACITY
+            random_samples(rng, size, features=FEATURES, num_numeric=NUM_NUMERIC, ids=ids),
+            BATCH_SIZE,
+            capacity=CAPACITY,
         )
         for size in sizes
     ]

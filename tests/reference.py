@@ -33,6 +33,16 @@ def mix(x: int) -> int:
     return x ^ x >> 32
 
 
+def id_of_hash(hash: int, vocabulary: int) -> int:
+    """The id that `hash_id` with salt 0 maps to `hash`: for ids that collide as an adversary would choose them."""
+    inverse, low = pow(0xD6E8FEB86659FD93, -1, 2**64), 2**64 - 1
+    x = hash ^ hash >> 32
+    x = x * inverse & low
+    x = (x ^ x >> 32) * inverse & low
+    x = (x ^ x >> 32) - (vocabulary + 1) * 0x9E3779B97F4A7C15 & low
+    return x - 2**64 * (x >= 2**63)
+
+
 def initial_value(seed: int, name: str, id: int, column: int, init: Initializer) -> float:
     digest = hashlib.blake2b(f"{seed}/{name}/{column}".encode(), digest_size=8).digest()
     bits = mix((id * 0x9E3779B97F4A7C15 % 2**64) ^ int.from_bytes(digest, "little")) >> 41
@@ -279,9 +289,14 @@ class NaiveTrainer:
     """
 
     def __init__(
-        self, params: Mapping[str, Tensor], groups: Mapping[str, Sequence[Embedding]], *, seed: int, lr: float,
+        self,
+        params: Mapping[str, Tensor],
+        groups: Mapping[str, Sequence[Embedding]],
+        *,
+        seed: int,
+        lr: float,
         weight_decay: float = 0.01,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model = DeepFM(params).double()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=weight_decay)
         self.groups, self.seed, self.lr, self.weight_decay = groups, seed, lr, weight_decay

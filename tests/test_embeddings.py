@@ -1,27 +1,44 @@
 import pytest
 
-from recfx.embeddings import Cell, Embedding, Lookup, column_key, constant, normal, plan_tables, truncated_normal, uniform
+from recfx.embeddings import (
+    Cell,
+    Embedding,
+    Lookup,
+    column_key,
+    constant,
+    normal,
+    plan_tables,
+    truncated_normal,
+    uniform,
+)
 
 
 def test_embedding_and_bias_share_rows_and_all_features_one_table():
-    plan = plan_tables({
-        "emb": [Embedding(f, dim=8) for f in ("a", "b", "c")],
-        "bias": [Embedding(f, dim=1) for f in ("a", "b", "c")],
-    })  # fmt: skip
+    plan = plan_tables(
+        {
+            "emb": [Embedding(f, dim=8) for f in ("a", "b", "c")],
+            "bias": [Embedding(f, dim=1) for f in ("a", "b", "c")],
+        }
+    )
     (t,) = plan.tables
     assert (t.dims, t.firsts, t.width) == ((8, 1), (0, 8), 9)
     assert t.lookups == (Lookup("a", 0), Lookup("b", 1), Lookup("c", 2))
     assert [[c.name for c in columns] for columns in t.vocabularies] == [[f"emb/{f}", f"bias/{f}"] for f in "abc"]
     assert plan.groups["bias"] == tuple(Cell(0, 1, l, "sum") for l in range(3))
-    assert hash(t) == hash(plan_tables({"emb": [Embedding(f, dim=8) for f in "abc"],
-                                        "bias": [Embedding(f, dim=1) for f in "abc"]}).tables[0])  # fmt: skip
+    assert hash(t) == hash(
+        plan_tables({"emb": [Embedding(f, dim=8) for f in "abc"], "bias": [Embedding(f, dim=1) for f in "abc"]}).tables[
+            0
+        ]
+    )
 
 
 def test_unequal_row_shapes_make_several_tables():
-    plan = plan_tables({
-        "wide": [Embedding("a", dim=16), Embedding("b", dim=16)],
-        "narrow": [Embedding("b", dim=4), Embedding("c", dim=4)],
-    })  # fmt: skip
+    plan = plan_tables(
+        {
+            "wide": [Embedding("a", dim=16), Embedding("b", dim=16)],
+            "narrow": [Embedding("b", dim=4), Embedding("c", dim=4)],
+        }
+    )
     assert [t.dims for t in plan.tables] == [(16,), (16, 4), (4,)]
     assert [[lookup.feature for lookup in t.lookups] for t in plan.tables] == [["a"], ["b"], ["c"]]
     assert plan.groups["wide"] == (Cell(0, 0, 0, "sum"), Cell(1, 0, 0, "sum"))
@@ -29,8 +46,15 @@ def test_unequal_row_shapes_make_several_tables():
 
 
 def test_a_shared_name_is_one_vocabulary_read_by_several_lookups():
-    plan = plan_tables({"emb": [Embedding("a", dim=8, shared_name="x"), Embedding("b", dim=8, shared_name="x", combiner="mean"),
-                                Embedding("c", dim=8)]})  # fmt: skip
+    plan = plan_tables(
+        {
+            "emb": [
+                Embedding("a", dim=8, shared_name="x"),
+                Embedding("b", dim=8, shared_name="x", combiner="mean"),
+                Embedding("c", dim=8),
+            ]
+        }
+    )
     (t,) = plan.tables
     assert t.lookups == (Lookup("a", 0), Lookup("b", 0), Lookup("c", 1))
     assert [columns[0].name for columns in t.vocabularies] == ["x", "emb/c"]
@@ -39,17 +63,21 @@ def test_a_shared_name_is_one_vocabulary_read_by_several_lookups():
 
 def test_logical_tables_share_keys_only_when_read_by_the_same_features():
     """Were `own` to live in the rows of x, ids seen by b alone would train a's own weight."""
-    plan = plan_tables({
-        "emb": [Embedding("a", dim=8, shared_name="x"), Embedding("b", dim=8, shared_name="x")],
-        "own": [Embedding("a", dim=8)],
-    })  # fmt: skip
+    plan = plan_tables(
+        {
+            "emb": [Embedding("a", dim=8, shared_name="x"), Embedding("b", dim=8, shared_name="x")],
+            "own": [Embedding("a", dim=8)],
+        }
+    )
     (t,) = plan.tables
     assert [[c.name for c in columns] for columns in t.vocabularies] == [["x"], ["own/a"]]
     assert t.lookups == (Lookup("a", 0), Lookup("a", 1), Lookup("b", 0))
-    both = plan_tables({
-        "emb": [Embedding("a", dim=8, shared_name="x"), Embedding("b", dim=8, shared_name="x")],
-        "bias": [Embedding("b", dim=1, shared_name="y"), Embedding("a", dim=1, shared_name="y")],
-    })  # fmt: skip
+    both = plan_tables(
+        {
+            "emb": [Embedding("a", dim=8, shared_name="x"), Embedding("b", dim=8, shared_name="x")],
+            "bias": [Embedding("b", dim=1, shared_name="y"), Embedding("a", dim=1, shared_name="y")],
+        }
+    )
     assert [t.dims for t in both.tables] == [(8, 1)]
     assert both.groups["bias"] == (Cell(0, 1, 1, "sum"), Cell(0, 1, 0, "sum"))
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -90,7 +91,7 @@ def test_200_thresholds_are_the_written_out_form():
         tp, fp = int((above & (label > 0)).sum()), int((above & (label == 0)).sum())
         num_clicks = int(label.sum())
         points.append((fp / (len(label) - num_clicks + 1e-6), (tp + 1e-6) / (num_clicks + 1e-6)))
-    expected = sum((a[0] - b[0]) * (a[1] + b[1]) / 2 for a, b in zip(points[:-1], points[1:], strict=True))
+    expected = sum((a[0] - b[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
     assert auc_200(update(init(), probability, label)) == pytest.approx(expected, abs=1e-5)
 
 

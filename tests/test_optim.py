@@ -11,8 +11,11 @@ from tests.reference import features_of, table_plan
 
 ONE, DUE, NOT_DUE = torch.tensor(1.0), torch.tensor(True), torch.tensor(False)
 SPARSE = {
-    "adamw": optim.sparse_adamw, "recis": optim.sparse_adamw_recis, "tf": optim.sparse_adamw_tf, "adam": optim.sparse_adam,
-}  # fmt: skip
+    "adamw": optim.sparse_adamw,
+    "recis": optim.sparse_adamw_recis,
+    "tf": optim.sparse_adamw_tf,
+    "adam": optim.sparse_adam,
+}
 DENSE = {"adamw": optim.adamw, "recis": optim.adamw_recis, "tf": optim.adamw_tf, "adam": optim.adam}
 
 
@@ -236,6 +239,6 @@ def test_learning_rate_as_a_tensor():
 )
 def test_values_out_of_range(build, name, value, expected):
     if name == "weight_decay" and build in (optim.adam, optim.sparse_adam):
-        pytest.skip("has no decay")
+        return  # has no decay
     with pytest.raises(ValueError, match=rf"^{name}: got {value}, expected .*{expected}"):
         build(**{"lr": 1e-3} | {name: value})

@@ -11,9 +11,17 @@ from recfx.models import deepfm
 from recfx.optim import adamw, sparse_adamw
 from recfx.table import TableState
 from tests.conftest import (
-    BATCH_SIZE, CAPACITY, DIM, FEATURES, NUM_NUMERIC, SMALL_IDS, deepfm_batches, deepfm_groups, deepfm_params,
+    BATCH_SIZE,
+    CAPACITY,
+    DIM,
+    FEATURES,
+    NUM_NUMERIC,
+    SMALL_IDS,
+    deepfm_batches,
+    deepfm_groups,
+    deepfm_params,
     deepfm_step,
-)  # fmt: skip
+)
 from tests.reference import NaiveTrainer, Sample, assert_same_table, is_close, pack_samples, random_samples
 
 INIT = truncated_normal(0.3)
@@ -38,7 +46,9 @@ def fresh(step, params=None):
 
 
 def samples_of(num, *, seed, features=FEATURES, ids=SMALL_IDS, longest=3):
-    return random_samples(random.Random(seed), num, features=features, num_numeric=NUM_NUMERIC, ids=ids, longest=longest)
+    return random_samples(
+        random.Random(seed), num, features=features, num_numeric=NUM_NUMERIC, ids=ids, longest=longest
+    )
 
 
 def batch_of(samples, batch_size=BATCH_SIZE):
@@ -59,8 +69,12 @@ def assert_same_state(a, b, *, exact=False):
     rtol, atol = (0, 0) if exact else (1e-5, 1e-6)
     for x, y in zip(a.tables, b.tables, strict=True):
         assert_same_table(x, y, exact_rows=exact)
-    for left, right in ((a.params, b.params), (a.dense.m, b.dense.m), (a.dense.v, b.dense.v),
-                        (a.window.grads, b.window.grads)):  # fmt: skip
+    for left, right in (
+        (a.params, b.params),
+        (a.dense.m, b.dense.m),
+        (a.dense.v, b.dense.v),
+        (a.window.grads, b.window.grads),
+    ):
         assert left.keys() == right.keys()
         for name in left:
             torch.testing.assert_close(left[name], right[name], rtol=rtol, atol=atol)
@@ -105,7 +119,9 @@ def train_against_oracle(step, groups, features, *, steps=6, micro_batches=1, si
     rng = random.Random(5)
     for _ in range(steps):
         parts = [
-            random_samples(rng, sizes[i % len(sizes)], features=features, num_numeric=NUM_NUMERIC, ids=SMALL_IDS, longest=3)
+            random_samples(
+                rng, sizes[i % len(sizes)], features=features, num_numeric=NUM_NUMERIC, ids=SMALL_IDS, longest=3
+            )
             for i in range(micro_batches)
         ]
         total = 0.0
@@ -156,7 +172,9 @@ def test_accumulation_is_one_step_on_a_batch_four_times_as_large():
 
 def test_oracle_sees_a_dropped_decay():
     with pytest.raises(AssertionError):
-        train_against_oracle(deepfm_step(sparse_optimizer=sparse_adamw(1e-2, weight_decay=0.0)), deepfm_groups(), FEATURES)
+        train_against_oracle(
+            deepfm_step(sparse_optimizer=sparse_adamw(1e-2, weight_decay=0.0)), deepfm_groups(), FEATURES
+        )
 
 
 def test_oracle_sees_one_row_update_in_ten_skipped():
@@ -177,7 +195,10 @@ def test_row_gradient_is_the_sum_over_occurrences():
     """With accumulation 2 the first micro-batch leaves its row gradients where they can be read."""
     step = deepfm_step(accumulation=2)
     state = fresh(step)
-    samples = [Sample(1.0, [0.1, -0.2], {"a": [7, 7], "b": [7], "c": []}), Sample(0.0, [1.0, 0.3], {"a": [7], "b": [], "c": [8]})]
+    samples = [
+        Sample(1.0, [0.1, -0.2], {"a": [7, 7], "b": [7], "c": []}),
+        Sample(0.0, [1.0, 0.3], {"a": [7], "b": [], "c": [8]}),
+    ]
     state, _ = step.update_(state, batch_of(samples))
     oracle = NaiveTrainer(deepfm_params(), deepfm_groups(), seed=3, lr=1e-2)
     loss, _ = oracle.loss_of(samples, set())
@@ -244,13 +265,19 @@ def test_evaluation_changes_metrics_alone_and_gives_zeros_for_unknown_ids():
 
     rows = rows_by_name(step, state)
     pooled = {
-        group: torch.stack([
-            torch.stack([sum((rows.get((f"{group}/{f}", i), torch.zeros(3, dim))[0] for i in s.ids[f]), torch.zeros(dim))
-                         for f in FEATURES])
-            for s in samples
-        ])
+        group: torch.stack(
+            [
+                torch.stack(
+                    [
+                        sum((rows.get((f"{group}/{f}", i), torch.zeros(3, dim))[0] for i in s.ids[f]), torch.zeros(dim))
+                        for f in FEATURES
+                    ]
+                )
+                for s in samples
+            ]
+        )
         for group, dim in (("emb", DIM), ("bias", 1))
-    }  # fmt: skip
+    }
     logit = deepfm.forward(state.params, pooled, torch.tensor([s.numeric for s in samples]))
     torch.testing.assert_close(aux.logit[:6], logit, rtol=1e-5, atol=1e-6)
     label = torch.tensor([[s.label] for s in samples])

@@ -9,8 +9,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from recfx import table as table_module
 from recfx.table import copy_of, num_rows_bytes, rebuild_, reserve, table
 from tests.reference import (
-    EXTREMES, MAX_INT64, MIN_INT64, DictTable, assert_same_table, features_of, random_lists, reading_of, streams, table_plan,
-)  # fmt: skip
+    EXTREMES,
+    MAX_INT64,
+    MIN_INT64,
+    DictTable,
+    assert_same_table,
+    features_of,
+    random_lists,
+    reading_of,
+    streams,
+    table_plan,
+)
 
 VOCABULARIES = [0, 1, 0, 2]  # two lookups read one vocabulary
 
@@ -187,8 +196,9 @@ class TableMachine(RuleBasedStateMachine):
 
     lists = st.lists(
         st.lists(st.lists(st.sampled_from(EXTREMES) | st.integers(0, 30), max_size=3), min_size=2, max_size=2),
-        min_size=3, max_size=3,
-    )  # fmt: skip
+        min_size=3,
+        max_size=3,
+    )
 
     @rule(lists=lists, spare=st.integers(0, 2))
     def insert(self, lists, spare):

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,8 +29,11 @@ def assert_same_columns(a, b):
     assert set(a) == set(b)
     for name in a:
         assert type(a[name]) is type(b[name])
-        for x, y in zip(a[name] if isinstance(a[name], Ragged) else [a[name]],
-                        b[name] if isinstance(b[name], Ragged) else [b[name]], strict=True):  # fmt: skip
+        for x, y in zip(
+            a[name] if isinstance(a[name], Ragged) else [a[name]],
+            b[name] if isinstance(b[name], Ragged) else [b[name]],
+            strict=True,
+        ):
             assert x.dtype == y.dtype
             assert torch.equal(x, y)
 
@@ -59,7 +64,7 @@ def test_layout_is_aligned_and_without_overlap(given_columns):
                 assert begin % ALIGN_BYTES == 0
                 spans.append((begin, begin + torch.Size(f.shape).numel() * dtype.itemsize))
     spans = sorted(span for span in spans if span[0] < span[1])
-    assert all(a[1] <= b[0] for a, b in zip(spans[:-1], spans[1:], strict=True))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
     assert not spans or spans[-1][1] <= layout.num_bytes
 
 

@@ -95,6 +95,7 @@ def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reade
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains, evaluates, saves; returns the summary that is also written to <output_dir>/summary.json."""
     planted: dict[str, Any] = {}
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.data_paths is None:
         print(f"no --data_paths: using generated click logs in {args.generated_dir}", flush=True)
         planted = generate(
@@ -158,6 +159,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "steps": progress.step,
         "stopped": progress.stopped or "end of data",
     }
+    summary = {name: None if value != value else value for name, value in summary.items()}  # JSON has no NaN
     Path(args.output_dir, "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
@@ -214,12 +216,13 @@ def _flag(word: str) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: `python -m recfx.examples.deepfm`."""
     args = parse(argv)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     try:
         summary = run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     for name, value in summary.items():
         print(f"{name:>16}  {value}")

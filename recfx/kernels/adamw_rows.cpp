@@ -1,28 +1,30 @@
 // The AdamW family on the rows of one step, then the step's gradients and unique count back to zero.
 #include "table.h"
 
-EXPORT void adamw_rows(float* rows, float* grads_UW, int64_t* num_unique, const int32_t* unique_rows, int64_t width,
-                       const double* hyper, const bool* due) {
+EXPORT void adamw_rows(float* rows, float* grads_UW, int64_t* num_unique, const int32_t* unique_rows, int64_t row_stride,
+                       int64_t grad_stride, int64_t width, const double* hyper, const bool* due) {
   if (!*due) return;
   const float decay = hyper[0], b1 = hyper[1], c1 = hyper[2], b2 = hyper[3], c2 = hyper[4];
   const float alpha = hyper[5], eps = hyper[6], scale = hyper[7];
   const int64_t num = *num_unique, ahead = 8;
+  with_dim(width, [=](auto dim) {
 #pragma omp parallel for schedule(static)
-  for (int64_t u = 0; u < num; ++u) {
-    if (u + ahead < num)
-      for (int64_t c = 0; c < 3 * width; c += 16) __builtin_prefetch(rows + unique_rows[u + ahead] * 3 * width + c, 1);
-    float* __restrict w = rows + unique_rows[u] * 3 * width;
-    float* __restrict m = w + width;
-    float* __restrict v = m + width;
-    float* __restrict g = grads_UW + u * width;
+    for (int64_t u = 0; u < num; ++u) {
+      if (u + ahead < num)
+        for (int64_t c = 0; c < 3 * dim; c += 16) __builtin_prefetch(rows + unique_rows[u + ahead] * row_stride + c, 1);
+      float* __restrict w = rows + unique_rows[u] * row_stride;
+      float* __restrict m = w + dim;
+      float* __restrict v = m + dim;
+      float* __restrict g = grads_UW + u * grad_stride;
 #pragma omp simd
-    for (int64_t c = 0; c < width; ++c) {
-      const float gc = g[c] * scale;
-      m[c] = b1 * m[c] + c1 * gc;
-      v[c] = b2 * v[c] + c2 * gc * gc;
-      w[c] = decay * w[c] - alpha * m[c] / (std::sqrt(v[c]) + eps);
-      g[c] = 0.0f;
+      for (int64_t c = 0; c < dim; ++c) {
+        const float gc = g[c] * scale;
+        m[c] = b1 * m[c] + c1 * gc;
+        v[c] = b2 * v[c] + c2 * gc * gc;
+        w[c] = decay * w[c] - alpha * m[c] / (std::sqrt(v[c]) + eps);
+        g[c] = 0.0f;
+      }
     }
-  }
+  });
   *num_unique = 0;
 }

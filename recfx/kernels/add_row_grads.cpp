@@ -5,9 +5,10 @@
 
 #include "table.h"
 
-EXPORT void add_row_grads(float* grads_UW, int64_t width, const int32_t* inverse_P, const int32_t* cell_P,
+EXPORT void add_row_grads(float* grads_UW, int64_t stride, const int32_t* inverse_P, const int32_t* cell_P,
                           int64_t num_positions, const int32_t* vocabularies, int64_t num_lookups, int64_t num_slices,
                           const int64_t* firsts, const int64_t* dims, const float* const* blocks) {
+  constexpr int64_t CHUNK = 256;
   const Ids in{nullptr, cell_P, num_positions, vocabularies, num_lookups};
   const int64_t count = in.count();
   const int64_t num_vocabularies = *std::max_element(vocabularies, vocabularies + num_lookups) + 1;
@@ -20,11 +21,24 @@ EXPORT void add_row_grads(float* grads_UW, int64_t width, const int32_t* inverse
     std::vector<char> mine(num_lookups);
     for (int64_t l = 0; l < num_lookups; ++l)
       mine[l] = !by_vocabulary || vocabularies[l] * threads / num_vocabularies == me;
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t u = inverse_P[k];
-      if (!mine[in.lookup(k)] || u < 0 || (!by_vocabulary && u % threads != me)) continue;
+    int64_t position[CHUNK], num_mine;
+    for (int64_t begin = 0, sample = 0; begin < count; begin += CHUNK) {
+      num_mine = 0;
+      for (int64_t k = begin; k < std::min(begin + CHUNK, count); ++k) {
+        while (cell_P[k] >= sample + num_lookups) sample += num_lookups;
+        if (!mine[cell_P[k] - sample] || inverse_P[k] < 0 || (!by_vocabulary && inverse_P[k] % threads != me)) continue;
+        position[num_mine++] = k;
+        __builtin_prefetch(grads_UW + inverse_P[k] * stride, 1);
+        for (int64_t s = 0; s < num_slices; ++s) __builtin_prefetch(blocks[s] + cell_P[k] * dims[s]);
+      }
       for (int64_t s = 0; s < num_slices; ++s)
-        add_floats(grads_UW + u * width + firsts[s], blocks[s] + cell_P[k] * dims[s], dims[s]);
+        with_dim(dims[s], [&](auto dim) {
+          for (int64_t i = 0; i < num_mine; ++i) {
+            float* __restrict to = grads_UW + inverse_P[position[i]] * stride + firsts[s];
+            const float* __restrict from = blocks[s] + cell_P[position[i]] * dim;
+            for (int64_t c = 0; c < dim; ++c) to[c] += from[c];
+          }
+        });
     }
   }
 }

@@ -37,7 +37,7 @@ _add_row_grads = c_function("add_row_grads", "pi" + "ppi" + "pi" + "ippp")
 def _cpu(grads, inverse_P, cell_P, vocabularies, firsts, dims, blocks):  # type: ignore[no-untyped-def]
     blocks = [block.contiguous() for block in blocks]
     _add_row_grads(
-        *(address(grads), grads.shape[1]),
+        *(grads.data_ptr(), grads.stride(0)),
         *(address(inverse_P), address(cell_P), cell_P.numel()),
         *(address(vocabularies), len(vocabularies)),
         *(len(dims), int64s(firsts), int64s(dims), addresses(blocks)),

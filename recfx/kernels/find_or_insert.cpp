@@ -8,7 +8,7 @@
 EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabularies, int64_t* seen, float* rows,
                            int64_t* num_rows, int64_t* num_refused, int32_t* unique_rows, int64_t* num_unique,
                            const int64_t* num_slots, const int64_t* salt, const int64_t* step, int64_t max_rows,
-                           int64_t max_unique, int64_t row_blocks, const int64_t* id_P, const int32_t* cell_P,
+                           int64_t max_unique, int64_t row_stride, int64_t row_blocks, const int64_t* id_P, const int32_t* cell_P,
                            int64_t num_positions, const int32_t* vocabularies, int64_t num_lookups,
                            const int64_t* init_keys, const float* init_params, int64_t width, int32_t* row_P,
                            int32_t* inverse_P) {
@@ -61,7 +61,7 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
   const Initializer init{init_keys, init_params, width};
 #pragma omp parallel for schedule(static) if (fill > first_new)
   for (int64_t row = first_new; row < fill; ++row) {
-    float* block = rows + row * row_blocks * width;
+    float* block = rows + row * row_stride;
     initial_values(init, row_vocabularies[row], ids[row], 0, width, block);
     std::fill(block + width, block + row_blocks * width, 0.0f);
   }

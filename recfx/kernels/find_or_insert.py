@@ -83,7 +83,7 @@ def definition(
     return row_P, inverse_P
 
 
-_find_or_insert = c_function("find_or_insert", "p" * 12 + "iii" + "ppi" + "pi" + "ppi" + "pp")
+_find_or_insert = c_function("find_or_insert", "p" * 12 + "iiii" + "ppi" + "pi" + "ppi" + "pp")
 
 
 def _cpu(  # type: ignore[no-untyped-def]
@@ -93,8 +93,8 @@ def _cpu(  # type: ignore[no-untyped-def]
     row_P, inverse_P = torch.empty_like(cell_P), torch.empty_like(cell_P)
     table = (slots, ids, row_vocabularies, seen, rows, num_rows, num_refused, unique_rows, num_unique, num_slots, salt)
     _find_or_insert(
-        *map(address, (*table, step)),
-        *(ids.numel(), unique_rows.numel(), rows.shape[1]),
+        *(t.data_ptr() for t in (*table, step)),
+        *(ids.numel(), unique_rows.numel(), rows.stride(0), rows.shape[1]),
         *(address(id_P), address(cell_P), cell_P.numel()),
         *(address(vocabularies), len(vocabularies)),
         *(address(init_keys), address(init_params), rows.shape[2]),

@@ -30,6 +30,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def hash_id(id: Tensor, vocabulary: Tensor, salt: Tensor) -> Tensor:
+    """Low bits say where probing starts, the top 16 are the slot's tag."""
     return mix((id + (vocabulary.long() + 1) * GOLDEN) ^ salt)
 
 

@@ -57,8 +57,10 @@ def address(t: Tensor) -> int:
 
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
+    """A C array of the addresses of contiguous tensors."""
     return (ctypes.c_void_p * len(tensors))(*map(address, tensors))
 
 
 def int64s(values: Sequence[int]) -> ctypes.Array:
+    """A C array of int64."""
     return (ctypes.c_int64 * len(values))(*values)

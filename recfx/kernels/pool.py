@@ -53,7 +53,7 @@ def _fake(rows, row_P, id_P, cell_P, vocabularies, batch_size, init_keys, init_p
 def _cpu(rows, row_P, id_P, cell_P, vocabularies, batch_size, init_keys, init_params, firsts, dims):  # type: ignore[no-untyped-def]
     out = [rows.new_empty(batch_size, len(vocabularies), dim) for dim in dims]
     _pool(
-        *(address(rows), rows.shape[1], rows.shape[2]),
+        *(rows.data_ptr(), rows.stride(0), rows.shape[2]),
         *(address(row_P), address(id_P), address(cell_P), cell_P.numel()),
         *(address(vocabularies), len(vocabularies), batch_size),
         *(address(init_keys), address(init_params)),

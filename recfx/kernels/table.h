@@ -99,6 +99,13 @@ static inline void initial_values(const Initializer& init, uint64_t vocabulary, 
   }
 }
 
+[[maybe_unused]] static __attribute__((noinline)) void add_initial_values(const Initializer& init, uint64_t vocabulary, int64_t id,
+                                                         int64_t first, int64_t dim, float* to) {
+  float values[dim];
+  initial_values(init, vocabulary, id, first, dim, values);
+  for (int64_t c = 0; c < dim; ++c) to[c] += values[c];
+}
+
 // The ids of one batch in the table's order; cell = sample * num_lookups + lookup, -1 in the padding at the end.
 struct Ids {
   const int64_t* id;
@@ -121,29 +128,20 @@ struct Ids {
   static bool later(int32_t a, int32_t) { return a >= 0; }
 };
 
-// Calls f(dim) with the usual widths as compile-time constants, so that their loops become a few vector instructions.
+// Calls f(dim) with the usual widths as compile-time constants, so that loops over them become a few vector instructions.
 template <class F>
 static inline void with_dim(int64_t dim, F f) {
   switch (dim) {
     case 1: return f(std::integral_constant<int64_t, 1>{});
     case 4: return f(std::integral_constant<int64_t, 4>{});
     case 8: return f(std::integral_constant<int64_t, 8>{});
+    case 9: return f(std::integral_constant<int64_t, 9>{});
     case 16: return f(std::integral_constant<int64_t, 16>{});
+    case 17: return f(std::integral_constant<int64_t, 17>{});
     case 32: return f(std::integral_constant<int64_t, 32>{});
+    case 33: return f(std::integral_constant<int64_t, 33>{});
     case 64: return f(std::integral_constant<int64_t, 64>{});
     case 128: return f(std::integral_constant<int64_t, 128>{});
     default: return f(dim);
   }
-}
-
-static inline void copy_floats(float* __restrict to, const float* __restrict from, int64_t dim) {
-  with_dim(dim, [=](auto n) {
-    for (int64_t c = 0; c < n; ++c) to[c] = from[c];
-  });
-}
-
-static inline void add_floats(float* __restrict to, const float* __restrict from, int64_t dim) {
-  with_dim(dim, [=](auto n) {
-    for (int64_t c = 0; c < n; ++c) to[c] += from[c];
-  });
 }

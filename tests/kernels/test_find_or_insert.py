@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recfx.kernels import find, find_or_insert
+from recfx.kernels import find, find_or_insert, hashing
 from recfx.table import TableState, _initializer_tensors, copy_of, grow_, table
 from tests.reference import (
     EXTREMES,
@@ -13,6 +13,7 @@ from tests.reference import (
     Reading,
     Stream,
     assert_same_table,
+    id_of_hash,
     on_threads,
     random_lists,
     reading_of,
@@ -32,9 +33,21 @@ def empty_table(vocabularies, *, max_rows=64, max_unique=None) -> tuple[TableSta
 
 def arguments(s: TableState, r: Reading, init: tuple) -> tuple:
     return (
-        s.slots, s.ids, s.vocabularies, s.seen, s.rows, s.num_rows, s.num_refused, s.unique_rows, s.num_unique,
-        s.num_slots, s.salt, s.step + 1, *r, *init,
-    )  # fmt: skip
+        s.slots,
+        s.ids,
+        s.vocabularies,
+        s.seen,
+        s.rows,
+        s.num_rows,
+        s.num_refused,
+        s.unique_rows,
+        s.num_unique,
+        s.num_slots,
+        s.salt,
+        s.step + 1,
+        *r,
+        *init,
+    )
 
 
 def insert(op, state, reading, init):
@@ -83,11 +96,32 @@ def test_kernel_is_definition_is_dict(stream, ends):
     check(stream, ends[: len(stream.batches)], max_rows=256, max_unique=None)
 
 
-@given(stream=streams(3), ends=st.lists(st.booleans(), min_size=3, max_size=3), max_rows=st.integers(1, 12),
-       max_unique=st.integers(1, 6))  # fmt: skip
+@given(
+    stream=streams(3),
+    ends=st.lists(st.booleans(), min_size=3, max_size=3),
+    max_rows=st.integers(1, 12),
+    max_unique=st.integers(1, 6),
+)
 @settings(max_examples=60, deadline=None)
 def test_full_table_and_full_step_are_counted(stream, ends, max_rows, max_unique):
     check(stream, ends[: len(stream.batches)], max_rows=max_rows, max_unique=max_unique)
+
+
+def test_ids_of_one_tag_and_one_home_slot_are_told_apart():
+    """Hashes that agree in all the bits the index looks at: only the id itself is left to compare."""
+    ids = [id_of_hash(0xABCD << 48 | k << 24 | 5, 0) for k in range(60)]
+    assert (
+        len({hash & 0xFFFF for hash in hashing.hash_id(torch.tensor(ids), torch.zeros(60), torch.tensor(0)).tolist()})
+        == 1
+    )
+    stored, absent = reading_of([[[i] for i in ids[:40]]], [0]), reading_of([[[i] for i in ids[40:]]], [0])
+    for op in OPS.values():
+        state, init = empty_table([0])
+        assert insert(op, state, stored, init)[0] == list(range(40))
+        assert insert(op, state, stored, init)[0] == list(range(40))
+        for finder in FINDS.values():
+            assert find_with(finder, state, stored) == list(range(40))
+            assert find_with(finder, state, absent) == [-1] * 20
 
 
 def test_index_refuses_rows_beyond_seven_eighths():

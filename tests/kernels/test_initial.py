@@ -12,7 +12,13 @@ from recfx.table import _initializer_tensors, table
 from tests import reference
 from tests.reference import EXTREMES, MAX_INT64, MIN_INT64, features_of, table_plan
 
-INITS = [constant(0.25), uniform(-0.3, 0.1), normal(0.02, mean=1.0), truncated_normal(0.001), truncated_normal(1, 0, 0.5)]
+INITS = [
+    constant(0.25),
+    uniform(-0.3, 0.1),
+    normal(0.02, mean=1.0),
+    truncated_normal(0.001),
+    truncated_normal(1, 0, 0.5),
+]
 
 
 def one_column_plan(init, dim=8):
@@ -30,7 +36,9 @@ def inserted(plan, ids, seed=7):
 
 
 @pytest.mark.parametrize("init", INITS, ids=str)
-@given(ids=st.lists(st.sampled_from(EXTREMES) | st.integers(MIN_INT64, MAX_INT64), min_size=1, max_size=20, unique=True))
+@given(
+    ids=st.lists(st.sampled_from(EXTREMES) | st.integers(MIN_INT64, MAX_INT64), min_size=1, max_size=20, unique=True)
+)
 @settings(max_examples=25, deadline=None)
 def test_kernel_is_definition_is_python(init, ids):
     plan = one_column_plan(init, dim=3)

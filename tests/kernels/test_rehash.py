@@ -8,7 +8,9 @@ from tests.reference import EXTREMES, MAX_INT64, MIN_INT64, on_threads, reading_
 
 OPS = {"definition": rehash.definition, "kernel": rehash.rehash_}
 KEYS = st.lists(
-    st.tuples(st.integers(0, 3), st.sampled_from(EXTREMES) | st.integers(MIN_INT64, MAX_INT64)), unique=True, max_size=28
+    st.tuples(st.integers(0, 3), st.sampled_from(EXTREMES) | st.integers(MIN_INT64, MAX_INT64)),
+    unique=True,
+    max_size=28,
 )
 
 

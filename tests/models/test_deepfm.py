@@ -49,8 +49,9 @@ def test_float32_logits(shape):
 
 
 def test_second_order_term_is_the_double_loop_over_pairs():
-    params, emb, numeric = ({k: v.double() for k, v in x.items()} if isinstance(x, dict) else x.double()
-                            for x in case(2, 3, 4, (8, 4)))  # fmt: skip
+    params, emb, numeric = (
+        {k: v.double() for k, v in x.items()} if isinstance(x, dict) else x.double() for x in case(2, 3, 4, (8, 4))
+    )
     for name in params:
         if name != "numeric_emb":
             params[name] = torch.zeros_like(params[name])

@@ -1,0 +1,74 @@
+"""recfx's side of the benchmarks: DeepFM's captured step over a table that already holds the workload's ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from bench.workload import CATEGORICAL, Workload, init_weights
+from recfx.capture import capture
+from recfx.examples import deepfm as program
+from recfx.step import Step, TrainState
+from recfx.table import table
+from recfx.types import Batch, Ragged
+
+CHUNK = 2**20
+PHASES = {
+    "lookup": ("recfx::order_ids", "recfx::find_or_insert_", "recfx::pool"),
+    "row update": ("recfx::add_row_grads_", "recfx::adamw_rows_"),
+    "overhead": ("Torch-Compiled", "TorchDynamo", "AOTDispatcher", "Pregraph", "aten::slice", "aten::view"),
+}
+
+
+class Captured(NamedTuple):
+    step: Callable[[Batch], Tensor]  # loss of one captured step
+    state: TrainState
+
+
+def captured_step(work: Workload, *, seed: int = 0) -> Captured:
+    """The step of `python -m recfx.examples.deepfm`, from the baselines' weights and the workload's ids."""
+    args = program.parse(["--data_paths", "", "--gradient_accumulation_steps", "1", "--numeric", "raw"])
+    step, state = program.build_step(args)
+    fill(step, state, work, init_weights(work.table_rows, seed=seed))
+    run = capture(step, state, work.batches[0])
+    return Captured(lambda batch: run(state, batch)[1].loss, state)
+
+
+def fill(step: Step, state: TrainState, work: Workload, weights: dict[str, Tensor]) -> None:
+    """Inserts the universe in order, so that row numbers are the baselines' too, then writes their weights."""
+    (plan,), (rows,) = step.plan.tables, state.tables
+    inserter = table(plan, optimizer_slots=2, seed=42)
+    empty = Ragged(torch.zeros(0, dtype=torch.int64), torch.zeros(2, dtype=torch.int32))
+    for name in CATEGORICAL:
+        for ids in work.universe[name].split(CHUNK):
+            offsets = torch.tensor([0, len(ids)], dtype=torch.int32)
+            features = dict.fromkeys(CATEGORICAL, empty) | {name: Ragged(ids, offsets)}
+            inserter.grow_(rows, len(ids))
+            inserter.insert_(rows, features)
+            rows.num_unique.zero_()
+            rows.step.add_(1)  # each chunk as a step of its own: its unique numbers start at 0
+    rows.step.zero_()
+    rows.seen[: work.table_rows] = -1
+    assert int(rows.num_rows) == work.table_rows
+    rows.rows[: work.table_rows, 0, :8] = weights["embedding"][:-1]
+    rows.rows[: work.table_rows, 0, 8:] = weights["bias"][:-1]
+    names = {"numeric_emb": "numeric_embedding", "numeric_bias": "numeric_bias"}
+    names |= {f"dnn.{i}.{part}": f"{part[0]}{i + 1}" for i in range(3) for part in ("weight", "bias")}
+    for name, theirs in names.items():
+        state.params[name].copy_(weights[theirs].T if name.endswith("weight") else weights[theirs])
+
+
+def phases(step: Callable[[Batch], Tensor], batches: list[Batch]) -> dict[str, float]:
+    """Milliseconds per step by phase, from a profile of one pass over the batches; profiling itself adds some."""
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        for batch in batches:
+            step(batch)
+    spent = dict.fromkeys((*PHASES, "forward+backward"), 0.0)
+    for event in record.key_averages():
+        owner = (phase for phase, names in PHASES.items() if event.key.startswith(names))
+        spent[next(owner, "forward+backward")] += event.self_cpu_time_total / 1e3 / len(batches)
+    return spent

@@ -1,0 +1,105 @@
+"""The captured DeepFM step against plain torch and JAX, which are handed ids remapped to dense indices beforehand.
+
+Every baseline runs in a process of its own, as its user would run it; blocks of both sides alternate.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from bench.baselines_torch import functional_compiled
+from bench.harness import Child, Claims, Loop, compare
+from bench.recfx_side import captured_step, phases
+from bench.workload import init_weights, make_batches
+
+NUM_BATCHES, SMALL, LARGE = 16, 200_000, 10_000_000
+TARGETS = {1000: 1.8, 4096: 1.5, 16_384: 1.4}
+TORCH = {
+    "functional_compiled": "torch compiled, functional",
+    "eager_sparse": "torch eager, SparseAdam",
+    "eager_dense": "torch eager, dense AdamW",
+}
+no_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
+
+
+@contextmanager
+def baseline(variant: str, batch_size: int, table_rows: int):
+    parameters = {"num_batches": NUM_BATCHES, "batch_size": batch_size, "table_rows": table_rows, "seed": 0}
+    if variant == "jax":
+        with Child("bench.baselines_jax:child_loop", **parameters) as side:
+            yield side
+    else:
+        with Child("bench.baselines_torch:child_loop", variant=variant, **parameters) as side:
+            yield side
+
+
+@pytest.fixture(scope="module", params=[1000, 4096, 16_384])
+def recfx(request):
+    work = make_batches(NUM_BATCHES, request.param, table_rows=SMALL)
+    return request.param, work, captured_step(work)
+
+
+def test_losses_are_the_baseline_s():
+    work = make_batches(4, 256, table_rows=20_000)
+    ours = captured_step(work)
+    theirs = functional_compiled(init_weights(20_000), max_distinct=max(work.num_distinct) + 1)
+    for batch, dense in zip(work.batches, work.dense, strict=True):
+        torch.testing.assert_close(ours.step(batch), theirs.step(dense), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.benchmark(group="step")
+def test_step(benchmark, recfx, claims: Claims):
+    """pytest-benchmark's own record of the step, and where its time goes."""
+    batch_size, work, ours = recfx
+    batches = iter(work.batches * 10_000)
+    benchmark.pedantic(lambda: ours.step(next(batches)), rounds=40, iterations=3, warmup_rounds=10)
+    parts = "  ".join(f"{name} {ms:.2f}" for name, ms in phases(ours.step, work.batches).items())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    claims.note(f"batch {batch_size}: ms per step, profiled: {parts}; peak memory of the process so far {peak:.1f} GiB")
+
+
+@pytest.mark.parametrize("variant", ["functional_compiled", pytest.param("jax", marks=no_jax)])
+def test_against_the_best(benchmark, recfx, variant, claims: Claims):
+    batch_size, work, ours = recfx
+    with baseline(variant, batch_size, SMALL) as theirs:
+        result = benchmark.pedantic(compare, args=(Loop(ours.step, work.batches), theirs), rounds=1)
+    name = f"DeepFM step, batch {batch_size}, 0.2 M rows"
+    claims.add(
+        result.claim(name, TORCH.get(variant, "JAX, dense tables"), batch_size=batch_size, target=TARGETS[batch_size])
+    )
+
+
+@pytest.mark.parametrize("variant", ["eager_sparse", "eager_dense"])
+def test_against_eager(benchmark, claims: Claims, variant):
+    work = make_batches(NUM_BATCHES, 4096, table_rows=SMALL)
+    ours = captured_step(work)
+    with baseline(variant, 4096, SMALL) as theirs:
+        result = benchmark.pedantic(
+            compare, args=(Loop(ours.step, work.batches), theirs), kwargs={"blocks": 5}, rounds=1
+        )
+    claims.add(result.claim("DeepFM step, batch 4096, 0.2 M rows", TORCH[variant], batch_size=4096, target=None))
+
+
+def test_large_table(benchmark, claims: Claims):
+    """As many distinct ids per batch, fifty times the rows: the step may take 1.5 times as long at most."""
+    small, large = (make_batches(NUM_BATCHES, 4096, table_rows=rows) for rows in (SMALL, LARGE))
+    few, many = captured_step(small), captured_step(large)
+    result = benchmark.pedantic(compare, args=(Loop(many.step, large.batches), Loop(few.step, small.batches)), rounds=1)
+    claims.add(result.claim("DeepFM step, batch 4096, 10 M rows", "recfx, 0.2 M rows", batch_size=4096, target=1 / 1.5))
+
+
+@pytest.mark.parametrize("variant", ["functional_compiled", pytest.param("jax", marks=no_jax)])
+def test_large_table_against_the_best(benchmark, claims: Claims, variant):
+    work = make_batches(NUM_BATCHES, 4096, table_rows=LARGE)
+    ours = captured_step(work)
+    with baseline(variant, 4096, LARGE) as theirs:
+        result = benchmark.pedantic(
+            compare, args=(Loop(ours.step, work.batches), theirs), kwargs={"blocks": 5}, rounds=1
+        )
+    name = TORCH.get(variant, "JAX, dense tables")
+    claims.add(result.claim("DeepFM step, batch 4096, 10 M rows", name, batch_size=4096, target=1.5))
