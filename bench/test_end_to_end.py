@@ -69,9 +69,7 @@ def test_end_to_end(benchmark, paths, claims: Claims):
     ratio = statistics.median(
         b * (1 / r + 1 / s) for r, s, b in zip(rates["reader"], rates["step"], rates["both"], strict=True)
     )
-    claims.note(
-        f"from ORC files, samples/s: reader alone {reader_s:,.0f}, step alone {step_s:,.0f}"
-    )
+    claims.note(f"from ORC files, samples/s: reader alone {reader_s:,.0f}, step alone {step_s:,.0f}")
     claims.add(
         Claim(
             name="from ORC files, batch 1000",

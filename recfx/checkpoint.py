@@ -156,7 +156,7 @@ def _load_table_(table: TableState, i: int, saved: dict[str, Tensor]) -> TableSt
 
 def _table_names(plan: Plan) -> list[list[list[str]]]:
     """Logical tables and their widths by physical table and vocabulary: what the numbers in the file mean."""
-    return [[[f"{column.name}:{column.dim}" for column in vocabulary] for vocabulary in t.vocabularies] for t in plan.tables]
+    return [[[f"{c.name}:{c.dim}" for c in vocabulary] for vocabulary in t.vocabularies] for t in plan.tables]
 
 
 def _finished(folder: Path) -> list[Path]:

@@ -69,7 +69,7 @@ def sparse_adamw(
     """AdamW on the rows a step touched; every other row is left alone.
 
     Args:     lr: step size, >= 0, float or 0-d tensor.
-              b1, b2: decay of the moments per step, in [0, 1).  eps: > 0.  weight_decay: per unit of lr, >= 0.
+              b1, b2: decay of the moments per step, in [0, 1).  eps: >= 0; with 0, a gradient of exactly 0 gives NaN.  weight_decay: per unit of lr, >= 0.
     Slots:    m, v beside the weight in each row: 8 W bytes.
     Cost:     reads 4 U W floats, writes 3 U W; never syncs.
     Differs:  from torch.optim.AdamW: untouched rows neither decay nor move, t counts steps of the table.

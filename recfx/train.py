@@ -165,6 +165,7 @@ def train(
                 if window and not should_stop() and progress.step % config.save_steps == 0:
                     save(position)
             evaluate_now()
+        read_metrics(progress, state)
         progress.train_s = time.perf_counter() - begun
         save(position)
     return state, progress

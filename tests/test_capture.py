@@ -107,13 +107,22 @@ def test_one_trace_and_one_graph_over_many_steps(one):
     assert not counters["recompiles"]
 
 
-def test_one_graph_for_a_new_layout():
+def test_one_graph_for_each_layout_and_each_size_of_state():
+    """A state of another size through the same callable is compiled for, not run by a graph of other shapes."""
+
+    def forward(params, emb, feats):
+        return emb["bias"].sum(1) + params["numeric_bias"].sum()
+
     counters.clear()
-    step = deepfm_step(forward=lambda params, emb, feats: emb["bias"].sum(1) + params["numeric_bias"].sum())
-    state = fresh(step)
-    call = capture(step, state, deepfm_batches(1)[0])
-    run(call, state, deepfm_batches(3, short_last=True))
-    assert counters["stats"]["unique_graphs"] == 1
+    steps = [deepfm_step(forward=forward, max_rows=max_rows) for max_rows in (512, 16)]
+    batches = deepfm_batches(3, short_last=True)
+    call = capture(steps[0], fresh(steps[0]), batches[0])
+    for num_graphs, step in enumerate(steps, start=1):
+        a, _ = run(call, fresh(step), batches)
+        assert counters["stats"]["unique_graphs"] == num_graphs
+        assert_same_state(a, run(step.update_, step.grow_(fresh(step), (1000,)), batches)[0])
+    assert int(a.tables[0].num_rows) == 16
+    assert int(a.tables[0].num_refused) > 0
     assert not counters["graph_break"]
 
 

@@ -56,9 +56,7 @@ def raw_features(batch: dict) -> dict[str, Any]:
     }
 
 
-def build_step(
-    args: argparse.Namespace, *, sparse_optimizer: SparseOptimizer | None = None
-) -> tuple[Step, TrainState]:
+def build_step(args: argparse.Namespace, *, sparse_optimizer: SparseOptimizer | None = None) -> tuple[Step, TrainState]:
     """The whole training program as one step, and its first state. Another sparse optimiser may be put in."""
 
     def embeddings(dim: int) -> list[Embedding]:
@@ -95,7 +93,6 @@ def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reade
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains, evaluates, saves; returns the summary that is also written to <output_dir>/summary.json."""
     planted: dict[str, Any] = {}
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.data_paths is None:
         print(f"no --data_paths: using generated click logs in {args.generated_dir}", flush=True)
         planted = generate(
@@ -113,6 +110,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     first = next(iter(reader), None)
     if first is None:
         raise ValueError(f"data_paths: got fewer than {args.batch_size} rows, expected a full batch at least.")
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
 
     evaluate_with = None
     if args.eval_paths is not None:
@@ -205,7 +203,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--numeric", choices=["log1p", "raw"], default="log1p", help="log(1 + max(x, 0)), or the seed's own raw inputs")
     add("--num_threads", type=int, default=None, help="threads of the step; default: torch's")
     add("--generated_dir", default="./demo/data", help="where generated files are kept")
-    add("--generated_rows", type=int, default=3_000_000, help="training rows to generate")
+    add("--generated_rows", type=int, default=2_000_000, help="training rows to generate")
     return parser.parse_args(argv)
 
 

@@ -46,7 +46,15 @@ _adamw_rows = c_function("adamw_rows", "pppp" + "iii" + "pp")
 
 def _cpu(rows, grads, num_unique, unique_rows, hyper, due):  # type: ignore[no-untyped-def]
     strides = rows.stride(0), grads.stride(0), rows.shape[2]
-    _adamw_rows(rows.data_ptr(), grads.data_ptr(), address(num_unique), address(unique_rows), *strides, address(hyper), address(due))
+    _adamw_rows(
+        rows.data_ptr(),
+        grads.data_ptr(),
+        address(num_unique),
+        address(unique_rows),
+        *strides,
+        address(hyper),
+        address(due),
+    )
 
 
 adamw_rows_ = define_op(

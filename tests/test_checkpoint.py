@@ -1,0 +1,413 @@
+"""Checkpoints: the same bytes for the same state, whole or not there, and clear about what is wrong with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from recfx import checkpoint
+from recfx import table as table_module
+from recfx.checkpoint import MANIFEST, STATE, latest, load, save
+from recfx.embeddings import Embedding
+from recfx.optim import sparse_adamw
+from recfx.step import Step, TrainState
+from tests.conftest import deepfm_batches, deepfm_groups, deepfm_params, deepfm_step
+from tests.reference import on_threads
+
+LOOP = {"epoch": 1, "position": {"file": 2, "row": 30}}
+SEED = 7
+
+
+def fresh(step: Step) -> TrainState:
+    return step.init({name: p.clone() for name, p in deepfm_params().items()})
+
+
+def trained(step: Step, state: TrainState, batches: list) -> TrainState:
+    for batch in batches:
+        state, _ = step.update_(step.grow_(state, step.ids_in(batch)), batch)
+    return state
+
+
+def some_state(step: Step, number: int = 5) -> TrainState:
+    """Many rows, so that the index has doubled; one thread, so that equal calls give equal bytes."""
+    ids = tuple(range(1000, 1300))
+    batches = deepfm_batches(3, seed=SEED) + deepfm_batches(number, seed=SEED + 1, ids=ids, short_last=True)
+    return on_threads(1, trained, step, fresh(step), batches)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.iterdir())}
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x10
+    path.write_bytes(content)
+
+
+def rewrite_manifest(folder: Path, **changes: Any) -> None:
+    """As another version of recfx would have written it, its own checksum included."""
+    manifest = json.loads((folder / MANIFEST).read_text()) | changes
+    manifest.pop("manifest_sha256")
+    manifest["manifest_sha256"] = checkpoint._digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="module")
+def step() -> Step:
+    return deepfm_step()
+
+
+@pytest.fixture
+def saved(step: Step, tmp_path: Path) -> Path:
+    return save(tmp_path / "ckpt", step, some_state(step), number=8, loop=LOOP)
+
+
+# What comes back.
+
+
+def test_round_trip_is_bitwise(step, saved):
+    a, (b, loop) = some_state(step), load(saved, step, fresh(step))
+    assert loop == LOOP | {"step": 8}
+    for left, right in ((a.params, b.params), (a.dense.m, b.dense.m), (a.dense.v, b.dense.v)):
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    assert int(a.dense.step) == int(b.dense.step) == 8
+    for x, y in zip(a.tables, b.tables, strict=True):
+        num_rows = int(x.num_rows)
+        assert num_rows > 100
+        for name in ("num_rows", "num_refused", "step", "num_unique", "salt"):
+            assert int(getattr(x, name)) == int(getattr(y, name)), name
+        for name in ("ids", "vocabularies", "rows"):
+            assert torch.equal(getattr(x, name)[:num_rows], getattr(y, name)[:num_rows]), name
+        assert torch.equal(x.seen[:num_rows] >> 32, y.seen[:num_rows] >> 32)
+        assert len({int(s) for s in x.seen[:num_rows] >> 32}) > 3
+    assert not any(int(t.count_nonzero()) for t in (*b.metrics, *b.window[1:]))
+
+
+def test_all_that_was_refused_is_remembered(tmp_path):
+    step = deepfm_step(max_rows=32)
+    state = some_state(step)
+    assert int(state.tables[0].num_refused) > 0
+    loaded, _ = load(save(tmp_path, step, state, number=8, loop={}), step, fresh(step))
+    assert int(loaded.tables[0].num_refused) == int(state.tables[0].num_refused)
+
+
+def test_the_same_rows_are_found(step, saved):
+    """Known ids and unknown ones, by the eager evaluation: equal logits, and not those of an untrained state."""
+    a, (b, _) = some_state(step), load(saved, step, fresh(step))
+    for batch in deepfm_batches(3, seed=SEED) + deepfm_batches(2, seed=40, ids=tuple(range(1200, 1500))):
+        logits = [on_threads(1, step.evaluate_, s, batch)[1].logit for s in (a, b, fresh(step))]
+        assert torch.equal(logits[0], logits[1])
+        assert not torch.equal(logits[0], logits[2])
+
+
+def test_training_goes_on_as_if_it_had_not_stopped(step, saved, tmp_path):
+    more = deepfm_batches(4, seed=50, ids=tuple(range(1200, 1500)))
+    a, (b, _) = some_state(step), load(saved, step, fresh(step))
+    paths = [
+        save(tmp_path / name, step, on_threads(1, trained, step, state, more), number=12, loop=LOOP)
+        for name, state in (("a", a), ("b", b))
+    ]
+    assert digests(paths[0]) == digests(paths[1])
+    assert digests(paths[0])[STATE] != digests(saved)[STATE]
+
+
+# What is in the file.
+
+
+def test_equal_states_give_equal_bytes(step, saved, tmp_path):
+    again = save(tmp_path / "again", step, some_state(step), number=8, loop=LOOP)
+    assert digests(again) == digests(saved)
+    loaded, loop = load(saved, step, fresh(step))
+    from_loaded = save(tmp_path / "loaded", step, loaded, number=loop.pop("step"), loop=loop)
+    assert digests(from_loaded) == digests(saved)
+    other = save(tmp_path / "other", step, some_state(step, 6), number=8, loop=LOOP)
+    assert digests(other)[STATE] != digests(saved)[STATE]
+
+
+def test_saving_changes_no_byte_of_the_state(step, tmp_path):
+    state = some_state(step)
+    leaves = torch.utils._pytree.tree_leaves(state)
+    before = [t.clone() for t in leaves]
+    save(tmp_path, step, state, number=8, loop=LOOP)
+    assert all(torch.equal(a, b) for a, b in zip(before, leaves, strict=True))
+
+
+def test_nothing_of_capacity_is_in_the_file(monkeypatch, tmp_path):
+    """A table that grew from 8 slots and one reserved far larger: the same rows, the same bytes."""
+    paths, num_slots = [], []
+    for first_slots, max_rows, max_unique in ((8, 512, 128), (2**16, 2**17, None)):
+        monkeypatch.setattr(table_module, "FIRST_SLOTS", first_slots)
+        step = deepfm_step(max_rows=max_rows, max_unique=max_unique)
+        state = some_state(step)
+        num_slots.append(int(state.tables[0].num_slots))
+        paths.append(save(tmp_path / str(first_slots), step, state, number=8, loop=LOOP))
+    assert num_slots[0] < num_slots[1]
+    assert digests(paths[0]) == digests(paths[1])
+    num_rows = int(state.tables[0].num_rows)
+    file = load_file(paths[0] / STATE)
+    shape = state.tables[0].rows.shape
+    assert file["table.0.rows"].shape == (num_rows, *shape[1:])
+    assert not {name for name, t in file.items() if name.startswith("table.") and t.dim() and len(t) != num_rows}
+
+
+# Whole or not there.
+
+
+def test_numbers_sort_and_only_the_newest_are_kept(step, tmp_path):
+    state = some_state(step)
+    assert latest(tmp_path / "nowhere") is None
+    for number in (2, 9, 10, 100):
+        path = save(tmp_path, step, state, number=number, loop=LOOP, max_to_keep=2)
+        assert latest(tmp_path) == path
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000010", "step-000000100"]
+    assert json.loads((path / MANIFEST).read_text())["loop"] == LOOP | {"step": 100}
+
+
+def test_what_was_just_saved_is_never_deleted(step, tmp_path):
+    """Not even in a folder that holds checkpoints of a longer run."""
+    state = some_state(step)
+    for number in (100, 200, 300):
+        save(tmp_path, step, state, number=number, loop=LOOP)
+    path = save(tmp_path, step, state, number=5, loop=LOOP, max_to_keep=2)
+    assert path.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000005", "step-000000300"]
+
+
+def test_a_half_written_folder_is_ignored_and_cleared_away(step, saved):
+    folder = saved.parent
+    half = folder / ".unfinished-000000009"
+    shutil.copytree(saved, half)
+    flip(half / STATE, 100)
+    assert latest(folder) == saved
+    newer = save(folder, step, some_state(step), number=9, loop=LOOP)
+    assert sorted(folder.iterdir()) == [saved, newer]
+    load(newer, step, fresh(step))
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(step, saved):
+    (saved.parent / "step-000000099").mkdir()
+    assert latest(saved.parent) == saved
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_saving_at_the_same_number_again(step, saved, same):
+    state = some_state(step, 5 if same else 6)
+    inode = (saved / STATE).stat().st_ino
+    again = save(saved.parent, step, state, number=8, loop={"epoch": 2, "position": None}, max_to_keep=1)
+    assert list(saved.parent.iterdir()) == [again] == [saved]
+    assert ((saved / STATE).stat().st_ino == inode) == same
+    loaded, loop = load(again, step, fresh(step))
+    assert loop == {"epoch": 2, "position": None, "step": 8}
+    assert int(loaded.dense.step) == int(state.dense.step)
+
+
+def no_space(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("failing", ["save_file", "os.replace", "os.fsync"])
+@pytest.mark.parametrize("number", [8, 9])
+def test_the_previous_checkpoint_survives_a_write_that_fails(step, saved, monkeypatch, failing, number):
+    before = digests(saved)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"recfx.checkpoint.{failing}", no_space)
+        with pytest.raises(OSError, match="No space left"):
+            save(saved.parent, step, some_state(step, 6), number=number, loop=LOOP, max_to_keep=1)
+    assert latest(saved.parent) == saved
+    assert digests(saved) == before
+    load(saved, step, fresh(step))
+    newer = save(saved.parent, step, some_state(step, 6), number=number, loop=LOOP, max_to_keep=1)
+    assert list(saved.parent.iterdir()) == [newer]
+
+
+def test_a_file_the_system_refuses_is_an_os_error(step, saved):
+    """What safetensors raises then is none."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = some_state(step, 6)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"state.safetensors: .* The checkpoints before this one are whole"):
+            save(saved.parent, step, state, number=9, loop=LOOP, max_to_keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert latest(saved.parent) == saved
+    load(saved, step, fresh(step))
+
+
+KILL_SAVERS = """
+import itertools, os, random, signal, sys, time
+from tests.test_checkpoint import *
+
+def save_forever(pipe, first):  # every other time at the number of the save before
+    for number in itertools.count(first):
+        save(folder, step, states[number // 2 % 2], number=number // 2, loop={"epoch": number}, max_to_keep=2)
+        os.write(pipe, b"%d\\n" % (number // 2))
+
+torch.set_num_threads(1)
+folder, step, rng = Path(sys.argv[1]), deepfm_step(), random.Random(0)
+states, last = [some_state(step, n) for n in (5, 6)], -1
+for _ in range(8):
+    (ours, theirs), first = os.pipe(), 2 * (last + 1)
+    child = os.fork()
+    if child == 0:
+        save_forever(theirs, first)
+    os.close(theirs)
+    with open(ours) as said:
+        done = int(said.readline())
+        time.sleep(rng.uniform(0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        done = int(([done] + said.read().split())[-1])
+    state, loop = load(latest(folder), step, fresh(step))
+    last = loop["step"]
+    assert done <= last <= done + 1, (done, last)
+    assert int(state.dense.step) == (8, 9)[last % 2]
+    assert len(list(folder.iterdir())) <= 4
+print("killed")
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
+    """The newest one that `save` had finished, or the one it was writing."""
+    command = [sys.executable, "-W", "ignore", "-c", KILL_SAVERS, str(tmp_path / "ckpt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.stdout, done.returncode) == ("killed\n", 0), done.stderr
+
+
+# What is refused.
+
+
+def test_an_open_accumulation_window_is_refused(tmp_path):
+    step = deepfm_step(accumulation=2)
+    state = trained(step, fresh(step), deepfm_batches(3))
+    with pytest.raises(ValueError, match=r"state: got an open accumulation window, expected none"):
+        save(tmp_path, step, state, number=1, loop={})
+    assert list(tmp_path.iterdir()) == []
+    save(tmp_path, step, step.flush_(state), number=2, loop={})
+
+
+@pytest.mark.parametrize("place", [0, 9, 200, -1])
+def test_a_damaged_byte(step, saved, place):
+    flip(saved / STATE, place)
+    with pytest.raises(ValueError, match=r"state.safetensors: checksum differs .* damaged"):
+        load(saved, step, fresh(step))
+
+
+def test_a_damaged_byte_of_the_manifest(step, saved):
+    """Wherever it is: no byte of the manifest can change without notice."""
+    whole = (saved / MANIFEST).read_bytes()
+    for place in range(0, len(whole), 7):
+        flip(saved / MANIFEST, place)
+        if json_of(saved / MANIFEST) != json.loads(whole):  # white space means nothing
+            with pytest.raises(ValueError, match=r"manifest.json: |expected at most 1|got tables"):
+                load(saved, step, fresh(step))
+        (saved / MANIFEST).write_bytes(whole)
+    load(saved, step, fresh(step))
+
+
+def json_of(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"format": "new"}', '{"format": 1}', "\x00"])
+def test_a_manifest_that_is_none(step, saved, text):
+    (saved / MANIFEST).write_text(text)
+    with pytest.raises(ValueError, match=r"manifest.json: .*(expected a checkpoint's manifest|checksum differs)"):
+        load(saved, step, fresh(step))
+
+
+@pytest.mark.parametrize("size", [0, 7, 1000])
+def test_a_truncated_file(step, saved, size):
+    os.truncate(saved / STATE, size)
+    with pytest.raises(ValueError, match=r"state.safetensors: checksum differs"):
+        load(saved, step, fresh(step))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(STATE, r"state.safetensors: missing, expected the file"), (MANIFEST, r"manifest.json: FileNotFoundError")],
+)
+def test_a_missing_file(step, saved, name, message):
+    (saved / name).unlink()
+    with pytest.raises(ValueError, match=message):
+        load(saved, step, fresh(step))
+
+
+def test_a_folder_that_is_not_there(step, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere/manifest.json: .* expected a checkpoint's manifest"):
+        load(tmp_path / "nowhere", step, fresh(step))
+
+
+def test_a_newer_format(step, saved):
+    rewrite_manifest(saved, format=2)
+    with pytest.raises(ValueError, match=r"got format 2, expected at most 1. Update recfx"):
+        load(saved, step, fresh(step))
+
+
+def test_tables_of_another_model(saved):
+    groups = deepfm_groups()
+    groups["emb"][0] = Embedding("a", dim=4, init=groups["emb"][0].init, shared_name="renamed")
+    other = deepfm_step(embeddings=groups)
+    with pytest.raises(ValueError, match=r"step-000000008: got tables .*emb/a:4.* expected .*renamed:4"):
+        load(saved, other, fresh(other))
+
+
+def test_tables_of_other_widths_that_add_up_to_the_same(saved):
+    groups = deepfm_groups()
+    widths = {"emb": 3, "bias": 2}
+    groups = {name: [Embedding(e.feature, dim=widths[name], init=e.init) for e in g] for name, g in groups.items()}
+    other = deepfm_step(embeddings=groups, forward=lambda params, emb, feats: emb["bias"].sum((1, 2))[:, None])
+    with pytest.raises(ValueError, match=r"got tables .*emb/a:4.* expected .*emb/a:3"):
+        load(saved, other, fresh(other))
+
+
+def test_dense_parameters_of_another_model(step, saved):
+    params = {name: p.clone() for name, p in deepfm_params().items()}
+    state = step.init(params | {"dnn.0.bias": torch.zeros(9)})
+    with pytest.raises(ValueError, match=r"no tensor 'params.dnn.0.bias' of shape \[9\]. Another model's"):
+        load(saved, step, state)
+    with pytest.raises(ValueError, match=r"no tensor 'params.extra' of shape \[2\]"):
+        load(saved, step, step.init(params | {"extra": torch.zeros(2)}))
+
+
+def test_too_few_rows(saved):
+    small = deepfm_step(max_rows=64)
+    with pytest.raises(ValueError, match=r"table 0: got \[\d+, 3, 5\] rows, expected at most \[64, 3, 5\]. Raise max_"):
+        load(saved, small, fresh(small))
+
+
+def test_an_optimiser_with_other_slots(saved):
+    other = deepfm_step(sparse_optimizer=sparse_adamw(1e-2)._replace(num_slots=1))
+    with pytest.raises(
+        ValueError, match=r"table 0: got \[\d+, 3, 5\] rows, expected at most \[512, 2, 5\]. .*optimiser"
+    ):
+        load(saved, other, fresh(other))
+
+
+def test_a_state_file_that_lacks_a_tensor(step, saved):
+    tensors = load_file(saved / STATE)
+    del tensors["dense.v.dnn.0.bias"]
+    save_file(tensors, saved / STATE)
+    rewrite_manifest(saved, sha256=sha256(saved / STATE))
+    with pytest.raises(ValueError, match=r"no tensor 'dense.v.dnn.0.bias' of shape"):
+        load(saved, step, fresh(step))
