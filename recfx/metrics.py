@@ -37,7 +37,7 @@ def binary_metrics(num_bins: int = 2**16) -> Transform:
 
     def add(logit: Tensor, label: Tensor, loss: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         unit = (logit + LOGIT_RANGE) / (2 * LOGIT_RANGE)
-        bin_B = (unit * num_bins).clamp(0, num_bins - 1).long().flatten()
+        bin_B = (unit * num_bins).clamp(0, num_bins - 1).long().clamp(min=0).flatten()  # NaN: the lowest
         is_click = (label > 0.5).long().flatten()
         terms = [
             valid,

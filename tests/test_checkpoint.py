@@ -398,9 +398,7 @@ def test_too_few_rows(saved):
 
 def test_an_optimiser_with_other_slots(saved):
     other = deepfm_step(sparse_optimizer=sparse_adamw(1e-2)._replace(num_slots=1))
-    with pytest.raises(
-        ValueError, match=r"table 0: got \[\d+, 3, 5\] rows, expected at most \[512, 2, 5\]. .*optimiser"
-    ):
+    with pytest.raises(ValueError, match=r"table 0: got \[\d+, 3, 5\] rows, expected at most \[512, 2, 5\]"):
         load(saved, other, fresh(other))
 
 

@@ -1,0 +1,359 @@
+"""The command line of the DeepFM program, on small generated click logs."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recfx import checkpoint
+from recfx.data import criteo_synthetic
+from recfx.examples import deepfm as program
+from recfx.step import Step
+
+ROOT = Path(__file__).parents[2]
+RUN_SH = ROOT / "examples" / "deepfm" / "run.sh"
+ROWS = {"rows_per_file": 1100, "train_files": 3, "eval_files": 1, "seed": 42}
+SUMMARY = {  # the issue's, and what the table and the loop add
+    "auc", "best_auc", "log_loss", "calibration", "samples_per_s", "first_step_s", "train_s", "rows", "peak_rss_bytes",
+    "steps", "numeric_lr_auc", "refused_ids", "stopped",
+}  # fmt: skip
+SEED_DEFAULTS = {
+    "data_paths": None, "eval_paths": None, "batch_size": 1000, "thread_num": 1, "prefetch": 1, "drop_remainder": True,
+    "gradient_accumulation_steps": 4, "output_dir": "./ckpt", "log_steps": 10, "save_steps": 2000, "eval_steps": None,
+    "train_steps": None, "train_epoch": 1, "sparse_lr": 1e-3, "dense_lr": 1e-3, "seed": 42, "resume": False,
+    "device": "cpu", "numeric": "log1p",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("criteo") / "data"
+    criteo_synthetic.generate(folder, **ROWS)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step as it is written, uncompiled."""
+
+    def capture(step: Step, state: Any, batch: Any) -> Callable:
+        return lambda state, batch: step.update_(step.grow_(state, step.ids_in(batch)), batch)
+
+    monkeypatch.setattr(program, "capture", capture)
+    monkeypatch.setattr(program, "capture_evaluation", lambda step, state, batch: step.evaluate_)
+
+
+def call(data: Path | None, *more: str, output: str = "out") -> dict[str, Any]:
+    paths = [f"--data_paths={data}/train", f"--eval_paths={data}/eval"] if data else []
+    program.main([*paths, "--batch_size=100", f"--output_dir={output}", *more])
+    return json.loads(Path(output, "summary.json").read_text(), parse_constant=pytest.fail)
+
+
+def newest(output: str) -> dict[str, str]:
+    path = checkpoint.latest(output)
+    return {"": path.name} | {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in path.iterdir()}
+
+
+def refused(*argv: str) -> str:
+    """The message `main` ends with."""
+    with pytest.raises(SystemExit) as stop:
+        program.main(list(argv))
+    assert isinstance(stop.value.code, str)
+    return stop.value.code
+
+
+# From files to a summary.
+
+
+def test_captured_end_to_end_on_generated_data(tmp_path, capsys):
+    """The program as it stands: it generates, compiles, trains, evaluates, saves and sums up."""
+    torch.set_num_threads(2)
+    more = ["--generated_rows=20000", "--generated_dir=made", "--batch_size=1000", "--gradient_accumulation_steps=1"]
+    summary = call(None, *more, "--train_epoch=2")
+    assert set(summary) == SUMMARY
+    info = json.loads(Path("made/info.json").read_text())
+    assert (info["train_rows"], info["eval_rows"]) == (20_000, 2_000)
+    assert (summary["best_auc"], summary["numeric_lr_auc"]) == (info["best_auc"], info["numeric_lr_auc"])
+    assert (summary["steps"], summary["stopped"], summary["refused_ids"]) == (40, "end of data", 0)
+    assert all(math.isfinite(v) for v in summary.values() if not isinstance(v, str))
+    assert 0.4 < summary["auc"] < summary["best_auc"]
+    assert 0.05 < summary["log_loss"] < 0.7
+    assert summary["rows"] > 10_000
+    assert summary["peak_rss_bytes"] > 2**26
+    assert 0 < summary["first_step_s"] < summary["train_s"]
+    assert summary["samples_per_s"] > 100
+    assert Path("out/step-000000040").is_dir()
+
+    out, err = capsys.readouterr()
+    assert "no --data_paths: using generated click logs in made" in out
+    assert f"best possible AUC on the held-out rows: {info['best_auc']:.4f}" in out
+    assert re.search(r"epoch 2 step 40 held out: auc=0\.\d{4} log_loss=", out)
+    for name, value in summary.items():
+        assert re.search(rf"^ *{name}  {re.escape(str(value))}$", out, flags=re.MULTILINE), name
+    assert re.search(r"samples/s.*auc=0\.\d+.*loss=0\.\d+", err)
+
+
+def test_generated_data_is_reused(tmp_path, eager, monkeypatch):
+    more = ["--generated_rows=1000", "--generated_dir=made", "--train_steps=1", "--gradient_accumulation_steps=1"]
+    first = call(None, *more)
+    files = {f: f.stat().st_mtime_ns for f in Path("made").rglob("*")}
+    monkeypatch.setattr(criteo_synthetic, "_write_all", lambda *_: pytest.fail("generated again"))
+    second = call(None, *more)
+    assert {f: f.stat().st_mtime_ns for f in Path("made").rglob("*")} == files
+    assert (first["auc"], first["best_auc"]) == (second["auc"], second["best_auc"])
+    message = refused("--generated_rows=2000", "--generated_dir=made")
+    assert message.startswith("error: folder: got 'made', which holds")
+
+
+@pytest.mark.parametrize("numeric", ["log1p", "raw"])
+def test_numeric(data, eager, numeric):
+    """Raw numerics make logits of thousands; what comes out is finite either way, and another thing."""
+    summary = call(data, f"--numeric={numeric}", "--gradient_accumulation_steps=1")
+    assert summary["best_auc"] is None
+    assert math.isfinite(summary["log_loss"])
+    assert 0 <= summary["auc"] <= 1
+    assert (summary["log_loss"] < 0.7) == (numeric == "log1p")
+
+
+def test_numerics_of_the_two_spellings(data):
+    args = program.parse(["--data_paths", f"{data}/train", "--batch_size=50"])
+    batch = next(iter(program.read(args, args.data_paths, drop_remainder=True)))
+    raw, log1p = (f(dict(batch))["numeric"] for f in (program.raw_features, program.log1p_features))
+    assert raw.shape == (50, 13)
+    torch.testing.assert_close(log1p, raw.clamp(min=0).log1p())
+    assert raw.max() > 1000
+
+
+@pytest.mark.parametrize(("flag", "steps"), [("true", 8), ("True", 8), ("false", 9), ("FALSE", 9)])
+def test_drop_remainder(data, eager, flag, steps):
+    """32 full batches of 103, and 4 rows more."""
+    summary = call(data, "--batch_size=103", f"--drop_remainder={flag}")
+    assert summary["steps"] == steps
+
+
+def test_the_table_holds_every_id_once(data, eager):
+    summary = call(data, "--train_epoch=2")
+    args = program.parse(["--data_paths", f"{data}/train", "--batch_size=100"])
+    pairs = set()
+    for batch in program.read(args, args.data_paths, drop_remainder=True):
+        for name in program.CATEGORICAL:
+            pairs |= {(name, id) for id in batch[name].values[: int(batch[name].offsets[-1])].tolist()}
+    assert summary["rows"] == len(pairs)
+    assert summary["steps"] == 2 * 9
+
+
+def test_without_held_out_files(data, eager):
+    program.main([f"--data_paths={data}/train", "--batch_size=100", "--output_dir=out", "--log_steps=1000"])
+    summary = json.loads(Path("out/summary.json").read_text(), parse_constant=pytest.fail)
+    assert set(summary) == SUMMARY
+    assert summary["calibration"] is None
+    assert 0 < summary["auc"] < 1  # of the training rows
+    assert 0 < summary["log_loss"] < 0.7
+
+
+def test_eval_steps(data, eager, monkeypatch):
+    counted = []
+    evaluate = program.evaluate
+
+    def spy(*args: Any, **kwargs: Any) -> dict:
+        values = evaluate(*args, **kwargs)
+        counted.append(values["num_samples"])
+        return values
+
+    monkeypatch.setattr(program, "evaluate", spy)
+    call(data, "--train_steps=1", "--eval_steps=3")
+    call(data, "--train_epoch=2", output="again")
+    assert counted == [300, 1100, 1100]
+
+
+# Stopping and going on.
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_resume(data, eager, accumulation):
+    more = [f"--gradient_accumulation_steps={accumulation}", "--train_epoch=2"]
+    call(data, *more, output="whole")
+    stopped = call(data, *more, "--train_steps=5", output="parts")
+    assert (stopped["steps"], stopped["stopped"]) == (5, "train_steps")
+    resumed = call(data, *more, "--resume", output="parts")
+    assert newest("parts") == newest("whole")
+    again = call(data, *more, "--resume=true", output="parts")  # nothing is left to do
+    assert newest("parts") == newest("whole")
+    names = ("auc", "log_loss", "calibration", "rows", "steps")
+    assert [again[name] for name in names] == [resumed[name] for name in names]
+    assert again["samples_per_s"] is None
+
+
+def test_ctrl_c(data, eager, monkeypatch, capsys):
+    def interrupting(step: Step, state: Any, batch: Any) -> Callable:
+        def run(state: Any, batch: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step.update_(step.grow_(state, step.ids_in(batch)), batch)
+
+        return run
+
+    calls: list = []
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "capture", interrupting)
+        summary = call(data, output="parts")
+    assert (summary["steps"], summary["stopped"]) == (2, "interrupted")
+    call(data, "--resume", output="parts")
+    call(data, output="whole")
+    assert newest("parts") == newest("whole")
+
+
+def test_checkpoints_are_saved_and_kept_as_told(data, eager):
+    call(data, "--gradient_accumulation_steps=1", "--save_steps=10", "--max_to_keep=2")
+    assert sorted(p.name for p in Path("out").iterdir()) == ["step-000000030", "step-000000033", "summary.json"]
+
+
+def test_the_seed_decides(data, eager):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        call(data, f"--seed={seed}", "--train_steps=2", output=name)
+    assert newest("a") == newest("b") != newest("c")
+
+
+def test_workers_read_their_own_files(data, monkeypatch):
+    args = program.parse(["--data_paths", f"{data}/train"])
+    names = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        names.append([Path(f).name for f in program.read(args, args.data_paths, drop_remainder=True).files])
+    assert names == [["part-00000.orc", "part-00002.orc"], ["part-00001.orc"]]
+
+
+# Arguments and errors.
+
+
+def test_defaults_are_the_seeds():
+    args = vars(program.parse([]))
+    assert {name: args[name] for name in SEED_DEFAULTS} == SEED_DEFAULTS
+    assert args["max_to_keep"] >= 1
+
+
+def test_the_first_state_is_the_seeds():
+    """26 columns of 8 + 1, one physical table; 21 206 dense parameters."""
+    step, state = program.build_step(program.parse([]))
+    assert sum(p.numel() for p in state.params.values()) == 21_206
+    assert [(plan.dims, len(plan.lookups)) for plan in step.plan.tables] == [((8, 1), 26)]
+    assert {c.init for v in step.plan.tables[0].vocabularies for c in v} == {program.truncated_normal(0.001)}
+
+
+def test_help_explains_every_argument(capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--help"])
+    assert stop.value.code == 0
+    usage, options = " ".join(capsys.readouterr().out.split()).split(" options: ")
+    assert "python -m recfx.examples.deepfm" in usage
+    for name, value in vars(program.parse([])).items():
+        explained = re.search(rf"--{name} (?:\{{.*?\}}|\[?[A-Z_]+\]?) (.+?)(?= --[a-z]|$)", options)
+        assert explained, name
+        assert len(explained[1].split("default")[0]) > 10, name
+        if value is not None:
+            assert f"(default: {value})" in explained[1], name
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--drop_remainder", "1"], "--drop_remainder: got '1', expected true or false"),
+        (["--resume", "maybe"], "--resume: got 'maybe', expected true or false"),
+        (["--numeric", "sqrt"], "--numeric: invalid choice: 'sqrt'"),
+        (["--device", "cuda"], "--device: invalid choice: 'cuda'"),
+        (["--batch_size", "many"], "--batch_size: invalid int value: 'many'"),
+        (["--epochs", "2"], "unrecognized arguments: --epochs 2"),
+    ],
+)
+def test_arguments_that_cannot_be_read(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data_paths=nowhere"], r"paths: got 'nowhere', which matches no file"),
+        (["--data_paths={data}/train", "--eval_paths=nowhere"], r"paths: got 'nowhere', which matches no file"),
+        (["--data_paths={data}/info.json"], r"info.json': got .* expected a readable ORC file"),
+        (["--data_paths={data}/train", "--batch_size=0"], r"batch_size: got 0, expected at least 1"),
+        (["--data_paths={data}/train", "--batch_size=4000"], r"data_paths: got fewer than 4000 rows"),
+        (["--data_paths={data}/train", "--thread_num=0"], r"threads: got 0, expected at least 1"),
+        (["--data_paths={data}/train", "--gradient_accumulation_steps=0"], r"accumulation: got 0, expected at least 1"),
+        (["--data_paths={data}/train", "--train_steps=0"], r"train_steps: got 0, expected at least 1"),
+        (["--data_paths={data}/train", "--sparse_lr=-1"], r"lr: got -1.0, expected 0"),
+        (["--data_paths={data}/train", "--output_dir={data}/info.json"], r"File exists: .*info.json"),
+        (["--generated_rows=5", "--generated_dir=made"], r"rows_per_file: got 0, expected at least 1"),
+    ],
+)
+def test_errors_are_one_line(data, eager, argv, message):
+    got = refused(*(word.format(data=data) for word in argv))
+    assert got.startswith("error: ")
+    assert "\n" not in got
+    assert re.search(message, got), got
+
+
+def test_a_damaged_checkpoint_is_named(data, eager):
+    call(data, "--train_steps=2")
+    path = checkpoint.latest("out") / checkpoint.STATE
+    path.write_bytes(path.read_bytes()[:-1])
+    got = refused(f"--data_paths={data}/train", "--batch_size=100", "--output_dir=out", "--resume")
+    assert got.startswith(f"error: {path}: checksum differs")
+
+
+def test_an_error_of_the_process_has_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "recfx.examples.deepfm", "--data_paths=nowhere", "--output_dir=out"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: paths: got 'nowhere', which matches no file")
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (ROOT / "out").exists()
+
+
+# The launch script.
+
+
+def launched(*more: str) -> argparse.Namespace:
+    """The arguments that run.sh gives the program."""
+    environment = os.environ | {"PYTHON": "echo"}
+    done = subprocess.run([RUN_SH, *more], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    module, *argv = done.stdout.split()[1:]
+    assert module == "recfx.examples.deepfm"
+    return program.parse(argv)
+
+
+def test_run_sh():
+    assert os.access(RUN_SH, os.X_OK)
+    args = launched()
+    assert args.data_paths == "./data/"
+    assert {**vars(args), "data_paths": None} == vars(program.parse([]))
+
+
+def test_run_sh_passes_arguments_on():
+    args = launched("--batch_size=7", "--data_paths=elsewhere")
+    assert (args.batch_size, args.data_paths, args.log_steps) == (7, "elsewhere", 10)
