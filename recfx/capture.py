@@ -74,14 +74,16 @@ def trace(update_: Callable, state: Any, batch: Batch) -> torch.fx.GraphModule:
 def _captured(step: Step, update_: Callable, grow_: Callable) -> Callable[[Any, Batch], tuple[Any, Any]]:
     _keep_freed_memory()
     compiled: dict[tuple, tuple[Callable, tuple[int, ...]]] = {}
-    known_state: Callable[[], Tensor | None] = lambda: None
+    known_state: Callable[[], Tensor | None] | None = None
     known_shapes: tuple = ()
 
     def run(state: Any, batch: Batch) -> tuple[Any, Any]:
         nonlocal known_state, known_shapes
         if not isinstance(batch, Batch):
             raise TypeError(f"batch: got {type(batch).__name__}, expected recfx.types.Batch. Use recfx.types.pack.")
-        if state.dense.step is not known_state():  # by a weak reference: a dropped state must free its tables
+        if (
+            known_state is None or state.dense.step is not known_state()
+        ):  # by a weak reference: a dropped state must free its tables
             known_state, known_shapes = weakref.ref(state.dense.step), _shapes(state)
         key = (batch.layout, known_shapes, torch.get_num_threads())
         if key not in compiled:

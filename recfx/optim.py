@@ -69,7 +69,8 @@ def sparse_adamw(
     """AdamW on the rows a step touched; every other row is left alone.
 
     Args:     lr: step size, >= 0, float or 0-d tensor.
-              b1, b2: decay of the moments per step, in [0, 1).  eps: >= 0; with 0, a gradient of exactly 0 gives NaN.  weight_decay: per unit of lr, >= 0.
+              b1, b2: decay of the moments per step, in [0, 1).  eps: >= 0; 0 gives NaN where a gradient is 0.
+              weight_decay: per unit of lr, >= 0.
     Slots:    m, v beside the weight in each row: 8 W bytes.
     Cost:     reads 4 U W floats, writes 3 U W; never syncs.
     Differs:  from torch.optim.AdamW: untouched rows neither decay nor move, t counts steps of the table.
@@ -165,7 +166,7 @@ def _hyper(
 def _sparse(hyper: Hyper) -> SparseOptimizer:
     def update(rows: Tensor, grads: Tensor, step: Tensor, scale: Tensor) -> Tensor:
         w, m, v = rows.unbind(1)
-        return torch.stack(adamw_update(w, m, v, grads, hyper(step + 1, scale)), dim=1)
+        return torch.stack(adamw_update(w, m, v, grads, hyper(step + 1, scale).to(w.dtype).unbind()), dim=1)
 
     def apply(state: TableState, scale: Tensor, due: Tensor) -> TableState:
         num = int(state.num_unique) if due else 0
@@ -191,7 +192,7 @@ def _dense(hyper: Hyper) -> Transform:
         return AdamState(m, v, torch.zeros((), dtype=torch.int64, device=device))
 
     def update(state: AdamState, params: Params, grads: Params, scale: Tensor, due: Tensor) -> tuple[AdamState, Params]:
-        scalars = hyper(state.step + 1, scale)
+        scalars = hyper(state.step + 1, scale).float().unbind()
         new: tuple[Params, Params, Params] = ({}, {}, {})
         for name, w in params.items():
             old = (w, state.m[name], state.v[name])

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,6 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 NOT_RUN = "<!-- not run -->"
 TIMEOUT_S = 110
-OPTIONS_OF_MAKE = ("-C", "-f", "-j", "-n", "-k", "-s", "-B")
 
 
 class Block(NamedTuple):
@@ -34,7 +34,7 @@ def blocks_of(text: str) -> list[Block]:
         if start is None and opened:
             fence, language, start = opened[1], opened[2], i + 1
         elif start is not None and line.strip() == fence:
-            blocks.append(Block(language, start + 1, "\n".join(lines[start:i]), before == NOT_RUN))
+            blocks.append(Block(language, start + 1, textwrap.dedent("\n".join(lines[start:i])), before == NOT_RUN))
             start, before = None, ""
         elif start is None and line.strip():
             before = line.strip()
@@ -87,12 +87,13 @@ def run_script(path: Path, cwd: Path) -> str:
 
 
 def test_blocks_of_a_text():
-    text = f"a\n```python\nx = 1\n\ny = 2\n```\nb\n{NOT_RUN}\n\n```bash\nmake\n```\n```\nplain\n```\n    ```python\n    z\n    ```"
+    text = f"a\n```python\nx = 1\n\ny = 2\n```\nb\n{NOT_RUN}\n\n```bash\nmake\n```\n```\nplain\n```\n"
+    text += "    ```python\n    z\n    ```"
     assert blocks_of(text) == [
         Block("python", 3, "x = 1\n\ny = 2", False),
         Block("bash", 11, "make", True),
         Block("", 14, "plain", False),
-        Block("python", 17, "    z", False),
+        Block("python", 17, "z", False),
     ]
     with pytest.raises(AssertionError, match="line 1: the block is not closed"):
         blocks_of("```python\nx = 1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from recfx.kernels.op import address, c_function, define_op
@@ -9,12 +11,14 @@ from recfx.kernels.op import address, c_function, define_op
 __all__ = ["adamw_rows_", "adamw_update"]
 
 
-def adamw_update(w: Tensor, m: Tensor, v: Tensor, g: Tensor, hyper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def adamw_update(
+    w: Tensor, m: Tensor, v: Tensor, g: Tensor, scalars: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """m <- b1 m + c1 g;  v <- b2 v + c2 g^2;  w <- decay w - alpha m / (sqrt(v) + eps), with g scaled by `scale`.
 
-    Shapes:   w, m, v, g alike; hyper f64 [8]: decay, b1, c1, b2, c2, alpha, eps, scale.
+    Shapes:   w, m, v, g alike; scalars [] of w's dtype: decay, b1, c1, b2, c2, alpha, eps, scale.
     """
-    decay, b1, c1, b2, c2, alpha, eps, scale = hyper.to(w.dtype).unbind()
+    decay, b1, c1, b2, c2, alpha, eps, scale = scalars
     g = g * scale
     m = b1 * m + c1 * g
     v = b2 * v + c2 * g * g
@@ -28,14 +32,15 @@ def definition(
 
     Nothing happens unless `due`: a micro-batch inside a gradient accumulation window leaves the rows alone.
 
-    Shapes:   rows f32 [R, 3, W] (weight, m, v), grads f32 [U, W], unique_rows i32 [U], num_unique i64 [], due bool [].
+    Shapes:   rows f32 [R, 3, W] (weight, m, v), grads f32 [U, W], unique_rows i32 [U], num_unique i64 [],
+              hyper f64 [8], the scalars of `adamw_update`, due bool [].
     """
     if not due:
         return
     num = int(num_unique)
     row = unique_rows[:num].long()
     w, m, v = rows[row].unbind(1)
-    for slot, new in enumerate(adamw_update(w, m, v, grads[:num], hyper)):
+    for slot, new in enumerate(adamw_update(w, m, v, grads[:num], hyper.to(w.dtype).unbind())):
         rows[row, slot] = new
     grads[:num] = 0
     num_unique.zero_()
