@@ -81,9 +81,8 @@ def _captured(step: Step, update_: Callable, grow_: Callable) -> Callable[[Any, 
         nonlocal known_state, known_shapes
         if not isinstance(batch, Batch):
             raise TypeError(f"batch: got {type(batch).__name__}, expected recfx.types.Batch. Use recfx.types.pack.")
-        if (
-            known_state is None or state.dense.step is not known_state()
-        ):  # by a weak reference: a dropped state must free its tables
+        # By a weak reference: a state that its owner drops must free its tables.
+        if known_state is None or state.dense.step is not known_state():
             known_state, known_shapes = weakref.ref(state.dense.step), _shapes(state)
         key = (batch.layout, known_shapes, torch.get_num_threads())
         if key not in compiled:

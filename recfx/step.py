@@ -55,6 +55,7 @@ class Step(NamedTuple):
     ids_in:     (batch) -> most ids per table that batches of this layout hold.
     grow_:      (state, ids) -> state; makes room for that many new ids per table. Runs between steps, on the host.
     plan:       the physical tables, one per entry of TrainState.tables.
+    accumulation: micro-batches per optimiser step.
     """
 
     init: Callable[[Params], TrainState]
@@ -65,6 +66,7 @@ class Step(NamedTuple):
     ids_in: Callable[[Mapping[str, Any]], tuple[int, ...]]
     grow_: Callable[[TrainState, Sequence[int]], TrainState]
     plan: Plan
+    accumulation: int
 
 
 class _Spelling(NamedTuple):
@@ -196,7 +198,7 @@ def train_step(
             t.grow_(s, num_ids)
         return state
 
-    return Step(init, spell(pure), spell(in_place), evaluate_, flush_, ids_in, grow_, plan)
+    return Step(init, spell(pure), spell(in_place), evaluate_, flush_, ids_in, grow_, plan, accumulation)
 
 
 def _valid(batch: dict, label: str) -> Tensor:

@@ -40,17 +40,14 @@ class TrainConfig:
     Args:     output_dir: where checkpoints go.  log_steps: steps between log events.
               save_steps: steps between checkpoints; one is saved at the end and on ctrl-C in any case.
               train_steps: stop after so many steps in all; None: after the data.  train_epoch: passes over the data.
-              gradient_accumulation_steps: micro-batches per step, as the step was built with.
-              eval_steps: batches per evaluation; None: all.  max_to_keep: checkpoints kept.
+              max_to_keep: checkpoints kept.
     """
 
     output_dir: str = "./ckpt"
-    gradient_accumulation_steps: int = 1
     log_steps: int = 10
     save_steps: int = 2000
     train_steps: int | None = None
     train_epoch: int = 1
-    eval_steps: int | None = None
     max_to_keep: int = 5
 
     def __post_init__(self) -> None:
@@ -146,7 +143,7 @@ def train(
                     on_event("before_step", progress, state)
                 state, _ = run(state, batch)
                 clock = _count(progress, batch, clock)
-                position, window = batches.position, (window + 1) % config.gradient_accumulation_steps
+                position, window = batches.position, (window + 1) % step.accumulation
                 if window:
                     continue
                 after_step()

@@ -110,7 +110,7 @@ def go(
 ) -> tuple[TrainState, Progress]:
     """Trains from the start in a new step and state, as a new process would."""
     step = make(accumulation=accumulation)
-    config = TrainConfig(output_dir=str(folder), gradient_accumulation_steps=accumulation, **config)
+    config = TrainConfig(output_dir=str(folder), **config)
     run = eager(step)
     return train(step, run, fresh(step), reader, config, resume=resume, evaluate_with=evaluate_with, on_event=listener)
 
@@ -200,7 +200,7 @@ def test_max_to_keep(tmp_path):
     assert saved(tmp_path) == [6, 7]
 
 
-@pytest.mark.parametrize("name", ["log_steps", "save_steps", "train_steps", "train_epoch", "eval_steps", "max_to_keep"])
+@pytest.mark.parametrize("name", ["log_steps", "save_steps", "train_steps", "train_epoch", "max_to_keep"])
 def test_counts_out_of_range(name):
     with pytest.raises(ValueError, match=f"{name}: got 0, expected at least 1"):
         TrainConfig(**{name: 0})
@@ -403,7 +403,7 @@ def test_ctrl_c_in_the_middle_of_a_window(tmp_path):
             interrupt()
         return eager(step)(state, batch)
 
-    config = TrainConfig(output_dir=str(tmp_path), gradient_accumulation_steps=3)
+    config = TrainConfig(output_dir=str(tmp_path))
     state, progress = train(step, run, fresh(step), reader_of(12), config)
     assert (len(calls), progress.step, progress.stopped) == (6, 2, "interrupted")
     assert int(state.window.num_batches) == 0

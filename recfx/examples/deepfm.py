@@ -122,12 +122,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     config = TrainConfig(
         output_dir=args.output_dir,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_steps=args.log_steps,
         save_steps=args.save_steps,
         train_steps=args.train_steps,
         train_epoch=args.train_epoch,
-        eval_steps=args.eval_steps,
         max_to_keep=args.max_to_keep,
     )
     with tqdm(unit=" samples", unit_scale=True, dynamic_ncols=True) as bar:
