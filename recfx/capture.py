@@ -73,21 +73,21 @@ def trace(update_: Callable, state: Any, batch: Batch) -> torch.fx.GraphModule:
 
 def _captured(step: Step, update_: Callable, grow_: Callable) -> Callable[[Any, Batch], tuple[Any, Any]]:
     _keep_freed_memory()
-    compiled: dict[tuple, tuple[Callable, tuple[int, ...]]] = {}
+    compiled: dict[tuple, dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]]] = {}
     known_state: Callable[[], Tensor | None] | None = None
-    known_shapes: tuple = ()
+    graphs: dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]] = {}  # of states shaped like the known one
 
     def run(state: Any, batch: Batch) -> tuple[Any, Any]:
-        nonlocal known_state, known_shapes
+        nonlocal known_state, graphs
         if not isinstance(batch, Batch):
             raise TypeError(f"batch: got {type(batch).__name__}, expected recfx.types.Batch. Use recfx.types.pack.")
         # By a weak reference: a state that its owner drops must free its tables.
         if known_state is None or state.dense.step is not known_state():
-            known_state, known_shapes = weakref.ref(state.dense.step), _shapes(state)
-        key = (batch.layout, known_shapes, torch.get_num_threads())
-        if key not in compiled:
-            compiled[key] = _compile(sections_function(update_, batch.layout)), step.ids_in(batch)
-        function, ids = compiled[key]
+            known_state, graphs = weakref.ref(state.dense.step), compiled.setdefault(_shapes(state), {})
+        key = batch.layout, torch.get_num_threads()
+        if key not in graphs:
+            graphs[key] = _compile(sections_function(update_, batch.layout)), step.ids_in(batch)
+        function, ids = graphs[key]
         state = grow_(state, ids)
         with torch.no_grad():
             return state, function(state, batch.sections)

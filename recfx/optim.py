@@ -101,7 +101,7 @@ def sparse_adam(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e
 def adamw(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01) -> Transform:
     """torch.optim.AdamW as a function: `update(state, params, grads, scale, due) -> (state, params)`.
 
-    Gradients are multiplied by `scale` f32 []; nothing moves unless `due` bool [].
+    Gradients are multiplied by `scale` f32 []; nothing moves unless `due` bool []. None: always due, and cheaper.
     """
     return _dense(_hyper(lr, b1, b2, eps, weight_decay))
 
@@ -197,11 +197,11 @@ def _dense(hyper: Hyper) -> Transform:
         for name, w in params.items():
             old = (w, state.m[name], state.v[name])
             for part, before, after in zip(new, old, adamw_update(*old, grads[name], scalars), strict=True):
-                part[name] = torch.where(due, after, before)
-        return AdamState(new[1], new[2], state.step + due), new[0]
+                part[name] = after if due is None else torch.where(due, after, before)
+        return AdamState(new[1], new[2], state.step + (1 if due is None else due)), new[0]
 
     def update_(
-        state: AdamState, params: Params, grads: Params, scale: Tensor, due: Tensor
+        state: AdamState, params: Params, grads: Params, scale: Tensor, due: Tensor | None
     ) -> tuple[AdamState, Params]:
         new_state, new_params = update(state, params, grads, scale, due)
         for target, source in ((params, new_params), (state.m, new_state.m), (state.v, new_state.v)):

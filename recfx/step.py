@@ -158,7 +158,7 @@ def train_step(
             scale = 1.0 / total.clamp(min=1).float()
             if accumulation > 1:
                 grads = {name: window.grads[name] + g for name, g in grads.items()}
-            dense, params = do.dense(state.dense, state.params, grads, scale, due)
+            dense, params = do.dense(state.dense, state.params, grads, scale, due if accumulation > 1 else None)
             left = {name: do.store(g, torch.where(due, 0.0, grads[name])) for name, g in window.grads.items()}
             window = Window(
                 left, do.store(window.num_samples, total * ~due), do.store(window.num_batches, num_batches * ~due)

@@ -62,6 +62,13 @@ class Layout:
     num_bytes: int
 
     @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.fields, self.num_bytes))
+
+    def __hash__(self) -> int:  # kept: a layout is looked up at every step
+        return self._hash
+
+    @functools.cached_property
     def columns(self) -> dict[str, dict[str, Field]]:
         """Fields by column name and part."""
         columns: dict[str, dict[str, Field]] = {}

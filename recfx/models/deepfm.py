@@ -54,7 +54,7 @@ def forward(params: Params, emb: dict[str, Tensor], numeric_BN: Tensor) -> Tenso
     """
     emb_BFD, numeric_emb, weight = emb["emb"], params["numeric_emb"], params["dnn.0.weight"]
     num_fields, dim = emb_BFD.shape[1:]
-    numeric_weight, sparse_weight = weight[: numeric_emb.numel()], weight[numeric_emb.numel() :]
+    numeric_weight, sparse_weight = weight.split([numeric_emb.numel(), num_fields * dim])
     sum_over_fields = torch.eye(dim, device=weight.device, dtype=weight.dtype).repeat(num_fields, 1)
     product = emb_BFD.flatten(1) @ torch.cat([sparse_weight, sum_over_fields], dim=1)
     hidden_BH, sparse_sum_BD = product.split([weight.shape[1], dim], dim=1)
