@@ -191,7 +191,9 @@ def _dense(hyper: Hyper) -> Transform:
         m, v = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
         return AdamState(m, v, torch.zeros((), dtype=torch.int64, device=device))
 
-    def update(state: AdamState, params: Params, grads: Params, scale: Tensor, due: Tensor) -> tuple[AdamState, Params]:
+    def update(
+        state: AdamState, params: Params, grads: Params, scale: Tensor, due: Tensor | None
+    ) -> tuple[AdamState, Params]:
         scalars = hyper(state.step + 1, scale).float().unbind()
         new: tuple[Params, Params, Params] = ({}, {}, {})
         for name, w in params.items():
