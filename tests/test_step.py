@@ -342,3 +342,39 @@ def test_ids_in_and_grow():
     state = fresh(step)
     state = step.grow_(state, step.ids_in(batch))
     assert int(state.tables[0].num_slots) * 3 // 4 >= len(FEATURES) * CAPACITY
+
+
+def peak_bytes(function) -> int:
+    """Most bytes allocated at once by torch while `function` runs, beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def test_accumulation_takes_one_micro_batch_of_memory():
+    """Four micro-batches at the activation memory of one; the same samples as one batch take about four times it."""
+    rng = random.Random(0)
+    samples = random_samples(rng, 4096, features=FEATURES, num_numeric=NUM_NUMERIC, ids=range(300))
+
+    def peak(accumulation: int, batch_size: int) -> int:
+        step = deepfm_step(accumulation=accumulation)
+        state = step.init(deepfm_params())
+        parts = [samples[i : i + batch_size] for i in range(0, batch_size * accumulation, batch_size)]
+        batches = [pack_samples(part, batch_size, capacity=2 * batch_size) for part in parts]
+        step.grow_(state, step.ids_in(batches[0]))
+
+        def run() -> None:
+            for batch in batches:
+                step.update_(state, batch)
+
+        run()
+        return peak_bytes(run)
+
+    one, accumulated, whole = peak(1, 1024), peak(4, 1024), peak(1, 4096)
+    assert accumulated < 1.5 * one
+    assert whole > 2.5 * one
