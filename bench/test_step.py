@@ -74,15 +74,23 @@ def test_against_the_best(benchmark, recfx, variant, claims: Claims):
     )
 
 
-@pytest.mark.parametrize("variant", ["eager_sparse", "eager_dense"])
-def test_against_eager(benchmark, claims: Claims, variant):
-    work = make_batches(NUM_BATCHES, 4096, table_rows=SMALL)
+@pytest.mark.parametrize(
+    ("variant", "table_rows", "target"),
+    [
+        ("eager_sparse", SMALL, None),
+        ("eager_dense", SMALL, None),
+        ("functional_compiled", LARGE, 1.5),
+        pytest.param("jax", LARGE, 1.5, marks=no_jax),
+    ],
+)
+def test_at_4096(benchmark, claims: Claims, variant, table_rows, target):
+    work = make_batches(NUM_BATCHES, 4096, table_rows=table_rows)
     ours = captured_step(work)
-    with baseline(variant, 4096, SMALL) as theirs:
-        result = benchmark.pedantic(
-            compare, args=(Loop(ours.step, work.batches), theirs), kwargs={"blocks": 5}, rounds=1
-        )
-    claims.add(result.claim("DeepFM step, batch 4096, 0.2 M rows", TORCH[variant], batch_size=4096, target=None))
+    with baseline(variant, 4096, table_rows) as theirs:
+        sides = Loop(ours.step, work.batches), theirs
+        result = benchmark.pedantic(compare, args=sides, kwargs={"blocks": 5}, rounds=1)
+    name = f"DeepFM step, batch 4096, {table_rows / 1e6:g} M rows"
+    claims.add(result.claim(name, TORCH.get(variant, "JAX, dense tables"), batch_size=4096, target=target))
 
 
 def test_large_table(benchmark, claims: Claims):
@@ -91,15 +99,3 @@ def test_large_table(benchmark, claims: Claims):
     few, many = captured_step(small), captured_step(large)
     result = benchmark.pedantic(compare, args=(Loop(many.step, large.batches), Loop(few.step, small.batches)), rounds=1)
     claims.add(result.claim("DeepFM step, batch 4096, 10 M rows", "recfx, 0.2 M rows", batch_size=4096, target=1 / 1.5))
-
-
-@pytest.mark.parametrize("variant", ["functional_compiled", pytest.param("jax", marks=no_jax)])
-def test_large_table_against_the_best(benchmark, claims: Claims, variant):
-    work = make_batches(NUM_BATCHES, 4096, table_rows=LARGE)
-    ours = captured_step(work)
-    with baseline(variant, 4096, LARGE) as theirs:
-        result = benchmark.pedantic(
-            compare, args=(Loop(ours.step, work.batches), theirs), kwargs={"blocks": 5}, rounds=1
-        )
-    name = TORCH.get(variant, "JAX, dense tables")
-    claims.add(result.claim("DeepFM step, batch 4096, 10 M rows", name, batch_size=4096, target=1.5))

@@ -6,12 +6,15 @@ import ctypes
 import functools
 import re
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import dtype_abbrs
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
@@ -28,7 +31,7 @@ def capture(step: Step, state: Any, batch: Batch) -> Callable[[Any, Batch], tupl
     """The training step compiled as one graph: a callable of the signature of `step.update_`.
 
     The first call of each batch layout compiles (seconds; `batch` itself is not trained on and `state` not changed),
-    later ones run without Python in between. Tables grow between calls without a recompile.
+    later ones run the graph. Tables grow between calls without a recompile.
 
     Donation: the state passed in is written to; use the one that comes back. `aux` is valid until the next call.
     Raises:   TypeError when the batch is not packed; torch's error where a feature op or a model cannot be captured.
@@ -96,7 +99,15 @@ def _captured(step: Step, update_: Callable, grow_: Callable) -> Callable[[Any, 
 
 
 def _compile(function: Callable) -> Callable:
-    """One graph, without Dynamo's guards: `run` looks up by all that they would check, in a tenth of the time."""
+    """One graph, without Dynamo's guards: `run` looks up by all that they would check, in a tenth of the time.
+
+    The function as it is where there is no C++ compiler: slow, but the same results.
+    """
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        warnings.warn("recfx: no C++ compiler found, running the step uncompiled.", stacklevel=2)
+        return function
     options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False for _ in guards]}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 

@@ -117,7 +117,9 @@ def table(
 
     def read(features: dict) -> tuple[Tensor, Tensor, list[Ragged]]:
         ragged = [_ids(features, lookup.feature) for lookup in plan.lookups]
-        return *order_ids.order_ids([r.values for r in ragged], [r.offsets for r in ragged]), ragged
+        return *order_ids.order_ids(
+            [r.values.contiguous() for r in ragged], [r.offsets.contiguous() for r in ragged]
+        ), ragged
 
     def find_(state: TableState, features: dict) -> Found:
         id, cell, ragged = read(features)
@@ -184,7 +186,7 @@ def copy_of(state: TableState) -> TableState:
 
 def num_rows_bytes(state: TableState) -> int:
     """Bytes that the rows in use take, index and bookkeeping included."""
-    per_row = sum(t[0].numel() * t.element_size() for t in (state.ids, state.vocabularies, state.seen, state.rows))
+    per_row = sum(t.stride(0) * t.element_size() for t in (state.ids, state.vocabularies, state.seen, state.rows))
     return int(state.num_rows) * per_row + int(state.num_slots) * state.slots.element_size()
 
 
@@ -244,6 +246,8 @@ def _ids(features: dict, name: str) -> Ragged:
             f"feature '{name}': got {value.values.dtype} ids, expected torch.int64. float32 merges ids above 2**24. "
             "Cast when loading, not in the step."
         )
+    if value.offsets.dtype != torch.int32:
+        raise TypeError(f"feature '{name}': got {value.offsets.dtype} offsets, expected torch.int32.")
     return value
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InvalidCxxCompiler
 
 from recfx import table as table_module
 from recfx.capture import capture, capture_evaluation
@@ -218,3 +219,20 @@ def test_what_cannot_be_captured_is_an_error():
     state, batch = fresh(step), deepfm_batches(1)[0]
     with pytest.raises(torch._dynamo.exc.TorchDynamoException, match=r"[Dd]ata-dependent"):
         capture(step, state, batch)(state, batch)
+
+
+def test_without_a_compiler_the_step_runs_uncompiled(monkeypatch):
+    def none_found() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("recfx.capture.get_cpp_compiler", none_found)
+    monkeypatch.setattr("recfx.kernels.op.library", lambda: None)
+    monkeypatch.setattr(torch, "compile", None)
+    step = deepfm_step()
+    batches = deepfm_batches(2)
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler found, running the step uncompiled"):
+        slow, _ = run(capture(step, fresh(step), batches[0]), fresh(step), batches)
+    monkeypatch.undo()
+    fast, _ = run(step.update_, fresh(step), batches)
+    assert torch.equal(slow.tables[0].ids, fast.tables[0].ids)
+    torch.testing.assert_close(slow.params, fast.params, rtol=1e-5, atol=1e-6)

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from recfx import table as table_module
 from recfx.table import copy_of, num_rows_bytes, rebuild_, reserve, table
+from recfx.types import Ragged
 from tests.reference import (
     EXTREMES,
     MAX_INT64,
@@ -232,3 +233,16 @@ class TableMachine(RuleBasedStateMachine):
 def test_any_order_of_operations_is_the_dict(monkeypatch):
     monkeypatch.setattr(table_module, "FIRST_SLOTS", 8)
     run_state_machine_as_test(TableMachine, settings=settings(max_examples=60, stateful_step_count=15, deadline=None))
+
+
+def test_ids_may_be_strided_and_wrong_dtypes_are_errors():
+    plan = table_plan([0])
+    subject = table(plan, optimizer_slots=2, seed=1, max_rows=64)
+    offsets = torch.arange(4, dtype=torch.int32)
+    values = torch.tensor([5, 0, 6, 0, 5, 0])
+    _, found = subject.insert_(subject.init(), {"f0": Ragged(values[::2], offsets)})
+    assert found.row.tolist() == [0, 1, 0]
+    with pytest.raises(TypeError, match=r"feature 'f0': got torch.int64 offsets, expected torch.int32"):
+        subject.insert_(subject.init(), {"f0": Ragged(values, offsets.long())})
+    with pytest.raises(TypeError, match=r"feature 'f0': got torch.float32 ids, expected torch.int64"):
+        subject.insert_(subject.init(), {"f0": Ragged(values.float(), offsets)})

@@ -58,7 +58,7 @@ def address(t: Tensor) -> int:
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
     """A C array of the addresses of contiguous tensors."""
-    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+    return (ctypes.c_void_p * len(tensors))(*[address(t) for t in tensors])
 
 
 def int64s(values: Sequence[int]) -> ctypes.Array:

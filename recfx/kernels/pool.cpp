@@ -1,6 +1,14 @@
 // Sum-pools rows into one block [B, L, dim] per slice of the row's columns.
 #include "table.h"
 
+// Rare, so kept out of the loop that it would slow.
+static __attribute__((noinline)) void add_initial_values(const Initializer& init, uint64_t vocabulary, int64_t id,
+                                                         int64_t first, int64_t dim, float* to) {
+  float values[dim];
+  initial_values(init, vocabulary, id, first, dim, values);
+  for (int64_t c = 0; c < dim; ++c) to[c] += values[c];
+}
+
 EXPORT void pool(const float* rows, int64_t stride, int64_t width, const int32_t* row_P, const int64_t* id_P,
                  const int32_t* cell_P, int64_t num_positions, const int32_t* vocabularies, int64_t num_lookups,
                  int64_t batch_size, const int64_t* init_keys, const float* init_params, int64_t num_slices,

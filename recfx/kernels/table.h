@@ -99,13 +99,6 @@ static inline void initial_values(const Initializer& init, uint64_t vocabulary, 
   }
 }
 
-[[maybe_unused]] static __attribute__((noinline)) void add_initial_values(const Initializer& init, uint64_t vocabulary, int64_t id,
-                                                         int64_t first, int64_t dim, float* to) {
-  float values[dim];
-  initial_values(init, vocabulary, id, first, dim, values);
-  for (int64_t c = 0; c < dim; ++c) to[c] += values[c];
-}
-
 // The ids of one batch in the table's order; cell = sample * num_lookups + lookup, -1 in the padding at the end.
 struct Ids {
   const int64_t* id;
