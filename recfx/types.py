@@ -23,23 +23,44 @@ Params = dict[str, Tensor]
 NUM_SAMPLES = "num_samples"  # batch key: i32 [], how many of the B samples are real
 
 ALIGN_BYTES = 64
+OUTER = "outer"  # and a level: part of a nested column
 
 
 class Ragged(NamedTuple):
-    """A list of values per sample, end to end: sample b holds values[offsets[b]:offsets[b + 1]].
+    """A list of values per sample, end to end: list l holds values[offsets[l]:offsets[l + 1]].
 
-    `values` has a static capacity; what lies beyond offsets[-1] is padding that no op reads.
+    Nested lists have one more tensor of offsets per level: with outer = (o,), sample b holds the lists o[b] to
+    o[b + 1]. A string is a list of bytes, so a list of strings per sample is such a nested list of u8.
+
+    Every tensor has a static capacity; what lies beyond the last offset is padding that no op reads. Where lists are
+    themselves counted by an outer level, `offsets` stays flat behind the last list: padding is made of empty lists.
 
     Example:  >>> Ragged(torch.tensor([7, 8, 9, 0]), torch.tensor([0, 2, 3], dtype=torch.int32)).num_samples
               2
     """
 
-    values: Tensor  # [capacity], i64 ids or f32 numbers
-    offsets: Tensor  # i32 [B + 1], rising, offsets[0] = 0
+    values: Tensor  # [capacity], i64 ids, f32 numbers or u8 bytes
+    offsets: Tensor  # i32 [lists + 1], of the innermost lists: rising, offsets[0] = 0
+    weights: Tensor | None = None  # f32 [capacity], a weight per value
+    outer: tuple[Tensor, ...] = ()  # i32 [lists of that level + 1], outermost first; without, the lists are the samples
 
     @property
     def num_samples(self) -> int:
-        return self.offsets.shape[0] - 1
+        return (*self.outer, self.offsets)[0].shape[0] - 1
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Its tensors by the name they have in a packed batch."""
+        outer = {f"{OUTER}{level}": offsets for level, offsets in enumerate(self.outer)}
+        weights = {} if self.weights is None else {"weights": self.weights}
+        return {"values": self.values, "offsets": self.offsets, **weights, **outer}
+
+    @staticmethod
+    def of_parts(parts: Mapping[str, Tensor]) -> Ragged:
+        """The inverse of `parts`."""
+        depth = sum(name.startswith(OUTER) for name in parts)
+        outer = tuple(parts[f"{OUTER}{level}"] for level in range(depth))
+        return Ragged(parts["values"], parts["offsets"], parts.get("weights"), outer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +68,7 @@ class Field:
     """Where one tensor of a packed batch lies: `numel` items of `dtype` from item `start` of that dtype's section."""
 
     name: str
-    part: str  # "dense", "values" or "offsets"
+    part: str  # "dense", or a name of `Ragged.parts`
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
@@ -142,7 +163,7 @@ def _column(parts: Mapping[str, Field], sections: Mapping[torch.dtype, Tensor]) 
         part: sections[f.dtype][f.start : f.start + torch.Size(f.shape).numel()].view(f.shape)
         for part, f in parts.items()
     }
-    return views["dense"] if "dense" in views else Ragged(views["values"], views["offsets"])
+    return views["dense"] if "dense" in views else Ragged.of_parts(views)
 
 
 def pack(columns: Mapping[str, Tensor | Ragged]) -> Batch:
@@ -164,17 +185,15 @@ def pack(columns: Mapping[str, Tensor | Ragged]) -> Batch:
     batch_size = next(iter(num_samples.values()))
     tensors: dict[tuple[str, str], Tensor] = {}
     for name, column in columns.items():
-        if isinstance(column, Ragged):
-            tensors[name, "values"], tensors[name, "offsets"] = column.values, column.offsets
-        else:
-            tensors[name, "dense"] = column
+        parts = column.parts if isinstance(column, Ragged) else {"dense": column}
+        tensors |= {(name, part): t for part, t in parts.items()}
     if NUM_SAMPLES not in columns:
         tensors[NUM_SAMPLES, "dense"] = torch.tensor(batch_size, dtype=torch.int32)
     layout = Layout.of({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})
     device = next(iter(tensors.values())).device
     batch = Batch(torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device), layout)
     for (name, part), t in tensors.items():
-        target = batch[name] if part == "dense" else getattr(batch[name], part)
+        target = batch[name] if part == "dense" else batch[name].parts[part]
         target.copy_(t)
     return batch
 

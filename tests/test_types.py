@@ -14,11 +14,18 @@ def columns(draw):
     """Dense and ragged columns of several types with one number of samples, zero included."""
     samples, out = draw(st.integers(0, 5)), {}
     for i in range(draw(st.integers(1, 5))):
-        kind = draw(st.sampled_from(["f32", "i64", "f64", "ragged i64", "ragged f32"]))
+        kind = draw(st.sampled_from(["f32", "i64", "f64", "ragged i64", "ragged f32", "weighted", "nested"]))
         if kind.startswith("ragged"):
             items = st.lists(st.lists(st.sampled_from(EXTREMES), max_size=3), min_size=samples, max_size=samples)
             dtype = torch.int64 if kind.endswith("i64") else torch.float32
             out[f"x{i}"] = ragged(draw(items), spare=draw(st.integers(0, 20)), dtype=dtype)
+        elif kind in ("weighted", "nested"):
+            inner = ragged(
+                draw(st.lists(st.lists(st.integers(0, 255), max_size=3), min_size=samples, max_size=samples))
+            )
+            weights = torch.rand(inner.values.shape) if kind == "weighted" else None
+            outer = (torch.arange(samples + 1, dtype=torch.int32),) if kind == "nested" else ()
+            out[f"x{i}"] = inner._replace(weights=weights, outer=outer)
         else:
             dtype = {"f32": torch.float32, "i64": torch.int64, "f64": torch.float64}[kind]
             out[f"x{i}"] = torch.arange(samples * 3).view(samples, 3).to(dtype)
@@ -30,8 +37,8 @@ def assert_same_columns(a, b):
     for name in a:
         assert type(a[name]) is type(b[name])
         for x, y in zip(
-            a[name] if isinstance(a[name], Ragged) else [a[name]],
-            b[name] if isinstance(b[name], Ragged) else [b[name]],
+            a[name].parts.values() if isinstance(a[name], Ragged) else [a[name]],
+            b[name].parts.values() if isinstance(b[name], Ragged) else [b[name]],
             strict=True,
         ):
             assert x.dtype == y.dtype
