@@ -123,6 +123,10 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
             f"table.{i}.ids": t.ids[:num_rows],
             f"table.{i}.vocabularies": t.vocabularies[:num_rows],
             f"table.{i}.last_seen": t.seen[:num_rows] >> 32,
+            f"table.{i}.born": t.born[:num_rows],
+            f"table.{i}.counts": t.counts[:num_rows],
+            f"table.{i}.free_rows": t.free_rows[: int(t.num_free)],
+            f"table.{i}.tally": t.tally,
             f"table.{i}.rows": t.rows[:num_rows],
             f"table.{i}.step": t.step,
             f"table.{i}.num_refused": t.num_refused,
@@ -149,6 +153,12 @@ def _load_table_(table: TableState, i: int, saved: dict[str, Tensor]) -> TableSt
     table.seen[:num_rows] = saved[f"table.{i}.last_seen"] << 32
     table.rows[:num_rows] = rows
     table.num_rows.fill_(num_rows)
+    free_rows = saved[f"table.{i}.free_rows"]
+    table.free_rows[: free_rows.numel()] = free_rows
+    table.num_free.fill_(free_rows.numel())
+    table.born[:num_rows] = saved[f"table.{i}.born"]
+    table.counts[:num_rows] = saved[f"table.{i}.counts"]
+    table.tally.copy_(saved[f"table.{i}.tally"])
     table.step.copy_(saved[f"table.{i}.step"])
     table.num_refused.copy_(saved[f"table.{i}.num_refused"])
     return rebuild_(table)

@@ -1,7 +1,7 @@
 """The embedding hash table as an explicit state: an index from ids to rows, and the rows.
 
 The specification is a Python dict: `row = d.setdefault((vocabulary, id), len(d))`, ids taken in the order (sample,
-lookup, place in the list).
+lookup, place in the list). New ids take freed rows first, the lowest number before the others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,18 @@ from recfx.embeddings import TablePlan, column_key
 from recfx.kernels import add_row_grads, find, find_or_insert, order_ids, pool, rehash
 from recfx.types import Ragged
 
-__all__ = ["Found", "Table", "TableState", "copy_of", "grow_", "num_rows_bytes", "rebuild_", "reserve", "table"]
+__all__ = [
+    "Found",
+    "Table",
+    "TableState",
+    "copy_of",
+    "grow_",
+    "num_live",
+    "num_rows_bytes",
+    "rebuild_",
+    "reserve",
+    "table",
+]
 
 FIRST_SLOTS = 2**16
 
@@ -32,12 +43,18 @@ class TableState(NamedTuple):
 
     slots: Tensor  # i64 [S], open addressing: tag:16 | vocabulary:16 | row:32, or -1
     ids: Tensor  # i64 [R], id of each row
-    vocabularies: Tensor  # i32 [R], vocabulary of each row
+    vocabularies: Tensor  # i32 [R], vocabulary of each row, -1 where it is freed
     seen: Tensor  # i64 [R], last step that touched the row << 32 | its unique number in that step
+    born: Tensor  # i32 [R], step that created the row
+    counts: Tensor  # i32 [R], steps that touched the row; zero without a `Life`
     rows: Tensor  # f32 [R, 1 + optimiser slots, W], weights first
-    num_rows: Tensor  # i64 []
+    num_rows: Tensor  # i64 [], rows in use or freed: the next row when none is free
+    free_rows: Tensor  # i32 [R], freed rows, descending: the lowest is the last
+    num_free: Tensor  # i64 [], how many
     num_slots: Tensor  # i64 [], a power of two
+    num_crowded: Tensor  # i64 [], rows far from their place in the index
     num_refused: Tensor  # i64 [], ids that found no room, counted per occurrence
+    tally: Tensor  # i64 [4], ids looked up by training, rows created, rows evicted, ids not admitted
     salt: Tensor  # i64 []
     step: Tensor  # i64 [], optimiser steps taken on this table
     unique_rows: Tensor  # i32 [U], rows touched by the step in progress, in first-occurrence order
@@ -79,7 +96,7 @@ def table(
               reserved row costs address space only, on a GPU it costs its memory.
               max_unique: most distinct ids one optimiser step may touch. Default max_rows.
     Cost:     find and insert read 16 to 32 B per id; insert never syncs; at load 0.75 a row's index and bookkeeping
-              take 31 B, 42 B right after a doubling.
+              take 35 B, 45 B right after a doubling, 8 B more where rows are counted and have been freed.
     Raises:   ValueError when max_rows is not in [1, 2**31) or max_unique is below 1.
     """
     if not 1 <= max_rows < 2**31:
@@ -104,10 +121,16 @@ def table(
             ids=reserve((max_rows,), torch.int64, device),
             vocabularies=reserve((max_rows,), torch.int32, device),
             seen=reserve((max_rows,), torch.int64, device),
+            born=reserve((max_rows,), torch.int32, device),
+            counts=reserve((max_rows,), torch.int32, device),
             rows=reserve_rows((max_rows, 1 + optimizer_slots, width), device, most_padding=0.25),
             num_rows=counter(),
+            free_rows=reserve((max_rows,), torch.int32, device),
+            num_free=counter(),
             num_slots=counter(first_slots),
+            num_crowded=counter(),
             num_refused=counter(),
+            tally=torch.zeros(find_or_insert.TALLIES, dtype=torch.int64, device=device),
             salt=counter(),
             step=counter(),
             unique_rows=reserve((num_unique,), torch.int32, device),
@@ -130,8 +153,9 @@ def table(
         def insert_(s: TableState, features: dict) -> tuple[TableState, Found]:
             id, cell, ragged = read(features)
             row, inverse = op(
-                s.slots, s.ids, s.vocabularies, s.seen, s.rows, s.num_rows, s.num_refused, s.unique_rows,
-                s.num_unique, s.num_slots, s.salt, s.step + 1, id, cell, vocabularies, init_keys, init_params,
+                s.slots, s.ids, s.vocabularies, s.seen, s.born, s.rows, s.num_rows, s.free_rows, s.num_free,
+                s.num_refused, s.tally, s.num_crowded, s.unique_rows, s.num_unique, s.num_slots, s.salt, s.step + 1,
+                id, cell, vocabularies, init_keys, init_params, None,
             )  # fmt: skip
             return s, Found(id, cell, ragged, row, inverse)
 
@@ -163,7 +187,7 @@ def table(
 
 def grow_(state: TableState, num_ids: int) -> TableState:
     """Doubles the index until `num_ids` more rows fit at load 0.75. One rehash; no row moves, no shape changes."""
-    needed = min(int(state.num_rows) + num_ids, state.ids.numel())
+    needed = min(num_live(state) + num_ids, state.ids.numel())
     num_slots = min(_slots_for(needed, 3 / 4), state.slots.numel())
     if num_slots > int(state.num_slots):
         state.num_slots.fill_(num_slots)
@@ -173,10 +197,16 @@ def grow_(state: TableState, num_ids: int) -> TableState:
 
 def rebuild_(state: TableState) -> TableState:
     """The index made anew from the rows, over as many slots as they need."""
-    num_slots = max(int(state.num_slots), min(_slots_for(int(state.num_rows), 3 / 4), state.slots.numel()))
-    rehash.rehash_(state.slots, state.ids, state.vocabularies, int(state.num_rows), num_slots, int(state.salt))
+    num_slots = max(int(state.num_slots), min(_slots_for(num_live(state), 3 / 4), state.slots.numel()))
+    rows = state.ids, state.vocabularies, int(state.num_rows)
+    rehash.rehash_(state.slots, state.num_crowded, *rows, num_slots, int(state.salt))
     state.num_slots.fill_(num_slots)
     return state
+
+
+def num_live(state: TableState) -> int:
+    """Rows in use: `num_rows` without the freed ones."""
+    return int(state.num_rows) - int(state.num_free)
 
 
 def copy_of(state: TableState) -> TableState:
@@ -186,8 +216,9 @@ def copy_of(state: TableState) -> TableState:
 
 def num_rows_bytes(state: TableState) -> int:
     """Bytes that the rows in use take, index and bookkeeping included."""
-    per_row = sum(t.stride(0) * t.element_size() for t in (state.ids, state.vocabularies, state.seen, state.rows))
-    return int(state.num_rows) * per_row + int(state.num_slots) * state.slots.element_size()
+    kept = state.ids, state.vocabularies, state.seen, state.born, state.rows
+    counted = int(state.num_rows) * sum(t.stride(0) * t.element_size() for t in kept)
+    return counted + int(state.num_slots) * state.slots.element_size() + int(state.num_free) * 4
 
 
 def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

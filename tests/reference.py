@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -63,23 +63,33 @@ class Reading(NamedTuple):
 
 
 class DictTable:
-    """`row = d.setdefault((vocabulary, id), len(d))`, and numbers of the distinct rows of one optimiser step."""
+    """`row = d.setdefault((vocabulary, id), lowest row not in use)`, and numbers of the distinct rows of a step."""
 
     def __init__(self, max_rows: int = 2**31, max_unique: int = 2**31) -> None:
         self.max_rows, self.max_unique = max_rows, max_unique
         self.rows: dict[tuple[int, int], int] = {}
         self.unique: dict[int, int] = {}
-        self.num_refused = 0
+        self.freed: set[int] = set()
+        self.num_looked_up = self.num_created = self.num_evicted = self.num_refused = self.num_unadmitted = 0
 
-    def insert(self, reading: Reading) -> tuple[list[int], list[int]]:
+    def insert(self, reading: Reading, admit: Sequence[bool] | None = None) -> tuple[list[int], list[int]]:
         row_P, inverse_P = ([UNKNOWN] * reading.id.numel() for _ in range(2))
         for _, l, p in positions(reading):
+            self.num_looked_up += 1
             key = (int(reading.vocabularies[l]), int(reading.id[p]))
+            if key not in self.rows and admit is not None and not admit[p]:
+                row_P[p] = REFUSED
+                self.num_unadmitted += 1
+                continue
             if key not in self.rows and len(self.rows) >= self.max_rows:
                 row_P[p] = REFUSED
                 self.num_refused += 1
                 continue
-            row = row_P[p] = self.rows.setdefault(key, len(self.rows))
+            if key not in self.rows:
+                self.rows[key] = min(self.freed, default=len(self.rows))
+                self.freed.discard(self.rows[key])
+                self.num_created += 1
+            row = row_P[p] = self.rows[key]
             if row not in self.unique and len(self.unique) >= self.max_unique:
                 self.num_refused += 1
                 continue
@@ -91,6 +101,19 @@ class DictTable:
         for _, l, p in positions(reading):
             row_P[p] = self.rows.get((int(reading.vocabularies[l]), int(reading.id[p])), UNKNOWN)
         return row_P
+
+    def evict(self, keys: Iterable[tuple[int, int]]) -> None:
+        for key in list(keys):
+            self.freed.add(self.rows.pop(key))
+            self.num_evicted += 1
+
+    def keys(self) -> list[tuple[int, int] | None]:
+        """By row number, None where a row is freed."""
+        by_row = {row: key for key, row in self.rows.items()}
+        return [by_row.get(row) for row in range(len(self.rows) + len(self.freed))]
+
+    def tally(self) -> list[int]:
+        return [self.num_looked_up, self.num_created, self.num_evicted, self.num_unadmitted]
 
     def next_step(self) -> None:
         self.unique.clear()
@@ -174,9 +197,11 @@ def features_of(lists: Lists, *, spare: int = 0) -> dict[str, Ragged]:
 def assert_same_table(a: TableState, b: TableState, *, exact_rows: bool = True) -> None:
     """Equal in all that an id can see; slots, which depend on the order of insertion, are compared as a set of rows."""
     num_rows, num_unique = int(a.num_rows), int(a.num_unique)
-    for name in ("num_rows", "num_refused", "step", "num_unique", "salt"):
+    for name in ("num_rows", "num_free", "num_refused", "step", "num_unique", "salt"):
         assert int(getattr(a, name)) == int(getattr(b, name)), name
-    for name in ("ids", "vocabularies", "seen"):
+    assert a.tally.tolist() == b.tally.tolist()
+    assert torch.equal(a.free_rows[: int(a.num_free)], b.free_rows[: int(a.num_free)])
+    for name in ("ids", "vocabularies", "seen", "born", "counts"):
         assert torch.equal(getattr(a, name)[:num_rows], getattr(b, name)[:num_rows]), name
     assert torch.equal(a.unique_rows[:num_unique], b.unique_rows[:num_unique])
     tolerance = {} if exact_rows else {"rtol": 1e-5, "atol": 1e-6}
@@ -184,7 +209,8 @@ def assert_same_table(a: TableState, b: TableState, *, exact_rows: bool = True) 
         assert torch.equal(x, y) if exact_rows else torch.allclose(x, y, **tolerance)
     for s in (a, b):
         used = s.slots[: int(s.num_slots)]
-        assert sorted((used[used != -1] & 0xFFFFFFFF).tolist()) == list(range(num_rows))
+        live = torch.nonzero(s.vocabularies[:num_rows] >= 0)[:, 0]
+        assert sorted((used[used != -1] & 0xFFFFFFFF).tolist()) == live.tolist()
 
 
 # The model.

@@ -79,8 +79,9 @@ def test_mutated_inputs_are_exactly_the_states(name):
     state = [i for i in inputs(golden(name)) if not i.startswith("sections_")]
     if name == "deepfm_eval":
         expected = [i for i in state if i.startswith("metrics_")]
-    else:  # the size of the index changes between steps, the hash's salt never
-        expected = [i for i in state if i not in ("tables_0_num_slots", "tables_0_salt")]
+    else:
+        between_steps = ("num_slots", "salt", "free_rows", "counts")
+        expected = [i for i in state if i.removeprefix("tables_0_") not in between_steps]
     assert mutated(golden(name)) == expected
 
 
@@ -93,7 +94,7 @@ def test_one_call_of_each_primitive(name):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_no_temporary_as_large_as_a_table(name):
     tables = [n for n in golden(name).flow.nodes if n.op == "placeholder" and n.name.startswith("tables_")]
-    smallest = min(num_bytes(t) for n in tables for t in tensors(n) if t.ndim)
+    smallest = min(num_bytes(t) for n in tables for t in tensors(n) if t.numel() > 2**10)  # the others are counters
     assert num_bytes(largest_temporary(golden(name))) < smallest / 100
 
 

@@ -170,7 +170,7 @@ def test_reserve_is_zeros_and_takes_memory_only_where_written():
 def test_num_rows_bytes():
     t = make([0])
     state, _ = t.insert_(t.init(), features_of([[[i] for i in range(10)]]))
-    assert num_rows_bytes(state) == 10 * (8 + 4 + 8 + 3 * 4 * 4) + int(state.num_slots) * 8
+    assert num_rows_bytes(state) == 10 * (8 + 4 + 8 + 4 + 3 * 4 * 4) + int(state.num_slots) * 8
 
 
 @pytest.mark.parametrize("max_rows", [0, -1, 2**31])

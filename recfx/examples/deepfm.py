@@ -26,6 +26,7 @@ from recfx.embeddings import Embedding, truncated_normal
 from recfx.models import deepfm
 from recfx.optim import SparseOptimizer, adamw, sparse_adamw
 from recfx.step import Step, TrainState, train_step
+from recfx.table import num_live
 from recfx.train import Event, Progress, TrainConfig, evaluate, train
 
 __all__ = ["build_step", "main", "parse", "read", "run"]
@@ -148,7 +149,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "samples_per_s": progress.samples_per_s,
         "first_step_s": progress.first_step_s,
         "train_s": progress.train_s,
-        "rows": sum(int(t.num_rows) for t in state.tables),
+        "rows": sum(num_live(t) for t in state.tables),
         "refused_ids": sum(int(t.num_refused) for t in state.tables),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),

@@ -5,37 +5,45 @@
 // 3. in parallel, new rows get their initial values.
 #include "find.h"
 
-EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabularies, int64_t* seen, float* rows,
-                           int64_t* num_rows, int64_t* num_refused, int32_t* unique_rows, int64_t* num_unique,
-                           const int64_t* num_slots, const int64_t* salt, const int64_t* step, int64_t max_rows,
-                           int64_t max_unique, int64_t row_stride, int64_t row_blocks, const int64_t* id_P, const int32_t* cell_P,
-                           int64_t num_positions, const int32_t* vocabularies, int64_t num_lookups,
-                           const int64_t* init_keys, const float* init_params, int64_t width, int32_t* row_P,
+enum { LOOKED_UP, CREATED, EVICTED, UNADMITTED };
+
+EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabularies, int64_t* seen, int32_t* born,
+                           float* rows, int64_t* num_rows, const int32_t* free_rows, int64_t* num_free,
+                           int64_t* num_refused, int64_t* tally, int64_t* num_crowded, int32_t* unique_rows,
+                           int64_t* num_unique, const int64_t* num_slots, const int64_t* salt, const int64_t* step,
+                           int64_t max_rows, int64_t max_unique, int64_t row_stride, int64_t row_blocks,
+                           const int64_t* id_P, const int32_t* cell_P, int64_t num_positions,
+                           const int32_t* vocabularies, int64_t num_lookups, const int64_t* init_keys,
+                           const float* init_params, int64_t width, const bool* admit_P, int32_t* row_P,
                            int32_t* inverse_P) {
   const Ids in{id_P, cell_P, num_positions, vocabularies, num_lookups};
   const uint64_t mask = (uint64_t)*num_slots - 1, now = (uint64_t)*step << 32;
   const int64_t room = std::min(max_rows, *num_slots / 8 * 7), first_new = *num_rows, count = in.count();
   find_all({slots, ids, seen, mask, (uint64_t)*salt}, in, row_P);
 
-  int64_t fill = first_new, unique = *num_unique, refused = 0;
+  const int64_t first_free = *num_free;
+  int64_t fill = first_new, free = first_free, unique = *num_unique, refused = 0, unadmitted = 0;
   for (int64_t k = 0; k < count; ++k) {
     int64_t row = row_P[k];
     if (row == UNKNOWN) {
       uint64_t at;
       const uint64_t vocabulary = in.vocabulary(k), hash = hash_id(id_P[k], vocabulary, (uint64_t)*salt);
       row = probe(slots, ids, mask, hash, vocabulary, id_P[k], &at);
-      if (row == UNKNOWN && fill >= room) {
+      const bool admitted = row != UNKNOWN || admit_P == nullptr || admit_P[k];
+      if (!admitted || (row == UNKNOWN && fill - free >= room)) {
         row_P[k] = REFUSED;
         inverse_P[k] = UNKNOWN;
-        ++refused;
+        ++(admitted ? refused : unadmitted);
         continue;
       }
       if (row == UNKNOWN) {
-        row = fill++;
+        row = free ? free_rows[--free] : fill++;
         slots[at] = make_slot(slot_head(hash, vocabulary), row);
+        *num_crowded += is_crowded(at, hash, mask);
         ids[row] = id_P[k];
         row_vocabularies[row] = (int32_t)vocabulary;
         seen[row] = -1;
+        born[row] = (int32_t)*step;
       }
       row_P[k] = (int32_t)row;
     }
@@ -57,10 +65,16 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
   *num_rows = fill;
   *num_unique = unique;
   *num_refused += refused;
+  *num_free = free;
+  const int64_t reused = first_free - free, created = reused + fill - first_new;
+  tally[LOOKED_UP] += count;
+  tally[CREATED] += created;
+  tally[UNADMITTED] += unadmitted;
 
   const Initializer init{init_keys, init_params, width};
-#pragma omp parallel for schedule(static) if (fill > first_new)
-  for (int64_t row = first_new; row < fill; ++row) {
+#pragma omp parallel for schedule(static) if (created > 0)
+  for (int64_t n = 0; n < created; ++n) {
+    const int64_t row = n < reused ? free_rows[free + n] : first_new + n - reused;
     float* block = rows + row * row_stride;
     initial_values(init, row_vocabularies[row], ids[row], 0, width, block);
     std::fill(block + width, block + row_blocks * width, 0.0f);

@@ -8,6 +8,7 @@ from torch import Tensor
 __all__ = ["hash_id", "make_slot", "mix", "probe"]
 
 EMPTY = -1
+RUN = 64  # slots looked at before probing goes on elsewhere
 
 
 def _signed(x: int) -> int:
@@ -39,29 +40,45 @@ def make_slot(hash: Tensor, vocabulary: Tensor, row: Tensor) -> Tensor:
     return (_shift_right(hash, 48) << 48) | (vocabulary.long() << 32) | row.long()
 
 
+def next_run(start: Tensor) -> Tensor:
+    """Where a key whose slot is not among RUN slots in a row is looked for next: keys that all hash to one place cost
+    each other one run, however many they are."""
+    return mix(start + GOLDEN)
+
+
 def probe(slots: Tensor, ids: Tensor, num_slots: Tensor, salt: Tensor, vocabulary: Tensor, id: Tensor) -> Tensor:
     """Row of each (vocabulary, id), -1 when absent. One pass over all ids per probe length."""
     hash, mask = hash_id(id, vocabulary, salt), num_slots - 1
     row = torch.full_like(id, -1)
-    open_, at = torch.arange(id.numel(), device=id.device), hash & mask
+    open_, start, k = torch.arange(id.numel(), device=id.device), hash, 0
     while open_.numel():
-        slot = slots[at]
+        slot = slots[(start + k) & mask]
         candidate = slot & 0xFFFFFFFF
         same_head = (slot >> 32) == (make_slot(hash[open_], vocabulary[open_], torch.zeros_like(slot)) >> 32)
         occupied = slot != EMPTY
         found = occupied & same_head & (ids[torch.where(occupied, candidate, 0)] == id[open_])
         row[open_[found]] = candidate[found]
         goes_on = occupied & ~found
-        open_, at = open_[goes_on], (at[goes_on] + 1) & mask
+        open_, start, k = open_[goes_on], *_step(start[goes_on], k)
     return row
 
 
-def place(slots: Tensor, num_slots: Tensor, salt: Tensor, vocabulary: Tensor, id: Tensor, row: Tensor) -> None:
-    """Writes distinct, absent keys into free slots; where two want the same slot the lower row gets it."""
+def place(slots: Tensor, num_slots: Tensor, salt: Tensor, vocabulary: Tensor, id: Tensor, row: Tensor) -> int:
+    """Writes distinct, absent keys into free slots; where two want the same slot the lower row gets it.
+
+    Returns:  how many are crowded: their slot is not in their first run.
+    """
     hash, mask = hash_id(id, vocabulary, salt), num_slots - 1
-    word, at = make_slot(hash, vocabulary, row), hash & mask
+    word, start, k, crowded = make_slot(hash, vocabulary, row), hash, 0, 0
     while word.numel():
+        at = (start + k) & mask
         winner = torch.full_like(slots, 2**62).scatter_reduce(0, at, row, "amin")
         wins = (slots[at] == EMPTY) & (winner[at] == row)
         slots[at[wins]] = word[wins]
-        word, row, at = word[~wins], row[~wins], (at[~wins] + 1) & mask
+        crowded += int((((at - hash) & mask)[wins] >= RUN).sum())
+        word, row, hash, start, k = word[~wins], row[~wins], hash[~wins], *_step(start[~wins], k)
+    return crowded
+
+
+def _step(start: Tensor, k: int) -> tuple[Tensor, int]:
+    return (start, k + 1) if k + 1 < RUN else (next_run(start), 0)

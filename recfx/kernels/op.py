@@ -17,6 +17,7 @@ _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
 
 UNKNOWN = -1  # row of an id that is not in the table: pools to zeros
 REFUSED = -2  # row of an id that found no room: pools to its initial value, gets no gradient
+FREED = -1  # vocabulary of a row that is not in use
 
 
 def define_op(schema: str, *, definition: Callable, cpu: Callable, fake: Callable) -> Callable:

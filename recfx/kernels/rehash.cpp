@@ -3,13 +3,14 @@
 
 #include "table.h"
 
-EXPORT void rehash(int64_t* slots, const int64_t* ids, const int32_t* row_vocabularies, int64_t num_rows,
-                   int64_t num_slots, int64_t salt) {
+EXPORT void rehash(int64_t* slots, int64_t* num_crowded, const int64_t* ids, const int32_t* row_vocabularies,
+                   int64_t num_rows, int64_t num_slots, int64_t salt) {
   constexpr int64_t BLOCK = 64;
   const uint64_t mask = (uint64_t)num_slots - 1;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < num_slots; ++i) slots[i] = EMPTY;
   uint64_t hash[BLOCK];
+  int64_t crowded = 0;
   for (int64_t first = 0; first < num_rows; first += BLOCK) {
     const int64_t n = std::min(BLOCK, num_rows - first);
     for (int64_t i = 0; i < n; ++i) {
@@ -17,9 +18,11 @@ EXPORT void rehash(int64_t* slots, const int64_t* ids, const int32_t* row_vocabu
       __builtin_prefetch(&slots[hash[i] & mask], 1);
     }
     for (int64_t i = 0; i < n; ++i) {
-      uint64_t p = hash[i] & mask;
-      while (slots[p] != EMPTY) p = (p + 1) & mask;
-      slots[p] = make_slot(slot_head(hash[i], row_vocabularies[first + i]), first + i);
+      if (row_vocabularies[first + i] == FREED) continue;
+      const uint64_t at = probe_empty(slots, mask, hash[i]);
+      slots[at] = make_slot(slot_head(hash[i], row_vocabularies[first + i]), first + i);
+      crowded += is_crowded(at, hash[i], mask);
     }
   }
+  *num_crowded = crowded;
 }

@@ -6,31 +6,35 @@ import torch
 from torch import Tensor
 
 from recfx.kernels import hashing
-from recfx.kernels.op import address, c_function, define_op
+from recfx.kernels.op import FREED, address, c_function, define_op
 
 __all__ = ["rehash_"]
 
 
-def definition(slots: Tensor, ids: Tensor, row_vocabularies: Tensor, num_rows: int, num_slots: int, salt: int) -> None:
-    """Empties slots[:num_slots] and places rows 0 .. num_rows - 1 in it. The old index is not read.
+def definition(
+    slots: Tensor, num_crowded: Tensor, ids: Tensor, row_vocabularies: Tensor, num_rows: int, num_slots: int, salt: int
+) -> None:
+    """Empties slots[:num_slots] and places those of the rows 0 .. num_rows - 1 that are not freed. The old index is not
+    read. num_crowded becomes the number of rows outside their first run.
 
-    Shapes:   slots i64 [S], ids i64 [R], row_vocabularies i32 [R].
+    Shapes:   slots i64 [S], num_crowded i64 [], ids i64 [R], row_vocabularies i32 [R], FREED where a row is.
     """
     slots[:num_slots] = hashing.EMPTY
-    row = torch.arange(num_rows, device=ids.device)
+    row = torch.nonzero(row_vocabularies[:num_rows] != FREED)[:, 0]
     size, seed = torch.tensor(num_slots, device=ids.device), torch.tensor(salt, device=ids.device)
-    hashing.place(slots, size, seed, row_vocabularies[:num_rows], ids[:num_rows], row)
+    num_crowded.fill_(hashing.place(slots, size, seed, row_vocabularies[row], ids[row], row))
 
 
-_rehash = c_function("rehash", "pppiii")
+_rehash = c_function("rehash", "ppppiii")
 
 
-def _cpu(slots, ids, row_vocabularies, num_rows, num_slots, salt):  # type: ignore[no-untyped-def]
-    _rehash(address(slots), address(ids), address(row_vocabularies), num_rows, num_slots, salt)
+def _cpu(slots, num_crowded, ids, row_vocabularies, num_rows, num_slots, salt):  # type: ignore[no-untyped-def]
+    _rehash(*map(address, (slots, num_crowded, ids, row_vocabularies)), num_rows, num_slots, salt)
 
 
 rehash_ = define_op(
-    "rehash_(Tensor(a!) slots, Tensor ids, Tensor row_vocabularies, int num_rows, int num_slots, int salt) -> ()",
+    "rehash_(Tensor(a!) slots, Tensor(b!) num_crowded, Tensor ids, Tensor row_vocabularies, int num_rows,"
+    " int num_slots, int salt) -> ()",
     definition=definition,
     cpu=_cpu,
     fake=lambda *_: None,

@@ -11,6 +11,8 @@
 constexpr int64_t EMPTY = -1;
 constexpr int32_t UNKNOWN = -1;  // pools to zeros
 constexpr int32_t REFUSED = -2;  // pools to its initial value
+constexpr int32_t FREED = -1;    // vocabulary of a row that is not in use
+constexpr uint64_t RUN = 64;     // slots looked at before probing goes on elsewhere
 
 static inline uint64_t mix(uint64_t x) {
   x ^= x >> 32;
@@ -29,17 +31,33 @@ static inline uint64_t slot_head(uint64_t hash, uint64_t vocabulary) { return (h
 static inline int64_t make_slot(uint64_t head, int64_t row) { return (int64_t)(head << 32 | (uint64_t)row); }
 static inline int64_t slot_row(int64_t slot) { return slot & 0xffffffffLL; }
 
+// Probing looks at RUN slots in a row, then at RUN from an unrelated place, and so on: keys that all hash to one place
+// cost each other one run, however many they are.
+static inline uint64_t next_run(uint64_t start) { return mix(start + 0x9e3779b97f4a7c15ULL); }
+
+// A key is crowded out when its slot is not in its first run.
+static inline bool is_crowded(uint64_t at, uint64_t hash, uint64_t mask) { return ((at - hash) & mask) >= RUN; }
+
 // Row of (vocabulary, id), or UNKNOWN; `at` ends on its slot or on the empty one where it would go.
 static inline int64_t probe(const int64_t* slots, const int64_t* ids, uint64_t mask, uint64_t hash,
                             uint64_t vocabulary, int64_t id, uint64_t* at) {
   const uint64_t head = slot_head(hash, vocabulary);
-  for (uint64_t p = hash & mask;; p = (p + 1) & mask) {
-    const int64_t slot = slots[p];
-    if (slot == EMPTY || ((uint64_t)slot >> 32 == head && ids[slot_row(slot)] == id)) {
-      *at = p;
-      return slot == EMPTY ? UNKNOWN : slot_row(slot);
+  for (uint64_t start = hash;; start = next_run(start))
+    for (uint64_t k = 0; k < RUN; ++k) {
+      const uint64_t p = (start + k) & mask;
+      const int64_t slot = slots[p];
+      if (slot == EMPTY || ((uint64_t)slot >> 32 == head && ids[slot_row(slot)] == id)) {
+        *at = p;
+        return slot == EMPTY ? UNKNOWN : slot_row(slot);
+      }
     }
-  }
+}
+
+// The first empty slot in a key's way.
+static inline uint64_t probe_empty(const int64_t* slots, uint64_t mask, uint64_t hash) {
+  for (uint64_t start = hash;; start = next_run(start))
+    for (uint64_t k = 0; k < RUN; ++k)
+      if (slots[(start + k) & mask] == EMPTY) return (start + k) & mask;
 }
 
 // The initial weights of one row: value_c = loc_c + scale_c * quantile(x_c), x_c uniform in (-1, 1) and a function of

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recfx.kernels import find, find_or_insert, hashing
-from recfx.table import TableState, _initializer_tensors, copy_of, grow_, table
+from recfx.table import TableState, _initializer_tensors, copy_of, grow_, rebuild_, table
 from tests.reference import (
     EXTREMES,
     DictTable,
@@ -31,15 +31,20 @@ def empty_table(vocabularies, *, max_rows=64, max_unique=None) -> tuple[TableSta
     return state, _initializer_tensors(plan, 1)
 
 
-def arguments(s: TableState, r: Reading, init: tuple) -> tuple:
+def arguments(s: TableState, r: Reading, init: tuple, admit: list[bool] | None = None) -> tuple:
     return (
         s.slots,
         s.ids,
         s.vocabularies,
         s.seen,
+        s.born,
         s.rows,
         s.num_rows,
+        s.free_rows,
+        s.num_free,
         s.num_refused,
+        s.tally,
+        s.num_crowded,
         s.unique_rows,
         s.num_unique,
         s.num_slots,
@@ -47,11 +52,12 @@ def arguments(s: TableState, r: Reading, init: tuple) -> tuple:
         s.step + 1,
         *r,
         *init,
+        None if admit is None else torch.tensor(admit, dtype=torch.bool),
     )
 
 
-def insert(op, state, reading, init):
-    row, inverse = op(*arguments(state, reading, init))
+def insert(op, state, reading, init, admit=None):
+    row, inverse = op(*arguments(state, reading, init, admit))
     return row.tolist(), inverse.tolist()
 
 
@@ -64,30 +70,53 @@ def finish_step(state: TableState) -> None:
     state.step.add_(1)
 
 
-def check(stream: Stream, ends: list[bool], max_rows: int, max_unique: int | None) -> None:
-    """Every spelling against the dict, batch by batch; `ends[i]` says that a step ends after batch i."""
+def free(state: TableState, rows: list[int]) -> None:
+    """What a sweep leaves."""
+    if not rows:
+        return
+    state.vocabularies[rows], state.rows[rows], state.counts[rows] = -1, 0, 0
+    freed = torch.nonzero(state.vocabularies[: int(state.num_rows)] < 0)[:, 0].flip(0)
+    state.free_rows[: len(freed)] = freed.int()
+    state.num_free.fill_(len(freed))
+    state.tally[find_or_insert.EVICTED] += len(rows)
+    rebuild_(state)
+
+
+def check(
+    stream: Stream, ends: list[bool], max_rows: int, max_unique: int | None, rng: random.Random | None = None
+) -> None:
+    """Every spelling against the dict, batch by batch; `ends[i]` says that a step ends after batch i.
+
+    With `rng`, some occurrences are not admitted, and after a step some rows are freed.
+    """
     oracle = DictTable(max_rows, max_unique or max_rows)
     tables = {}
     for name in OPS:
         tables[name], init = empty_table(stream.vocabularies, max_rows=max_rows, max_unique=max_unique)
     for reading, end in zip(stream.readings(), ends, strict=True):
         known = oracle.find(reading)
-        expected = oracle.insert(reading)
+        admit = rng and [rng.random() < 0.5 for _ in reading.id]
+        expected = oracle.insert(reading, admit)
         assert find_with(FINDS["definition"], tables["kernel"], reading) == known
         assert find_with(FINDS["kernel"], tables["definition"], reading) == known
         for name, op in OPS.items():
-            assert insert(op, tables[name], reading, init) == expected
+            assert insert(op, tables[name], reading, init, admit) == expected
             assert find_with(FINDS["kernel"], tables[name], reading) == oracle.find(reading)
         state = tables["kernel"]
         keys = list(zip(state.vocabularies.tolist(), state.ids.tolist(), strict=True))[: int(state.num_rows)]
-        assert keys == list(oracle.rows)
+        assert [key if key[0] >= 0 else None for key in keys] == oracle.keys()
         assert int(state.num_refused) == oracle.num_refused
+        assert state.tally.tolist() == oracle.tally()
         assert state.unique_rows[: int(state.num_unique)].tolist() == list(oracle.unique)
         assert_same_table(state, tables["definition"], exact_rows=False)
         if end:
             oracle.next_step()
+            evicted = rng.sample(list(oracle.rows), len(oracle.rows) // 2) if rng else []
+            rows = [oracle.rows[key] for key in evicted]
+            oracle.evict(evicted)
             for table_state in tables.values():
                 finish_step(table_state)
+                free(table_state, rows)
 
 
 @given(stream=streams(3), ends=st.lists(st.booleans(), min_size=3, max_size=3))
@@ -107,19 +136,32 @@ def test_full_table_and_full_step_are_counted(stream, ends, max_rows, max_unique
     check(stream, ends[: len(stream.batches)], max_rows=max_rows, max_unique=max_unique)
 
 
+@given(
+    stream=streams(5),
+    ends=st.lists(st.booleans(), min_size=5, max_size=5),
+    max_rows=st.integers(1, 12),
+    max_unique=st.integers(1, 6),
+    rng=st.randoms(use_true_random=False),
+)
+@settings(max_examples=100, deadline=None)
+def test_freed_rows_are_reused_and_admission_waits(stream, ends, max_rows, max_unique, rng):
+    check(stream, ends[: len(stream.batches)], max_rows, max_unique, rng)
+
+
 def test_ids_of_one_tag_and_one_home_slot_are_told_apart():
     """Hashes that agree in all the bits the index looks at: only the id itself is left to compare."""
-    ids = [id_of_hash(0xABCD << 48 | k << 24 | 5, 0) for k in range(60)]
-    hashes = hashing.hash_id(torch.tensor(ids), torch.zeros(60), torch.tensor(0))
+    ids = [id_of_hash(0xABCD << 48 | k << 24 | 5, 0) for k in range(300)]
+    hashes = hashing.hash_id(torch.tensor(ids), torch.zeros(300), torch.tensor(0))
     assert len((hashes & 0xFFFF).unique()) == len((hashes >> 48).unique()) == 1
-    stored, absent = reading_of([[[i] for i in ids[:40]]], [0]), reading_of([[[i] for i in ids[40:]]], [0])
+    stored, absent = reading_of([[[i] for i in ids[:200]]], [0]), reading_of([[[i] for i in ids[200:]]], [0])
     for op in OPS.values():
-        state, init = empty_table([0])
-        assert insert(op, state, stored, init)[0] == list(range(40))
-        assert insert(op, state, stored, init)[0] == list(range(40))
+        state, init = empty_table([0], max_rows=2**15)
+        assert insert(op, state, stored, init)[0] == list(range(200))
+        assert insert(op, state, stored, init)[0] == list(range(200))
+        assert int(state.num_crowded) == 200 - hashing.RUN
         for finder in FINDS.values():
-            assert find_with(finder, state, stored) == list(range(40))
-            assert find_with(finder, state, absent) == [-1] * 20
+            assert find_with(finder, state, stored) == list(range(200))
+            assert find_with(finder, state, absent) == [-1] * 100
 
 
 def test_index_refuses_rows_beyond_seven_eighths():

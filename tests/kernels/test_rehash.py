@@ -30,7 +30,7 @@ def test_every_row_is_found_and_nothing_else_is_written(op, keys, salt, num_slot
     slots = torch.full((80,), 7)  # whatever the old index held
     ids = torch.tensor([i for _, i in keys] + [5])
     vocabularies = torch.tensor([v for v, _ in keys] + [0], dtype=torch.int32)
-    op(slots, ids, vocabularies, len(keys), num_slots, salt)
+    op(slots, torch.tensor(5), ids, vocabularies, len(keys), num_slots, salt)
     check_index(slots, num_slots, keys, salt)
     assert (slots[num_slots:] == 7).all()
 
@@ -42,7 +42,7 @@ def test_colliding_keys_keep_their_rows():
     same = ids[(hash & 15) == 15][:12]
     for op in OPS.values():
         slots = torch.empty(16, dtype=torch.int64)
-        op(slots, same, torch.zeros(12, dtype=torch.int32), 12, 16, 0)
+        op(slots, torch.tensor(0), same, torch.zeros(12, dtype=torch.int32), 12, 16, 0)
         check_index(slots, 16, [(0, int(i)) for i in same], 0)
 
 
@@ -51,7 +51,8 @@ def test_one_and_two_threads_write_the_same_bytes():
     written = []
     for threads in (1, 2):
         slots = torch.zeros(8192, dtype=torch.int64)
-        on_threads(threads, rehash.rehash_, slots, ids, torch.zeros(5000, dtype=torch.int32), 5000, 8192, 3)
+        rest = torch.tensor(0), ids, torch.zeros(5000, dtype=torch.int32), 5000, 8192, 3
+        on_threads(threads, rehash.rehash_, slots, *rest)
         written.append(slots)
     assert torch.equal(*written)
 
@@ -59,4 +60,6 @@ def test_one_and_two_threads_write_the_same_bytes():
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_opcheck():
     ids, vocabularies = torch.arange(4), torch.zeros(4, dtype=torch.int32)
-    torch.library.opcheck(rehash.rehash_, (torch.zeros(16, dtype=torch.int64), ids, vocabularies, 4, 16, 0))
+    torch.library.opcheck(
+        rehash.rehash_, (torch.zeros(16, dtype=torch.int64), torch.tensor(0), ids, vocabularies, 4, 16, 0)
+    )
