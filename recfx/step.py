@@ -13,7 +13,7 @@ from recfx.losses import bce_with_logits
 from recfx.metrics import BinaryCounts, binary_metrics
 from recfx.optim import AdamState, SparseOptimizer
 from recfx.table import Found, Table, TableState, table
-from recfx.types import NUM_SAMPLES, Params, Transform
+from recfx.types import COUNTS, NUM_SAMPLES, Params, Transform
 
 __all__ = ["Aux", "Step", "TrainState", "Window", "train_step"]
 
@@ -42,6 +42,7 @@ class Aux(NamedTuple):
     loss: Tensor  # f32 [], mean over the batch's samples, nats
     logit: Tensor  # f32 [B, 1]
     num_samples: Tensor  # i32 []
+    counts: dict[str, Tensor]  # what the feature function put under `recfx.types.COUNTS`
 
 
 class Step(NamedTuple):
@@ -97,7 +98,8 @@ def train_step(
 ) -> Step:
     """Composes feature function, embeddings, model and optimisers into one step.
 
-    Args:     features: batch -> features by name; ids for `embeddings` as Ragged i64, whatever `forward` wants besides.
+    Args:     features: batch -> features by name; ids for `embeddings` as Ragged i64, whatever `forward` wants besides;
+              under `recfx.types.COUNTS` tensors by name for `aux.counts`.
               embeddings: by group; a group reaches the model as one tensor [B, len(group), dim].
               forward: (params, embeddings by group, features) -> logit f32 [B, 1].
               loss: (logit, label) -> loss per sample [B, 1]; label: name of the feature [B, 1] that holds the target.
@@ -165,7 +167,7 @@ def train_step(
             )
             states = [do.sparse(s, scale, due) for s in states]
             counted = do.metrics(state.metrics, logit, feats[label], loss_B, valid)
-            aux = Aux(loss_B.sum() / num_samples.clamp(min=1), logit, num_samples)
+            aux = Aux(loss_B.sum() / num_samples.clamp(min=1), logit, num_samples, feats.get(COUNTS, {}))
             return TrainState(params, dense, tuple(states), counted, window), aux
 
         return update
@@ -176,7 +178,8 @@ def train_step(
         blocks = [t.pool(s, f) for t, s, f in zip(tables, state.tables, found, strict=True)]
         _, (logit, loss_B) = total_loss(state.params, blocks, found, feats, valid)
         counts.update_(state.metrics, logit, feats[label], loss_B, valid)
-        return state, Aux(loss_B.sum() / batch[NUM_SAMPLES].clamp(min=1), logit, batch[NUM_SAMPLES])
+        loss_mean = loss_B.sum() / batch[NUM_SAMPLES].clamp(min=1)
+        return state, Aux(loss_mean, logit, batch[NUM_SAMPLES], feats.get(COUNTS, {}))
 
     def flush_(state: TrainState) -> TrainState:
         due = state.window.num_batches > 0

@@ -21,6 +21,7 @@ __all__ = ["Batch", "Field", "Layout", "Params", "Ragged", "Transform", "pack"]
 Params = dict[str, Tensor]
 
 NUM_SAMPLES = "num_samples"  # batch key: i32 [], how many of the B samples are real
+COUNTS = "counts"  # feature key: a dict of tensors that the step hands on in `aux.counts`, as overflow of a capacity
 
 ALIGN_BYTES = 64
 OUTER = "outer"  # and a level: part of a nested column

@@ -5,29 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["hash_id", "make_slot", "mix", "probe"]
+__all__ = ["hash_id", "make_slot", "mix", "probe", "shift_right", "signed"]
 
 EMPTY = -1
 RUN = 64  # slots looked at before probing goes on elsewhere
 
 
-def _signed(x: int) -> int:
-    return x - 2**64 if x >= 2**63 else x
+def signed(x: int) -> int:
+    """The signed 64-bit number with the low bits of x."""
+    return (x + 2**63) % 2**64 - 2**63
 
 
-MULTIPLIER = _signed(0xD6E8FEB86659FD93)
-GOLDEN = _signed(0x9E3779B97F4A7C15)
+MULTIPLIER = signed(0xD6E8FEB86659FD93)
+GOLDEN = signed(0x9E3779B97F4A7C15)
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
+def shift_right(x: Tensor, bits: int) -> Tensor:
+    """Of unsigned numbers: zeros come in from the left."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def mix(x: Tensor) -> Tensor:
     """A bijection of the 64-bit integers that spreads every bit over all."""
-    x = (x ^ _shift_right(x, 32)) * MULTIPLIER
-    x = (x ^ _shift_right(x, 32)) * MULTIPLIER
-    return x ^ _shift_right(x, 32)
+    x = (x ^ shift_right(x, 32)) * MULTIPLIER
+    x = (x ^ shift_right(x, 32)) * MULTIPLIER
+    return x ^ shift_right(x, 32)
 
 
 def hash_id(id: Tensor, vocabulary: Tensor, salt: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ def hash_id(id: Tensor, vocabulary: Tensor, salt: Tensor) -> Tensor:
 
 def make_slot(hash: Tensor, vocabulary: Tensor, row: Tensor) -> Tensor:
     """A slot is tag:16 | vocabulary:16 | row:32; all ones is empty."""
-    return (_shift_right(hash, 48) << 48) | (vocabulary.long() << 32) | row.long()
+    return (shift_right(hash, 48) << 48) | (vocabulary.long() << 32) | row.long()
 
 
 def next_run(start: Tensor) -> Tensor:

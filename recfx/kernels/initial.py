@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from recfx.kernels.hashing import GOLDEN, _shift_right, mix
+from recfx.kernels.hashing import GOLDEN, mix, shift_right
 
 __all__ = ["initial_values"]
 
@@ -20,7 +20,7 @@ def initial_values(id: Tensor, keys: Tensor, params: Tensor) -> Tensor:
 
     Shapes:   id i64 [U], keys i64 [U, W], params f32 [U, 3, W] (loc, scale, cover) -> f32 [U, W].
     """
-    bits = _shift_right(mix((id * GOLDEN)[:, None] ^ keys), 41)
+    bits = shift_right(mix((id * GOLDEN)[:, None] ^ keys), 41)
     x = (2 * bits + 1 - 2**23).double() / 2**23
     loc, scale, cover = params.unbind(1)
     normal = math.sqrt(2) * torch.erfinv(cover.double() * x)

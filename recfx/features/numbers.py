@@ -1,0 +1,107 @@
+"""Ops on numbers: dense f32 [B, d] or Ragged f32, and boundaries fitted on the host."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recfx.features.columns import Column, on_values
+from recfx.features.lists import select_dense
+from recfx.types import Ragged
+
+__all__ = ["bucketize", "clip", "fill_missing", "log1p", "min_max", "quantile_boundaries", "standardize"]
+
+Statistic = float | Tensor
+
+
+def log1p(x: Column) -> Column:
+    """log(1 + max(x, 0)): tames counts that span six orders of magnitude."""
+    return on_values(x, lambda v: torch.log1p(v.clamp(min=0)))
+
+
+def clip(x: Column, low: float, high: float) -> Column:
+    """min(max(x, low), high). NaN stays NaN.
+
+    Example:  >>> clip(torch.tensor([[-2.0], [0.5]]), 0, 1).tolist()
+              [[0.0], [0.5]]
+    """
+    return on_values(x, lambda v: v.clamp(low, high))
+
+
+def standardize(x: Column, mean: Statistic, std: Statistic) -> Column:
+    """(x - mean) / std with given statistics: numbers, or one per column [d]. A std of 0 counts as 1.
+
+    Example:  >>> standardize(torch.tensor([[5.0, 3.0]]), torch.tensor([3.0, 3.0]), torch.tensor([2.0, 0.0])).tolist()
+              [[1.0, 0.0]]
+    """
+    return on_values(x, lambda v: (v - mean) / _or_one(std))
+
+
+def min_max(x: Column, low: Statistic, high: Statistic) -> Column:
+    """(x - low) / (high - low) with given statistics: low becomes 0 and high 1, what lies outside stays outside.
+
+    Where low = high the divisor is 1.
+    """
+    return on_values(x, lambda v: (v - low) / _or_one(high - low))
+
+
+def _or_one(divisor: Statistic) -> Statistic:
+    return torch.where(divisor == 0, 1.0, divisor) if isinstance(divisor, Tensor) else divisor or 1.0
+
+
+def fill_missing(column: Tensor | Ragged, value: float, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """The first `dim` numbers of each sample, `value` where there is none or NaN; and f32 1 where it was so, else 0.
+
+    Shapes:   Tensor [B, >= dim] or Ragged -> f32 [B, dim], f32 [B, dim].
+    Example:  >>> x, missing = fill_missing(torch.tensor([[3.0], [float("nan")]]), value=-1.0)
+              >>> x.tolist(), missing.tolist()
+              ([[3.0], [-1.0]], [[0.0], [1.0]])
+    """
+    x = select_dense(column, dim, fill=float("nan"))
+    missing = x.isnan()
+    return torch.where(missing, value, x), missing.float()
+
+
+def bucketize(x: Column, boundaries: Sequence[float] | Tensor) -> Column:
+    """The index of the first boundary strictly greater than the value: an id from 0 to the number of boundaries.
+
+    Args:     boundaries: rising numbers; or a tensor [d, boundaries], a row per column of a dense x. Shorter rows end
+              in infinity.
+    Shapes:   f32 [B, d] or Ragged f32 -> the same in i64. NaN and +inf get the highest id.
+    Cost:     one comparison per boundary, fused with what stands around it.
+    Raises:   ValueError when given numbers do not rise.
+    Example:  >>> bucketize(torch.tensor([[17.999], [18.0], [65.0], [float("nan")]]), [18, 25, 35, 45, 55, 65]).T
+              tensor([[0, 1, 6, 6]])
+    """
+    if not isinstance(boundaries, Tensor) and not all(a < b for a, b in itertools.pairwise(boundaries)):
+        raise ValueError(f"boundaries: got {list(boundaries)}, expected rising numbers.")
+
+    def index(v: Tensor) -> Tensor:
+        bounds = torch.as_tensor(boundaries, dtype=v.dtype, device=v.device)
+        return (~(v[..., None] < bounds)).sum(-1)
+
+    return on_values(x, index)
+
+
+def quantile_boundaries(values: Tensor | np.ndarray | Sequence[float], num_buckets: int) -> list[float]:
+    """Boundaries for `bucketize` that cut these values into buckets of about equal size. Runs on the host.
+
+    Equal quantiles merge, so skewed counts give fewer than num_buckets - 1 boundaries. NaN is left out. Boundaries are
+    float32 numbers, as the values that they are compared with.
+
+    Raises:   ValueError when num_buckets is below 1 or no value is left.
+    Example:  >>> quantile_boundaries([1.0, 2.0, 3.0, 4.0], 2)
+              [2.5]
+    """
+    numbers = np.asarray(values, dtype=np.float64).ravel()
+    numbers = numbers[~np.isnan(numbers)]
+    if num_buckets < 1:
+        raise ValueError(f"num_buckets: got {num_buckets}, expected at least 1.")
+    if len(numbers) == 0:
+        raise ValueError("values: got none that is a number, expected some to fit boundaries to.")
+    quantiles = np.quantile(numbers, np.arange(1, num_buckets) / num_buckets)
+    return np.unique(quantiles.astype(np.float32)).tolist()

@@ -1,0 +1,138 @@
+"""The ops inside a capture: one graph, static shapes, no host read, the same values, inputs left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from recfx import features as ops
+from recfx.capture import ShareCommon, capture
+from recfx.types import COUNTS, Ragged
+from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
+from tests.reference import ragged
+from tests.reference_features import nested, strings
+from tests.test_graphs import READ_BY_THE_HOST, SHAPED_BY_DATA
+
+BATCH = {
+    "x": torch.tensor([[-1.0, 0.5], [float("nan"), 70.0], [18.0, float("inf")]]),
+    "n": ragged([[0.25, 3.0], [], [9.0]], spare=2, dtype=torch.float32),
+    "ids": ragged([[-1, 5, -1], [2**63 - 1], []], spare=1)._replace(weights=torch.arange(5.0)),
+    "other": ragged([[7], [1, 2, 1], [3]]),
+    "nested": nested([[[1], [2, 3]], [], [[4, 5, 6]]], spare=1, weighted=True),
+    "words": strings([b"a", b"", b"a long word of more than sixty-four bytes, so that every branch is run once"]),
+    "tags": strings([b"red", b"green", b"x" * 20, b"y" * 40], spare=5, outer=[0, 1, 1, 4]),
+}
+OPS = {
+    "bucketize": lambda b: (ops.bucketize(b["x"], [18, 25, 65]), ops.bucketize(b["n"], [0.5])),
+    "check_length": lambda b: ops.check_length(b["ids"], 3),
+    "clip": lambda b: ops.clip(b["x"], -1, 1),
+    "cross": lambda b: ops.cross(b["ids"], b["other"], capacity=6),
+    "farm_hash": lambda b: ops.farm_hash({name: b[name] for name in ("words", "tags")}),
+    "fill_missing": lambda b: (ops.fill_missing(b["x"], 0.5, 2), ops.fill_missing(b["n"], -1.0)),
+    "flatten": lambda b: ops.flatten(b["nested"]),
+    "from_dense": lambda b: ops.from_dense(b["x"]),
+    "log1p": lambda b: ops.log1p(b["n"]),
+    "min_max": lambda b: ops.min_max(b["x"], 0.0, 70.0),
+    "mod": lambda b: ops.mod(b["ids"], 1000),
+    "multi_hash": lambda b: ops.multi_hash(b["ids"], [1000, 10]),
+    "murmur_hash": lambda b: ops.murmur_hash(b["tags"]),
+    "select_dense": lambda b: (ops.select_dense(b["x"]), ops.select_dense(b["n"], 2)),
+    "select_ragged": lambda b: ops.select_ragged(b["ids"]),
+    "standardize": lambda b: ops.standardize(b["x"], torch.ones(2), torch.zeros(2)),
+    "to_dense": lambda b: ops.to_dense(b["ids"], 2, fill=-1),
+    "truncate": lambda b: ops.truncate({name: b[name] for name in ("ids", "nested")}, 1, side="left"),
+    "truncate_lists": lambda b: ops.truncate_lists(b["nested"], 2, side="right", pad="left"),
+}
+ON_THE_HOST = {"quantile_boundaries"}
+
+
+def all_ops(batch: dict) -> dict:
+    return {name: op(batch) for name, op in OPS.items()}
+
+
+def tensors(tree: object) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def same(a: object, b: object) -> None:
+    for x, y in zip(tensors(a), tensors(b), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_every_op_is_here():
+    assert {*OPS} | ON_THE_HOST == {*ops.__all__}
+
+
+def test_compiled_as_one_graph_it_is_the_same():
+    torch._dynamo.reset()
+    compiled = torch.compile(all_ops, fullgraph=True, dynamic=False)
+    same(compiled(BATCH), all_ops(BATCH))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_nothing_is_written_to_the_input(name):
+    before = tree_map_only(torch.Tensor, torch.clone, BATCH)
+    OPS[name](BATCH)
+    same(BATCH, before)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_no_host_read_and_no_shape_that_depends_on_data(name):
+    graph = make_fx(OPS[name], tracing_mode="fake", _allow_non_fake_inputs=True)(BATCH).graph
+    called = {n.target._opname for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    assert not called & {*READ_BY_THE_HOST, *SHAPED_BY_DATA}
+    assert all(type(size) is int for n in graph.nodes for t in tensors(n.meta.get("val")) for size in t.shape)
+
+
+def test_a_length_that_is_too_long_is_counted_in_a_capture():
+    def count(column: Ragged) -> torch.Tensor:
+        return ops.check_length(column, 2)
+
+    column = ragged([[1, 2, 3], [4], [5, 6, 7]])
+    with pytest.raises(ValueError, match="column: got a list of 3 values, expected at most 2"):
+        count(column)
+    assert int(torch.compile(count, fullgraph=True, dynamic=False)(column)) == 2
+    assert int(make_fx(count, tracing_mode="fake", _allow_non_fake_inputs=True)(column)(column)) == 2
+
+
+def calls_in(function, batch) -> Counter[str]:
+    """How often each op of recfx runs in the graph that Inductor gets after its own passes."""
+    seen: Counter[str] = Counter()
+
+    def count(graph: torch.fx.Graph) -> None:
+        seen.update(n.target._opname for n in graph.nodes if "recfx" in str(n.target))
+
+    torch._dynamo.reset()
+    options = {"post_grad_custom_pre_pass": ShareCommon(), "post_grad_custom_post_pass": count}
+    torch.compile(function, fullgraph=True, dynamic=False, options=options)(batch)
+    return seen
+
+
+def test_a_common_sub_expression_is_computed_once():
+    def features(batch: dict) -> dict:
+        return {
+            "small": ops.mod(ops.farm_hash(batch["tags"]), 100),
+            "large": ops.mod(ops.farm_hash(batch["tags"]), 1000),
+            "murmur": ops.murmur_hash(batch["tags"]),
+        }
+
+    assert calls_in(features, BATCH) == {"farm_hashes": 1, "murmur_hashes": 1}
+
+
+def test_counts_reach_aux_captured_or_not():
+    def features(batch: dict) -> dict:
+        crossed, overflow = ops.cross(batch["a"], batch["b"], capacity=2)
+        counts = {"cross": overflow, "long": ops.check_length(batch["c"], 2)}
+        return {**batch, "a": crossed, COUNTS: counts}
+
+    step, batch = deepfm_step(features=features), deepfm_batches(1)[0]
+    expected = int(features(batch)[COUNTS]["cross"])
+    assert expected > 0
+    runs = (step.update, step.update_, capture(step, step.init(deepfm_params()), batch), step.evaluate_)
+    for run in runs:
+        counts = run(step.init(deepfm_params()), batch)[1].counts
+        assert {name: int(count) for name, count in counts.items()} == {"cross": expected, "long": 0}
