@@ -57,6 +57,7 @@ class Step(NamedTuple):
     grow_:      (state, ids) -> state; makes room for that many new ids per table. Runs between steps, on the host.
     plan:       the physical tables, one per entry of TrainState.tables.
     accumulation: micro-batches per optimiser step.
+    seed: of the tables' initial weights.
     """
 
     init: Callable[[Params], TrainState]
@@ -68,6 +69,7 @@ class Step(NamedTuple):
     grow_: Callable[[TrainState, Sequence[int]], TrainState]
     plan: Plan
     accumulation: int
+    seed: int
 
 
 class _Spelling(NamedTuple):
@@ -201,7 +203,7 @@ def train_step(
             t.grow_(s, num_ids)
         return state
 
-    return Step(init, spell(pure), spell(in_place), evaluate_, flush_, ids_in, grow_, plan, accumulation)
+    return Step(init, spell(pure), spell(in_place), evaluate_, flush_, ids_in, grow_, plan, accumulation, seed)
 
 
 def _valid(batch: dict, label: str) -> Tensor:

@@ -24,10 +24,12 @@ __all__ = [
     "TableState",
     "copy_of",
     "grow_",
+    "initializer_tensors",
     "num_live",
     "num_rows_bytes",
     "rebuild_",
     "reserve",
+    "restore_",
     "table",
 ]
 
@@ -60,6 +62,12 @@ class TableState(NamedTuple):
     unique_rows: Tensor  # i32 [U], rows touched by the step in progress, in first-occurrence order
     num_unique: Tensor  # i64 []
     grads: Tensor  # f32 [U, W], their gradients
+
+
+# What a checkpoint holds of a table, per row and of the table as a whole, beside the numbers of its rows and of those
+# that are free. What is not named here can be made anew, or belongs to the step in progress.
+ROW_FIELDS = ("ids", "vocabularies", "seen", "born", "counts", "rows")
+COUNTERS = ("num_refused", "tally", "step")
 
 
 class Found(NamedTuple):
@@ -107,7 +115,7 @@ def table(
     num_unique = max_rows if max_unique is None else min(max_rows, max_unique)
     max_slots = _slots_for(max_rows, 7 / 8)
     vocabularies = torch.tensor([lookup.vocabulary for lookup in plan.lookups], dtype=torch.int32, device=device)
-    init_keys, init_params = _initializer_tensors(plan, seed)
+    init_keys, init_params = initializer_tensors(plan, seed)
 
     def init() -> TableState:
         def counter(value: int = 0) -> Tensor:
@@ -209,6 +217,15 @@ def num_live(state: TableState) -> int:
     return int(state.num_rows) - int(state.num_free)
 
 
+def restore_(state: TableState, num_rows: int, free: Tensor) -> TableState:
+    """Takes the first `num_rows` rows into use, all but `free` (rising) of them filled; the index is made anew."""
+    state.num_rows.fill_(num_rows)
+    state.num_free.fill_(len(free))
+    state.free_rows[: len(free)] = free.flip(0)
+    state.vocabularies[free.long()] = -1
+    return rebuild_(state)
+
+
 def copy_of(state: TableState) -> TableState:
     """A deep copy, reserved sizes included: for tests and small tables."""
     return TableState(*(t.clone() for t in state))
@@ -282,7 +299,7 @@ def _ids(features: dict, name: str) -> Ragged:
     return value
 
 
-def _initializer_tensors(plan: TablePlan, seed: int) -> tuple[Tensor, Tensor]:
+def initializer_tensors(plan: TablePlan, seed: int) -> tuple[Tensor, Tensor]:
     """keys i64 [V, W], params f32 [V, 3, W]."""
     keys = [[column_key(seed, c.name, d) for c in columns for d in range(c.dim)] for columns in plan.vocabularies]
     params = [

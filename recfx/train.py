@@ -40,7 +40,8 @@ class TrainConfig:
     Args:     output_dir: where checkpoints go.  log_steps: steps between log events.
               save_steps: steps between checkpoints; one is saved at the end and on ctrl-C in any case.
               train_steps: stop after so many steps in all; None: after the data.  train_epoch: passes over the data.
-              max_to_keep: checkpoints kept.
+              max_to_keep: checkpoints kept.  full_save_every: of so many saves one holds every row, see `Saver`.
+              save_in_background: training goes on while a checkpoint is written, see `Saver`.
     """
 
     output_dir: str = "./ckpt"
@@ -49,10 +50,12 @@ class TrainConfig:
     train_steps: int | None = None
     train_epoch: int = 1
     max_to_keep: int = 5
+    full_save_every: int = 1
+    save_in_background: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, int) and value < 1:
+            if type(value) is int and value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1.")
 
 
@@ -96,18 +99,25 @@ def train(
               that has nothing left to train is evaluated too.  on_event: told of every phase.
     """
     progress, position = Progress(), None
-    found = checkpoint.latest(config.output_dir) if resume else None
-    if found is not None:
-        state, loop = checkpoint.load(found, step, state)
-        progress.step, progress.epoch, position = loop["step"], loop["epoch"], loop["position"]
     begun = time.perf_counter()
+    saving = False
 
     def save(position: dict | None) -> None:
+        nonlocal saving
+        saved(wait=True)
         on_event("before_save", progress, state)
-        loop = {"epoch": progress.epoch, "position": position}
-        keep = config.max_to_keep
-        checkpoint.save(config.output_dir, step, state, number=progress.step, loop=loop, max_to_keep=keep)
-        on_event("after_save", progress, state)
+        write = saver.save_in_background if config.save_in_background else saver.save
+        write(state, number=progress.step, loop={"epoch": progress.epoch, "position": position})
+        saving = True
+        saved()
+
+    def saved(*, wait: bool = False) -> None:
+        """Tells of a save that is on disk."""
+        nonlocal saving
+        if saving and (wait or not saver.busy):
+            saver.finish()
+            saving = False
+            on_event("after_save", progress, state)
 
     def after_step() -> None:
         progress.step += 1
@@ -129,7 +139,12 @@ def train(
             progress.evaluation = evaluate_with(state)
             on_event("after_evaluation", progress, state)
 
-    with _interrupts() as interrupted:
+    keep = {"max_to_keep": config.max_to_keep, "full_every": config.full_save_every}
+    with checkpoint.Saver(config.output_dir, step, **keep) as saver, _interrupts() as interrupted:
+        found = checkpoint.latest(config.output_dir) if resume else None
+        if found is not None:
+            state, loop = checkpoint.load(found, step, state)
+            progress.step, progress.epoch, position = loop["step"], loop["epoch"], loop["position"]
         if progress.epoch >= config.train_epoch or should_stop():
             evaluate_now()
         while progress.epoch < config.train_epoch and not should_stop():
@@ -147,6 +162,7 @@ def train(
                 if window:
                     continue
                 after_step()
+                saved()
                 if should_stop():
                     batches.close()
                     break
@@ -165,6 +181,7 @@ def train(
         read_metrics(progress, state)
         progress.train_s = time.perf_counter() - begun
         save(position)
+        saved(wait=True)
     return state, progress
 
 

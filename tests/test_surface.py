@@ -36,7 +36,7 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SEES_ONLY = {
     "data": {"types", "kernels"},
-    "checkpoint": {"types", "embeddings", "table", "optim", "step"},
+    "checkpoint": {"types", "kernels", "embeddings", "table", "step"},
     "models": {"types", "features", "layers", "losses"},
     "capture": {"types", "step"},
 }

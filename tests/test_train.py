@@ -116,7 +116,7 @@ def go(
 
 
 def saved(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
 
 def last_bytes(folder: Path) -> tuple[str, dict[str, str]]:

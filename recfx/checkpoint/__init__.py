@@ -1,0 +1,14 @@
+"""Any training state to and from disk: one folder per step, safetensors plus a JSON manifest, whole or not there.
+
+    <folder>/step-000002000/manifest.json               checksums, table and column names, seed, where the reader stood
+    <folder>/step-000002000/state.safetensors           dense parameters, optimiser moments, counters, free rows
+    <folder>/step-000002000/table-0.00000.safetensors   live rows in row order, with their numbers
+
+Nothing of capacity, slots, time or host is written: equal states give equal bytes.
+"""
+
+from recfx.checkpoint.files import latest
+from recfx.checkpoint.loading import load
+from recfx.checkpoint.saving import Saver, save
+
+__all__ = ["Saver", "latest", "load", "save"]

@@ -1,0 +1,66 @@
+"""Work done in a forked child: it sees this moment's memory for ever, while the parent goes on writing."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import signal
+import warnings
+from collections.abc import Callable
+
+__all__ = ["Job"]
+
+
+class Job:
+    """`work` in a forked child, at the lowest priority: it runs when the parent's threads do not.
+
+    A fork copies page tables, not memory; a page is copied when the parent first writes to it while the child lives.
+    The child must be content with this one thread's copy of the process: no torch, whose OpenMP threads it lacks.
+    It ignores ctrl-C, which a terminal sends to it as well, and is told of its parent's end by `orphaned`.
+    """
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._pipe, theirs = os.pipe()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        with warnings.catch_warnings():  # Python 3.12 warns of any fork beside threads
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._pid = os.fork()
+        if self._pid == 0:
+            _run(work, theirs)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(theirs)
+
+    @property
+    def done(self) -> bool:
+        """Whether `finish` would return at once."""
+        return not self._pid or os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def finish(self) -> None:
+        """Waits for the child; raises the OSError that ended it, or RuntimeError when it was killed."""
+        with open(self._pipe, "rb") as pipe:
+            said = pipe.read()
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = 0
+        if said:
+            raise pickle.loads(said)
+        if status:
+            raise RuntimeError(f"background save: ended by signal {os.WTERMSIG(status)}. The checkpoint is not there.")
+
+
+def _run(work: Callable[[], object], pipe: int) -> None:
+    """The child's whole life. Nothing of the parent's is cleaned up in it."""
+    status = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        gc.disable()
+        if hasattr(os, "SCHED_IDLE"):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        work()
+        status = 0
+    except OSError as error:
+        os.write(pipe, pickle.dumps(error))
+    except BaseException as error:
+        os.write(pipe, pickle.dumps(RuntimeError(f"background save: {error!r}.")))
+    finally:
+        os._exit(status)

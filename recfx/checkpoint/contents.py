@@ -1,0 +1,204 @@
+"""What a checkpoint holds, as numpy views of a state, and as the files they become."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.utils._pytree import GetAttrKey, MappingKey, tree_flatten_with_path
+
+from recfx.checkpoint.files import (
+    FORMAT,
+    MANIFEST,
+    PREFIX,
+    STATE,
+    UNFINISHED,
+    discard,
+    finished,
+    read_manifest,
+    sync_folder,
+    write_file,
+    write_manifest,
+    write_tensors,
+)
+from recfx.embeddings import Plan
+from recfx.step import Step, TrainState
+from recfx.table import COUNTERS, ROW_FIELDS, TableState
+
+__all__ = ["Contents", "Rows", "contents_of", "dense_tensors", "write"]
+
+SHARD_BYTES = 2**27
+WORKERS = 2  # one packs and sums while the other waits for the disk
+
+
+class Rows(NamedTuple):
+    """The rows of one table: columns by their name in TableState, of which `live` are saved."""
+
+    columns: dict[str, np.ndarray]  # [R, ...]
+    live: np.ndarray  # i32 [n], rising
+
+
+class Contents(NamedTuple):
+    """One checkpoint, before it is written."""
+
+    number: int
+    state: bytes  # safetensors of everything that is not a row
+    tables: tuple[Rows, ...]
+    manifest: dict  # but for the files
+
+
+def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since: tuple[int, ...] | None) -> Contents:
+    """Views of the state, taken without copying a row (on a CPU); dense tensors are copied.
+
+    Args:     since: by table, the step from which on a touched row is saved; None: every live row is.
+    Raises:   ValueError inside a gradient accumulation window.
+    """
+    if int(state.window.num_batches):
+        raise ValueError("state: got an open accumulation window, expected none. Save between optimiser steps.")
+    tables, small = [], dense_tensors(state)
+    for i, table in enumerate(state.tables):
+        small |= {f"table.{i}.{name}": getattr(table, name) for name in ("num_rows", *COUNTERS)}
+        small[f"table.{i}.free_rows"] = table.free_rows[: int(table.num_free)].flip(0)
+        tables.append(_rows(table, None if since is None else since[i]))
+    manifest = {
+        "format": FORMAT,
+        "seed": step.seed,
+        "loop": {**loop, "step": number},
+        "tables": table_names(step.plan),
+    }
+    return Contents(number, safetensors.torch.save(_contiguous(small)), tuple(tables), manifest)
+
+
+def _rows(table: TableState, since: int | None) -> Rows:
+    columns = {name: getattr(table, name).cpu().numpy() for name in ROW_FIELDS}
+    num_rows = int(table.num_rows)
+    live = np.arange(num_rows, dtype=np.int32)
+    if since is not None:
+        live = live[columns["seen"][:num_rows] >= since << 32]
+    if int(table.num_free):
+        live = live[columns["vocabularies"][live] >= 0]
+    return Rows(columns, live)
+
+
+def dense_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Dense parameters and their optimiser's state by name, as the state holds them."""
+    leaves, _ = tree_flatten_with_path({"params": state.params, "dense": state.dense})
+    return {".".join(_key(part) for part in path): leaf for path, leaf in leaves}
+
+
+def _key(part: Any) -> str:
+    assert isinstance(part, MappingKey | GetAttrKey), part
+    return part.key if isinstance(part, MappingKey) else part.name
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each with memory of its own, which safetensors asks for."""
+    return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+
+
+def table_names(plan: Plan) -> list[list[list[list]]]:
+    """By physical table and vocabulary, each logical table's name, first column and width: what numbers mean."""
+    return [[[[c.name, c.first, c.dim] for c in vocabulary] for vocabulary in t.vocabularies] for t in plan.tables]
+
+
+# Writing. Without torch: this may be a forked child.
+
+
+def write(
+    folder: Path,
+    contents: Contents,
+    *,
+    base: Path | None,
+    max_to_keep: int,
+    before_file: Callable[[], None] = lambda: None,
+) -> Path:
+    """Writes <folder>/step-<number> and deletes all but the `max_to_keep` newest.
+
+    Args:     base: the checkpoint that the rows in `contents` are to be laid over. Its files are linked, not copied,
+              so each folder is complete and the older one may go. None: `contents` holds every live row.
+              before_file: called before each file of rows; may raise OSError to give up.
+    Raises:   OSError naming the folder when the disk is full or not writable; nothing is left of the attempt.
+    """
+    scratch = folder / f"{UNFINISHED}{contents.number:09d}"
+    try:
+        scratch.mkdir()
+        manifest = _write_files(scratch, contents, base, before_file)
+        write_manifest(scratch / MANIFEST, manifest)
+        sync_folder(scratch)
+        target = folder / f"{PREFIX}{contents.number:09d}"
+        _publish(scratch, target, manifest)
+        sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        whole = "The checkpoints before this one are whole."
+        raise OSError(error.errno, f"{scratch}: {error.strerror or error}. {whole}") from error
+    others = [path for path in finished(folder) if path != target]
+    for old in others[: max(len(others) + 1 - max_to_keep, 0)]:
+        discard(old)
+    return target
+
+
+def _write_files(scratch: Path, contents: Contents, base: Path | None, before_file: Callable[[], None]) -> dict:
+    """All but the manifest, which it returns."""
+    before = read_manifest(base) if base is not None else {"files": {}, "parts": [[] for _ in contents.tables]}
+    files = {name: before["files"][name] for parts in before["parts"] for part in parts for name in part}
+    for name in files:
+        _link(base / name, scratch / name)  # type: ignore[operator]
+    parts = [list(part) for part in before["parts"]]
+    shards: dict[str, tuple[dict[str, np.ndarray], np.ndarray]] = {}
+    for i, (columns, live) in enumerate(contents.tables):
+        size = max(1, SHARD_BYTES // sum(column[:1].nbytes for column in columns.values()))
+        first = sum(map(len, parts[i]))
+        names = [f"table-{i}.{first + k:05d}.safetensors" for k in range(-(-len(live) // size))]
+        shards |= {name: (columns, live[k * size : (k + 1) * size]) for k, name in enumerate(names)}
+        parts[i].append(names)
+
+    def write_shard(name: str) -> str:
+        before_file()
+        return write_tensors(scratch / name, _shard(*shards[name]))
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        files |= dict(zip(shards, pool.map(write_shard, shards), strict=True))
+    files[STATE] = write_file(scratch / STATE, [contents.state])
+    return contents.manifest | {"files": files, "parts": parts}
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for the file, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        write_file(target, [source.read_bytes()])
+
+
+def _shard(columns: dict[str, np.ndarray], row: np.ndarray) -> dict[str, np.ndarray]:
+    """Some rows of a table as they are saved: without what is of the step in progress, without gaps."""
+    shard = {"row": row}
+    for name, column in columns.items():
+        shard[name] = column[row[0] : row[-1] + 1] if row[-1] - row[0] + 1 == len(row) else column[row]
+    shard["last_seen"] = (shard.pop("seen") >> 32).astype(np.int32)
+    return dict(sorted(shard.items(), key=lambda item: (-item[1].itemsize, item[0])))  # so that each is aligned
+
+
+def _publish(scratch: Path, target: Path, manifest: dict) -> None:
+    """The folder appears by one rename. Where equal files stand already they are replaced one by one, manifest last."""
+    try:
+        same = read_manifest(target)["files"] == manifest["files"]
+    except ValueError:
+        same = False
+    if not same:
+        discard(target)
+        os.replace(scratch, target)
+        return
+    for name in (*manifest["files"], MANIFEST):
+        os.replace(scratch / name, target / name)
+    sync_folder(target)
+    scratch.rmdir()

@@ -1,0 +1,242 @@
+"""Files of a checkpoint: safetensors written and read in one pass with their checksums, manifests, whole folders.
+
+Nothing here uses torch: it runs in a forked child too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+__all__ = [
+    "FolderLock",
+    "ShardReader",
+    "clear_unfinished",
+    "digest_of",
+    "discard",
+    "finished",
+    "latest",
+    "read_checked",
+    "read_manifest",
+    "read_some",
+    "sync_folder",
+    "write_file",
+    "write_manifest",
+    "write_tensors",
+]
+
+FORMAT = 2
+MANIFEST, STATE, LOCK = "manifest.json", "state.safetensors", ".lock"
+PREFIX, UNFINISHED = "step-", ".unfinished-"
+CHUNK_BYTES = 2**21  # packed, checksummed and written while in the cache
+LOCK_WAIT_S = 2.0  # a killed run's background save ends about this soon
+
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U8": "|u1"}
+NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
+    """A safetensors file of arrays [n, ...], n alike or not; returns its checksum. Rows may have gaps between them.
+
+    Equal arrays give equal bytes: no metadata, tensors in the given order.
+    """
+    header, end = {}, 0
+    for name, array in tensors.items():
+        offsets = [end, end := end + array.nbytes]
+        header[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return write_file(path, itertools.chain([len(text).to_bytes(8, "little") + text], *map(_packed, tensors.values())))
+
+
+def _packed(array: np.ndarray) -> Iterator[Any]:
+    """The array's bytes without gaps, a chunk at a time."""
+    num = max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
+    return (np.ascontiguousarray(array[first : first + num]) for first in range(0, len(array), num))
+
+
+def write_file(path: Path, chunks: Iterable[Any]) -> str:
+    """Writes buffers one after the other, waits until they are on disk, returns their checksum: XXH3, 128 bits."""
+    digest = xxhash.xxh3_128()
+    with path.open("wb") as file:
+        for chunk in chunks:
+            digest.update(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def read_checked(path: Path, checksum: str, into: np.ndarray | None = None) -> np.ndarray:
+    """The file's bytes, u8, in `into` when it is large enough.
+
+    Raises:   ValueError naming the file when it is missing, or is not the one whose checksum the manifest holds.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = into[:size] if into is not None and len(into) >= size else np.empty(size, np.uint8)
+            digest = xxhash.xxh3_128()
+            for first in range(0, size, CHUNK_BYTES):
+                chunk = content[first : first + CHUNK_BYTES].data
+                _read_into(file, chunk)
+                digest.update(chunk)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: missing, expected the file that {MANIFEST} names.") from error
+    if digest.hexdigest() != checksum:
+        raise ValueError(f"{path}: checksum differs from {MANIFEST}. The file is damaged; use an older checkpoint.")
+    return content
+
+
+def _read_into(file: IO[bytes], view: memoryview) -> None:
+    while len(view):
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:  # the file was cut while it was read: the checksum will tell
+            return
+        view = view[count:]
+
+
+class ShardReader:
+    """Reads shards one after the other into one buffer: arrays are valid until the next read."""
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0, np.uint8)
+
+    def read(self, path: Path, checksum: str) -> dict[str, np.ndarray]:
+        """All tensors, by name. Raises: as `read_checked`."""
+        content = read_checked(path, checksum, self._buffer)
+        if len(content) > len(self._buffer):
+            self._buffer = content
+        start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+        header = json.loads(content[8:start].tobytes())
+        return {name: _array(entry, content[start:][slice(*entry["data_offsets"])]) for name, entry in header.items()}
+
+
+def read_some(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Some tensors of a safetensors file, unchecked."""
+    try:
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8))
+            found = {}
+            for name in names:
+                first, end = header[name]["data_offsets"]
+                file.seek(start + first)
+                found[name] = _array(header[name], np.fromfile(file, np.uint8, end - first))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: {error!r}, expected the safetensors file that {MANIFEST} names.") from error
+    return found
+
+
+def _array(entry: dict, content: np.ndarray) -> np.ndarray:
+    return content.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+# Manifests.
+
+
+def digest_of(manifest: dict) -> str:
+    """Checksum of a manifest's meaning: white space and order do not count."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+
+
+def write_manifest(path: Path, manifest: dict) -> None:
+    """With a checksum of its own."""
+    text = json.dumps(manifest | {"manifest_xxh3_128": digest_of(manifest)}, indent=1, sort_keys=True)
+    write_file(path, [text.encode()])
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a checkpoint folder.
+
+    Raises:   ValueError naming the file when it is missing, damaged or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        version = int(manifest["format"])
+    except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or no text
+        raise ValueError(f"{path}: {error!r}, expected a checkpoint's manifest.") from error
+    if version != FORMAT:
+        advice = "Update recfx." if version > FORMAT else "It was written by a recfx before its first release."
+        raise ValueError(f"{path}: got format {version}, expected {FORMAT}. {advice}")
+    if manifest.pop("manifest_xxh3_128", None) != digest_of(manifest):
+        raise ValueError(f"{path}: checksum differs. The file is damaged; use an older checkpoint.")
+    return manifest
+
+
+# Folders: a checkpoint is there when its manifest is, and hidden while it is made or deleted.
+
+
+def finished(folder: Path) -> list[Path]:
+    """The whole checkpoints below `folder`, oldest first."""
+    return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / MANIFEST).exists())
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint below `folder`, or None."""
+    paths = finished(Path(folder))
+    return paths[-1] if paths else None
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Deletes what a killed save left behind."""
+    for leftover in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(leftover)
+
+
+def discard(path: Path) -> None:
+    """Hidden by one rename first: a folder half deleted must not pass for a checkpoint."""
+    if path.exists():
+        hidden = path.with_name(UNFINISHED + path.name)
+        os.replace(path, hidden)
+        shutil.rmtree(hidden)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the folder's entries are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class FolderLock:
+    """One writer per folder, across processes; it ends with its processes, however they end.
+
+    Raises:   BlockingIOError naming folder and process when another one writes there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    holder = os.pread(self._file, 20, 0).decode() or "unknown"
+                    os.close(self._file)
+                    raise BlockingIOError(
+                        error.errno,
+                        f"{folder}: process {holder} writes checkpoints there, expected no other writer. "
+                        "Choose another folder, or end that process.",
+                    ) from None
+                time.sleep(0.02)
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        os.close(self._file)

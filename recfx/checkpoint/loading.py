@@ -1,0 +1,282 @@
+"""Loading: a checkpoint into the state it came from, or what two models have in common into another one."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from recfx.checkpoint.contents import WORKERS, dense_tensors
+from recfx.checkpoint.files import STATE, ShardReader, read_checked, read_manifest, read_some
+from recfx.embeddings import Column, TablePlan
+from recfx.kernels.hashing import owner
+from recfx.kernels.initial import initial_values
+from recfx.step import Step, TrainState
+from recfx.table import COUNTERS, ROW_FIELDS, TableState, initializer_tensors, restore_
+
+__all__ = ["Source", "load"]
+
+
+class Source(NamedTuple):
+    """A checkpoint opened for reading: its manifest, and all that is not a row."""
+
+    path: Path
+    manifest: dict
+    small: dict[str, Tensor]
+
+    @staticmethod
+    def open(path: str | Path) -> Source:
+        """Raises: ValueError naming the file when it is missing, damaged, or of another format."""
+        path = Path(path)
+        manifest = read_manifest(path)
+        return Source(
+            path, manifest, safetensors.torch.load(bytes(read_checked(path / STATE, manifest["files"][STATE])))
+        )
+
+
+class Piece(NamedTuple):
+    """A vocabulary of a checkpoint's table that becomes one of the model's table."""
+
+    there: int
+    here: int
+    columns: tuple[tuple[int, Column], ...]  # first column there, and what it is here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """All that one table of a checkpoint gives to one table of the model."""
+
+    source: Source
+    table: int
+    pieces: tuple[Piece, ...]
+    rank: int
+    world_size: int
+
+    @functools.cached_property
+    def here(self) -> np.ndarray:
+        """By vocabulary there: the one here, -1 not taken."""
+        here = np.full(len(self.source.manifest["tables"][self.table]), -1, np.int32)
+        here[[piece.there for piece in self.pieces]] = [piece.here for piece in self.pieces]
+        return here
+
+    @property
+    def everything(self) -> bool:
+        """Whether every row there gets a row here."""
+        return self.world_size == 1 and bool((self.here >= 0).all())
+
+    def keeps_layout(self, width: int) -> bool:
+        """Whether rows there are rows here as they are."""
+        there = max(first + dim for v in self.source.manifest["tables"][self.table] for _, first, dim in v)
+        return there == width and all(
+            sum(column.dim for _, column in piece.columns) == width
+            and all(first == column.first for first, column in piece.columns)
+            for piece in self.pieces
+        )
+
+
+def load(
+    path: str | Path | Sequence[str | Path],
+    step: Step,
+    state: TrainState,
+    *,
+    tables: Collection[str] | None = None,
+    dense: Collection[str] | None = None,
+    names: Mapping[str, str] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[TrainState, dict]:
+    """Fills a freshly initialised `state`; returns it and the `loop` dict that was saved.
+
+    What is not taken keeps its initial value. Rows keep their numbers where all of a table is taken; otherwise they are
+    numbered anew in their order. Table capacities may differ from what was saved.
+
+    Args:     path: a checkpoint's folder; or the folders of all ranks of one checkpoint.
+              tables: logical tables of the model to take, by name ('<group>/<feature>', or the shared name); default
+              all, () none. Columns of a vocabulary that are not taken are initialised as new rows are.
+              dense: dense parameters to take, with their optimiser's state; default all, () none.
+              names: name in the checkpoint, of a table or dense parameter that has another one in the model.
+              rank, world_size: take the rows that `recfx.kernels.hashing.owner` gives to this rank.
+    Cost:     reads every byte once, one pass; rebuilds the index.
+    Raises:   ValueError naming the file when it is missing, damaged, or newer than this version; naming the table or
+              parameter when the checkpoint lacks it, has it in another shape, or was made with another seed. `state`
+              is then of no further use.
+    """
+    sources = [Source.open(p) for p in ([path] if isinstance(path, str | Path) else path)]
+    names = dict(names or {})
+    for source in sources:
+        if source.manifest["seed"] != step.seed:
+            raise ValueError(
+                f"{source.path}: got seed {source.manifest['seed']}, expected the step's, {step.seed}. New rows would "
+                "be drawn differently. Build the step with the checkpoint's seed."
+            )
+    _load_dense_(state, sources[0], dense, names)
+    _check_names("tables", tables, {c.name for t in step.plan.tables for v in t.vocabularies for c in v})
+    for number, (plan, table) in enumerate(zip(step.plan.tables, state.tables, strict=True)):
+        moves = [move for s in sources for move in _moves(plan, s, tables, names, (rank, world_size))]
+        _load_table_(table, number, plan, moves, step.seed)
+    return state, sources[0].manifest["loop"]
+
+
+def _check_names(argument: str, got: Collection[str] | None, known: Collection[str]) -> None:
+    unknown = sorted(set(got or ()) - set(known))
+    if unknown:
+        raise ValueError(f"{argument}: got {unknown}, expected some of {sorted(known)}.")
+
+
+def _load_dense_(state: TrainState, source: Source, taken: Collection[str] | None, names: dict[str, str]) -> None:
+    _check_names("dense", taken, state.params)
+    for key, target in dense_tensors(state).items():
+        param = next((p for p in state.params if key.endswith(f".{p}")), None)
+        if taken is not None and (param not in taken if param else not taken):
+            continue
+        saved = source.small.get(key if param is None else key.removesuffix(param) + names.get(param, param))
+        if saved is None or saved.shape != target.shape:
+            raise ValueError(
+                f"{source.path / STATE}: no tensor '{key}' of shape {list(target.shape)}. Another model's; name what "
+                "to take in `dense`."
+            )
+        target.copy_(saved)
+
+
+def _moves(
+    plan: TablePlan,
+    source: Source,
+    taken: Collection[str] | None,
+    names: Mapping[str, str],
+    world: tuple[int, int],
+) -> list[Move]:
+    """What a checkpoint gives to the model's table `plan`, by table of the checkpoint."""
+    places = {
+        name: (t, v, first, dim)
+        for t, table in enumerate(source.manifest["tables"])
+        for v, columns in enumerate(table)
+        for name, first, dim in columns
+    }
+    pieces: dict[int, list[Piece]] = {}
+    for here, vocabulary in enumerate(plan.vocabularies):
+        columns = [c for c in vocabulary if taken is None or c.name in taken]
+        for column in columns:
+            name = names.get(column.name, column.name)
+            if name not in places or places[name][3] != column.dim:
+                known = ", ".join(f"{n} of width {place[3]}" for n, place in places.items())
+                raise ValueError(
+                    f"{source.path}: no table '{name}' of width {column.dim} for '{column.name}', only {known}. Give "
+                    "its name there in `names`, or what to take in `tables`."
+                )
+        found = [places[names.get(c.name, c.name)] for c in columns]
+        keys = {(t, v) for t, v, _, _ in found}
+        if len(keys) > 1:
+            raise ValueError(
+                f"{source.path}: got other ids for each of {[c.name for c in columns]}, expected the same. Here they "
+                "share rows; take one of them in `tables`."
+            )
+        for t, there in keys:
+            firsts = tuple((first, c) for (_, _, first, _), c in zip(found, columns, strict=True))
+            if there in {piece.there for piece in pieces.setdefault(t, [])}:
+                raise ValueError(f"{source.path}: table '{columns[0].name}' shares its rows there with another table.")
+            pieces[t].append(Piece(there, here, firsts))
+    return [
+        Move(source=source, table=t, pieces=tuple(p), rank=world[0], world_size=world[1]) for t, p in pieces.items()
+    ]
+
+
+def _load_table_(table: TableState, number: int, plan: TablePlan, moves: list[Move], seed: int) -> None:
+    places, num_rows, free = _places(moves)
+    if num_rows > table.ids.numel():
+        raise ValueError(f"table {number}: got {num_rows} rows, expected at most {table.ids.numel()}. Raise max_rows.")
+    for move, place in zip(moves, places, strict=True):
+        workers = threading.local()  # each with a reader of its own
+
+        def put(name: str, move: Move = move, place: np.ndarray = place, workers: threading.local = workers) -> None:
+            if not hasattr(workers, "reader"):
+                workers.reader = ShardReader()
+            shard = workers.reader.read(move.source.path / name, move.source.manifest["files"][name])
+            _put_(table, number, plan, seed, move, place, shard)
+
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for names in move.source.manifest["parts"][move.table]:  # laid over each other, so one after the other
+                list(pool.map(put, names))
+    for name in COUNTERS:
+        saved = [move.source.small[f"table.{move.table}.{name}"] for move in moves]
+        if name == "step":
+            table.step.fill_(max(map(int, saved), default=0))
+        elif moves and moves[0].rank == 0:  # counted once, however many ranks there are
+            getattr(table, name).copy_(torch.stack(saved).sum(0))
+    restore_(table, num_rows, torch.from_numpy(free))
+
+
+def _places(moves: list[Move]) -> tuple[list[np.ndarray], int, np.ndarray]:
+    """By move: row here of each row there, -1: not taken. And the number of rows here, and the free ones."""
+    places, num_rows = [], 0
+    for move in moves:
+        source, t = move.source, move.table
+        free = source.small[f"table.{t}.free_rows"].numpy()
+        taken = np.ones(int(source.small[f"table.{t}.num_rows"]), bool)
+        if len(moves) == 1 and move.everything:
+            place = np.arange(len(taken), dtype=np.int32)
+            place[free] = -1
+            return [place], len(taken), free
+        ids, vocabulary = np.zeros(len(taken), np.int64), np.full(len(taken), -1, np.int32)
+        for name in itertools.chain(*source.manifest["parts"][t]):
+            shard = read_some(source.path / name, ("row", "ids", "vocabularies"))
+            ids[shard["row"]] = shard["ids"]
+            vocabulary[shard["row"]] = move.here[shard["vocabularies"]]
+        vocabulary[free] = -1
+        taken = vocabulary >= 0
+        if move.world_size > 1:
+            ranks = owner(torch.from_numpy(ids), torch.from_numpy(vocabulary), move.world_size)
+            taken &= (ranks == move.rank).numpy()
+        places.append(np.where(taken, num_rows + np.cumsum(taken) - 1, -1).astype(np.int32))
+        num_rows += int(taken.sum())
+    return places, num_rows, np.zeros(0, np.int32)
+
+
+def _put_(
+    table: TableState, number: int, plan: TablePlan, seed: int, move: Move, place: np.ndarray, shard: dict
+) -> None:
+    """Some rows of a checkpoint to their places in the table."""
+    at = place[shard["row"]]
+    if (at < 0).any():
+        shard = {name: array[at >= 0] for name, array in shard.items()}
+        at = at[at >= 0]
+    if not len(at):
+        return
+    values = {name: torch.from_numpy(shard[name]) for name in ROW_FIELDS if name != "seen"}
+    values["seen"] = torch.from_numpy(shard["last_seen"]).long() << 32
+    if not move.keeps_layout(plan.width):
+        values["rows"] = _rows_here(values, plan, seed, move)
+    if values["rows"].shape[1:] != table.rows.shape[1:]:
+        raise ValueError(
+            f"table {number}: got rows of shape {list(values['rows'].shape[1:])}, expected "
+            f"{list(table.rows.shape[1:])}. Use the optimiser that it was saved with."
+        )
+    values["vocabularies"] = torch.from_numpy(move.here[shard["vocabularies"]])
+    where = slice(int(at[0]), int(at[-1]) + 1) if at[-1] - at[0] + 1 == len(at) else torch.from_numpy(at).long()
+    for name, value in values.items():
+        getattr(table, name)[where] = value.to(table.ids.device)
+
+
+def _rows_here(values: dict[str, Tensor], plan: TablePlan, seed: int, move: Move) -> Tensor:
+    """The rows with their columns where the model has them; columns that are not taken as in a new row."""
+    keys, params = initializer_tensors(plan, seed)
+    vocabulary = torch.from_numpy(move.here)[values["vocabularies"].long()].long()
+    there = values["rows"]
+    here = there.new_zeros(len(there), there.shape[1], plan.width)
+    here[:, 0] = initial_values(values["ids"], keys[vocabulary].cpu(), params[vocabulary].cpu())
+    for piece in move.pieces:
+        of_piece = vocabulary == piece.here
+        block = here[of_piece]
+        for first, column in piece.columns:
+            block[..., column.first : column.first + column.dim] = there[of_piece, :, first : first + column.dim]
+        here[of_piece] = block
+    return here
