@@ -9,9 +9,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InvalidCxxCompiler
 
-from recfx import table as table_module
 from recfx.capture import capture, capture_evaluation
 from recfx.step import Step
+from recfx.table import functions as table_module
 from tests.conftest import BATCH_SIZE, deepfm_batches, deepfm_params, deepfm_step
 from tests.reference import on_threads
 from tests.test_step import assert_same_state

@@ -21,12 +21,12 @@ import xxhash
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from recfx import table as table_module
 from recfx.checkpoint import contents, latest, load, save
 from recfx.checkpoint.files import MANIFEST, STATE, digest_of, write_file
 from recfx.embeddings import Embedding
 from recfx.optim import sparse_adamw
 from recfx.step import Step, TrainState
+from recfx.table import functions as table_module
 from tests.conftest import deepfm_batches, deepfm_groups, deepfm_params, deepfm_step
 from tests.reference import on_threads
 

@@ -16,7 +16,7 @@ from recfx.examples import deepfm as program
 from recfx.kernels.initial import initial_values
 from recfx.optim import SparseOptimizer, sparse_adamw
 from recfx.step import Step, TrainState
-from recfx.table import _initializer_tensors
+from recfx.table import initializer_tensors
 from recfx.types import Batch
 from tests.reference import DeepFM
 
@@ -44,7 +44,7 @@ class Oracle:
         columns = [np.concatenate([valid_ids(b, name) for b in batches]) for name in program.CATEGORICAL]
         self.known = [np.unique(c) for c in columns]
         self.first = np.concatenate([[0], np.cumsum([len(k) for k in self.known])])
-        keys, init = _initializer_tensors(step.plan.tables[0], 42)
+        keys, init = initializer_tensors(step.plan.tables[0], 42)
         start = [
             initial_values(torch.from_numpy(k), keys[v].expand(len(k), -1), init[v].expand(len(k), -1, -1))
             for v, k in enumerate(self.known)

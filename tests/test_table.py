@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from recfx import table as table_module
 from recfx.table import copy_of, num_rows_bytes, rebuild_, reserve, table
+from recfx.table import functions as table_module
 from recfx.types import Ragged
 from tests.reference import (
     EXTREMES,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recfx.kernels import find, find_or_insert, hashing
-from recfx.table import TableState, _initializer_tensors, copy_of, grow_, rebuild_, table
+from recfx.table import TableState, copy_of, grow_, initializer_tensors, rebuild_, table
 from tests.reference import (
     EXTREMES,
     DictTable,
@@ -28,7 +28,7 @@ FINDS = {"definition": find.definition, "kernel": find.find}
 def empty_table(vocabularies, *, max_rows=64, max_unique=None) -> tuple[TableState, tuple]:
     plan = table_plan(vocabularies)
     state = table(plan, optimizer_slots=2, seed=1, max_rows=max_rows, max_unique=max_unique).init()
-    return state, _initializer_tensors(plan, 1)
+    return state, initializer_tensors(plan, 1)
 
 
 def arguments(s: TableState, r: Reading, init: tuple, admit: list[bool] | None = None) -> tuple:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from recfx.embeddings import constant, normal, truncated_normal, uniform
 from recfx.kernels import hashing
 from recfx.kernels.initial import initial_values
-from recfx.table import _initializer_tensors, table
+from recfx.table import initializer_tensors, table
 from tests import reference
 from tests.reference import EXTREMES, MAX_INT64, MIN_INT64, features_of, table_plan
 
@@ -42,7 +42,7 @@ def inserted(plan, ids, seed=7):
 @settings(max_examples=25, deadline=None)
 def test_kernel_is_definition_is_python(init, ids):
     plan = one_column_plan(init, dim=3)
-    keys, params = _initializer_tensors(plan, 7)
+    keys, params = initializer_tensors(plan, 7)
     id = torch.tensor(ids)
     defined = initial_values(id, keys.expand(len(ids), -1), params.expand(len(ids), -1, -1))
     python = torch.tensor(
@@ -61,7 +61,7 @@ def test_value_is_a_function_of_seed_name_id_and_column_alone():
     assert torch.equal(b, a[[ids.index(i) for i in shuffled]])
     assert not torch.equal(a, inserted(one_column_plan(truncated_normal(1.0)), ids, seed=8))
     assert len(a.unique()) == a.numel()
-    keys, _ = _initializer_tensors(plan, 7)
+    keys, _ = initializer_tensors(plan, 7)
     assert len(keys.unique()) == keys.numel()
 
 

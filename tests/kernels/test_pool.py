@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from recfx.kernels import pool
 from recfx.kernels.initial import initial_values
-from recfx.table import _initializer_tensors
+from recfx.table import initializer_tensors
 from tests.reference import REFUSED, UNKNOWN, on_threads, positions, random_lists, reading_of, streams, table_plan
 
 DIMS = [(3, 1), (8, 1), (1,), (5,), (16, 4, 2)]
@@ -33,7 +33,7 @@ def case(lists, vocabularies, dims, seed, spare=2):
     reading = reading_of(lists, vocabularies, spare=spare)
     rows = torch.randn(10, 3, plan.width, generator=g)
     row_P = torch.randint(REFUSED, 10, reading.id.shape, generator=g, dtype=torch.int32)
-    init = _initializer_tensors(plan, 1)
+    init = initializer_tensors(plan, 1)
     return rows, row_P, reading, len(lists[0]), init, plan.firsts, plan.dims
 
 

@@ -1,0 +1,27 @@
+"""The embedding hash table as an explicit state: an index from ids to rows, and the rows.
+
+The specification is a Python dict: `row = d.setdefault((vocabulary, id), len(d))`, ids taken in the order (sample,
+lookup, place in the list). New ids take freed rows first, the lowest number before the others.
+"""
+
+from recfx.table.functions import Found, Table, initializer_tensors, table
+from recfx.table.index import grow_, rebuild_, restore_
+from recfx.table.memory import reserve
+from recfx.table.state import COUNTERS, ROW_FIELDS, TableState, copy_of, num_live, num_rows_bytes
+
+__all__ = [
+    "COUNTERS",
+    "ROW_FIELDS",
+    "Found",
+    "Table",
+    "TableState",
+    "copy_of",
+    "grow_",
+    "initializer_tensors",
+    "num_live",
+    "num_rows_bytes",
+    "rebuild_",
+    "reserve",
+    "restore_",
+    "table",
+]
