@@ -4,116 +4,114 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
-enum Kind : int64_t { kF64 = 0, kF32 = 1, kI64 = 2 };
-
-struct Source {       // one column of one block
-    int64_t values;   // address
-    int64_t offsets;  // address of i32 [rows + 1]
-    int64_t kind;     // Kind of the values
-};
-
+// A block is a table of addresses. Column c's begin at Target::source: values, weights, then one per level of offsets
+// (i32 [lists + 1], outermost first).
 struct Segment {      // rows [begin, end) of one block
-    int64_t sources;  // address of Source [columns]
+    int64_t sources;  // address of the block's table
     int64_t begin, end;
 };
 
-struct Target {         // one column of the batch
-    int64_t values;     // byte in the buffer
-    int64_t offsets;    // byte in the buffer; -1: a fixed-length column
-    int64_t num_bytes;  // of the values, padding included
-    int64_t itemsize;
-    int64_t width;     // items a row, of a fixed-length column
-    int64_t defaults;  // address of f32 [width]
+struct Target {  // one column of the batch
+    int64_t source;
+    int64_t num_levels;  // 0: a fixed-length column
+    int64_t itemsize;    // bytes of a value; of a whole row of a fixed-length column
+    int64_t capacity;    // values; rows of a fixed-length column
+    int64_t values;      // byte in the buffer
+    int64_t weights;     // byte in the buffer, -1: none
+};
+
+struct Level {         // one level of offsets of the batch, all columns' end to end
+    int64_t offsets;   // byte in the buffer
+    int64_t capacity;  // lists
 };
 
 struct Gap {
     int64_t start, num_bytes;
 };
 
-const Source& source_of(const Segment& segment, int64_t column) {
-    return reinterpret_cast<const Source*>(segment.sources)[column];
+struct Range {
+    int64_t begin, end;
+};
+
+int64_t address_of(const Segment& segment, int64_t at) {
+    return reinterpret_cast<const int64_t*>(segment.sources)[at];
 }
 
-const int32_t* offsets_of(const Source& source) { return reinterpret_cast<const int32_t*>(source.offsets); }
-
-void copy_values(const Source& source, int64_t first, int64_t n, uint8_t* to) {
-    if (source.kind == kF64) {
-        const double* from = reinterpret_cast<const double*>(source.values) + first;
-        float* numbers = reinterpret_cast<float*>(to);
-        for (int64_t i = 0; i < n; ++i) numbers[i] = static_cast<float>(from[i]);
-    } else {
-        const int64_t itemsize = source.kind == kF32 ? 4 : 8;
-        std::memcpy(to, reinterpret_cast<const uint8_t*>(source.values) + first * itemsize, n * itemsize);
-    }
+const int32_t* offsets_of(const Segment& segment, const Target& target, int64_t level) {
+    return reinterpret_cast<const int32_t*>(address_of(segment, target.source + 2 + level));
 }
 
-// Returns the number of bytes written to the values.
-int64_t pack_ragged(uint8_t* buffer, const Target& target, const Segment* segments, int64_t num_segments,
-                    int64_t column, int64_t batch_size) {
-    int32_t* offsets = reinterpret_cast<int32_t*>(buffer + target.offsets);
-    int64_t row = 0, position = 0;
-    for (int64_t s = 0; s < num_segments; ++s) {
-        const Segment& segment = segments[s];
-        const Source& source = source_of(segment, column);
-        const int32_t* from = offsets_of(source);
-        const int64_t first = from[segment.begin], n = from[segment.end] - first;
-        const int32_t shift = static_cast<int32_t>(position - first);
-        for (int64_t r = segment.begin; r < segment.end; ++r) offsets[row++] = from[r] + shift;
-        copy_values(source, first, n, buffer + target.values + position * target.itemsize);
-        position += n;
-    }
-    std::fill(offsets + row, offsets + batch_size + 1, static_cast<int32_t>(position));
-    return position * target.itemsize;
+void copy_shifted(int32_t* __restrict to, const int32_t* __restrict from, int64_t n, int32_t shift) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i] + shift;
 }
 
-int64_t pack_fixed(uint8_t* buffer, const Target& target, const Segment* segments, int64_t num_segments,
-                   int64_t column) {
-    const int64_t row_bytes = target.width * target.itemsize;
-    const void* defaults = reinterpret_cast<const void*>(target.defaults);
-    int64_t written = 0;
-    for (int64_t s = 0; s < num_segments; ++s) {
-        const Source& source = source_of(segments[s], column);
-        const int32_t* from = offsets_of(source);
-        for (int64_t r = segments[s].begin; r < segments[s].end; ++r, written += row_bytes) {
-            uint8_t* to = buffer + target.values + written;
-            if (from[r] == from[r + 1]) {
-                std::memcpy(to, defaults, row_bytes);
-            } else {
-                copy_values(source, from[r], target.width, to);
-            }
-        }
+// Writes the offsets of one level and replaces each range of lists by the range of what they hold.
+void pack_level(uint8_t* buffer, const Segment* segments, const Target& target, int64_t l, const Level& level,
+                std::vector<Range>& ranges) {
+    int32_t* offsets = reinterpret_cast<int32_t*>(buffer + level.offsets);
+    int64_t list = 0, position = 0;
+    for (size_t s = 0; s < ranges.size(); ++s) {
+        Range& range = ranges[s];
+        const int32_t* from = offsets_of(segments[s], target, l);
+        const int64_t n = range.end - range.begin, first = from[range.begin], last = from[range.end];
+        copy_shifted(offsets + list, from + range.begin, n, static_cast<int32_t>(position - first));
+        list += n;
+        position += last - first;
+        range = {first, last};
     }
-    return written;
+    std::fill(offsets + list, offsets + level.capacity + 1, static_cast<int32_t>(position));
+}
+
+void pack_items(uint8_t* to, const Segment* segments, int64_t source, int64_t itemsize, int64_t capacity,
+                const std::vector<Range>& ranges) {
+    uint8_t* const end = to + capacity * itemsize;
+    for (size_t s = 0; s < ranges.size(); ++s) {
+        const int64_t num_bytes = (ranges[s].end - ranges[s].begin) * itemsize;
+        if (num_bytes == 0) continue;
+        const uint8_t* from = reinterpret_cast<const uint8_t*>(address_of(segments[s], source));
+        std::memcpy(to, from + ranges[s].begin * itemsize, num_bytes);
+        to += num_bytes;
+    }
+    std::memset(to, 0, end - to);
 }
 
 }  // namespace
 
 extern "C" {
 
-// counts[c] = number of values of column c in the segments.
-void recfx_count_values(const Segment* segments, int64_t num_segments, int64_t num_columns, int64_t* counts) {
-    std::fill(counts, counts + num_columns, int64_t{0});
-    for (int64_t s = 0; s < num_segments; ++s) {
-        for (int64_t c = 0; c < num_columns; ++c) {
-            const int32_t* offsets = offsets_of(source_of(segments[s], c));
-            counts[c] += offsets[segments[s].end] - offsets[segments[s].begin];
+// counts[l] = number of items that the lists of level l hold in the segments, over all levels of all columns.
+void recfx_count_items(const Segment* segments, int64_t num_segments, const Target* targets, int64_t num_columns,
+                       int64_t* counts) {
+    for (int64_t c = 0; c < num_columns; counts += targets[c++].num_levels) {
+        std::fill(counts, counts + targets[c].num_levels, int64_t{0});
+        for (int64_t s = 0; s < num_segments; ++s) {
+            Range range = {segments[s].begin, segments[s].end};
+            for (int64_t l = 0; l < targets[c].num_levels; ++l) {
+                const int32_t* offsets = offsets_of(segments[s], targets[c], l);
+                range = {offsets[range.begin], offsets[range.end]};
+                counts[l] += range.end - range.begin;
+            }
         }
     }
 }
 
-// Writes every byte of the buffer; the caller has checked that the values fit.
+// Writes every byte of the buffer; the caller has checked that the items fit.
 void recfx_pack_columns(uint8_t* buffer, const Segment* segments, int64_t num_segments, const Target* targets,
-                        int64_t num_columns, const Gap* gaps, int64_t num_gaps, int64_t batch_size,
+                        int64_t num_columns, const Level* levels, const Gap* gaps, int64_t num_gaps,
                         int64_t num_samples_at) {
+    std::vector<Range> ranges(num_segments);
     for (int64_t c = 0; c < num_columns; ++c) {
         const Target& target = targets[c];
-        const int64_t written = target.offsets < 0
-                                    ? pack_fixed(buffer, target, segments, num_segments, c)
-                                    : pack_ragged(buffer, target, segments, num_segments, c, batch_size);
-        std::memset(buffer + target.values + written, 0, target.num_bytes - written);
+        for (int64_t s = 0; s < num_segments; ++s) ranges[s] = {segments[s].begin, segments[s].end};
+        for (int64_t l = 0; l < target.num_levels; ++l) pack_level(buffer, segments, target, l, *levels++, ranges);
+        pack_items(buffer + target.values, segments, target.source, target.itemsize, target.capacity, ranges);
+        if (target.weights >= 0) {
+            pack_items(buffer + target.weights, segments, target.source + 1, sizeof(float), target.capacity, ranges);
+        }
     }
     for (int64_t g = 0; g < num_gaps; ++g) std::memset(buffer + gaps[g].start, 0, gaps[g].num_bytes);
     int32_t num_samples = 0;

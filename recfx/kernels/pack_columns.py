@@ -15,32 +15,47 @@ from torch import Tensor
 from recfx.kernels.build import library
 from recfx.types import NUM_SAMPLES, Layout, Ragged, pack
 
-__all__ = ["Block", "PackPlan", "Segment", "count_values", "pack_columns", "pack_columns_reference"]
+__all__ = [
+    "Block", "BlockColumn", "PackPlan", "PackedColumn", "Segment", "count_items", "pack_columns",
+    "pack_columns_reference",
+]  # fmt: skip
 
-KINDS = {np.dtype(np.float64): 0, np.dtype(np.float32): 1, np.dtype(np.int64): 2}  # as in pack_columns.cpp
+
+class PackedColumn(NamedTuple):
+    """What a column is in the batch: `width` numbers a row, or lists of values."""
+
+    name: str
+    dtype: torch.dtype  # f32, i64 or u8
+    width: int = 0  # of a fixed-length column
+    num_levels: int = 1  # of offsets; 0 for a fixed-length column
+    weighted: bool = False
+
+
+class BlockColumn(NamedTuple):
+    """A column of decoded rows: fixed-length rows end to end, or lists as in `Ragged` (offsets may begin anywhere)."""
+
+    values: np.ndarray  # of the packed column's dtype, contiguous
+    offsets: tuple[np.ndarray, ...] = ()  # i32 [lists + 1] of each level, outermost first, contiguous
+    weights: np.ndarray | None = None  # f32, one per value
 
 
 class Block(NamedTuple):
-    """Decoded rows: the list of row r in column i is values[i][offsets[i][r]:offsets[i][r + 1]].
+    """Decoded rows, built by `Block.of`: the kernel reads the arrays through `sources`, which a Block keeps alive."""
 
-    Build it with `Block.of`: the kernel reads the arrays through `sources`, which a Block keeps alive.
-    """
-
-    values: tuple[np.ndarray, ...]  # f64, f32 or i64, contiguous
-    offsets: tuple[np.ndarray, ...]  # i32 [rows + 1], contiguous
-    sources: np.ndarray  # i64 [columns, 3]: address of values, address of offsets, kind of values
+    num_rows: int
+    columns: tuple[BlockColumn, ...]
+    sources: np.ndarray  # i64, for each column: addresses of its values, its weights and each level of offsets
 
     @staticmethod
-    def of(values: Sequence[np.ndarray], offsets: Sequence[np.ndarray]) -> Block:
+    def of(num_rows: int, columns: Sequence[BlockColumn]) -> Block:
         """The arrays and their addresses, none of them copied."""
-        assert all(o.dtype == np.int32 and o.flags.c_contiguous for o in offsets)
-        assert all(v.flags.c_contiguous for v in values)
-        sources = [[v.ctypes.data, o.ctypes.data, KINDS[v.dtype]] for v, o in zip(values, offsets, strict=True)]
-        return Block(tuple(values), tuple(offsets), np.array(sources, dtype=np.int64).reshape(-1, 3))
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.offsets[0]) - 1
+        addresses = []
+        for values, offsets, weights in columns:
+            arrays = (values, weights, *offsets)
+            assert all(a is None or a.flags.c_contiguous for a in arrays)
+            assert all(o.dtype == np.int32 for o in offsets)
+            addresses += [0 if a is None else a.ctypes.data for a in arrays]
+        return Block(num_rows, tuple(columns), np.array(addresses, dtype=np.int64))
 
 
 class Segment(NamedTuple):
@@ -56,51 +71,63 @@ class PackPlan:
     """Where each column of a block goes in a packed batch of `batch_size` samples. Built by `PackPlan.of`."""
 
     batch_size: int
-    names: tuple[str, ...]
-    defaults: tuple[np.ndarray | None, ...]  # f32 [width] of a fixed-length column, None for a ragged one
-    capacities: np.ndarray  # i64 [columns]: how many values a ragged column holds, batch_size * width of the others
+    columns: tuple[PackedColumn, ...]
+    capacities: np.ndarray  # i64 [levels of all columns]: how many items the lists of that level hold at most
     layout: Layout
     targets: np.ndarray  # i64 [columns, 6]: struct Target of pack_columns.cpp
+    levels: np.ndarray  # i64 [levels, 2]: struct Level
     gaps: np.ndarray  # i64 [gaps, 2]: first byte and number of bytes between fields
     num_samples_at: int  # byte
 
     @staticmethod
-    def of(
-        batch_size: int,
-        dtypes: dict[str, torch.dtype],
-        defaults: dict[str, np.ndarray],
-        capacities: np.ndarray,
-    ) -> PackPlan:
+    def of(batch_size: int, columns: Sequence[PackedColumn], capacities: np.ndarray | None = None) -> PackPlan:
         """Lays the batch out as `recfx.types.pack` would.
 
-        Args:   dtypes: of every column, in the order of the block's.
-                defaults: f32 [width] of each fixed-length column.
-                capacities: i64 [columns], read for ragged columns.
+        Args:   capacities: see the field; default: one item a sample.
         """
-        capacities = capacities.copy()
+        num_levels = sum(column.num_levels for column in columns)
+        if capacities is None:
+            capacities = np.full(num_levels, batch_size, dtype=np.int64)
+        assert len(capacities) == num_levels
+        sizes = _sizes(batch_size, columns, capacities)
         tensors: dict[tuple[str, str], tuple[torch.dtype, tuple[int, ...]]] = {}
-        for i, (name, dtype) in enumerate(dtypes.items()):
-            if name in defaults:
-                tensors[name, "dense"] = torch.float32, (batch_size, len(defaults[name]))
-                capacities[i] = batch_size * len(defaults[name])
-            else:
-                tensors[name, "values"] = dtype, (int(capacities[i]),)
-                tensors[name, "offsets"] = torch.int32, (batch_size + 1,)
+        for column, lists in zip(columns, sizes, strict=True):
+            tensors |= _tensors(column, lists)
         tensors[NUM_SAMPLES, "dense"] = torch.int32, ()
         layout = Layout.of(tensors)
         first_bytes, gaps = _byte_map(layout)
-        names = tuple(dtypes)
-        column_defaults = tuple(defaults.get(name) for name in names)
+        targets, levels = _tables(columns, sizes, first_bytes)
         return PackPlan(
             batch_size=batch_size,
-            names=names,
-            defaults=column_defaults,
+            columns=tuple(columns),
             capacities=capacities,
             layout=layout,
-            targets=_targets(dtypes, column_defaults, capacities, first_bytes),
+            targets=targets,
+            levels=levels,
             gaps=gaps,
             num_samples_at=first_bytes[NUM_SAMPLES, "dense"],
         )
+
+
+def _sizes(batch_size: int, columns: Sequence[PackedColumn], capacities: np.ndarray) -> list[list[int]]:
+    """How many lists each level of each column has room for, then how many values (or rows): [columns][levels + 1]."""
+    ends = np.cumsum([column.num_levels for column in columns])[:-1]
+    return [[batch_size, *own.tolist()] for own in np.split(capacities, ends)]
+
+
+def _tensors(column: PackedColumn, sizes: list[int]) -> dict[tuple[str, str], tuple[torch.dtype, tuple[int, ...]]]:
+    if column.num_levels == 0:
+        return {(column.name, "dense"): (column.dtype, (sizes[0], column.width))}
+    parts = {part: (torch.int32, (n + 1,)) for part, n in zip(_levels(column), sizes, strict=False)}
+    parts |= {"values": (column.dtype, (sizes[-1],))}
+    parts |= {"weights": (torch.float32, (sizes[-1],))} if column.weighted else {}
+    order = ("values", "offsets", "weights", *_levels(column)[:-1])  # that of Ragged.parts
+    return {(column.name, part): parts[part] for part in order if part in parts}
+
+
+def _levels(column: PackedColumn) -> list[str]:
+    """Names of the parts that hold offsets, outermost first."""
+    return [*(f"outer{level}" for level in range(column.num_levels - 1)), "offsets"]
 
 
 def _byte_map(layout: Layout) -> tuple[dict[tuple[str, str], int], np.ndarray]:
@@ -116,40 +143,50 @@ def _byte_map(layout: Layout) -> tuple[dict[tuple[str, str], int], np.ndarray]:
     return first_bytes, np.array([gap for gap in gaps if gap[1]], dtype=np.int64).reshape(-1, 2)
 
 
-def _targets(
-    dtypes: dict[str, torch.dtype],
-    defaults: tuple[np.ndarray | None, ...],
-    capacities: np.ndarray,
-    first_bytes: dict[tuple[str, str], int],
-) -> np.ndarray:
-    rows = []
-    for (name, dtype), default, capacity in zip(dtypes.items(), defaults, capacities.tolist(), strict=True):
-        values = first_bytes[name, "values" if default is None else "dense"]
-        offsets = first_bytes.get((name, "offsets"), -1)
-        width, address = (0, 0) if default is None else (len(default), default.ctypes.data)
-        rows.append((values, offsets, capacity * dtype.itemsize, dtype.itemsize, width, address))
-    return np.array(rows, dtype=np.int64)
+def _tables(
+    columns: Sequence[PackedColumn], sizes: list[list[int]], first_bytes: dict[tuple[str, str], int]
+) -> tuple[np.ndarray, np.ndarray]:
+    targets, levels, source = [], [], 0
+    for column, lists in zip(columns, sizes, strict=True):
+        name, fixed = column.name, column.num_levels == 0
+        itemsize = column.dtype.itemsize * (column.width if fixed else 1)
+        values, weights = first_bytes[name, "dense" if fixed else "values"], first_bytes.get((name, "weights"), -1)
+        targets.append((source, column.num_levels, itemsize, lists[-1], values, weights))
+        source += 2 + column.num_levels
+        if not fixed:
+            levels += [(first_bytes[name, part], n) for part, n in zip(_levels(column), lists, strict=False)]
+    return np.array(targets, dtype=np.int64), np.array(levels, dtype=np.int64).reshape(-1, 2)
 
 
-def count_values(segments: Sequence[Segment]) -> np.ndarray:
-    """How many values each column holds in the segments: i64 [columns]."""
-    kernels, num_columns = _kernels(), len(segments[0].block.values)
+def count_items(plan: PackPlan, segments: Sequence[Segment]) -> np.ndarray:
+    """How many items the lists of each level hold in the segments: i64, as `PackPlan.capacities`."""
+    kernels, counts = _kernels(), np.zeros(len(plan.capacities), dtype=np.int64)
     if kernels is None:
-        counted = [[int(o[s.end]) - int(o[s.begin]) for o in s.block.offsets] for s in segments]
-        return np.array(counted, dtype=np.int64).sum(axis=0)
-    table, counts = _segment_table(segments), np.empty(num_columns, dtype=np.int64)
-    kernels.recfx_count_values(table.ctypes.data, len(table), num_columns, counts.ctypes.data)
+        for s in segments:
+            counts += [n for column in s.block.columns for n in _items(column, s.begin, s.end)]
+        return counts
+    table = _segment_table(segments)
+    kernels.recfx_count_items(
+        table.ctypes.data, len(table), plan.targets.ctypes.data, len(plan.targets), counts.ctypes.data
+    )
+    return counts
+
+
+def _items(column: BlockColumn, begin: int, end: int) -> list[int]:
+    counts = []
+    for offsets in column.offsets:
+        begin, end = int(offsets[begin]), int(offsets[end])
+        counts.append(end - begin)
     return counts
 
 
 def pack_columns(plan: PackPlan, segments: Sequence[Segment]) -> Tensor:
     """The rows of the segments, end to end, as a fresh buffer of `plan.layout`: u8 [num_bytes].
 
-    Ragged values are followed by zeros, offsets stay flat and fixed-length rows are zero beyond the last row. An
-    empty list of a fixed-length column takes the default.
+    Ragged values are followed by zeros, offsets stay flat and fixed-length rows are zero beyond the last row.
 
     Cost:     one pass over source and target, one thread, without the GIL; about 0.1 ms for 1000 rows of 40 columns.
-    Raises:   ValueError when the segments hold more rows or values than the plan has room for.
+    Raises:   ValueError when the segments hold more rows or items than the plan has room for.
     """
     _check_room(plan, segments)
     kernels = _kernels()
@@ -163,9 +200,9 @@ def pack_columns(plan: PackPlan, segments: Sequence[Segment]) -> Tensor:
         len(table),
         plan.targets.ctypes.data,
         len(plan.targets),
+        plan.levels.ctypes.data,
         plan.gaps.ctypes.data,
         len(plan.gaps),
-        plan.batch_size,
         plan.num_samples_at,
     )
     return buffer
@@ -174,36 +211,40 @@ def pack_columns(plan: PackPlan, segments: Sequence[Segment]) -> Tensor:
 def pack_columns_reference(plan: PackPlan, segments: Sequence[Segment]) -> Tensor:
     """The definition of `pack_columns`, in numpy and `recfx.types.pack`."""
     num_rows = sum(s.end - s.begin for s in segments)
-    columns: dict[str, Tensor | Ragged] = {}
-    for i, (name, default, capacity) in enumerate(zip(plan.names, plan.defaults, plan.capacities, strict=True)):
-        values = np.concatenate([s.block.values[i][slice(*s.block.offsets[i][[s.begin, s.end]])] for s in segments])
-        lengths = np.concatenate([np.diff(s.block.offsets[i][s.begin : s.end + 1]) for s in segments])
-        if values.dtype == np.float64:
-            with np.errstate(over="ignore"):
-                values = values.astype(np.float32)
-        if default is None:
-            offsets = np.zeros(plan.batch_size + 1, dtype=np.int32)
-            offsets[1:] = np.cumsum(np.pad(lengths, (0, plan.batch_size - num_rows)))
-            padded = np.pad(values, (0, capacity - len(values)))
-            columns[name] = Ragged(torch.from_numpy(padded), torch.from_numpy(offsets))
-        else:
-            dense = np.zeros((plan.batch_size, len(default)), dtype=np.float32)
-            dense[:num_rows] = default
-            dense[:num_rows][lengths > 0] = values.reshape(-1, len(default))
-            columns[name] = torch.from_numpy(dense)
-    columns[NUM_SAMPLES] = torch.tensor(num_rows, dtype=torch.int32)
-    return pack(columns).buffer
+    packed: dict[str, Tensor | Ragged] = {}
+    all_sizes = _sizes(plan.batch_size, plan.columns, plan.capacities)
+    for i, (column, sizes) in enumerate(zip(plan.columns, all_sizes, strict=True)):
+        parts, ranges = [], [(s.block.columns[i], s.begin, s.end) for s in segments]
+        for level, size in enumerate(sizes[: column.num_levels]):
+            lengths = np.concatenate([np.diff(c.offsets[level][begin : end + 1]) for c, begin, end in ranges])
+            parts.append(np.concatenate([[0], np.cumsum(np.pad(lengths, (0, size - len(lengths))))]).astype(np.int32))
+            ranges = [(c, int(c.offsets[level][begin]), int(c.offsets[level][end])) for c, begin, end in ranges]
+        width = column.width or 1
+        values = np.concatenate([c.values[begin * width : end * width] for c, begin, end in ranges])
+        padded = torch.from_numpy(np.pad(values, (0, sizes[-1] * width - len(values))))
+        if column.num_levels == 0:
+            packed[column.name] = padded.view(-1, width)
+            continue
+        weights = None
+        if column.weighted:
+            given = np.concatenate([c.weights[begin:end] for c, begin, end in ranges if c.weights is not None])
+            weights = torch.from_numpy(np.pad(given, (0, sizes[-1] - len(given))))
+        *outer, offsets = map(torch.from_numpy, parts)
+        packed[column.name] = Ragged(padded, offsets, weights, tuple(outer))
+    packed[NUM_SAMPLES] = torch.tensor(num_rows, dtype=torch.int32)
+    return pack(packed).buffer
 
 
 def _check_room(plan: PackPlan, segments: Sequence[Segment]) -> None:
     num_rows = sum(s.end - s.begin for s in segments)
     if num_rows > plan.batch_size:
         raise ValueError(f"segments: got {num_rows} rows, expected at most {plan.batch_size}, the plan's batch size.")
-    counts = count_values(segments)
+    counts = count_items(plan, segments)
     if (counts > plan.capacities).any():
+        names = [column.name for column in plan.columns for _ in range(column.num_levels)]
         i = int(np.argmax(counts > plan.capacities))
         raise ValueError(
-            f"column '{plan.names[i]}': got {counts[i]} values, expected at most {plan.capacities[i]}, the plan's "
+            f"column '{names[i]}': got {counts[i]} items, expected at most {plan.capacities[i]}, the plan's "
             "capacity. Build a larger plan."
         )
 
@@ -217,10 +258,10 @@ def _kernels() -> ctypes.CDLL | None:
     kernels = library()
     if kernels is not None:
         address, number = ctypes.c_void_p, ctypes.c_int64
-        kernels.recfx_count_values.argtypes = [address, number, number, address]
-        kernels.recfx_count_values.restype = None
+        kernels.recfx_count_items.argtypes = [address, number, address, number, address]
+        kernels.recfx_count_items.restype = None
         kernels.recfx_pack_columns.argtypes = [
-            address, address, number, address, number, address, number, number, number
+            address, address, number, address, number, address, address, number, number
         ]  # fmt: skip
         kernels.recfx_pack_columns.restype = None
     return kernels
