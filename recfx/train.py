@@ -26,11 +26,11 @@ Event = Literal[
 
 
 class Reader(Protocol):
-    """An iterable of batches that can start anywhere in an epoch; its iterator has a JSON-able `position`."""
+    """Epochs of batches, by number, that can be entered anywhere; an iterator has a JSON-able `position`."""
+
+    def epoch(self, number: int) -> Any: ...
 
     def start_at(self, position: dict) -> Any: ...
-
-    def __iter__(self) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def train(
         while progress.epoch < config.train_epoch and not should_stop():
             reset_metrics_(state)
             on_event("before_epoch", progress, state)
-            batches = iter(reader) if position is None else reader.start_at(position)
+            batches = reader.epoch(progress.epoch) if position is None else reader.start_at(position)
             window = 0  # micro-batches of the open accumulation window
             clock = time.perf_counter()
             for batch in batches:

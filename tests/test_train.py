@@ -20,7 +20,7 @@ from pyarrow import orc
 
 from recfx import checkpoint, features, metrics
 from recfx import train as train_module
-from recfx.data import fixedlen, orc_reader, varlen
+from recfx.data import fixedlen, reader, varlen
 from recfx.step import Step, TrainState
 from recfx.train import Progress, TrainConfig, evaluate, train
 from recfx.types import NUM_SAMPLES, Batch
@@ -41,6 +41,9 @@ class MemoryReader:
         self.batches, self.opened, self.closed = batches, 0, 0
 
     def __iter__(self) -> MemoryIterator:
+        return self.start_at({"batch": 0})
+
+    def epoch(self, number: int) -> MemoryIterator:
         return self.start_at({"batch": 0})
 
     def start_at(self, position: dict) -> MemoryIterator:
@@ -561,7 +564,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def file_reader(folder: Path, **kwargs: Any) -> Any:
     columns = [fixedlen("label", [0.0]), *(varlen(name, torch.float32) for name in ("n0", "n1"))]
     columns += [varlen(name, torch.int64) for name in FEATURES]
-    return orc_reader(folder, columns, BATCH_SIZE, drop_remainder=False, **kwargs)
+    return reader(folder, columns, BATCH_SIZE, drop_remainder=False, **kwargs)
 
 
 def file_step(**kwargs: Any) -> Step:
@@ -591,4 +594,6 @@ def test_resumed_from_files_is_never_having_stopped(files, tmp_path, how, thread
 def test_the_position_in_the_manifest_is_that_of_the_step(files, tmp_path):
     go(tmp_path, file_reader(files), accumulation=4, train_steps=2, make=file_step)
     loop = json.loads((checkpoint.latest(tmp_path) / "manifest.json").read_text())["loop"]
-    assert loop == {"epoch": 0, "step": 2, "position": {"file": 2, "row": 2 * 4 * BATCH_SIZE - 40 - 17}}
+    position = {key: loop["position"][key] for key in ("epoch", "file", "unit", "taken")}
+    assert (loop["epoch"], loop["step"]) == (0, 2)
+    assert position == {"epoch": 0, "file": 2, "unit": 0, "taken": 2 * 4 * BATCH_SIZE - 40 - 17}

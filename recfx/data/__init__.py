@@ -1,6 +1,23 @@
 """Files in, packed batches out."""
 
-from recfx.data.columns import Column, FixedLen, VarLen, fixedlen, varlen
-from recfx.data.reader import BatchIterator, Reader, orc_reader
+from recfx.data.batches import BatchIterator, Reader, reader
+from recfx.data.columns import Between, Column, FixedLen, OneOf, VarLen, finite, fixedlen, hashed, varlen
+from recfx.data.csv import Csv
+from recfx.data.split import Split
 
-__all__ = ["BatchIterator", "Column", "FixedLen", "Reader", "VarLen", "fixedlen", "orc_reader", "varlen"]
+__all__ = [
+    "BatchIterator",
+    "Between",
+    "Column",
+    "Csv",
+    "FixedLen",
+    "OneOf",
+    "Reader",
+    "Split",
+    "VarLen",
+    "finite",
+    "fixedlen",
+    "hashed",
+    "reader",
+    "varlen",
+]

@@ -1,13 +1,71 @@
-"""What a reader makes of a column: a fixed number of floats a row, or a list of any length."""
+"""What a reader makes of a column: a fixed number of floats a row, or lists, nested to any depth."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
+import pyarrow as pa
 import torch
+from torch import Tensor
 
-__all__ = ["Column", "FixedLen", "VarLen", "fixedlen", "varlen"]
+from recfx.kernels.pack_columns import PackedColumn
+
+__all__ = ["Between", "Column", "FixedLen", "OneOf", "Valid", "VarLen", "finite", "fixedlen", "hashed", "varlen"]
+
+Null = Literal["error", "empty"]
+# Per column, ([bytes u8], [offsets i32 [strings + 1]]) -> [hashes i64 [strings]].
+StringHash = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Between:
+    """Numbers from low to high, both included; NaN never is.
+
+    Example:  >>> Between(0, 1)(np.array([0.5, 2, np.nan])).tolist()
+              [True, False, False]
+    """
+
+    low: float
+    high: float
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        return (values >= self.low) & (values <= self.high)
+
+    def __str__(self) -> str:
+        return "a finite number" if self == finite else f"a number from {self.low} to {self.high}"
+
+
+class OneOf:
+    """These numbers and no others.
+
+    Example:  >>> OneOf(0, 1)(np.array([0.5, 1])).tolist()
+              [False, True]
+    """
+
+    def __init__(self, *numbers: float) -> None:
+        self.numbers = numbers
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        return np.isin(values, self.numbers)
+
+    def __repr__(self) -> str:
+        return f"OneOf{self.numbers}"
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(str, self.numbers))}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OneOf) and self.numbers == other.numbers
+
+    def __hash__(self) -> int:
+        return hash(self.numbers)
+
+
+Valid = Between | OneOf | None
+finite = Between(float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
 
 
 @dataclass(frozen=True)
@@ -16,42 +74,110 @@ class FixedLen:
 
     name: str
     default: tuple[float, ...]
+    valid: Valid = finite
+    null: Null = "error"
+
+    depth = 1  # of lists in a row
+    item = pa.float32()  # of the conformed column
 
     @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
+    def packed(self) -> PackedColumn:
+        return PackedColumn(self.name, torch.float32, width=len(self.default), num_levels=0)
 
 
 @dataclass(frozen=True)
 class VarLen:
-    """A column read as `Ragged`: values of `dtype`, offsets i32 [B + 1]. Built by `varlen`."""
+    """A column read as `Ragged`. Built by `varlen` and `hashed`."""
 
     name: str
     dtype: torch.dtype
+    depth: int = 1
+    weighted: bool = False
+    valid: Valid = None
+    null: Null = "error"
+    string_hash: StringHash | None = None
+    buckets: int | None = None
+
+    @property
+    def item(self) -> pa.DataType:
+        return {torch.float32: pa.float32(), torch.int64: pa.int64(), torch.uint8: pa.binary()}[self.dtype]
+
+    @property
+    def packed(self) -> PackedColumn:
+        num_levels = self.depth + (self.dtype == torch.uint8)
+        return PackedColumn(self.name, self.dtype, num_levels=num_levels, weighted=self.weighted)
 
 
 Column = FixedLen | VarLen
 
 
-def fixedlen(name: str, default: Sequence[float]) -> FixedLen:
+def fixedlen(name: str, default: Sequence[float], *, valid: Valid = finite, null: Null = "error") -> FixedLen:
     """A column of exactly len(default) numbers a row, as float32; an empty row takes the default.
 
+    Args:     valid: what a number in the file must be: `finite`, `OneOf(0, 1)` for a label, `Between(low, high)`, or
+                  None for anything, NaN included.
+              null: "empty" takes a null row for an empty one. A null inside a list is bad in any case.
     Raises:   ValueError when default is empty.
-    Example:  >>> fixedlen("label", [0.0])
-              FixedLen(name='label', default=(0.0,))
+    Example:  >>> fixedlen("label", [0.0], valid=OneOf(0, 1)).default
+              (0.0,)
     """
     if len(default) == 0:
         raise ValueError(f"column '{name}': got an empty default, expected one number for each item of a row.")
-    return FixedLen(name, tuple(float(x) for x in default))
+    return FixedLen(name, tuple(float(x) for x in default), valid, _checked(name, null))
 
 
-def varlen(name: str, dtype: torch.dtype) -> VarLen:
-    """A column of any number of values a row: float32 from floating point columns, int64 from integer columns.
+def varlen(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    depth: int = 1,
+    weighted: bool = False,
+    valid: Valid = finite,
+    null: Null = "error",
+) -> VarLen:
+    """A column of lists of values: float32 from numbers, int64 from integers, uint8 from strings, as their bytes.
 
-    Raises:   ValueError when dtype is another.
-    Example:  >>> varlen("c1", torch.int64)
-              VarLen(name='c1', dtype=torch.int64)
+    Args:     depth: how deep lists are nested in the file; 1 also reads plain values, as lists of length 1. A string
+                  counts as a value: lists of strings become `Ragged(bytes, offsets of strings, outer=(of lists,))`.
+              weighted: the innermost lists hold struct{k, v}, or are maps: a value and its weight.
+              valid, null: as for `fixedlen`; integers are always valid where `valid` is `finite`.
+    Raises:   ValueError when dtype is another, or depth is below 1.
+    Example:  >>> varlen("c1", torch.int64).packed
+              PackedColumn(name='c1', dtype=torch.int64, width=0, num_levels=1, weighted=False)
     """
-    if dtype not in (torch.float32, torch.int64):
-        raise ValueError(f"column '{name}': got dtype {dtype}, expected torch.float32 or torch.int64.")
-    return VarLen(name, dtype)
+    if dtype not in (torch.float32, torch.int64, torch.uint8):
+        raise ValueError(f"column '{name}': got dtype {dtype}, expected torch.float32, torch.int64 or torch.uint8.")
+    if depth < 1:
+        raise ValueError(f"column '{name}': got depth {depth}, expected at least 1.")
+    checked = None if valid == finite and dtype != torch.float32 else valid
+    if checked is not None and dtype == torch.uint8:
+        raise ValueError(f"column '{name}': got valid={valid!r}, expected None. Bytes of strings are not checked.")
+    return VarLen(name, dtype, depth, weighted, checked, _checked(name, null))
+
+
+def hashed(
+    name: str,
+    string_hash: StringHash,
+    *,
+    buckets: int | None = None,
+    depth: int = 1,
+    weighted: bool = False,
+    null: Null = "error",
+) -> VarLen:
+    """A column of lists of strings, read as int64 hashes of their bytes.
+
+    Args:     string_hash: `recfx.kernels.string_hash.farm_hashes` or `murmur_hashes`.
+              buckets: n > 0: the unsigned hash mod n; 0: its sign bit cleared; None: as it is, signed.
+              depth, weighted, null: as for `varlen`.
+    Raises:   ValueError when buckets is negative or depth below 1.
+    """
+    if buckets is not None and buckets < 0:
+        raise ValueError(f"column '{name}': got buckets {buckets}, expected None, 0 or a number of buckets.")
+    column = varlen(name, torch.int64, depth=depth, weighted=weighted, null=null)
+    return VarLen(name, torch.int64, depth, weighted, None, column.null, string_hash, buckets)
+
+
+def _checked(name: str, null: Null) -> Null:
+    if null not in ("error", "empty"):
+        raise ValueError(f"column '{name}': got null={null!r}, expected 'error' or 'empty'.")
+    return null

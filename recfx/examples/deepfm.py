@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from recfx import features as ops
 from recfx.capture import capture, capture_evaluation
-from recfx.data import Column, Reader, fixedlen, orc_reader, varlen
+from recfx.data import Column, Reader, fixedlen, reader, varlen
 from recfx.data.criteo_synthetic import generate
 from recfx.embeddings import Embedding, truncated_normal
 from recfx.models import deepfm
@@ -79,7 +79,7 @@ def build_step(args: argparse.Namespace, *, sparse_optimizer: SparseOptimizer | 
 
 def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reader:
     """A reader over this worker's share of the files."""
-    return orc_reader(
+    return reader(
         paths,
         COLUMNS,
         args.batch_size,
@@ -106,9 +106,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.data_paths, args.eval_paths = f"{args.generated_dir}/train", f"{args.generated_dir}/eval"
         print(f"best possible AUC on the held-out rows: {planted['best_auc']:.4f}", flush=True)
 
-    reader = read(args, args.data_paths, drop_remainder=args.drop_remainder)
+    batches = read(args, args.data_paths, drop_remainder=args.drop_remainder)
     step, state = build_step(args)
-    first = next(iter(reader), None)
+    first = next(iter(batches), None)
     if first is None:
         raise ValueError(f"data_paths: got fewer than {args.batch_size} rows, expected a full batch at least.")
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             step,
             capture(step, state, first),
             state,
-            reader,
+            batches,
             config,
             resume=args.resume,
             evaluate_with=evaluate_with,
@@ -180,11 +180,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--data_paths", help="ORC files, folders or globs to train on, with commas between; default: generate some")
+    add("--data_paths", help="files, folders, globs or URIs to train on, with commas between; default: generate some")
     add("--eval_paths", help="held-out files, evaluated after every epoch; default: none, or the generated ones")
     add("--batch_size", type=int, default=1000, help="samples per micro-batch")
-    add("--thread_num", type=int, default=1, help="ORC stripes decoded at once")
-    add("--prefetch", type=int, default=1, help="stripes decoded ahead per thread; 0: decode while the step waits")
+    add("--thread_num", type=int, default=1, help="units of files (ORC stripes, Parquet row groups) decoded at once")
+    add("--prefetch", type=int, default=1, help="units decoded ahead per thread; 0: decode while the step waits")
     add("--drop_remainder", type=_flag, default=True, help="leave out the last rows that do not fill a batch")
     add("--gradient_accumulation_steps", type=int, default=4, help="micro-batches per optimiser step")
     add("--output_dir", default="./ckpt", help="checkpoints and summary.json")

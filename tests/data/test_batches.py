@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyarrow import orc
 
-from recfx.data import fixedlen, orc_reader, varlen
+from recfx.data import fixedlen, reader, varlen
 from recfx.types import NUM_SAMPLES, Ragged
 
 COLUMNS = [fixedlen("label", [0.5]), varlen("x", torch.float32), varlen("c", torch.int64)]
@@ -68,8 +68,7 @@ def test_stripes_of_the_fixture(folder):
 
 @pytest.mark.parametrize("batch_size", [1, 6, 53, 100])
 def test_rows_are_one_stream_over_files(folder, batch_size):
-    reader = orc_reader(folder, COLUMNS, batch_size, drop_remainder=False)
-    batches = list(reader)
+    batches = list(reader(folder, COLUMNS, batch_size, drop_remainder=False))
     assert all_rows(batches) == expected_rows(range(53))
     assert [b[NUM_SAMPLES].item() for b in batches[:-1]] == [batch_size] * (len(batches) - 1)
     for batch in batches:
@@ -84,12 +83,12 @@ def test_rows_are_one_stream_over_files(folder, batch_size):
 
 
 def test_drop_remainder_leaves_out_the_short_batch(folder):
-    assert all_rows(orc_reader(folder, COLUMNS, 10)) == expected_rows(range(50))
-    assert list(orc_reader(folder, COLUMNS, 54)) == []
+    assert all_rows(reader(folder, COLUMNS, 10)) == expected_rows(range(50))
+    assert list(reader(folder, COLUMNS, 54)) == []
 
 
 def test_short_batch_is_padded(folder):
-    *_, last = orc_reader(folder, COLUMNS, 10, drop_remainder=False)
+    *_, last = reader(folder, COLUMNS, 10, drop_remainder=False)
     assert last[NUM_SAMPLES].item() == 3
     assert last["label"][3:].eq(0).all()
     assert last["c"].offsets[3:].eq(last["c"].offsets[3]).all()
@@ -98,8 +97,8 @@ def test_short_batch_is_padded(folder):
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (2, 3)])
 def test_batches_do_not_depend_on_threads_and_prefetch(folder, threads, prefetch):
-    plain = [b.buffer for b in orc_reader(folder, COLUMNS, 6, prefetch=0)]
-    threaded = [b.buffer for b in orc_reader(folder, COLUMNS, 6, threads=threads, prefetch=prefetch)]
+    plain = [b.buffer for b in reader(folder, COLUMNS, 6, prefetch=0)]
+    threaded = [b.buffer for b in reader(folder, COLUMNS, 6, threads=threads, prefetch=prefetch)]
     assert len(plain) == len(threaded)
     assert all(map(torch.equal, plain, threaded))
     assert num_threads() == 0
@@ -107,37 +106,44 @@ def test_batches_do_not_depend_on_threads_and_prefetch(folder, threads, prefetch
 
 @pytest.mark.parametrize("prefetch", [0, 1])
 def test_resume_at_every_batch_equals_not_stopping(folder, prefetch):
-    whole = all_rows(orc_reader(folder, COLUMNS, 4, drop_remainder=False))
-    it, seen = iter(orc_reader(folder, COLUMNS, 4, drop_remainder=False)), []
+    whole = all_rows(reader(folder, COLUMNS, 4, drop_remainder=False))
+    it, seen = iter(reader(folder, COLUMNS, 4, drop_remainder=False)), []
     for batch in it:
         seen += rows_of(batch)
         position = json.loads(json.dumps(it.position))
-        rest = orc_reader(folder, COLUMNS, 4, drop_remainder=False, prefetch=prefetch).start_at(position)
+        rest = reader(folder, COLUMNS, 4, drop_remainder=False, prefetch=prefetch).start_at(position)
         assert rest.position == position
         assert seen + all_rows(rest) == whole
 
 
 def test_position_is_of_the_batch_last_returned(folder):
-    it = iter(orc_reader(folder, COLUMNS, 5))
-    assert it.position == {"file": 0, "row": 0}
+    def place(it):
+        return tuple(it.position[key] for key in ("epoch", "file", "unit", "taken"))
+
+    it = iter(reader(folder, COLUMNS, 5))
+    assert place(it) == (0, 0, 0, 0)
     next(it)
-    assert it.position == {"file": 0, "row": 5}
+    assert place(it) == (0, 0, 0, 5)
     next(it)
-    assert it.position == {"file": 2, "row": 3}
+    assert place(it) == (0, 2, 0, 3)
+    next(it)
+    next(it)
+    assert place(it) == (0, 2, 1, 5)
     assert list(it)
-    assert it.position == {"file": 3, "row": 10}
+    assert place(it) == (0, 3, 0, 10)
 
 
-@pytest.mark.parametrize("position", [{"file": 0, "row": 8}, {"file": 5, "row": 0}, {"file": 0, "row": -1}])
-def test_position_outside_the_files_is_an_error(folder, position):
+@pytest.mark.parametrize("change", [{"taken": 8}, {"file": 5}, {"unit": 1}, {"row": -1}, {"of": "x"}, {"day": 1}])
+def test_position_that_is_none_is_an_error(folder, change):
+    position = iter(reader(folder, COLUMNS, 4)).position
     with pytest.raises(ValueError, match="position: got"):
-        orc_reader(folder, COLUMNS, 4).start_at(position)
+        list(reader(folder, COLUMNS, 4).start_at({**position, **change}))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_shards_cover_every_row_once(folder, world_size):
     shards = [
-        orc_reader(folder, COLUMNS, 4, drop_remainder=False, rank=r, world_size=world_size) for r in range(world_size)
+        reader(folder, COLUMNS, 4, drop_remainder=False, rank=r, world_size=world_size) for r in range(world_size)
     ]
     assert sorted(map(str, itertools.chain(*map(all_rows, shards)))) == sorted(map(str, expected_rows(range(53))))
 
@@ -145,8 +151,8 @@ def test_shards_cover_every_row_once(folder, world_size):
 def test_capacity_rises_and_never_falls(tmp_path):
     lengths = [0, 2, 2, 9, 1, 0, 0, 0]
     rows = [{"label": [], "x": [], "c": list(range(n))} for n in lengths]
-    reader = orc_reader(write(tmp_path / "a.orc", rows), COLUMNS, 2)
-    epochs = [list(reader), list(reader)]
+    batches = reader(write(tmp_path / "a.orc", rows), COLUMNS, 2)
+    epochs = [list(batches), list(batches)]
     assert [b["c"].values.shape[0] for b in epochs[0]] == [2, 16, 16, 16]
     assert [b["c"].values.shape[0] for b in epochs[1]] == [16] * 4
     assert all_rows(epochs[0]) == all_rows(epochs[1])
@@ -154,7 +160,7 @@ def test_capacity_rises_and_never_falls(tmp_path):
 
 
 def test_batches_may_be_kept(folder):
-    batches = list(orc_reader(folder, COLUMNS, 5))
+    batches = list(reader(folder, COLUMNS, 5))
     assert len({b.buffer.data_ptr() for b in batches}) == len(batches)
 
 
@@ -163,7 +169,7 @@ def test_transform_runs_before_packing(folder):
         assert NUM_SAMPLES in batch
         return {"label": batch["label"] * 2, "c": batch["c"]}
 
-    batches = list(orc_reader(folder, COLUMNS, 10, drop_remainder=False, transform=double))
+    batches = list(reader(folder, COLUMNS, 10, drop_remainder=False, transform=double))
     assert set(batches[0]) == {NUM_SAMPLES, "label", "c"}
     assert batches[-1][NUM_SAMPLES].item() == 3
     assert len(batches[0].sections) == 3
@@ -173,13 +179,13 @@ def test_transform_runs_before_packing(folder):
 def test_flat_columns_are_lists_of_one(tmp_path):
     types = {"label": pa.float64(), "x": pa.float32(), "c": pa.int32()}
     path = write(tmp_path / "a.orc", [{"label": i, "x": i + 0.5, "c": -i} for i in range(4)], types)
-    (batch,) = orc_reader(path, COLUMNS, 4)
+    (batch,) = reader(path, COLUMNS, 4)
     assert rows_of(batch) == [([i], [i + 0.5], [-i]) for i in range(4)]
 
 
 def test_paths(folder):
     def names(paths):
-        return [os.path.basename(f) for f in orc_reader(paths, COLUMNS).files]
+        return [file.name for file in reader(paths, COLUMNS).files]
 
     assert names(str(folder)) == names(f"{folder}/*.orc") == ["a.orc", "b.orc", "c.orc", "d.orc"]
     assert names(f"{folder}/d.orc, {folder}/a.orc") == names([folder / "d.orc", folder / "a.orc"]) == ["a.orc", "d.orc"]
@@ -190,9 +196,9 @@ def test_paths(folder):
 def test_paths_that_match_nothing(folder, paths):
     (folder / "void").mkdir()
     with pytest.raises(ValueError, match=r"paths: got .* matches no file"):
-        orc_reader(paths.format(folder, folder), COLUMNS)
+        reader(paths.format(folder, folder), COLUMNS)
     with pytest.raises(ValueError, match="paths: got '', expected at least one"):
-        orc_reader("", COLUMNS)
+        reader("", COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +209,10 @@ def test_paths_that_match_nothing(folder, paths):
         ({"prefetch": -1}, "prefetch: got -1"),
         ({"rank": 2, "world_size": 2}, "rank: got 2 of world_size 2"),
         ({"rank": 4, "world_size": 5}, "rank: got 4 of 5 workers for 4 files"),
+        ({"on_bad": "ignore"}, "on_bad: got 'ignore'"),
+        ({"shard_by": "row"}, "shard_by: got 'row'"),
+        ({"epochs": 0}, "epochs: got 0"),
+        ({"shuffle_rows": -1}, "shuffle_rows: got -1"),
         ({"columns": []}, "columns: got"),
         ({"columns": [COLUMNS[0], COLUMNS[0]]}, "columns: got .* distinct"),
         ({"columns": [varlen(NUM_SAMPLES, torch.int64)]}, "columns: got .*num_samples"),
@@ -210,7 +220,7 @@ def test_paths_that_match_nothing(folder, paths):
 )
 def test_arguments_out_of_range(folder, arguments, match):
     with pytest.raises(ValueError, match=match):
-        orc_reader(folder, **{"columns": COLUMNS, **arguments})
+        reader(folder, **{"columns": COLUMNS, **arguments})
 
 
 def test_column_declarations():
@@ -230,8 +240,8 @@ def bad_file(path: Path, fault: str) -> None:
             rows, types["x"] = [{**r, "x": ["s"]} for r in rows], pa.list_(pa.string())
         case "floats as ids":
             rows, types["c"] = [{**r, "c": [1.0]} for r in rows], pa.list_(pa.float64())
-        case "ids as floats":
-            rows, types["x"] = [{**r, "x": [1]} for r in rows], pa.list_(pa.int64())
+        case "large integer":
+            rows, types["x"] = [{**r, "x": [2**24 + (i == 6)]} for i, r in enumerate(rows)], pa.list_(pa.int64())
         case "null list":
             rows[6]["c"], stripe_rows = None, 4
         case "null element":
@@ -255,13 +265,13 @@ FAULTS = {
     "no column": "column 'x' of '.*e.orc': got no such column",
     "strings": r"column 'x' of '.*e.orc': got list<.*string>, expected list<double>",
     "floats as ids": r"column 'c' of '.*e.orc': got list<.*double>, expected list<int64>",
-    "ids as floats": r"column 'x' of '.*e.orc': got list<.*int64>, expected list<double>",
+    "large integer": r"column 'x' of '.*e.orc', row 6: got 16777217, which float32 would round, expected an integer",
     "null list": "column 'c' of '.*e.orc', row 6: got null, expected a list",
     "null element": "column 'x' of '.*e.orc', row 6: got a null element",
-    "null number": "column 'c' of '.*e.orc', row 6: got null, expected a number",
+    "null number": "column 'c' of '.*e.orc', row 6: got null, expected a value",
     "long label": "column 'label' of '.*e.orc', row 6: got 2 values, expected 1",
     "truncated": "file '.*e.orc': got .*, expected a readable ORC file",
-    "damaged": "file '.*e.orc': got .* in stripe 0, expected a whole ORC file",
+    "damaged": "file '.*e.orc': got .* in stripe 0, expected a whole file",
     "empty": "file '.*e.orc': got 0 bytes",
 }
 
@@ -270,7 +280,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_bad_file_stops_after_the_whole_batches_before_it(folder, fault, threads, prefetch):
     bad_file(folder / "e.orc", fault)
-    it, rows = iter(orc_reader(folder, COLUMNS, 10, drop_remainder=False, threads=threads, prefetch=prefetch)), []
+    it, rows = iter(reader(folder, COLUMNS, 10, drop_remainder=False, threads=threads, prefetch=prefetch)), []
     with pytest.raises(ValueError, match=FAULTS[fault]):
         rows.extend(itertools.chain.from_iterable(map(rows_of, it)))
     assert rows[:50] == expected_rows(range(50))
@@ -280,15 +290,15 @@ def test_bad_file_stops_after_the_whole_batches_before_it(folder, fault, threads
 
 
 def test_file_removed_after_the_start(folder):
-    reader = orc_reader(folder, COLUMNS, 10)
+    batches = reader(folder, COLUMNS, 10)
     (folder / "d.orc").unlink()
     with pytest.raises(ValueError, match=r"file '.*d.orc': got .*, expected a readable ORC file"):
-        list(reader)
+        list(batches)
 
 
 def test_threads_end_on_close_and_when_let_go(folder):
     for let_go in (False, True):
-        it = iter(orc_reader(folder, COLUMNS, 5, threads=2, prefetch=1))
+        it = iter(reader(folder, COLUMNS, 5, threads=2, prefetch=1))
         next(it)
         assert num_threads() > 0
         if let_go:
@@ -309,11 +319,11 @@ def test_real_sample():
         *[varlen(n, torch.float32) for n in numeric],
         *[varlen(n, torch.int64) for n in categorical],
     ]
-    reader = orc_reader(paths, columns, 1000, drop_remainder=False, threads=2)
-    batches = list(reader)
-    assert sum(b[NUM_SAMPLES].item() for b in batches) == sum(orc.ORCFile(f).nrows for f in reader.files)
+    sample = reader(paths, columns, 1000, drop_remainder=False, threads=2)
+    batches, files = list(sample), [file.path for file in sample.files]
+    assert sum(b[NUM_SAMPLES].item() for b in batches) == sum(orc.ORCFile(f).nrows for f in files)
     assert len({id(b.layout) for b in batches}) == 1
-    rows = orc.read_table(reader.files[0]).slice(1000, 1000).to_pylist()
+    rows = orc.read_table(files[0]).slice(1000, 1000).to_pylist()
     for name in numeric + categorical:
         assert lists_of(batches[1][name]) == [row[name] for row in rows]
     assert batches[1]["label"].tolist() == [row["label"] for row in rows]

@@ -1,0 +1,276 @@
+"""Iterates over files as packed batches of a static shape."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import pyarrow.compute as pc
+from pyarrow import fs
+from pyarrow import parquet as pq
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from recfx.data.columns import Column
+from recfx.data.decode import Decoder, Recipe
+from recfx.data.files import File, Paths, match_files, read_manifest
+from recfx.data.formats import Format
+from recfx.data.split import Split
+from recfx.data.stream import Chunk, Place, Plan, chunks
+from recfx.kernels.pack_columns import PackPlan, Segment, count_items, pack_columns
+from recfx.types import NUM_SAMPLES, Batch, Ragged, pack
+
+__all__ = ["BatchIterator", "Reader", "reader"]
+
+Columns = dict[str, Tensor | Ragged]
+Position = dict[str, Any]
+Filter: TypeAlias = "pc.Expression | list[tuple] | list[list[tuple]]"
+
+
+def reader(
+    paths: Paths,
+    columns: Sequence[Column],
+    batch_size: int = 1000,
+    *,
+    epochs: int | None = 1,
+    drop_remainder: bool = True,
+    shuffle_rows: int = 0,
+    seed: int = 0,
+    filter: Filter | None = None,
+    split: Split | None = None,
+    transform: Callable[[Columns], Columns] | None = None,
+    on_bad: Literal["raise", "skip"] = "raise",
+    rank: int = 0,
+    world_size: int = 1,
+    shard_by: Literal["file", "unit"] = "file",
+    threads: int = 1,
+    prefetch: int = 1,
+    checksums: str | os.PathLike[str] | None = None,
+    filesystem: fs.FileSystem | None = None,
+    format: Format | None = None,
+) -> Reader:
+    """Batches of the rows of ORC, Parquet, Arrow IPC or CSV files, in the order of the sorted file names.
+
+    A worker's rows are one stream: a batch may hold rows of two files. Batches do not depend on threads and prefetch.
+    A unit, below, is what can be decoded by itself: an ORC stripe, a Parquet row group, an Arrow record batch, a
+    block of lines of CSV.
+
+    Args:     paths: files, folders, globs and URIs, a list or one string with commas between.
+              columns: `fixedlen`, `varlen` and `hashed`; others in the files are not read.
+              epochs: passes over the data, each with its own last batch; None: without end.
+              drop_remainder: leave out the last rows that do not fill a batch. Otherwise they come in a batch of full
+                  shape: empty lists and zeros follow the `batch["num_samples"]` real samples.
+              shuffle_rows: 0: rows in their order. n: files and units in a random order, and in it every n rows in a
+                  random order, others in every epoch; they depend on seed and epoch alone.
+              filter: an expression of `pyarrow.dataset`, or [("clicks", ">", 0), ...] as in `pyarrow.parquet`, over
+                  columns of the files; rows for which it is true are read. Parquet row groups whose statistics
+                  exclude it are skipped.
+              split: a part of the files or rows, see `Split`.
+              transform: dict of tensors to dict of tensors, for each batch before it is packed.
+              on_bad: "skip" leaves out rows with nulls, wrong lengths or invalid values and counts them in
+                  `BatchIterator.num_bad`. A file that cannot be read or has other columns is an error in any case.
+              rank, world_size: this worker reads files[rank::world_size], or, with shard_by="unit", every
+                  world_size-th unit. Workers of a DataLoader share what their process would read in the same way.
+              threads: how many units are decoded at once, >= 1.
+              prefetch: how many units for each thread are decoded ahead, while the caller works; 0: none, the
+                  caller waits while `threads` units are decoded, then has the cores to itself.
+              checksums: a manifest of `recfx inspect --checksums`; every file is compared with it when first opened.
+              filesystem, format: where the paths are and what the files are, instead of what paths and files say.
+    Cost:     memory of threads * (prefetch + 1) decoded units, and of two windows of shuffle_rows; one pass over the
+                  values to pack a batch.
+    Raises:   ValueError when paths match nothing or an argument is out of range; from the iterator when a file cannot
+                  be read, has another schema, or holds a bad row.
+    Example:  >>> batches = reader("train/*.orc", [fixedlen("label", [0.0])])   # doctest: +SKIP
+              >>> for batch in batches: print(batch["label"].shape)             # doctest: +SKIP
+    """
+    limits = [("batch_size", batch_size, 1), ("threads", threads, 1), ("prefetch", prefetch, 0)]
+    limits += [("shuffle_rows", shuffle_rows, 0), ("seed", seed, 0), ("epochs", 1 if epochs is None else epochs, 1)]
+    for name, value, least in limits:
+        if value < least:
+            raise ValueError(f"{name}: got {value}, expected at least {least}.")
+    for name, word, words in [("on_bad", on_bad, ("raise", "skip")), ("shard_by", shard_by, ("file", "unit"))]:
+        if word not in words:
+            raise ValueError(f"{name}: got {word!r}, expected one of {words}.")
+    names = [column.name for column in columns]
+    if not names or len(set(names)) < len(names) or NUM_SAMPLES in names:
+        raise ValueError(f"columns: got {names}, expected distinct names, at least one, none of them '{NUM_SAMPLES}'.")
+    expression = filter if filter is None or isinstance(filter, pc.Expression) else pq.filters_to_expression(filter)
+    files = match_files(paths, filesystem)
+    recipe = Recipe(tuple(columns), expression, split, format, on_bad)
+    plan = Plan(
+        files=files if split is None else split.files(files),
+        decoder=Decoder(recipe, None if checksums is None else read_manifest(checksums)),
+        rank=rank,
+        world_size=world_size,
+        shard_by=shard_by,
+        shuffle_rows=shuffle_rows,
+        seed=seed,
+        threads=threads,
+        prefetch=prefetch,
+    )
+    return Reader(plan, batch_size, epochs, drop_remainder, transform)
+
+
+@dataclass(eq=False)
+class Reader(IterableDataset):
+    """An iterable of `Batch`, and a data set for torch's DataLoader. Built by `reader`.
+
+    The lists of a ragged column have a capacity of batch_size * 2**k items, the least that held every batch so far: it
+    only rises, so layouts seldom change, and it never shows in the contents.
+
+    Example:  >>> DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)   # doctest: +SKIP
+    """
+
+    plan: Plan
+    batch_size: int
+    epochs: int | None
+    drop_remainder: bool
+    transform: Callable[[Columns], Columns] | None
+    packing: PackPlan = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plan.check()
+        self.packing = PackPlan.of(self.batch_size, [column.packed for column in self.plan.decoder.recipe.columns])
+
+    @property
+    def files(self) -> list[File]:
+        """That this worker reads from, in their sorted order."""
+        return [self.plan.files[i] for i in self.plan.own_files]
+
+    def __iter__(self) -> BatchIterator:
+        return BatchIterator(self, Place(), 0, self.epochs)
+
+    def epoch(self, number: int) -> BatchIterator:
+        """One pass over the data, the number-th from 0: without shuffling they are all the same."""
+        return BatchIterator(self, Place(number), 0, number + 1)
+
+    def start_at(self, position: Position) -> BatchIterator:
+        """An iterator over what follows `position`, as `BatchIterator.position` gave it, to the end of its epoch and of
+        `epochs`.
+
+        Raises:   ValueError when it was taken from other files, or with other options that change the order of rows.
+        """
+        it = iter(self)
+        it.load_state_dict(position)
+        return it
+
+    def batch(self, segments: Sequence[Segment]) -> Batch:
+        """Packs the rows of the segments into one batch, after the transform."""
+        counts = count_items(self.packing, segments)
+        if (counts > self.packing.capacities).any():
+            steps = np.maximum(-(-counts // self.batch_size), 1)
+            needed = self.batch_size * np.array([1 << (int(n) - 1).bit_length() for n in steps], dtype=np.int64)
+            self.packing = PackPlan.of(
+                self.batch_size, self.packing.columns, np.maximum(needed, self.packing.capacities)
+            )
+        batch = Batch(pack_columns(self.packing, segments), self.packing.layout)
+        if self.transform is None:
+            return batch
+        return pack({NUM_SAMPLES: batch[NUM_SAMPLES], **self.transform(dict(batch))})
+
+
+class BatchIterator(Iterator[Batch]):
+    """The rest of some epochs. Its threads end with the data, with an error, on `close()` and when it is let go.
+
+    Example:  >>> it = iter(batches); next(it); saved = it.position   # doctest: +SKIP
+              >>> it = batches.start_at(saved)                        # doctest: +SKIP
+    """
+
+    def __init__(self, reader: Reader, place: Place, taken: int, last_epoch: int | None) -> None:
+        worker = get_worker_info()
+        self._reader = reader
+        self._plan = reader.plan if worker is None else reader.plan.share(worker.id, worker.num_workers)
+        self._start(place, taken, last_epoch)
+
+    def _start(self, place: Place, taken: int, last_epoch: int | None) -> None:
+        self._last_epoch = last_epoch
+        self._position = (place, taken)
+        self._chunk: Chunk | None = None
+        self._taken = taken  # rows of the chunk
+        self._chunks = chunks(self._plan, place, last_epoch)
+        self._num_bad = place.num_bad
+        self._is_over = False
+        self._epoch_is_empty = taken == 0 and place == Place(place.epoch, num_bad=place.num_bad)
+
+    @property
+    def position(self) -> Position:
+        """Where the batch last returned ends: a few numbers that JSON can hold."""
+        place, taken = self._position
+        return {**place._asdict(), "taken": taken, "of": self._plan.fingerprint}
+
+    @property
+    def num_bad(self) -> int:
+        """Rows that on_bad="skip" left out so far, in all epochs and before a resume too."""
+        return self._num_bad
+
+    def state_dict(self) -> Position:
+        """`position`, as torchdata's StatefulDataLoader calls it."""
+        return self.position
+
+    def load_state_dict(self, state: Position) -> None:
+        """Goes on from a position, see `Reader.start_at`."""
+        state = dict(state)
+        try:
+            of, taken = state.pop("of"), state.pop("taken")
+            place = Place(**state)
+        except (KeyError, TypeError):
+            raise ValueError(f"position: got {state}, expected what `BatchIterator.position` gave.") from None
+        if of != self._plan.fingerprint or min(*place, taken) < 0:
+            raise ValueError(
+                f"position: got one of {of}, expected one of {self._plan.fingerprint}. Resume needs the files it was "
+                "taken from and the same seed, shuffle_rows, filter, split, on_bad, rank, world_size and shard_by."
+            )
+        self.close()
+        last_epoch = self._last_epoch
+        self._start(place, taken, last_epoch and max(last_epoch, place.epoch + 1))
+
+    def __next__(self) -> Batch:
+        while True:
+            segments, missing = self._cut()
+            if segments and not (missing and self._reader.drop_remainder):
+                batch = self._reader.batch(segments)
+                assert self._chunk is not None
+                self._position = (self._chunk.place, self._taken)
+                self._num_bad, self._epoch_is_empty = self._chunk.num_bad, False
+                return batch
+            if self._is_over or (self._epoch_is_empty and self._last_epoch is None):
+                self.close()
+                raise StopIteration
+            self._epoch_is_empty = True
+
+    def close(self) -> None:
+        """Ends the iteration and its threads."""
+        self._chunks.close()
+
+    def _cut(self) -> tuple[list[Segment], int]:
+        """The next rows of this epoch, and how many are missing to a full batch: then the epoch has ended."""
+        segments, missing = [], self._reader.batch_size
+        while missing and (chunk := self._chunk_with_rows()) is not None:
+            end = min(self._taken + missing, chunk.block.num_rows)
+            segments.append(Segment(chunk.block, self._taken, end))
+            missing -= end - self._taken
+            self._taken = end
+        return segments, missing
+
+    def _chunk_with_rows(self) -> Chunk | None:
+        """The chunk that has the next row of this epoch; None when there is none."""
+        while self._chunk is None or self._taken >= self._chunk.block.num_rows:
+            found = next(self._chunks, False)
+            self._is_over = found is False
+            if self._chunk is None:
+                self._check_start(found if isinstance(found, Chunk) else None)
+            if not isinstance(found, Chunk):
+                return None
+            self._taken = 0 if self._chunk is not None else self._taken
+            self._chunk = found
+        return self._chunk
+
+    def _check_start(self, first: Chunk | None) -> None:
+        """The first chunk must be the one that the position names: files may have changed with equal sizes."""
+        place, taken = self._position
+        named = place._replace(num_bad=0) != Place(place.epoch) or taken
+        if named and (first is None or first.place != place or first.block.num_rows < taken):
+            raise ValueError(f"position: got {self.position}, where there is no row. It was taken from other files.")

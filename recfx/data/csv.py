@@ -1,0 +1,191 @@
+"""CSV files in blocks of whole lines, so that a large one is read in parallel and resumed in its middle."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv as pa_csv
+
+from recfx.data.files import CHUNK_BYTES, File
+from recfx.data.rows import BadRow, Rows
+
+__all__ = ["Csv", "CsvSource"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Csv:
+    """How a CSV file is written. An empty cell is a missing value; a line ends where a row ends.
+
+    Args:     column_names: None: they stand in the first line.
+              list_separator: between the items of a list in one cell; None: every cell is one value.
+              block_bytes: decoded at once. A compressed file (.gz, .zst, ...) is one block.
+    """
+
+    delimiter: str = ","
+    column_names: tuple[str, ...] | None = None
+    list_separator: str | None = None
+    block_bytes: int = 16 << 20
+
+
+class CsvSource:
+    """An open CSV file.
+
+    Args:     types: of the columns that the caller knows; other ones are what the first block looks like.
+    """
+
+    unit_name, null_is_missing = "block", True
+
+    def __init__(self, file: File, options: Csv, types: Mapping[str, pa.DataType]) -> None:
+        self._file, self._options, self._text = file, options, _decompressed(file)
+        size = file.size if self._text is None else len(self._text)
+        self._block_bytes = options.block_bytes if self._text is None else max(size, 1)
+        first_line = self._line_at(0)
+        self._start = 0 if options.column_names else len(first_line)
+        self._names = list(options.column_names or _cells(first_line, options.delimiter))
+        self._types = {name: kind for name, kind in types.items() if name in self._names}
+        self.num_units = -(-(size - self._start) // self._block_bytes)
+        known = {name: pa.list_(kind) if options.list_separator else kind for name, kind in self._types.items()}
+        guessed = self._guess() if self.num_units and len(known) < len(self._names) else {}
+        self.schema = pa.schema([(name, known.get(name, guessed.get(name, pa.null()))) for name in self._names])
+        self._types |= {name: kind for name, kind in guessed.items() if name not in known}
+
+    def matching(self, expression: pc.Expression | None) -> range:
+        return range(self.num_units)
+
+    def read(self, unit: int, names: Sequence[str]) -> Rows:
+        lists = {name for name in names if pa.types.is_list(self.schema.field(name).type)}
+        types = {name: pa.string() if name in lists else self._types[name] for name in names}
+        try:
+            rows = self._parse(unit, types)
+            slow = lists
+        except pa.ArrowInvalid:
+            rows, slow = self._parse(unit, dict.fromkeys(names, pa.string())), set(names)
+        return self._convert(rows, slow) if slow else rows
+
+    def num_rows(self, unit: int) -> int:
+        rows = self._parse(unit, {self._names[0]: pa.string()})
+        return rows.batch.num_rows + len(rows.bad)
+
+    def _guess(self) -> dict[str, pa.DataType]:
+        text = self._block(0, min(self._block_bytes, CHUNK_BYTES))
+        table = pa_csv.read_csv(pa.BufferReader(text), **self._how(len(text), self._names, {}, []))
+        return {field.name: field.type for field in table.schema}
+
+    def _parse(self, unit: int, types: Mapping[str, pa.DataType]) -> Rows:
+        text, bad = self._block(unit, self._block_bytes), list[BadRow]()
+        if not text.strip():
+            return Rows(pa.schema(list(types.items())).empty_table().to_batches()[0], np.empty(0, np.int64), bad)
+        table = pa_csv.read_csv(pa.BufferReader(text), **self._how(len(text), list(types), types, bad))
+        arrays = [column.combine_chunks() for column in table.columns]
+        batch = pa.RecordBatch.from_arrays(arrays, list(types))
+        numbers = np.delete(np.arange(batch.num_rows + len(bad)), [row.number for row in bad])
+        return Rows(batch, numbers, bad)
+
+    def _how(self, num_bytes: int, names: list[str], types: Mapping[str, pa.DataType], bad: list[BadRow]) -> dict:
+        def note(row: pa_csv.InvalidRow) -> str:
+            got, expected = f"{row.actual_columns} cells", f"{row.expected_columns}, one for each column"
+            bad.append(BadRow(row.number - 1, None, got, expected))
+            return "skip"
+
+        return {
+            "read_options": pa_csv.ReadOptions(
+                column_names=self._names, use_threads=False, block_size=max(num_bytes, 1)
+            ),
+            "parse_options": pa_csv.ParseOptions(delimiter=self._options.delimiter, invalid_row_handler=note),
+            "convert_options": pa_csv.ConvertOptions(
+                include_columns=names,
+                column_types=dict(types),
+                null_values=[""],
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
+            ),
+        }
+
+    def _convert(self, rows: Rows, names: set[str]) -> Rows:
+        """Text to numbers and lists, without the rows that hold something else."""
+        arrays, bad = {}, list(rows.bad)
+        keep = np.ones(rows.batch.num_rows, dtype=bool)
+        for name, array in zip(rows.batch.schema.names, rows.batch.columns, strict=True):
+            arrays[name], wrong = self._column(name, array) if name in names else (array, {})
+            for row, cell in wrong.items():
+                if keep[row]:
+                    bad.append(BadRow(int(rows.numbers[row]), name, repr(cell), str(self.schema.field(name).type)))
+                keep[row] = False
+        batch = pa.RecordBatch.from_pydict(arrays)
+        return Rows(batch.filter(pa.array(keep)), rows.numbers[keep], sorted(bad, key=lambda row: row.number))
+
+    def _column(self, name: str, array: pa.Array) -> tuple[pa.Array, dict[int, str]]:
+        """The column in its type, with null for cells that are none, which are returned by row."""
+        kind = self.schema.field(name).type
+        if not pa.types.is_list(kind):
+            return _cast(array, kind)
+        lists = pc.split_pattern(array, self._options.list_separator)
+        items, wrong = _cast(lists.flatten(), kind.value_type)
+        lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+        offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
+        rows = np.searchsorted(offsets, np.array(list(wrong), dtype=np.int64), side="right") - 1
+        return pa.ListArray.from_arrays(pa.array(offsets), items), dict(zip(rows.tolist(), wrong.values(), strict=True))
+
+    def _read(self, begin: int, num_bytes: int) -> bytes:
+        if self._text is not None:
+            return self._text[begin : begin + num_bytes]
+        with self._file.filesystem.open_input_file(self._file.path) as stream:
+            stream.seek(begin)
+            return stream.read(num_bytes)
+
+    def _line_at(self, place: int) -> bytes:
+        """From a place to the end of its line, line end included."""
+        line = b""
+        while b"\n" not in line and (chunk := self._read(place + len(line), 1 << 16)):
+            line += chunk
+        return line[: line.find(b"\n") + 1 or len(line)]
+
+    def _block(self, unit: int, num_bytes: int) -> bytes:
+        """The lines that begin in the unit's part of the file."""
+        begin = self._start + unit * self._block_bytes
+        text = self._read(begin, num_bytes)
+        if unit > 0 and self._read(begin - 1, 1) != b"\n":  # the first line began in the unit before
+            cut = text.find(b"\n") + 1
+            text = text[cut:] if cut else b""
+        if not text or text.endswith(b"\n"):
+            return text
+        return text + self._line_at(begin + num_bytes)
+
+
+def _cast(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, dict[int, str]]:
+    """The strings as numbers; those that are none become null and are returned by their index."""
+    array = array if kind == pa.string() else pc.utf8_trim_whitespace(array)
+    try:
+        return array.cast(kind), {}
+    except pa.ArrowInvalid:
+        wrong = {i: cell for i, cell in enumerate(array.to_pylist()) if cell is not None and not _parses(cell, kind)}
+        mask = np.zeros(len(array), dtype=bool)
+        mask[list(wrong)] = True
+        return pc.if_else(pa.array(mask), pa.scalar(None, pa.string()), array).cast(kind), wrong
+
+
+def _parses(cell: str, kind: pa.DataType) -> bool:
+    try:
+        pa.scalar(cell).cast(kind)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _decompressed(file: File) -> bytes | None:
+    """All of a file whose extension names a compression; None for other files."""
+    try:
+        pa.Codec.detect(file.path)
+    except ValueError:
+        return None
+    with file.filesystem.open_input_stream(file.path, compression="detect") as stream:
+        return stream.read()
+
+
+def _cells(line: bytes, delimiter: str) -> list[str]:
+    return next(csv.reader([line.decode("utf-8-sig").rstrip("\r\n")], delimiter=delimiter), [])

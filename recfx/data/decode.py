@@ -1,0 +1,174 @@
+"""From a unit of a file to conformed rows: read, filtered, split, checked."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recfx.data.columns import Column, VarLen
+from recfx.data.conform import BadRows, check_schema, conform
+from recfx.data.files import File, checksum
+from recfx.data.formats import Format, Source, open_source, reading
+from recfx.data.rows import BadRow, Rows
+from recfx.data.split import Split
+
+__all__ = ["Decoded", "Decoder", "Recipe"]
+
+ROW = "__recfx_row"  # a column beside the file's while they are filtered
+
+
+class Decoded(NamedTuple):
+    """What is left of a unit."""
+
+    batch: pa.RecordBatch  # conformed
+    num_bad: int  # rows skipped
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is made of the rows of a file, apart from their order."""
+
+    columns: tuple[Column, ...]
+    filter: pc.Expression | None = None
+    split: Split | None = None
+    format: Format | None = None
+    on_bad: Literal["raise", "skip"] = "raise"
+
+    @property
+    def key(self) -> str:
+        """The same for equal recipes, in any process."""
+        columns = [replace(c, string_hash=str(c.string_hash)) if isinstance(c, VarLen) else c for c in self.columns]  # type: ignore[arg-type]
+        return repr((columns, self.filter and pickle.dumps(self.filter), self.split, self.format, self.on_bad))
+
+
+class Decoder:
+    """Decodes units of files after one recipe, from any thread.
+
+    Args:     checksums: of all files by name; a file is compared with its own when it is first opened.
+    """
+
+    def __init__(self, recipe: Recipe, checksums: dict[str, str] | None = None) -> None:
+        self.recipe = recipe
+        self._checksums = checksums
+        self._verified: set[File] = set()
+        self._units: dict[File, list[int]] = {}
+        self._names: dict[File, list[str]] = {}
+
+    def units(self, file: File) -> list[int]:
+        """The units that may hold rows of the recipe.
+
+        Raises:   ValueError when the file cannot be opened or lacks a column.
+        """
+        if file not in self._units:
+            source = self._open(file)
+            with reading(file, "", "a readable file"):
+                self._units[file] = list(source.matching(self.recipe.filter))
+        return self._units[file]
+
+    def read(self, file: File, unit: int) -> Decoded:
+        """The unit's rows.
+
+        Raises:   ValueError naming file, row and column when a row is bad and the recipe does not skip it.
+        """
+        source, recipe = self._open(file), self.recipe
+        columns = [replace(c, null="empty") for c in recipe.columns] if source.null_is_missing else recipe.columns
+        if file not in self._names:
+            self._names[file] = _needed(file, source.schema, recipe)
+        names = self._names[file]
+        with reading(file, f" in {source.unit_name} {unit}", "a whole file"):
+            rows = source.read(unit, names)
+        num_bad = self._judge(rows.bad, file, source, unit)
+        rows = _chosen(rows, recipe)
+        while True:
+            try:
+                return Decoded(conform(rows.batch, columns), num_bad)
+            except BadRows as bad:
+                numbers = rows.numbers[bad.rows]
+                found = [BadRow(int(number), bad.column, bad.got, bad.expected) for number in numbers]
+                num_bad += self._judge(found, file, source, unit)
+                rows = _without(rows, bad.rows)
+
+    def _open(self, file: File) -> Source:
+        if self._checksums is not None and file not in self._verified:
+            self._verify(file)
+        types = {column.name: _csv_type(column) for column in self.recipe.columns}
+        source = open_source(file, types, self.recipe.format)
+        check_schema(file.path, source.schema, self.recipe.columns)
+        return source
+
+    def _verify(self, file: File) -> None:
+        assert self._checksums is not None
+        expected = self._checksums.get(file.name)
+        if expected is None:
+            raise ValueError(f"file '{file.path}': got no checksum in the manifest, expected one. Write it anew.")
+        with reading(file, "", "a readable file"):
+            got = checksum(file)
+        if got != expected:
+            raise ValueError(
+                f"file '{file.path}': got checksum {got}, expected {expected}. It is not the file that the manifest "
+                "was written for: damaged, or changed since."
+            )
+        self._verified.add(file)
+
+    def _judge(self, bad: Sequence[BadRow], file: File, source: Source, unit: int) -> int:
+        """How many rows are skipped; raises the first where they are not."""
+        if bad and self.recipe.on_bad == "raise":
+            row = bad[0]
+            number = row.number + sum(source.num_rows(earlier) for earlier in range(unit))
+            where = f"file '{file.path}'" if row.column is None else f"column '{row.column}' of '{file.path}'"
+            raise ValueError(f"{where}, row {number}: got {row.got}, expected {row.expected}.")
+        return len(bad)
+
+
+def _csv_type(column: Column) -> pa.DataType:
+    if column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash):
+        return pa.string()
+    return pa.int64() if column.item == pa.int64() else pa.float64()
+
+
+def _needed(file: File, schema: pa.Schema, recipe: Recipe) -> list[str]:
+    """Names of the columns that batches, filter and split read."""
+    names = [column.name for column in recipe.columns]
+    if recipe.split is not None and recipe.split.key is not None:
+        if recipe.split.key not in schema.names:
+            raise ValueError(f"split: got key '{recipe.split.key}', which '{file.path}' lacks.")
+        names.append(recipe.split.key)
+    if recipe.filter is not None:
+        if not _binds(recipe.filter, schema):
+            raise ValueError(f"filter: got {recipe.filter}, which does not fit '{file.path}', {schema.names}.")
+        fields = enumerate(schema.names)
+        names += [name for i, name in fields if not _binds(recipe.filter, schema.remove(i))]
+    return list(dict.fromkeys(names))
+
+
+def _binds(expression: pc.Expression, schema: pa.Schema) -> bool:
+    try:
+        schema.empty_table().filter(expression)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return False
+    return True
+
+
+def _chosen(rows: Rows, recipe: Recipe) -> Rows:
+    """The rows for which the filter is true, of the part that is read."""
+    if recipe.filter is not None:
+        places = pa.array(np.arange(rows.batch.num_rows))
+        batch = rows.batch.append_column(ROW, places).filter(recipe.filter)
+        kept = batch.column(ROW).to_numpy()
+        rows = Rows(batch.drop_columns([ROW]), rows.numbers[kept])
+    if recipe.split is not None and recipe.split.key is not None:
+        kept = recipe.split.rows(rows.batch.column(recipe.split.key))
+        rows = Rows(rows.batch.filter(pa.array(kept)), rows.numbers[kept])
+    return rows
+
+
+def _without(rows: Rows, places: np.ndarray) -> Rows:
+    keep = np.ones(rows.batch.num_rows, dtype=bool)
+    keep[places] = False
+    return Rows(rows.batch.filter(pa.array(keep)), rows.numbers[keep])

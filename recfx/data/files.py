@@ -1,0 +1,135 @@
+"""From paths to files, on any filesystem that pyarrow reaches."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import pyarrow as pa
+import xxhash
+from pyarrow import fs
+
+__all__ = ["CHUNK_BYTES", "File", "Paths", "checksum", "match_files", "read_manifest", "write_manifest"]
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+CHUNK_BYTES = 1 << 22
+MAGIC_CHARACTERS = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it was found: `size` and `mtime_ns` tell whether it is still the same."""
+
+    filesystem: fs.FileSystem = field(compare=False)
+    path: str
+    size: int
+    mtime_ns: int | None
+
+    @property
+    def name(self) -> str:
+        """Without folders."""
+        return self.path.rsplit("/", 1)[-1]
+
+
+def match_files(paths: Paths, filesystem: fs.FileSystem | None = None) -> list[File]:
+    """The files that the paths name, sorted, each once.
+
+    Args:     paths: a file, glob or folder, a list of them, or one string with commas between; local paths or URIs
+                  ("s3://bucket/train/*.orc"). A folder stands for the files directly in it whose names start with
+                  neither '.' nor '_'; "**" in a glob for folders of any depth.
+              filesystem: where the paths are, instead of what they say themselves.
+    Raises:   ValueError when a path matches no file.
+    """
+    if isinstance(paths, str):
+        items = [item.strip() for item in paths.split(",") if item.strip()]
+    else:
+        items = [os.fspath(path) for path in ([paths] if isinstance(paths, os.PathLike) else paths)]
+    if not items:
+        raise ValueError(f"paths: got {paths!r}, expected at least one file, folder or glob.")
+    files = {file.path: file for item in items for file in _match(item, filesystem)}
+    return [files[path] for path in sorted(files)]
+
+
+def _match(item: str, filesystem: fs.FileSystem | None) -> list[File]:
+    path = item
+    if filesystem is None:
+        try:
+            filesystem, path = fs.FileSystem.from_uri(item) if "://" in item else (fs.LocalFileSystem(), item)
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"paths: got '{item}', expected a URI that pyarrow knows: {error}.") from error
+    info = filesystem.get_file_info(path)
+    if info.type == fs.FileType.File:
+        found = [info]
+    elif info.type == fs.FileType.Directory:
+        found = [f for f in filesystem.get_file_info(fs.FileSelector(path)) if not f.base_name.startswith((".", "_"))]
+    else:
+        found = _glob(path, filesystem)
+    files = [File(filesystem, f.path, f.size, f.mtime_ns) for f in found if f.type == fs.FileType.File]
+    if not files:
+        raise ValueError(f"paths: got '{item}', which matches no file, expected a file, a folder of files or a glob.")
+    return files
+
+
+def _glob(pattern: str, filesystem: fs.FileSystem) -> list[fs.FileInfo]:
+    parts = pattern.split("/")
+    first = next((i for i, part in enumerate(parts) if MAGIC_CHARACTERS & set(part)), len(parts))
+    if first == len(parts):
+        return []
+    base = "/".join(parts[:first]) or ("/" if pattern.startswith("/") else ".")
+    inside = fs.FileSelector(base, recursive=first < len(parts) - 1, allow_not_found=True)
+    start = len(base.rstrip("/")) + 1
+    return [f for f in filesystem.get_file_info(inside) if _fits(f.path[start:].split("/"), parts[first:])]
+
+
+def _fits(names: list[str], pattern: list[str]) -> bool:
+    if not pattern or not names:
+        return not pattern and not names
+    if pattern[0] == "**":
+        return _fits(names, pattern[1:]) or _fits(names[1:], pattern)
+    hidden = names[0].startswith(".") and not pattern[0].startswith(".")
+    return not hidden and fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
+
+
+def checksum(file: File) -> str:
+    """XXH3 of the whole file, 128 bits in hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    with file.filesystem.open_input_stream(file.path, compression=None) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(path: str | os.PathLike[str], files: Sequence[File]) -> None:
+    """Writes the checksums of the files, by name without folders, to a JSON file, whole or not at all.
+
+    Raises:   ValueError when two files have one name.
+    """
+    checksums = {file.name: checksum(file) for file in files}
+    if len(checksums) < len(files):
+        raise ValueError(f"paths: got {len(files)} files with {len(checksums)} names, expected distinct names.")
+    scratch = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    with open(scratch, "w") as stream:
+        json.dump({"algorithm": "xxh3_128", "files": checksums}, stream, indent=1, sort_keys=True)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(scratch, path)
+
+
+def read_manifest(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Checksums by file name, as `write_manifest` wrote them.
+
+    Raises:   ValueError when it is no such manifest.
+    """
+    try:
+        with open(path) as stream:
+            content = json.load(stream)
+        if content["algorithm"] != "xxh3_128":
+            raise ValueError(f"algorithm {content['algorithm']}")
+        return dict(content["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"checksums: got '{os.fspath(path)}' ({error}), expected a manifest of `recfx inspect --checksums`."
+        ) from error

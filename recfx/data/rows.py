@@ -1,0 +1,28 @@
+"""Rows on their way from a file to a batch, and what is wrong with some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+__all__ = ["BadRow", "Rows"]
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be used."""
+
+    number: int  # in its unit
+    column: str | None  # None: the row as a whole
+    got: str
+    expected: str
+
+
+class Rows(NamedTuple):
+    """Decoded rows of a unit."""
+
+    batch: pa.RecordBatch
+    numbers: np.ndarray  # i64, of each row in its unit
+    bad: Sequence[BadRow] = ()  # left out of the batch by the format itself
