@@ -1,8 +1,8 @@
-// Reading the index: rows of all ids, in blocks that hide one cache miss behind the next.
+// Reading the index: rows of all ids, in blocks whose cache misses overlap.
 #pragma once
-#include "table.h"
+#include <omp.h>
 
-constexpr int64_t FIND_BLOCK = 64, FIND_CHUNK = 512;
+#include "table.h"
 
 struct Index {
   const int64_t* slots;
@@ -11,29 +11,52 @@ struct Index {
   uint64_t mask, salt;
 };
 
-static inline void find_block(const Index& index, const Ids& in, int64_t first, int64_t n, int32_t* out) {
-  uint64_t hash[FIND_BLOCK], vocabulary[FIND_BLOCK];
-  for (int64_t i = 0; i < n; ++i) vocabulary[i] = in.vocabulary(first + i);
-  for (int64_t i = 0; i < n; ++i) hash[i] = hash_id(in.id[first + i], vocabulary[i], index.salt);
-  for (int64_t i = 0; i < n; ++i) __builtin_prefetch(&index.slots[hash[i] & index.mask]);
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t slot = index.slots[hash[i] & index.mask];
-    if (slot == EMPTY) continue;
-    __builtin_prefetch(&index.ids[slot_row(slot)]);
-    if (index.touch) __builtin_prefetch(&index.touch[slot_row(slot)]);
+// One block of ids on its way: hashed, then its slots seen, then its rows known. Each stage prefetches for the next.
+struct FindBlock {
+  static constexpr int64_t SIZE = 32;
+  uint64_t hash[SIZE], vocabulary[SIZE];
+  int64_t first, n;
+
+  void hash_ids(const Index& index, const Ids& in, int64_t begin, int64_t end) {
+    first = begin, n = std::max<int64_t>(0, std::min(SIZE, end - begin));
+    for (int64_t i = 0; i < n; ++i) vocabulary[i] = in.vocabulary(first + i);
+    for (int64_t i = 0; i < n; ++i) hash[i] = hash_id(in.id[first + i], vocabulary[i], index.salt);
+    for (int64_t i = 0; i < n; ++i) __builtin_prefetch(&index.slots[hash[i] & index.mask]);
   }
-  uint64_t at;
-  for (int64_t i = 0; i < n; ++i)
-    out[first + i] = (int32_t)probe(index.slots, index.ids, index.mask, hash[i], vocabulary[i], in.id[first + i], &at);
-}
+
+  void see_slots(const Index& index) const {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t slot = index.slots[hash[i] & index.mask], row = slot == EMPTY ? 0 : slot_row(slot);
+      __builtin_prefetch(&index.ids[row]);
+      if (index.touch) __builtin_prefetch(&index.touch[row]);
+    }
+  }
+
+  void find(const Index& index, const Ids& in, int32_t* out) const {
+    uint64_t at;
+    for (int64_t i = 0; i < n; ++i)
+      out[first + i] =
+          (int32_t)probe(index.slots, index.ids, index.mask, hash[i], vocabulary[i], in.id[first + i], &at);
+  }
+};
 
 // out[k] for every id k; the padding gets UNKNOWN.
 static inline void find_all(const Index& index, const Ids& in, int32_t* out) {
   const int64_t count = in.count();
-#pragma omp parallel for schedule(static)
-  for (int64_t chunk = 0; chunk < count; chunk += FIND_CHUNK) {
-    const int64_t end = std::min(chunk + FIND_CHUNK, count);
-    for (int64_t k = chunk; k < end; k += FIND_BLOCK) find_block(index, in, k, std::min(FIND_BLOCK, end - k), out);
+#pragma omp parallel
+  {
+    constexpr int64_t SIZE = FindBlock::SIZE;
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t begin = count * me / threads, end = count * (me + 1) / threads;
+    FindBlock blocks[3];
+    blocks[0].hash_ids(index, in, begin, end);
+    blocks[1].hash_ids(index, in, begin + SIZE, end);
+    blocks[0].see_slots(index);
+    for (int64_t k = begin, b = 0; k < end; k += SIZE, ++b) {
+      blocks[(b + 2) % 3].hash_ids(index, in, k + 2 * SIZE, end);
+      blocks[(b + 1) % 3].see_slots(index);
+      blocks[b % 3].find(index, in, out);
+    }
   }
   std::fill(out + count, out + in.num_positions, UNKNOWN);
 }

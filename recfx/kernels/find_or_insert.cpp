@@ -21,9 +21,11 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
   const int64_t room = std::min(max_rows, *num_slots / 8 * 7), first_new = *num_rows, count = in.count();
   find_all({slots, ids, seen, mask, (uint64_t)*salt}, in, row_P);
 
+  constexpr int64_t AHEAD = 16;
   const int64_t first_free = *num_free;
   int64_t fill = first_new, free = first_free, unique = *num_unique, refused = 0, unadmitted = 0;
   for (int64_t k = 0; k < count; ++k) {
+    if (k + AHEAD < count) __builtin_prefetch(&seen[std::max(row_P[k + AHEAD], 0)], 1);
     int64_t row = row_P[k];
     if (row == UNKNOWN) {
       uint64_t at;

@@ -1,4 +1,6 @@
 // Sum-pools rows into one block [B, L, dim] per slice of the row's columns.
+#include <omp.h>
+
 #include "table.h"
 
 // Rare, so kept out of the loop that it would slow.
@@ -13,31 +15,37 @@ EXPORT void pool(const float* rows, int64_t stride, int64_t width, const int32_t
                  const int32_t* cell_P, int64_t num_positions, const int32_t* vocabularies, int64_t num_lookups,
                  int64_t batch_size, const int64_t* init_keys, const float* init_params, int64_t num_slices,
                  const int64_t* firsts, const int64_t* dims, float* const* out) {
-  constexpr int64_t SAMPLES = 16;  // few enough that their rows stay in the first cache from slice to slice
+  constexpr int64_t SAMPLES = 8;  // few enough that their rows stay in the first cache from slice to slice
   const Ids in{id_P, cell_P, num_positions, vocabularies, num_lookups};
   const Initializer init{init_keys, init_params, width};
-#pragma omp parallel for schedule(static)
-  for (int64_t sample = 0; sample < batch_size; sample += SAMPLES) {
-    const int64_t last_sample = std::min(sample + SAMPLES, batch_size);
-    const int64_t begin = in.first_of(sample), end = in.first_of(last_sample);
-    for (int64_t k = begin; k < end; ++k)
-      if (row_P[k] >= 0) {
-        __builtin_prefetch(rows + row_P[k] * stride);
-        for (int64_t c = 15; c < width; c += 16) __builtin_prefetch(rows + row_P[k] * stride + c);
+  const int64_t num_groups = (batch_size + SAMPLES - 1) / SAMPLES;
+#pragma omp parallel
+  {
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t last = std::min(num_groups * (me + 1) / threads * SAMPLES, batch_size), limit = in.first_of(last);
+    int64_t sample = num_groups * me / threads * SAMPLES, begin = in.first_of(sample), end = begin, fetched = begin;
+    for (; sample < last; sample += SAMPLES, begin = end) {
+      const int64_t next_sample = std::min(sample + SAMPLES, last);
+      while (end < limit && cell_P[end] < next_sample * num_lookups) ++end;
+      // The rows of the group after this one, about.
+      for (const int64_t ahead = std::min(2 * end - begin + 16, limit); fetched < ahead; ++fetched) {
+        const float* row = rows + std::max(row_P[fetched], 0) * stride;
+        for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(row + c);
       }
-    for (int64_t s = 0; s < num_slices; ++s)
-      with_dim(dims[s], [&](auto dim) {
-        float* block = out[s];
-        std::fill(block + sample * num_lookups * dim, block + last_sample * num_lookups * dim, 0.0f);
-        for (int64_t k = begin; k < end; ++k) {
-          float* __restrict to = block + cell_P[k] * dim;
-          if (row_P[k] >= 0) {
-            const float* __restrict from = rows + row_P[k] * stride + firsts[s];
-            for (int64_t c = 0; c < dim; ++c) to[c] += from[c];
-          } else if (row_P[k] == REFUSED) {
-            add_initial_values(init, in.vocabulary(k), id_P[k], firsts[s], dim, to);
+      for (int64_t s = 0; s < num_slices; ++s)
+        with_dim(dims[s], [&](auto dim) {
+          float* block = out[s];
+          std::fill(block + sample * num_lookups * dim, block + next_sample * num_lookups * dim, 0.0f);
+          for (int64_t k = begin; k < end; ++k) {
+            float* __restrict to = block + cell_P[k] * dim;
+            if (row_P[k] >= 0) {
+              const float* __restrict from = rows + row_P[k] * stride + firsts[s];
+              for (int64_t c = 0; c < dim; ++c) to[c] += from[c];
+            } else if (row_P[k] == REFUSED) {
+              add_initial_values(init, in.vocabulary(k), id_P[k], firsts[s], dim, to);
+            }
           }
-        }
-      });
+        });
+    }
   }
 }
