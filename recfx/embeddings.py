@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -15,10 +15,14 @@ __all__ = [
     "Plan",
     "TablePlan",
     "constant",
+    "kaiming_normal",
+    "kaiming_uniform",
     "normal",
     "plan_tables",
     "truncated_normal",
     "uniform",
+    "xavier_normal",
+    "xavier_uniform",
 ]
 
 
@@ -40,11 +44,15 @@ def constant(value: float) -> Initializer:
 
 def uniform(low: float, high: float) -> Initializer:
     """Uniform in (low, high)."""
+    if not low <= high:
+        raise ValueError(f"high: got {high}, expected at least low, which is {low}.")
     return Initializer((low + high) / 2, (high - low) / 2, 0.0)
 
 
 def normal(std: float, mean: float = 0.0) -> Initializer:
     """Normal with the given standard deviation and mean."""
+    if not std >= 0:
+        raise ValueError(f"std: got {std}, expected >= 0.")
     return Initializer(mean, std, 1.0)
 
 
@@ -54,22 +62,55 @@ def truncated_normal(std: float, mean: float = 0.0, bound: float = 2.0) -> Initi
     Example:  >>> truncated_normal(0.001).scale
               0.001
     """
+    if not std >= 0:
+        raise ValueError(f"std: got {std}, expected >= 0.")
     if not bound > 0:
         raise ValueError(f"bound: got {bound}, expected > 0. It is the number of standard deviations that are kept.")
     return Initializer(mean, std, math.erf(bound / math.sqrt(2)))
+
+
+InitializerOf = Callable[[int], Initializer]  # dim -> Initializer
+
+
+def xavier_uniform(gain: float = 1.0) -> InitializerOf:
+    """torch.nn.init.xavier_uniform_ of a row [1, dim]: uniform in +-gain sqrt(6 / (dim + 1)).
+
+    Example:  >>> Embedding("item", dim=5, init=xavier_uniform()).initializer.scale
+              1.0
+    """
+    return lambda dim: uniform(-gain * math.sqrt(6 / (dim + 1)), gain * math.sqrt(6 / (dim + 1)))
+
+
+def xavier_normal(gain: float = 1.0) -> InitializerOf:
+    """torch.nn.init.xavier_normal_ of a row [1, dim]: normal, standard deviation gain sqrt(2 / (dim + 1))."""
+    return lambda dim: normal(gain * math.sqrt(2 / (dim + 1)))
+
+
+def kaiming_uniform(gain: float = math.sqrt(2)) -> InitializerOf:
+    """torch.nn.init.kaiming_uniform_ of a row [1, dim]: uniform in +-gain sqrt(3 / dim). The default gain is ReLU's."""
+    return lambda dim: uniform(-gain * math.sqrt(3 / dim), gain * math.sqrt(3 / dim))
+
+
+def kaiming_normal(gain: float = math.sqrt(2)) -> InitializerOf:
+    """torch.nn.init.kaiming_normal_ of a row [1, dim]: normal, standard deviation gain / sqrt(dim)."""
+    return lambda dim: normal(gain / math.sqrt(dim))
 
 
 @dataclass(frozen=True)
 class Embedding:
     """One embedding table read through one sparse feature.
 
-    Args:     feature: name of the ragged i64 feature that holds the ids.
+    Args:     feature: name of the i64 feature that holds the ids: Ragged, or dense [B, n] for lists of n. Every id of
+              a dense feature counts, none means padding; lists of unequal length are Ragged.
               dim: width of a weight row.
               shared_name: tables of one name are one table. Default: '<group>/<feature>', a table of its own.
               combiner: how the rows of a sample's list become one: their sum or their mean. Empty lists give zeros.
               init: distribution of a new row, a function of (seed, table name, id, column) alone.
               device: where the table lives; features must be there too.
-    Raises:   ValueError on a dim below 1 or an unknown combiner.
+              lr_scale: factor of the sparse optimiser's learning rate for this table, >= 0.
+              weight_decay: of this table in place of the optimiser's, >= 0.
+              frozen: rows are inserted and read, but never updated.
+    Raises:   ValueError on a dim below 1, an unknown combiner, or a rate below 0.
     Example:  >>> Embedding("item", dim=8, init=uniform(-0.1, 0.1)).combiner
               'sum'
     """
@@ -78,14 +119,35 @@ class Embedding:
     dim: int = field(kw_only=True)
     shared_name: str | None = field(default=None, kw_only=True)
     combiner: Literal["sum", "mean"] = field(default="sum", kw_only=True)
-    init: Initializer = field(default=truncated_normal(0.001), kw_only=True)
+    init: Initializer | InitializerOf = field(default=truncated_normal(0.001), kw_only=True)
     device: str = field(default="cpu", kw_only=True)
+    lr_scale: float = field(default=1.0, kw_only=True)
+    weight_decay: float | None = field(default=None, kw_only=True)
+    frozen: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.dim < 1:
             raise ValueError(f"feature '{self.feature}': got dim {self.dim}, expected at least 1.")
         if self.combiner not in ("sum", "mean"):
             raise ValueError(f"feature '{self.feature}': got combiner '{self.combiner}', expected 'sum' or 'mean'.")
+        for name, value in (("lr_scale", self.lr_scale), ("weight_decay", self.weight_decay)):
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"feature '{self.feature}': got {name} {value}, expected 0 <= {name} < inf.")
+
+    @property
+    def initializer(self) -> Initializer:
+        """`init` for this width."""
+        return self.init if isinstance(self.init, Initializer) else self.init(self.dim)
+
+    @property
+    def rates(self) -> tuple[float, float | None]:
+        """Factor of the learning rate, and weight decay or None for the optimiser's."""
+        return (0.0, 0.0) if self.frozen else (self.lr_scale, self.weight_decay)
+
+    @property
+    def of_table(self) -> tuple:
+        """What all that read one table must agree on."""
+        return self.dim, self.initializer, self.device, self.rates, self.frozen
 
 
 class Column(NamedTuple):
@@ -95,6 +157,8 @@ class Column(NamedTuple):
     first: int
     dim: int
     init: Initializer
+    lr_scale: float = 1.0
+    weight_decay: float | None = None  # the optimiser's
 
 
 class Lookup(NamedTuple):
@@ -138,6 +202,12 @@ class Plan:
     tables: tuple[TablePlan, ...]
     groups: dict[str, tuple[Cell, ...]]
 
+    def is_frozen(self, cell: Cell) -> bool:
+        """Whether the table behind the cell never moves: its gradient need not be computed."""
+        table = self.tables[cell.table]
+        column = table.vocabularies[table.lookups[cell.lookup].vocabulary][cell.column]
+        return (column.lr_scale, column.weight_decay) == (0, 0)
+
 
 def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
     """Coalesces embeddings into as few physical tables and as few lookups as exactness allows.
@@ -161,8 +231,11 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
         for e in embeddings:
             name = _name(group, e)
             known = logical.setdefault(name, e)
-            if (known.dim, known.init, known.device) != (e.dim, e.init, e.device):
-                raise ValueError(f"table '{name}': got {e} and {known}, expected one dim, init and device per name.")
+            if known.of_table != e.of_table:
+                raise ValueError(
+                    f"table '{name}': got {e} and {known}, expected one dim, init, device, lr_scale, weight_decay and "
+                    "frozen per name."
+                )
             if e.feature not in readers.setdefault(name, []):
                 readers[name].append(e.feature)
 
@@ -184,7 +257,8 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
         for v, key in enumerate(keys):
             columns = []
             for k, name in enumerate(names_of[key]):
-                columns.append(Column(name, sum(dims[:k]), dims[k], logical[name].init))
+                e = logical[name]
+                columns.append(Column(name, sum(dims[:k]), dims[k], e.initializer, *e.rates))
                 for l, lookup in enumerate(lookups):
                     if lookup.vocabulary == v:
                         place[name, lookup.feature] = (t, k, l)

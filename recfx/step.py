@@ -113,10 +113,8 @@ def train_step(
     if accumulation < 1:
         raise ValueError(f"accumulation: got {accumulation}, expected at least 1.")
     plan = plan_tables(embeddings)
-    tables = [
-        table(t, optimizer_slots=sparse_optimizer.num_slots, seed=seed, max_rows=max_rows, max_unique=max_unique)
-        for t in plan.tables
-    ]
+    slots = {"optimizer_slots": len(sparse_optimizer.slots), "row_slots": len(sparse_optimizer.row_slots)}
+    tables = [table(t, **slots, seed=seed, max_rows=max_rows, max_unique=max_unique) for t in plan.tables]
     counts = metrics or binary_metrics()
     in_place = _Spelling(
         lambda t: t.insert_, lambda t: t.add_grads_, sparse_optimizer.apply_, dense_optimizer.update_, counts.update_,
@@ -167,7 +165,7 @@ def train_step(
             window = Window(
                 left, do.store(window.num_samples, total * ~due), do.store(window.num_batches, num_batches * ~due)
             )
-            states = [do.sparse(s, scale, due) for s in states]
+            states = [do.sparse(s, scale, due, t.columns) for t, s in zip(tables, states, strict=True)]
             counted = do.metrics(state.metrics, logit, feats[label], loss_B, valid)
             aux = Aux(loss_B.sum() / num_samples.clamp(min=1), logit, num_samples, feats.get(COUNTS, {}))
             return TrainState(params, dense, tuple(states), counted, window), aux
@@ -188,10 +186,10 @@ def train_step(
         scale = 1.0 / state.window.num_samples.clamp(min=1).float()
         if accumulation > 1:
             dense_optimizer.update_(state.dense, state.params, state.window.grads, scale, due)
-            for s in state.tables:
-                sparse_optimizer.apply_(s, scale, due)
-            for t in (*state.window.grads.values(), *state.window[1:]):
-                t.zero_()
+            for t, s in zip(tables, state.tables, strict=True):
+                sparse_optimizer.apply_(s, scale, due, t.columns)
+            for tensor in (*state.window.grads.values(), *state.window[1:]):
+                tensor.zero_()
         return state
 
     def ids_in(batch: Mapping[str, Any]) -> tuple[int, ...]:
@@ -219,8 +217,11 @@ def _groups(plan: Plan, blocks: list[list[Tensor]], found: list[Found]) -> dict[
         block = blocks[cells[0].table][cells[0].column]
         whole = [(cells[0].table, cells[0].column, l, "sum") for l in range(block.shape[1])]
         for i, c in enumerate(cells):
+            if plan.is_frozen(c):
+                parts[i] = parts[i].detach()
             if c.combiner == "mean":
                 count = found[c.table].ragged[c.lookup].offsets.diff()[:, None]
                 parts[i] = parts[i] / count.clamp(min=1)
-        groups[name] = block if [tuple(c) for c in cells] == whole else torch.stack(parts, dim=1)
+        as_is = [tuple(c) for c in cells] == whole and not any(map(plan.is_frozen, cells))
+        groups[name] = block if as_is else torch.stack(parts, dim=1)
     return groups

@@ -465,7 +465,7 @@ def test_too_few_rows(saved):
 
 
 def test_an_optimiser_with_other_slots(saved):
-    other = deepfm_step(sparse_optimizer=sparse_adamw(1e-2)._replace(num_slots=1))
+    other = deepfm_step(sparse_optimizer=sparse_adamw(1e-2)._replace(slots=("m",)))
     with pytest.raises(ValueError, match=r"table 0: got rows of shape \[3, 5\], expected \[2, 5\]. Use the optimiser"):
         load(saved, other, fresh(other))
 

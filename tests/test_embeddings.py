@@ -1,4 +1,6 @@
 import pytest
+import torch
+from torch import nn
 
 from recfx.embeddings import (
     Cell,
@@ -6,10 +8,14 @@ from recfx.embeddings import (
     Lookup,
     column_key,
     constant,
+    kaiming_normal,
+    kaiming_uniform,
     normal,
     plan_tables,
     truncated_normal,
     uniform,
+    xavier_normal,
+    xavier_uniform,
 )
 
 
@@ -93,10 +99,14 @@ def test_devices_are_kept_apart():
     assert [t.device for t in plan.tables] == ["cpu", "meta"]
 
 
-@pytest.mark.parametrize("change", [{"dim": 4}, {"init": normal(1.0)}, {"device": "meta"}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"dim": 4}, {"init": normal(1.0)}, {"device": "meta"}, {"lr_scale": 2.0}, {"weight_decay": 0.1}, {"frozen": True}],
+    ids=str,
+)
 def test_one_name_with_two_meanings(change):
     arguments = {"dim": 8, "shared_name": "x"}
-    with pytest.raises(ValueError, match=r"table 'x': got .*, expected one dim, init and device per name"):
+    with pytest.raises(ValueError, match=r"table 'x': got .*, expected one dim, init, device, .* per name"):
         plan_tables({"p": [Embedding("a", **arguments)], "q": [Embedding("b", **arguments | change)]})
 
 
@@ -113,6 +123,26 @@ def test_errors():
         truncated_normal(1.0, bound=0)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr_scale": -1.0}, r"feature 'a': got lr_scale -1.0, expected 0 <= lr_scale < inf"),
+        ({"weight_decay": float("nan")}, r"feature 'a': got weight_decay nan, expected 0 <= weight_decay"),
+    ],
+)
+def test_rates_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Embedding("a", dim=2, **arguments)
+
+
+def test_initialisers_out_of_range():
+    for init in (normal, truncated_normal):
+        with pytest.raises(ValueError, match=r"std: got -1, expected >= 0"):
+            init(-1)
+    with pytest.raises(ValueError, match=r"high: got 0, expected at least low, which is 1"):
+        uniform(1, 0)
+
+
 def test_default_names_do_not_collide():
     """Feature 'a_b' in group 'c' and feature 'a' in group 'b_c' are two tables."""
     plan = plan_tables({"c": [Embedding("a_b", dim=8)], "b_c": [Embedding("a", dim=8)]})
@@ -124,6 +154,52 @@ def test_initializers():
     assert uniform(-1.0, 3.0) == (1.0, 2.0, 0.0)
     assert normal(0.5, mean=1.0) == (1.0, 0.5, 1.0)
     assert truncated_normal(0.5) == (0.0, 0.5, pytest.approx(0.9544997))
+
+
+@pytest.mark.parametrize("dim", [1, 8, 33])
+@pytest.mark.parametrize("gain", [1.0, 3.0])
+def test_fans_are_torch_s_of_one_row(dim, gain):
+    """Bounds and deviations as torch.nn.init draws a tensor [1, dim], over many draws."""
+    g, draws = torch.Generator().manual_seed(0), 20_000 // dim
+    torch_init = {
+        xavier_uniform(gain): lambda t: nn.init.xavier_uniform_(t, gain, generator=g),
+        xavier_normal(gain): lambda t: nn.init.xavier_normal_(t, gain, generator=g),
+    }
+    if gain == 1.0:  # torch's kaiming has its gain built in: sqrt(2)
+        torch_init |= {
+            kaiming_uniform(): lambda t: nn.init.kaiming_uniform_(t, generator=g),
+            kaiming_normal(): lambda t: nn.init.kaiming_normal_(t, generator=g),
+        }
+    for init, fill_ in torch_init.items():
+        loc, scale, cover = Embedding("a", dim=dim, init=init).initializer
+        values = torch.cat([fill_(torch.empty(1, dim)) for _ in range(draws)]).double()
+        assert loc == 0
+        if cover == 0:
+            assert float(values.abs().max()) == pytest.approx(scale, rel=1e-2)
+        else:
+            assert cover == 1
+            assert float(values.std()) == pytest.approx(scale, rel=4e-2)
+
+
+def test_initialisers_of_equal_meaning_share_a_name():
+    groups = [Embedding(f, dim=8, shared_name="x", init=xavier_uniform()) for f in "ab"]
+    assert len(plan_tables({"g": groups}).tables[0].vocabularies) == 1
+    with pytest.raises(ValueError, match=r"table 'x': got .*, expected one dim, init"):
+        plan_tables({"g": [groups[0], Embedding("b", dim=8, shared_name="x", init=xavier_uniform(2.0))]})
+
+
+def test_rates_of_a_table():
+    plan = plan_tables(
+        {
+            "emb": [Embedding("a", dim=2, lr_scale=0.5), Embedding("b", dim=2, weight_decay=0.3)],
+            "bias": [Embedding("a", dim=1, frozen=True), Embedding("b", dim=1)],
+        }
+    )
+    (t,) = plan.tables
+    assert [[(c.lr_scale, c.weight_decay) for c in columns] for columns in t.vocabularies] == [
+        [(0.5, None), (0.0, 0.0)],
+        [(1.0, 0.3), (1.0, None)],
+    ]
 
 
 def test_column_keys_are_frozen():

@@ -126,11 +126,11 @@ def eager(step: Step, state: TrainState, batch: Batch) -> Callable:
 
 
 def skipping_one_row_in_ten(optimizer: SparseOptimizer) -> SparseOptimizer:
-    def apply_(state, scale, due):
+    def apply_(state, scale, due, columns):
         skipped = state.unique_rows[: int(state.num_unique)].long()
         skipped = skipped[skipped % 10 == 0]
         kept = state.rows[skipped]
-        state = optimizer.apply_(state, scale, due)
+        state = optimizer.apply_(state, scale, due, columns)
         state.rows[skipped] = kept
         return state
 

@@ -1,26 +1,39 @@
 """Closed-form numbers, torch.optim.AdamW, and what must not move."""
 
+import inspect
 import math
 
 import pytest
 import torch
 
 from recfx import optim
-from recfx.table import TableState, copy_of, table
+from recfx.optim.schedules import piecewise
+from recfx.table import Columns, TableState, copy_of, table
 from tests.reference import features_of, table_plan
 
 ONE, DUE, NOT_DUE = torch.tensor(1.0), torch.tensor(True), torch.tensor(False)
-SPARSE = {
+ADAM_FAMILY = {
     "adamw": optim.sparse_adamw,
     "recis": optim.sparse_adamw_recis,
     "tf": optim.sparse_adamw_tf,
     "adam": optim.sparse_adam,
 }
-DENSE = {"adamw": optim.adamw, "recis": optim.adamw_recis, "tf": optim.adamw_tf, "adam": optim.adam}
+DENSE_ADAM_FAMILY = {"adamw": optim.adamw, "recis": optim.adamw_recis, "tf": optim.adamw_tf, "adam": optim.adam}
+SPARSE = {
+    **ADAM_FAMILY,
+    "sgd": optim.sparse_sgd,
+    "adagrad": optim.sparse_adagrad,
+    "rowwise adagrad": optim.sparse_rowwise_adagrad,
+    "ftrl": optim.sparse_ftrl,
+}
+DENSE = {**DENSE_ADAM_FAMILY, "sgd": optim.sgd, "adagrad": optim.adagrad}
 
 
-def state_of(num_rows: int, *, step: int = 0) -> TableState:
-    t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=64)
+def state_of(
+    num_rows: int, *, step: int = 0, optimizer: optim.SparseOptimizer | None = None, dims: tuple[int, ...] = (4,)
+) -> TableState:
+    slots, row_slots = (2, 0) if optimizer is None else (len(optimizer.slots), len(optimizer.row_slots))
+    t = table(table_plan([0], dims), optimizer_slots=slots, row_slots=row_slots, seed=1, max_rows=64)
     state, _ = t.insert_(t.init(), features_of([[[i] for i in range(num_rows)]]))
     state.num_unique.zero_()
     state.step.fill_(step)
@@ -77,12 +90,12 @@ def test_dense_recis_numbers():
     assert out == pytest.approx([-0.00099999968, -0.00199998946, -0.00299996928], rel=2e-7)
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("name", ADAM_FAMILY)
 def test_variants_are_their_formulas(name):
     wd = {} if name == "adam" else {"weight_decay": 0.05}
     state, grads = state_of(2), [0.3, -1.0, 2e-6, 0.7, 0.0]
     before = state.rows[:2, 0].double()
-    optimizer = SPARSE[name](1e-2, **wd)
+    optimizer = ADAM_FAMILY[name](1e-2, **wd)
     for g in grads:
         touch(state, [1, 0], torch.full((2, state.rows.shape[2]), g))
         state = optimizer.apply_(state, ONE, DUE)
@@ -96,10 +109,40 @@ def test_variants_are_their_formulas(name):
     torch.testing.assert_close(params["w"].double(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_sparse_adamw_is_torch_when_all_rows_are_touched():
-    state, optimizer = state_of(20), optim.sparse_adamw(1e-2, b1=0.8, b2=0.99, eps=1e-7, weight_decay=0.1)
+TORCH = {  # sparse, dense, torch's, and the names torch gives the slots
+    "adamw": (
+        optim.sparse_adamw(1e-2, b1=0.8, b2=0.99, eps=1e-7, weight_decay=0.1),
+        optim.adamw(1e-2, b1=0.8, b2=0.99, eps=1e-7, weight_decay=0.1),
+        lambda w: torch.optim.AdamW(w, lr=1e-2, betas=(0.8, 0.99), eps=1e-7, weight_decay=0.1),
+        ("exp_avg", "exp_avg_sq"),
+    ),
+    "adam": (
+        optim.sparse_adam(1e-2),
+        optim.adam(1e-2),
+        lambda w: torch.optim.Adam(w, lr=1e-2),
+        ("exp_avg", "exp_avg_sq"),
+    ),
+    "sgd": (
+        optim.sparse_sgd(1e-2, weight_decay=0.1),
+        optim.sgd(1e-2, weight_decay=0.1),
+        lambda w: torch.optim.SGD(w, lr=1e-2, weight_decay=0.1),
+        (),
+    ),
+    "adagrad": (
+        optim.sparse_adagrad(1e-2, eps=1e-7, weight_decay=0.1),
+        optim.adagrad(1e-2, eps=1e-7, weight_decay=0.1),
+        lambda w: torch.optim.Adagrad(w, lr=1e-2, eps=1e-7, weight_decay=0.1),
+        ("sum",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_sparse_optimiser_is_torch_s_when_all_rows_are_touched(name):
+    optimizer, _, build, slots = TORCH[name]
+    state = state_of(20, optimizer=optimizer)
     weight = torch.nn.Parameter(state.rows[:20, 0].clone())
-    reference = torch.optim.AdamW([weight], lr=1e-2, betas=(0.8, 0.99), eps=1e-7, weight_decay=0.1)
+    reference = build([weight])
     g = torch.Generator().manual_seed(0)
     for _ in range(200):
         grads, order = torch.randn(20, state.rows.shape[2], generator=g), torch.randperm(20, generator=g)
@@ -108,26 +151,113 @@ def test_sparse_adamw_is_torch_when_all_rows_are_touched():
         weight.grad = grads
         reference.step()
     torch.testing.assert_close(state.rows[:20, 0], weight.detach(), rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(state.rows[:20, 1], reference.state[weight]["exp_avg"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(state.rows[:20, 2], reference.state[weight]["exp_avg_sq"], rtol=1e-5, atol=1e-6)
+    for slot, key in enumerate(slots, start=1):
+        torch.testing.assert_close(state.rows[:20, slot], reference.state[weight][key], rtol=1e-5, atol=1e-6)
 
 
+def test_initial_of_adagrad_is_torch_s_though_it_is_not_stored():
+    optimizer = optim.sparse_adagrad(0.1, initial=0.3)
+    state = state_of(4, optimizer=optimizer)
+    weight = torch.nn.Parameter(state.rows[:4, 0].clone())
+    reference = torch.optim.Adagrad([weight], lr=0.1, initial_accumulator_value=0.3)
+    for i in range(5):
+        weight.grad = torch.full_like(weight, 0.1 * i - 0.2)
+        touch(state, [0, 1, 2, 3], weight.grad)
+        state = optimizer.apply_(state, ONE, DUE)
+        reference.step()
+    torch.testing.assert_close(state.rows[:4, 0], weight.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_rowwise_adagrad_keeps_one_float_per_row_of_each_logical_table():
+    """Written out as fbgemm and torchrec define it, for an embedding of 3 and a bias of 1 in one row."""
+    optimizer, columns = optim.sparse_rowwise_adagrad(0.1, eps=1e-6, weight_decay=0.02), Columns((3, 1), None)
+    state = state_of(3, optimizer=optimizer, dims=(3, 1))
+    assert state.rows.shape[1:] == (1, 4 + 2)
+    rows = state.rows[:3, 0].double().tolist()
+    assert all(row[4:] == [0, 0] for row in rows)
+    g = torch.Generator().manual_seed(0)
+    for touched in ([0, 2], [2], [0, 1, 2]):
+        grads = torch.randn(len(touched), 4, generator=g)
+        touch(state, touched, grads)
+        state = optimizer.apply_(state, ONE, DUE, columns)
+        for row, grad in zip(touched, grads.double().tolist(), strict=True):
+            w = rows[row]
+            for k, span in enumerate([range(3), range(3, 4)]):
+                full = {c: grad[c] + 0.02 * w[c] for c in span}
+                w[4 + k] += sum(x * x for x in full.values()) / len(span)
+                for c in span:
+                    w[c] -= 0.1 * full[c] / (math.sqrt(w[4 + k]) + 1e-6)
+    torch.testing.assert_close(state.rows[:3, 0].double(), torch.tensor(rows).double(), rtol=1e-5, atol=1e-6)
+
+
+def ftrl(w: float, grads: list[float], *, lr: float, beta: float, l1: float, l2: float) -> float:
+    """Algorithm 1 of McMahan et al. 2013, each proximal term kept apart, from a weight that may not be 0."""
+    history, linear, squares, before = [], 0.0, 0.0, 0.0  # (sigma, centre) of every step
+    for g in grads:
+        squares += g * g
+        now = (beta + math.sqrt(squares)) / lr
+        history.append((now - before, w))
+        linear, before = linear + g, now
+        z = linear - sum(sigma * centre for sigma, centre in history)
+        w = 0.0 if abs(z) <= l1 else (math.copysign(l1, z) - z) / (sum(s for s, _ in history) + l2)
+    return w
+
+
+@pytest.mark.parametrize("l1", [0.0, 2.0])
+@pytest.mark.parametrize("l2", [0.0, 0.5])
+def test_ftrl_is_the_paper_s(l1, l2):
+    optimizer = optim.sparse_ftrl(0.1, beta=0.7, l1=l1, l2=l2)
+    state, grads = state_of(2, optimizer=optimizer), [0.3, -1.0, 2e-3, 0.7, 0.0, 0.2]
+    before = state.rows[:2, 0].double().clone()
+    for i, g in enumerate(grads):
+        touch(state, [1, 0], torch.full((2, state.rows.shape[2]), g))
+        state = optimizer.apply_(state, ONE, DUE)
+        expected = before.clone().apply_(lambda w: ftrl(w, grads[: i + 1], lr=0.1, beta=0.7, l1=l1, l2=l2))  # noqa: B023
+        torch.testing.assert_close(state.rows[:2, 0].double(), expected, rtol=1e-5, atol=1e-6)
+    zeros = int((state.rows[:2, 0] == 0).sum())
+    assert (zeros > 0) == (l1 > 0)
+
+
+def test_ftrl_without_penalties_is_adagrad_with_beta_for_eps():
+    """Also where the learning rate changes: it scales steps, not weights."""
+    lr = piecewise([0.1, 0.02], [3])
+    one, other = optim.sparse_ftrl(lr, beta=0.5), optim.sparse_adagrad(lr, eps=0.5)
+    a, b = state_of(3, optimizer=one), state_of(3, optimizer=other)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        grads = torch.randn(3, 4, generator=g)
+        touch(a, [0, 1, 2], grads)
+        touch(b, [0, 1, 2], grads)
+        a, b = one.apply_(a, ONE, DUE), other.apply_(b, ONE, DUE)
+    torch.testing.assert_close(a.rows[:3, 0], b.rows[:3, 0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_update_is_apply(name):
+    optimizer = SPARSE[name](1e-2)
+    state = state_of(5, step=4, optimizer=optimizer)
+    grads, scale = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(0.3)
+    touch(state, [4, 0, 2], grads)
+    expected = optimizer.update(state.rows[[4, 0, 2]], grads, state.step, scale)
+    assert torch.equal(optimizer.apply(state, scale, DUE).rows[[4, 0, 2]], expected)
+
+
+@pytest.mark.parametrize("name", TORCH)
 @pytest.mark.parametrize("spelling", ["update", "update_"])
-def test_dense_adamw_is_torch(spelling):
+def test_dense_optimiser_is_torch_s(spelling, name):
     g = torch.Generator().manual_seed(0)
     params = {"a": torch.randn(4, 3, generator=g), "b": torch.randn(3, generator=g)}
     weights = {name: torch.nn.Parameter(p.clone()) for name, p in params.items()}
-    reference = torch.optim.AdamW(weights.values(), lr=1e-2, betas=(0.8, 0.99), eps=1e-7, weight_decay=0.1)
-    optimizer = optim.adamw(1e-2, b1=0.8, b2=0.99, eps=1e-7, weight_decay=0.1)
-    state = optimizer.init(params)
+    _, optimizer, build, _ = TORCH[name]
+    reference, state = build(weights.values()), optimizer.init(params)
     for _ in range(200):
         grads = {name: torch.randn(p.shape, generator=g) for name, p in params.items()}
         state, params = getattr(optimizer, spelling)(state, params, grads, ONE, DUE)
-        for name, w in weights.items():
-            w.grad = grads[name]
+        for key, w in weights.items():
+            w.grad = grads[key]
         reference.step()
-    for name, w in weights.items():
-        torch.testing.assert_close(params[name], w.detach(), rtol=1e-5, atol=2e-6)
+    for key, w in weights.items():
+        torch.testing.assert_close(params[key], w.detach(), rtol=1e-5, atol=2e-6)
     assert int(state.step) == 200
 
 
@@ -149,11 +279,11 @@ def test_rows_out_of_reach_keep_their_bytes():
 @pytest.mark.parametrize("due", [True, False])
 def test_apply_is_apply_and_leaves_its_input(name, due):
     optimizer = SPARSE[name](1e-2)
-    pure = in_place = state_of(8, step=3)
+    pure = in_place = state_of(8, step=3, optimizer=optimizer)
     in_place = copy_of(in_place)
     g = torch.Generator().manual_seed(0)
     for rows in ([0, 3, 7], [3], []):
-        grads, scale = torch.randn(len(rows), pure.rows.shape[2], generator=g), torch.tensor(0.25)
+        grads, scale = torch.randn(len(rows), pure.grads.shape[1], generator=g), torch.tensor(0.25)
         touch(pure, rows, grads)
         touch(in_place, rows, grads)
         before = copy_of(pure)
@@ -167,17 +297,20 @@ def test_apply_is_apply_and_leaves_its_input(name, due):
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_nothing_moves_unless_due(name):
-    state = state_of(5)
-    touch(state, [1, 2], torch.ones(2, state.rows.shape[2]))
+    sparse = SPARSE[name](1e-2)
+    state = state_of(5, optimizer=sparse)
+    touch(state, [1, 2], torch.ones(2, state.grads.shape[1]))
     before = copy_of(state)
-    state = SPARSE[name](1e-2).apply_(state, ONE, NOT_DUE)
+    state = sparse.apply_(state, ONE, NOT_DUE)
     assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+    if name not in DENSE:
+        return
 
     params, optimizer = {"w": torch.randn(3)}, DENSE[name](1e-2)
     dense = optimizer.init(params)
     dense, new = optimizer.update(dense, params, {"w": torch.ones(3)}, ONE, NOT_DUE)
     assert torch.equal(new["w"], params["w"])
-    assert not dense.m["w"].any()
+    assert not any(slot["w"].any() for slot in dense[:-1])
     assert int(dense.step) == 0
 
 
@@ -235,10 +368,14 @@ def test_learning_rate_as_a_tensor():
         ("b2", -0.1, r"0 <= b2 < 1"),
         ("eps", -1e-8, r"eps"),
         ("weight_decay", -0.1, r"0 <= weight_decay < inf"),
+        ("initial", -0.1, r"0 <= initial < inf"),
+        ("beta", -0.1, r"0 <= beta < inf"),
+        ("l1", -0.1, r"0 <= l1 < inf"),
+        ("l2", math.inf, r"0 <= l2 < inf"),
     ],
 )
 def test_values_out_of_range(build, name, value, expected):
-    if name == "weight_decay" and build in (optim.adam, optim.sparse_adam):
-        return  # has no decay
+    if name not in inspect.signature(build).parameters:
+        return
     with pytest.raises(ValueError, match=rf"^{name}: got {value}, expected .*{expected}"):
         build(**{"lr": 1e-3} | {name: value})

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from recfx import step as step_module
+from recfx.capture import trace
 from recfx.embeddings import Embedding, truncated_normal
 from recfx.models import deepfm
-from recfx.optim import adamw, sparse_adamw
-from recfx.table import TableState
+from recfx.optim import adamw, sparse_adagrad, sparse_adamw
+from recfx.table import TableState, copy_of
 from tests.conftest import (
     BATCH_SIZE,
     CAPACITY,
@@ -22,7 +23,15 @@ from tests.conftest import (
     deepfm_params,
     deepfm_step,
 )
-from tests.reference import NaiveTrainer, Sample, assert_same_table, is_close, pack_samples, random_samples
+from tests.reference import (
+    NaiveTrainer,
+    Sample,
+    assert_same_table,
+    initial_value,
+    is_close,
+    pack_samples,
+    random_samples,
+)
 
 INIT = truncated_normal(0.3)
 COMBINED = {  # one name read by two features, a mean, and widths that make two physical tables
@@ -180,10 +189,10 @@ def test_oracle_sees_a_dropped_decay():
 def test_oracle_sees_one_row_update_in_ten_skipped():
     optimizer = sparse_adamw(1e-2)
 
-    def apply_(state: TableState, scale, due):
+    def apply_(state: TableState, scale, due, columns):
         skipped = state.unique_rows[: int(state.num_unique)][9::10].long()
         kept = state.rows[skipped].clone()
-        state = optimizer.apply_(state, scale, due)
+        state = optimizer.apply_(state, scale, due, columns)
         state.rows[skipped] = kept
         return state
 
@@ -378,3 +387,52 @@ def test_accumulation_takes_one_micro_batch_of_memory():
     one, accumulated, whole = peak(1, 1024), peak(4, 1024), peak(1, 4096)
     assert accumulated < 1.5 * one
     assert whole > 2.5 * one
+
+
+def test_learning_rate_and_decay_per_table():
+    """Each table as it would be trained by an optimiser of its own rates: the gradients are the same for one step."""
+    groups = {
+        "emb": [
+            Embedding("a", dim=DIM, init=INIT, lr_scale=0.5),
+            Embedding("b", dim=DIM, init=INIT, weight_decay=0.9),
+            Embedding("c", dim=DIM, init=INIT, frozen=True),
+        ],
+        "bias": [Embedding("a", dim=1, init=INIT), *(Embedding(f, dim=1, init=INIT, lr_scale=3.0) for f in "bc")],
+    }
+    rates = {f"{group}/{e.feature}": e.rates for group, embeddings in groups.items() for e in embeddings}
+    batches, lr, decay = deepfm_batches(2), 1e-2, 0.1
+    for build in (sparse_adamw, sparse_adagrad):
+        step = deepfm_step(embeddings=groups, sparse_optimizer=build(lr, weight_decay=decay))
+        assert len(step.plan.tables) == 1
+        plain = deepfm_step(sparse_optimizer=build(lr, weight_decay=decay))
+        start, _ = plain.update_(fresh(plain), batches[0])
+        state = start._replace(tables=tuple(copy_of(t) for t in start.tables), params=dict(start.params))
+        state, _ = step.update(state, batches[1])
+        got = rows_by_name(step, state)
+        for name, (lr_scale, own_decay) in rates.items():
+            own = build(lr * lr_scale, weight_decay=decay if own_decay is None else own_decay)
+            alone = deepfm_step(sparse_optimizer=own)
+            expected, _ = alone.update(start, batches[1])
+            expected, before = rows_by_name(alone, expected), rows_by_name(plain, start)
+            mine = [key for key in expected if key[0] == name]
+            assert mine
+            for key in mine:
+                if lr_scale == 0:
+                    weight = before[key][0] if key in before else initial_row(*key)
+                    assert torch.equal(got[key][0], weight) or (key not in before and is_close(got[key][0], weight))
+                    assert key in before or not got[key][1:].any()
+                else:
+                    assert is_close(got[key], expected[key], atol=1e-6), key
+
+
+def initial_row(name, id):
+    return torch.tensor([initial_value(3, name, id, c, INIT) for c in range(DIM)])
+
+
+def test_equal_rates_cost_nothing_in_the_graph():
+    assert deepfm_step().plan == deepfm_step(embeddings=deepfm_groups(lr_scale=1.0)).plan
+    batch = deepfm_batches(1)[0]
+    steps = deepfm_step(), deepfm_step(embeddings=deepfm_groups(lr_scale=0.5))
+    plain, scaled = ([n.target for n in trace(s.update_, fresh(s), batch).graph.nodes] for s in steps)
+    assert sum("adamw_rows_by_column" in str(t) for t in scaled) == 1
+    assert sum("adamw_rows_by_column" in str(t) for t in plain) == 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recfx.embeddings import TablePlan, column_key
 from recfx.kernels import add_row_grads, find, find_or_insert, order_ids, pool
@@ -15,7 +16,7 @@ from recfx.table.memory import reserve, reserve_rows
 from recfx.table.state import TableState, copy_of
 from recfx.types import Ragged
 
-__all__ = ["Found", "Table", "initializer_tensors", "table"]
+__all__ = ["Columns", "Found", "Table", "initializer_tensors", "table"]
 
 FIRST_SLOTS = 2**16
 
@@ -30,9 +31,17 @@ class Found(NamedTuple):
     inverse: Tensor  # i32 [P], unique number in this step, -1 without
 
 
+class Columns(NamedTuple):
+    """The logical tables side by side in a row, as an optimiser sees them. Without rates all are alike."""
+
+    dims: tuple[int, ...]  # their widths, W in sum
+    rates: Tensor | None  # f64 [V, 2, W]: factor of the learning rate, weight decay (NaN: the optimiser's)
+
+
 class Table(NamedTuple):
     """The functions of one physical table; those ending in `_` write into the state they are given."""
 
+    columns: Columns
     init: Callable[[], TableState]
     find: Callable[[TableState, dict], Found]
     insert: Callable[[TableState, dict], tuple[TableState, Found]]
@@ -44,11 +53,18 @@ class Table(NamedTuple):
 
 
 def table(
-    plan: TablePlan, *, optimizer_slots: int, seed: int, max_rows: int = 2**26, max_unique: int | None = None
+    plan: TablePlan,
+    *,
+    optimizer_slots: int,
+    row_slots: int = 0,
+    seed: int,
+    max_rows: int = 2**26,
+    max_unique: int | None = None,
 ) -> Table:
     """An embedding table of one row shape for all vocabularies of `plan`.
 
     Args:     optimizer_slots: f32 values the optimiser keeps per weight.
+              row_slots: f32 values it keeps per row of each logical table; they stand behind the weights.
               seed: of the initial weights.
               max_rows: hard cap; ids beyond it use their initial value, are not trained, and are counted. On a CPU a
               reserved row costs address space only, on a GPU it costs its memory.
@@ -65,7 +81,8 @@ def table(
     num_unique = max_rows if max_unique is None else min(max_rows, max_unique)
     max_slots = slots_for(max_rows, 7 / 8)
     vocabularies = torch.tensor([lookup.vocabulary for lookup in plan.lookups], dtype=torch.int32, device=device)
-    init_keys, init_params = initializer_tensors(plan, seed)
+    num_behind = row_slots * len(plan.dims)
+    init_keys, init_params = (nn.functional.pad(t, (0, num_behind)) for t in initializer_tensors(plan, seed))
 
     def init() -> TableState:
         def counter(value: int = 0) -> Tensor:
@@ -81,7 +98,7 @@ def table(
             seen=reserve((max_rows,), torch.int64, device),
             born=reserve((max_rows,), torch.int32, device),
             counts=reserve((max_rows,), torch.int32, device),
-            rows=reserve_rows((max_rows, 1 + optimizer_slots, width), device, most_padding=0.25),
+            rows=reserve_rows((max_rows, 1 + optimizer_slots, width + num_behind), device, most_padding=0.25),
             num_rows=counter(),
             free_rows=reserve((max_rows,), torch.int32, device),
             num_free=counter(),
@@ -132,6 +149,7 @@ def table(
 
     insert_pure, add_pure = insert_with(find_or_insert.definition), add_with(add_row_grads.definition)
     return Table(
+        columns=Columns(plan.dims, _rate_tensor(plan)),
         init=init,
         find=find_,
         insert=lambda state, features: insert_pure(copy_of(state), features),
@@ -166,3 +184,17 @@ def initializer_tensors(plan: TablePlan, seed: int) -> tuple[Tensor, Tensor]:
         [[part for c in columns for part in [c.init[i]] * c.dim] for i in range(3)] for columns in plan.vocabularies
     ]
     return torch.tensor(keys, device=plan.device), torch.tensor(params, dtype=torch.float32, device=plan.device)
+
+
+def _rate_tensor(plan: TablePlan) -> Tensor | None:
+    """f64 [V, 2, W], see `Columns`."""
+    if all(c.lr_scale == 1 and c.weight_decay is None for columns in plan.vocabularies for c in columns):
+        return None
+    rates = [
+        [
+            [c.lr_scale for c in columns for _ in range(c.dim)],
+            [math.nan if c.weight_decay is None else c.weight_decay for c in columns for _ in range(c.dim)],
+        ]
+        for columns in plan.vocabularies
+    ]
+    return torch.tensor(rates, dtype=torch.float64, device=plan.device)

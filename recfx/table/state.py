@@ -22,7 +22,7 @@ class TableState(NamedTuple):
     seen: Tensor  # i64 [R], last step that touched the row << 32 | its unique number in that step
     born: Tensor  # i32 [R], step that created the row
     counts: Tensor  # i32 [R], steps that touched the row; zero without a `Life`
-    rows: Tensor  # f32 [R, 1 + optimiser slots, W], weights first
+    rows: Tensor  # f32 [R, 1 + optimiser slots, W + row slots], weights first
     num_rows: Tensor  # i64 [], rows in use or freed: the next row when none is free
     free_rows: Tensor  # i32 [R], freed rows, descending: the lowest is the last
     num_free: Tensor  # i64 [], how many

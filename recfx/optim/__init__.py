@@ -1,0 +1,40 @@
+"""Optimisers as functions: of dense parameters (`adamw`), and of the rows that a step touched (`sparse_adamw`)."""
+
+from recfx.optim.adagrad_family import AdagradState, adagrad, sparse_adagrad, sparse_rowwise_adagrad
+from recfx.optim.adam_family import (
+    AdamState,
+    adam,
+    adamw,
+    adamw_recis,
+    adamw_tf,
+    sparse_adam,
+    sparse_adamw,
+    sparse_adamw_recis,
+    sparse_adamw_tf,
+)
+from recfx.optim.ftrl_proximal import sparse_ftrl
+from recfx.optim.gradient_descent import SgdState, sgd, sparse_sgd
+from recfx.optim.protocol import Rate, Schedule, SparseOptimizer
+
+__all__ = [
+    "AdagradState",
+    "AdamState",
+    "Rate",
+    "Schedule",
+    "SgdState",
+    "SparseOptimizer",
+    "adagrad",
+    "adam",
+    "adamw",
+    "adamw_recis",
+    "adamw_tf",
+    "sgd",
+    "sparse_adagrad",
+    "sparse_adam",
+    "sparse_adamw",
+    "sparse_adamw_recis",
+    "sparse_adamw_tf",
+    "sparse_ftrl",
+    "sparse_rowwise_adagrad",
+    "sparse_sgd",
+]

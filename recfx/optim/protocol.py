@@ -1,0 +1,145 @@
+"""What all optimisers have in common: scalars per step, slots, and the spellings of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recfx.kernels.optimizer_rows import RowOptimizer, updated_rows
+from recfx.table import Columns, TableState, copy_of
+from recfx.types import Params, Transform
+
+__all__ = [
+    "Rate",
+    "Scalars",
+    "Schedule",
+    "SparseOptimizer",
+    "check_ranges",
+    "dense_optimizer",
+    "rate_at",
+    "row_optimizer",
+]
+
+Schedule = Callable[[Tensor], Tensor]  # steps taken before this one, f64 [] -> learning rate, f64 []
+Rate = float | Tensor | Schedule
+# (t f64 [], learning rate f64, weight decay) -> decay, rate and then the formula's own scalars, f64. The first step is
+# t = 1. Decay and rate are elementwise in the learning rate and the weight decay.
+Scalars = Callable[[Tensor, Tensor, Tensor | float], list[Tensor]]
+
+
+class SparseOptimizer(NamedTuple):
+    """An optimiser of the rows one step touched. It declares what it keeps beside a weight; the table owns the memory.
+
+    slots:      names of what is kept per weight: a row is f32 [1 + slots, W].
+    row_slots:  names of what is kept per row of each logical table, behind the weights: [1 + slots, W + row slots].
+    update:     (rows f32 [U, 1 + slots, W + row slots], grads f32 [U, W], step i64 [], scale f32 []) -> rows; pure:
+                the meaning, for rows of one logical table.
+    apply:      (TableState, scale, due bool [], Columns | None) -> TableState; pure, on the step's unique rows. Without
+                columns a row is one logical table.
+    apply_:     the same, in place: what is captured.
+    """
+
+    slots: tuple[str, ...]
+    row_slots: tuple[str, ...]
+    update: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    apply: Callable[..., TableState]
+    apply_: Callable[..., TableState]
+
+
+def rate_at(lr: Rate, t: Tensor) -> Tensor:
+    """The learning rate of step t f64 [], f64 []."""
+    if isinstance(lr, Tensor):
+        return lr.double()
+    return lr(t - 1).double() if callable(lr) else torch.full_like(t, lr)
+
+
+def check_ranges(lr: Rate, **ranges: tuple[float, float, float]) -> None:
+    """Raises ValueError when a value of (value, low, high) is not in [low, high), or lr is a float below 0."""
+    if isinstance(lr, int | float):
+        ranges["lr"] = (lr, 0, math.inf)
+    for name, (value, low, high) in ranges.items():
+        if not low <= value < high:
+            raise ValueError(f"{name}: got {value}, expected {low} <= {name} < {high}.")
+
+
+def row_optimizer(
+    kernel: RowOptimizer,
+    scalars: Scalars,
+    lr: Rate,
+    weight_decay: float,
+    *,
+    slots: tuple[str, ...] = (),
+    row_slots: tuple[str, ...] = (),
+) -> SparseOptimizer:
+    """The optimiser of rows that `kernel` does, with the scalars of each step from `scalars`."""
+
+    def hyper(t: Tensor, scale: Tensor) -> Tensor:
+        decay, rate, *own = scalars(t, rate_at(lr, t), weight_decay)
+        return torch.stack([decay, rate, scale.double(), *own])
+
+    def arguments(s: TableState, scale: Tensor, columns: Columns | None) -> tuple[Tensor, Sequence[int], Tensor | None]:
+        t = (s.step + 1).double()
+        if columns is None or columns.rates is None:
+            return hyper(t, scale), s.grads.shape[1:] if columns is None else columns.dims, None
+        lr_scale, own_decay = columns.rates.unbind(1)
+        decay = torch.where(own_decay.isnan(), weight_decay, own_decay)
+        rates = torch.stack(scalars(t, rate_at(lr, t) * lr_scale, decay)[:2], dim=1)
+        return hyper(t, scale), columns.dims, rates.float()
+
+    def update(rows: Tensor, grads: Tensor, step: Tensor, scale: Tensor) -> Tensor:
+        return updated_rows(kernel.formula, rows, grads, hyper((step + 1).double(), scale), grads.shape[1:])
+
+    def apply(state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None) -> TableState:
+        num = int(state.num_unique) if due else 0
+        row, new = state.unique_rows[:num].long(), copy_of(state)
+        scalars, dims, rates = arguments(state, scale, columns)
+        of_row = None if rates is None else rates[state.vocabularies[row].long()]
+        new.rows[row] = updated_rows(kernel.formula, state.rows[row], state.grads[:num], scalars, dims, of_row)
+        new.grads[:num] = 0
+        return new._replace(num_unique=state.num_unique * ~due, step=state.step + due)
+
+    def apply_(state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None) -> TableState:
+        touched = (state.num_unique, state.unique_rows, state.vocabularies)
+        scalars, dims, rates = arguments(state, scale, columns)
+        kernel.op_(state.rows, state.grads, *touched, scalars, due, dims, rates)
+        state.step.add_(due)
+        return state
+
+    return SparseOptimizer(slots, row_slots, update, apply, apply_)
+
+
+def dense_optimizer(state_type: Any, formula: Callable, hyper: Callable[[Tensor, Tensor], Tensor]) -> Transform:
+    """The optimiser of parameters whose state holds a dict per slot, then the steps taken.
+
+    Args:     state_type: a NamedTuple of slots by parameter name, and `step` i64 [] at the end.
+              formula: (w, *slots, g, scalars) -> (w, *slots), elementwise.
+              hyper: (t i64 [], scale of the gradients f32 []) -> f64 [n], the scalars.
+    """
+
+    def init(params: Params) -> Any:
+        device = next(iter(params.values())).device
+        slots = [{name: torch.zeros_like(p) for name, p in params.items()} for _ in state_type._fields[:-1]]
+        return state_type(*slots, torch.zeros((), dtype=torch.int64, device=device))
+
+    def update(state: Any, params: Params, grads: Params, scale: Tensor, due: Tensor | None) -> tuple[Any, Params]:
+        scalars = hyper(state.step + 1, scale).float().unbind()
+        new: list[Params] = [{} for _ in state]
+        for name, w in params.items():
+            old = (w, *(slot[name] for slot in state[:-1]))
+            for part, before, after in zip(new, old, formula(*old, grads[name], scalars), strict=True):
+                part[name] = after if due is None else torch.where(due, after, before)
+        return state_type(*new[1:], state.step + (1 if due is None else due)), new[0]
+
+    def update_(state: Any, params: Params, grads: Params, scale: Tensor, due: Tensor | None) -> tuple[Any, Params]:
+        new_state, new_params = update(state, params, grads, scale, due)
+        for target, source in zip((params, *state[:-1]), (new_params, *new_state[:-1]), strict=True):
+            for name in target:
+                target[name].copy_(source[name])
+        state.step.copy_(new_state.step)
+        return state, params
+
+    return Transform(init, update, update_)
