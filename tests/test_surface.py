@@ -32,6 +32,7 @@ LAYERS = (
     ("capture", "checkpoint"),
     ("train",),
     ("examples",),
+    ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SEES_ONLY = {

@@ -190,9 +190,22 @@ def latest(folder: str | Path) -> Path | None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Deletes what a killed save left behind."""
+    """Deletes what a killed save left behind. What lacks nothing but its rename is given it."""
     for leftover in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(leftover)
+        target = folder / (PREFIX + leftover.name.removeprefix(UNFINISHED))
+        if not target.exists() and not leftover.name.startswith(UNFINISHED + PREFIX) and _is_whole(leftover):
+            os.replace(leftover, target)
+        else:
+            shutil.rmtree(leftover)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        for name, checksum in read_manifest(path)["files"].items():
+            read_checked(path / name, checksum)
+    except ValueError:
+        return False
+    return True
 
 
 def discard(path: Path) -> None:

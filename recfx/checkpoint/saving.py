@@ -35,6 +35,7 @@ class Saver:
         self._folder, self._step, self._max_to_keep, self._full_every = Path(folder), step, max_to_keep, full_every
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(self._folder)
+        clear_unfinished(self._folder)
         self._job: Job | None = None
         self._num_saved = 0
         self._last: tuple[Path, tuple[int, ...]] | None = None  # what a partial save is laid over, its tables' steps

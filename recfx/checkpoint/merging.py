@@ -1,0 +1,139 @@
+"""Whole checkpoints in memory: partial ones made full, two compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from recfx.checkpoint.contents import Contents, Rows, write
+from recfx.checkpoint.files import STATE, FolderLock, ShardReader, clear_unfinished, finished
+from recfx.checkpoint.loading import Source
+
+__all__ = ["compact", "diff", "merged"]
+
+
+def merged(path: str | Path) -> Contents:
+    """A checkpoint as if it had been saved in full. Raises: ValueError as `load` does."""
+    source = Source.open(path)
+    tables = tuple(_merged_rows(source, t) for t in range(len(source.manifest["tables"])))
+    manifest = {name: value for name, value in source.manifest.items() if name not in ("files", "parts")}
+    return Contents(manifest["loop"]["step"], (source.path / STATE).read_bytes(), tables, manifest)
+
+
+def _merged_rows(source: Source, t: int) -> Rows:
+    num_rows = int(source.small[f"table.{t}.num_rows"])
+    columns: dict[str, np.ndarray] = {}
+    there, reader = np.zeros(num_rows, bool), ShardReader()
+    for names in source.manifest["parts"][t]:
+        for name in names:
+            shard = reader.read(source.path / name, source.manifest["files"][name])
+            row = shard.pop("row")
+            shard["seen"] = shard.pop("last_seen").astype(np.int64) << 32
+            for field, values in shard.items():
+                columns.setdefault(field, np.zeros((num_rows, *values.shape[1:]), values.dtype))[row] = values
+            there[row] = True
+    there[source.small[f"table.{t}.free_rows"].numpy()] = False
+    return Rows(columns, np.flatnonzero(there).astype(np.int32))
+
+
+def compact(path: str | Path) -> Path:
+    """Makes a checkpoint that was laid over others a full one, in its place: the bytes of a full save.
+
+    Cost:     holds all rows in memory.
+    Raises:   ValueError when it is damaged; BlockingIOError when a process saves in its folder.
+    """
+    path, contents = Path(path), merged(path)
+    lock = FolderLock(path.parent)
+    try:
+        clear_unfinished(path.parent)
+        return write(path.parent, contents, base=None, max_to_keep=len(finished(path.parent)))
+    finally:
+        lock.release()
+
+
+def diff(a: str | Path, b: str | Path) -> list[str]:
+    """What differs between two checkpoints, a line each; none: they hold the same.
+
+    Rows are matched by id, so that rows held elsewhere are told from rows that are missing. How a checkpoint was
+    written, in full or laid over others, does not count.
+    """
+    sources, contents = (Source.open(a), Source.open(b)), (merged(a), merged(b))
+    lines = []
+    for name in ("seed", "loop"):
+        one, other = (source.manifest[name] for source in sources)
+        if one != other:
+            lines.append(f"{name}: {one} | {other}")
+    one, other = (source.small for source in sources)
+    for name in dict.fromkeys((*one, *other)):
+        lines += _diff_tensors(name, *(s[name].numpy() if name in s else None for s in (one, other)))
+    tables = [_vocabularies(c) for c in contents]
+    for names in dict.fromkeys((*tables[0], *tables[1])):
+        label = " + ".join(name for name, _, _ in names)
+        if names not in tables[0] or names not in tables[1]:
+            lines.append(f"{label}: only in {'A' if names in tables[0] else 'B'}")
+        else:
+            lines += _diff_rows(label, names, tables[0][names], tables[1][names])
+    return lines
+
+
+Names = tuple[tuple[str, int, int], ...]  # of a vocabulary: logical table, first column, width
+
+
+def _vocabularies(contents: Contents) -> dict[Names, dict[str, np.ndarray]]:
+    """The rows of each vocabulary, by id."""
+    found = {}
+    for (columns, live), vocabularies in zip(contents.tables, contents.manifest["tables"], strict=True):
+        for v, names in enumerate(vocabularies):
+            row = live[columns["vocabularies"][live] == v] if columns else live
+            rows = {name: column[row] for name, column in columns.items()} | {"row": row}
+            if columns:
+                rows["last_seen"] = rows.pop("seen") >> 32
+            order = np.argsort(rows.get("ids", row))
+            found[tuple(map(tuple, names))] = {name: column[order] for name, column in rows.items()}
+    return found
+
+
+def _diff_rows(label: str, names: Names, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:
+    if "ids" not in a or "ids" not in b:
+        return [f"{label}: got {len(a['row'])} rows | {len(b['row'])}"] if len(a["row"]) != len(b["row"]) else []
+    _, in_a, in_b = np.intersect1d(a["ids"], b["ids"], assume_unique=True, return_indices=True)
+    lines = [
+        f"{label}: {len(x['ids']) - len(in_a)} rows only in {side}, first id {np.setdiff1d(x['ids'], y['ids'])[0]}"
+        for side, x, y in (("A", a, b), ("B", b, a))
+        if len(x["ids"]) > len(in_a)
+    ]
+    for field in sorted((a.keys() | b.keys()) - {"ids", "vocabularies", "rows"}):
+        lines += _diff_tensors(
+            f"{label}: {field}", *(x[field][at] if field in x else None for x, at in ((a, in_a), (b, in_b)))
+        )
+    one, other = a["rows"][in_a], b["rows"][in_b]
+    if one.shape != other.shape:
+        return [*lines, f"{label}: got rows of shape {list(one.shape[1:])} | {list(other.shape[1:])}"]
+    for name, first, dim in names:
+        for slot in range(one.shape[1]):
+            columns = np.s_[:, slot, first : first + dim]
+            lines += _diff_tensors(
+                f"{name}: {f'optimiser slot {slot}' if slot else 'weight'}", one[columns], other[columns]
+            )
+    return lines
+
+
+def _diff_tensors(name: str, a: np.ndarray | None, b: np.ndarray | None) -> list[str]:
+    if a is None or b is None:
+        return [f"{name}: only in {'A' if b is None else 'B'}"]
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return [f"{name}: {a.dtype} {list(a.shape)} | {b.dtype} {list(b.shape)}"]
+    if a.tobytes() == b.tobytes():
+        return []
+    if not a.ndim:
+        return [f"{name}: {a} | {b}"]
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(a.astype(np.float64) - b.astype(np.float64))
+    different = difference != 0  # NaN counts
+    num_rows = int(different.reshape(len(a), -1).any(1).sum())
+    return (
+        [f"{name}: {num_rows} of {len(a)} differ, by at most {difference.max():.6g}"]
+        if num_rows
+        else [f"{name}: only in signs of zero or kinds of NaN"]
+    )

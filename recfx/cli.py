@@ -1,0 +1,50 @@
+"""The `recfx` command. A subcommand is a function of the parsed arguments; its module is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def diff(args: argparse.Namespace) -> int:
+    """what differs between two checkpoints; exit status 1 if anything does"""
+    from recfx.checkpoint import merging
+
+    lines = merging.diff(args.a, args.b)
+    print("\n".join(lines) or "the same")
+    return int(bool(lines))
+
+
+def compact(args: argparse.Namespace) -> int:
+    """make checkpoints that were laid over others full ones, in their place"""
+    from recfx.checkpoint import merging
+
+    for path in args.checkpoints:
+        print(merging.compact(path))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit status; what the user got wrong is told on stderr, status 2."""
+    parser = argparse.ArgumentParser(prog="recfx")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(command: object, *arguments: tuple[str, dict]) -> None:
+        name, what = command.__name__, command.__doc__  # type: ignore[attr-defined]
+        subparser = commands.add_parser(name, help=what, description=what)
+        for argument, options in arguments:
+            subparser.add_argument(argument, **options)
+        subparser.set_defaults(command=command)
+
+    folder = "folder of a checkpoint, step-..."
+    add(diff, ("a", {"help": folder}), ("b", {"help": folder}))
+    add(compact, ("checkpoints", {"help": folder, "nargs": "+"}))
+    args = parser.parse_args(argv)
+    try:
+        return int(args.command(args))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
