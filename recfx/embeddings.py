@@ -110,6 +110,8 @@ class Embedding:
               lr_scale: factor of the sparse optimiser's learning rate for this table, >= 0.
               weight_decay: of this table in place of the optimiser's, >= 0.
               frozen: rows are inserted and read, but never updated.
+              read_only: this feature reads rows that others insert (under the same shared_name) or that were loaded:
+              unknown ids give zeros, nothing is inserted, no gradient reaches the rows, and none counts as seen.
     Raises:   ValueError on a dim below 1, an unknown combiner, or a rate below 0.
     Example:  >>> Embedding("item", dim=8, init=uniform(-0.1, 0.1)).combiner
               'sum'
@@ -124,6 +126,7 @@ class Embedding:
     lr_scale: float = field(default=1.0, kw_only=True)
     weight_decay: float | None = field(default=None, kw_only=True)
     frozen: bool = field(default=False, kw_only=True)
+    read_only: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -166,6 +169,7 @@ class Lookup(NamedTuple):
 
     feature: str
     vocabulary: int
+    read_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +179,7 @@ class TablePlan:
     device: str
     dims: tuple[int, ...]
     vocabularies: tuple[tuple[Column, ...], ...]
-    lookups: tuple[Lookup, ...]
+    lookups: tuple[Lookup, ...]  # the read-only ones come last
 
     @property
     def width(self) -> int:
@@ -202,11 +206,12 @@ class Plan:
     tables: tuple[TablePlan, ...]
     groups: dict[str, tuple[Cell, ...]]
 
-    def is_frozen(self, cell: Cell) -> bool:
-        """Whether the table behind the cell never moves: its gradient need not be computed."""
+    def learns(self, cell: Cell) -> bool:
+        """Whether a gradient of the cell reaches rows: not through a read-only lookup, nor those of a frozen table."""
         table = self.tables[cell.table]
-        column = table.vocabularies[table.lookups[cell.lookup].vocabulary][cell.column]
-        return (column.lr_scale, column.weight_decay) == (0, 0)
+        lookup = table.lookups[cell.lookup]
+        column = table.vocabularies[lookup.vocabulary][cell.column]
+        return not lookup.read_only and (column.lr_scale, column.weight_decay) != (0, 0)
 
 
 def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
@@ -216,18 +221,19 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
     serves them all (embedding and bias of a column). Vocabularies of equal row shape on one device share a physical
     table, where an id is still told apart from the same id of another vocabulary.
 
-    Args:     groups: embeddings by group name; a group reaches the model as one tensor [B, len(group), dim].
-    Raises:   ValueError when a group mixes dims, or one shared name is given two dims, initialisers or devices.
+    Args:     groups: embeddings by group name; a group reaches the model as one tensor [B, len(group), dim], or, where
+              its dims differ, as their concatenation [B, sum of dims].
+    Raises:   ValueError when a group is empty, or one shared name is given two dims, initialisers, devices or rates.
     Example:  >>> plan = plan_tables({"emb": [Embedding("c1", dim=8), Embedding("c2", dim=8)],
               ...                     "bias": [Embedding("c1", dim=1), Embedding("c2", dim=1)]})
               >>> [(t.dims, len(t.vocabularies), len(t.lookups)) for t in plan.tables]
               [((8, 1), 2, 2)]
     """
     logical: dict[str, Embedding] = {}
-    readers: dict[str, list[str]] = {}
+    readers: dict[str, list[tuple[str, bool]]] = {}
     for group, embeddings in groups.items():
-        if len({e.dim for e in embeddings}) != 1:
-            raise ValueError(f"group '{group}': got dims {[e.dim for e in embeddings]}, expected one. Split the group.")
+        if not embeddings:
+            raise ValueError(f"group '{group}': got no embeddings, expected at least one.")
         for e in embeddings:
             name = _name(group, e)
             known = logical.setdefault(name, e)
@@ -236,10 +242,10 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
                     f"table '{name}': got {e} and {known}, expected one dim, init, device, lr_scale, weight_decay and "
                     "frozen per name."
                 )
-            if e.feature not in readers.setdefault(name, []):
-                readers[name].append(e.feature)
+            if (e.feature, e.read_only) not in readers.setdefault(name, []):
+                readers[name].append((e.feature, e.read_only))
 
-    names_of: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    names_of: dict[tuple[tuple[tuple[str, bool], ...], str], list[str]] = {}
     for name, e in logical.items():
         names_of.setdefault((tuple(sorted(readers[name])), e.device), []).append(name)
     shape_of = {key: (tuple(logical[n].dim for n in names), key[1]) for key, names in names_of.items()}
@@ -250,8 +256,8 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
     for t, (dims, device) in enumerate(shapes):
         keys = [key for key, shape in shape_of.items() if shape == (dims, device)]
         lookups = sorted(
-            (Lookup(feature, v) for v, (features, _) in enumerate(keys) for feature in features),
-            key=lambda lookup: (feature_order.index(lookup.feature), lookup.vocabulary),
+            (Lookup(feature, v, read_only) for v, (features, _) in enumerate(keys) for feature, read_only in features),
+            key=lambda lookup: (lookup.read_only, feature_order.index(lookup.feature), lookup.vocabulary),
         )
         vocabularies = []
         for v, key in enumerate(keys):
@@ -261,11 +267,11 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
                 columns.append(Column(name, sum(dims[:k]), dims[k], e.initializer, *e.rates))
                 for l, lookup in enumerate(lookups):
                     if lookup.vocabulary == v:
-                        place[name, lookup.feature] = (t, k, l)
+                        place[name, lookup.feature, lookup.read_only] = (t, k, l)
             vocabularies.append(tuple(columns))
         tables.append(TablePlan(device=device, dims=dims, vocabularies=tuple(vocabularies), lookups=tuple(lookups)))
     cells = {
-        group: tuple(Cell(*place[_name(group, e), e.feature], e.combiner) for e in embeddings)
+        group: tuple(Cell(*place[_name(group, e), e.feature, e.read_only], e.combiner) for e in embeddings)
         for group, embeddings in groups.items()
     }
     return Plan(tables=tuple(tables), groups=cells)

@@ -12,7 +12,7 @@ from recfx.embeddings import Embedding, Plan, plan_tables
 from recfx.losses import bce_with_logits
 from recfx.metrics import BinaryCounts, binary_metrics
 from recfx.optim import AdamState, SparseOptimizer
-from recfx.table import Found, Table, TableState, table
+from recfx.table import Found, Table, TableState, ids_of, table
 from recfx.types import COUNTS, NUM_SAMPLES, Params, Transform
 
 __all__ = ["Aux", "Step", "TrainState", "Window", "train_step"]
@@ -97,17 +97,20 @@ def train_step(
     max_unique: int | None = None,
     seed: int = 42,
     metrics: Transform | None = None,
+    clip: Callable[[Params, Sequence[TableState], Tensor], Tensor] | None = None,
 ) -> Step:
     """Composes feature function, embeddings, model and optimisers into one step.
 
     Args:     features: batch -> features by name; ids for `embeddings` as Ragged i64, whatever `forward` wants besides;
               under `recfx.types.COUNTS` tensors by name for `aux.counts`.
-              embeddings: by group; a group reaches the model as one tensor [B, len(group), dim].
+              embeddings: by group; a group reaches the model as one tensor [B, len(group), dim], or [B, sum of dims]
+              where its dims differ.
               forward: (params, embeddings by group, features) -> logit f32 [B, 1].
               loss: (logit, label) -> loss per sample [B, 1]; label: name of the feature [B, 1] that holds the target.
               accumulation: micro-batches per optimiser step. The step equals one on their concatenation: gradients are
               summed over valid samples and divided by their total.
               max_rows, max_unique, seed: of every physical table, see `recfx.table.table`.
+              clip: (dense gradients, tables, scale) -> scale of all gradients, such as `recfx.optim.clip_global_norm`.
     Raises:   ValueError when accumulation is below 1.
     """
     if accumulation < 1:
@@ -137,6 +140,9 @@ def train_step(
             window=Window(window, zero, zero.clone()),
         )
 
+    def read(batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {NUM_SAMPLES: batch[NUM_SAMPLES], **features(batch)}
+
     def total_loss(params: Params, blocks: list[list[Tensor]], found: list[Found], feats: dict, valid: Tensor) -> Any:
         emb = _groups(plan, blocks, found)
         logit = forward(params, emb, feats)
@@ -147,7 +153,7 @@ def train_step(
 
     def spell(do: _Spelling) -> Callable[[TrainState, dict], tuple[TrainState, Aux]]:
         def update(state: TrainState, batch: dict) -> tuple[TrainState, Aux]:
-            feats, valid = features(batch), _valid(batch, label)
+            feats, valid = read(batch), _valid(batch, label)
             inserted = [do.insert(t)(s, feats) for t, s in zip(tables, state.tables, strict=True)]
             found = [f for _, f in inserted]
             blocks = [t.pool(s, f) for t, (s, f) in zip(tables, inserted, strict=True)]
@@ -160,6 +166,7 @@ def train_step(
             scale = 1.0 / total.clamp(min=1).float()
             if accumulation > 1:
                 grads = {name: window.grads[name] + g for name, g in grads.items()}
+            scale = scale if clip is None else clip(grads, states, scale)
             dense, params = do.dense(state.dense, state.params, grads, scale, due if accumulation > 1 else None)
             left = {name: do.store(g, torch.where(due, 0.0, grads[name])) for name, g in window.grads.items()}
             window = Window(
@@ -173,7 +180,7 @@ def train_step(
         return update
 
     def evaluate_(state: TrainState, batch: dict) -> tuple[TrainState, Aux]:
-        feats, valid = features(batch), _valid(batch, label)
+        feats, valid = read(batch), _valid(batch, label)
         found = [t.find(s, feats) for t, s in zip(tables, state.tables, strict=True)]
         blocks = [t.pool(s, f) for t, s, f in zip(tables, state.tables, found, strict=True)]
         _, (logit, loss_B) = total_loss(state.params, blocks, found, feats, valid)
@@ -185,6 +192,7 @@ def train_step(
         due = state.window.num_batches > 0
         scale = 1.0 / state.window.num_samples.clamp(min=1).float()
         if accumulation > 1:
+            scale = scale if clip is None else clip(state.window.grads, state.tables, scale)
             dense_optimizer.update_(state.dense, state.params, state.window.grads, scale, due)
             for t, s in zip(tables, state.tables, strict=True):
                 sparse_optimizer.apply_(s, scale, due, t.columns)
@@ -193,8 +201,8 @@ def train_step(
         return state
 
     def ids_in(batch: Mapping[str, Any]) -> tuple[int, ...]:
-        feats = features(batch)
-        return tuple(sum(feats[lookup.feature].values.numel() for lookup in t.lookups) for t in plan.tables)
+        feats = read(batch)
+        return tuple(sum(ids_of(feats, l.feature).values.numel() for l in t.lookups) for t in plan.tables)
 
     def grow_(state: TrainState, ids: Sequence[int]) -> TrainState:
         for t, s, num_ids in zip(tables, state.tables, ids, strict=True):
@@ -210,18 +218,21 @@ def _valid(batch: dict, label: str) -> Tensor:
 
 
 def _groups(plan: Plan, blocks: list[list[Tensor]], found: list[Found]) -> dict[str, Tensor]:
-    """Each group's embeddings as one tensor [B, len(group), dim], in its declared order."""
+    """Each group's embeddings in its order, as one tensor: [B, len(group), dim], or [B, sum of dims] if they differ."""
     groups = {}
     for name, cells in plan.groups.items():
         parts = [blocks[c.table][c.column][:, c.lookup] for c in cells]
         block = blocks[cells[0].table][cells[0].column]
         whole = [(cells[0].table, cells[0].column, l, "sum") for l in range(block.shape[1])]
         for i, c in enumerate(cells):
-            if plan.is_frozen(c):
+            if not plan.learns(c):
                 parts[i] = parts[i].detach()
             if c.combiner == "mean":
                 count = found[c.table].ragged[c.lookup].offsets.diff()[:, None]
                 parts[i] = parts[i] / count.clamp(min=1)
-        as_is = [tuple(c) for c in cells] == whole and not any(map(plan.is_frozen, cells))
+        if len({part.shape[1] for part in parts}) > 1:
+            groups[name] = torch.cat(parts, dim=1)
+            continue
+        as_is = [tuple(c) for c in cells] == whole and all(map(plan.learns, cells))
         groups[name] = block if as_is else torch.stack(parts, dim=1)
     return groups

@@ -111,9 +111,7 @@ def test_one_name_with_two_meanings(change):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"group 'g': got dims \[8, 4\], expected one. Split the group."):
-        plan_tables({"g": [Embedding("a", dim=8), Embedding("b", dim=4)]})
-    with pytest.raises(ValueError, match=r"group 'g': got dims \[\], expected one"):
+    with pytest.raises(ValueError, match=r"group 'g': got no embeddings, expected at least one"):
         plan_tables({"g": []})
     with pytest.raises(ValueError, match="feature 'a': got dim 0, expected at least 1"):
         Embedding("a", dim=0)
@@ -186,6 +184,23 @@ def test_initialisers_of_equal_meaning_share_a_name():
     assert len(plan_tables({"g": groups}).tables[0].vocabularies) == 1
     with pytest.raises(ValueError, match=r"table 'x': got .*, expected one dim, init"):
         plan_tables({"g": [groups[0], Embedding("b", dim=8, shared_name="x", init=xavier_uniform(2.0))]})
+
+
+def test_read_only_lookups_come_last_and_share_no_keys_with_others():
+    plan = plan_tables(
+        {
+            "emb": [
+                Embedding("a", dim=8, shared_name="x", read_only=True),
+                Embedding("b", dim=8, shared_name="x"),
+                Embedding("c", dim=8, read_only=True),
+            ],
+            "own": [Embedding("c", dim=8)],
+        }
+    )
+    (t,) = plan.tables
+    assert t.lookups == (Lookup("b", 0), Lookup("c", 2), Lookup("a", 0, True), Lookup("c", 1, True))
+    assert plan.groups["emb"] == (Cell(0, 0, 2, "sum"), Cell(0, 0, 0, "sum"), Cell(0, 0, 3, "sum"))
+    assert [plan.learns(c) for c in (*plan.groups["emb"], *plan.groups["own"])] == [False, True, False, True]
 
 
 def test_rates_of_a_table():

@@ -12,6 +12,7 @@ from recfx.optim.adam_family import (
     sparse_adamw_recis,
     sparse_adamw_tf,
 )
+from recfx.optim.clipping import clip_global_norm, clip_value, sparse_clip_row_norm, sparse_clip_value
 from recfx.optim.ftrl_proximal import sparse_ftrl
 from recfx.optim.gradient_descent import SgdState, sgd, sparse_sgd
 from recfx.optim.protocol import Rate, Schedule, SparseOptimizer
@@ -28,12 +29,16 @@ __all__ = [
     "adamw",
     "adamw_recis",
     "adamw_tf",
+    "clip_global_norm",
+    "clip_value",
     "sgd",
     "sparse_adagrad",
     "sparse_adam",
     "sparse_adamw",
     "sparse_adamw_recis",
     "sparse_adamw_tf",
+    "sparse_clip_row_norm",
+    "sparse_clip_value",
     "sparse_ftrl",
     "sparse_rowwise_adagrad",
     "sparse_sgd",

@@ -14,9 +14,9 @@ from recfx.kernels import add_row_grads, find, find_or_insert, order_ids, pool
 from recfx.table.index import grow_, slots_for
 from recfx.table.memory import reserve, reserve_rows
 from recfx.table.state import TableState, copy_of
-from recfx.types import Ragged
+from recfx.types import NUM_SAMPLES, Ragged
 
-__all__ = ["Columns", "Found", "Table", "initializer_tensors", "table"]
+__all__ = ["Columns", "Found", "Table", "ids_of", "initializer_tensors", "table"]
 
 FIRST_SLOTS = 2**16
 
@@ -29,6 +29,8 @@ class Found(NamedTuple):
     ragged: list[Ragged]  # the feature of each lookup
     row: Tensor  # i32 [P], -1 unknown or padding, -2 refused
     inverse: Tensor  # i32 [P], unique number in this step, -1 without
+    vocabularies: Tensor  # i32 [L], of each lookup
+    read_only: Found | None = None  # where the ids of read-only lookups are, which come after the others
 
 
 class Columns(NamedTuple):
@@ -81,6 +83,8 @@ def table(
     num_unique = max_rows if max_unique is None else min(max_rows, max_unique)
     max_slots = slots_for(max_rows, 7 / 8)
     vocabularies = torch.tensor([lookup.vocabulary for lookup in plan.lookups], dtype=torch.int32, device=device)
+    num_inserting = sum(not lookup.read_only for lookup in plan.lookups)
+    inserting, reading = vocabularies[:num_inserting].clone(), vocabularies[num_inserting:].clone()
     num_behind = row_slots * len(plan.dims)
     init_keys, init_params = (nn.functional.pad(t, (0, num_behind)) for t in initializer_tensors(plan, seed))
 
@@ -113,36 +117,48 @@ def table(
             grads=reserve_rows((num_unique, width), device, most_padding=1.0),
         )
 
-    def read(features: dict) -> tuple[Tensor, Tensor, list[Ragged]]:
-        ragged = [_ids(features, lookup.feature) for lookup in plan.lookups]
-        return *order_ids.order_ids(
-            [r.values.contiguous() for r in ragged], [r.offsets.contiguous() for r in ragged]
-        ), ragged
+    def ids_in(features: dict) -> list[Ragged]:
+        return [ids_of(features, lookup.feature) for lookup in plan.lookups]
 
-    def find_(state: TableState, features: dict) -> Found:
-        id, cell, ragged = read(features)
-        row = find.find(state.slots, state.ids, state.num_slots, state.salt, id, cell, vocabularies)
-        return Found(id, cell, ragged, row, torch.full_like(row, -1))
+    def read(ragged: list[Ragged]) -> tuple[Tensor, Tensor]:
+        return order_ids.order_ids([r.values.contiguous() for r in ragged], [r.offsets.contiguous() for r in ragged])
+
+    def find_(state: TableState, ragged: list[Ragged], of_lookup: Tensor) -> Found:
+        id, cell = read(ragged)
+        row = find.find(state.slots, state.ids, state.num_slots, state.salt, id, cell, of_lookup)
+        return Found(id, cell, ragged, row, torch.full_like(row, -1), of_lookup)
+
+    def find_all(state: TableState, features: dict) -> Found:
+        return find_(state, ids_in(features), vocabularies)
 
     def insert_with(op: Callable) -> Callable[[TableState, dict], tuple[TableState, Found]]:
         def insert_(s: TableState, features: dict) -> tuple[TableState, Found]:
-            id, cell, ragged = read(features)
+            if num_inserting == 0:
+                return s, find_all(s, features)
+            ragged = ids_in(features)
+            id, cell = read(ragged[:num_inserting])
             row, inverse = op(
                 s.slots, s.ids, s.vocabularies, s.seen, s.born, s.rows, s.num_rows, s.free_rows, s.num_free,
                 s.num_refused, s.tally, s.num_crowded, s.unique_rows, s.num_unique, s.num_slots, s.salt, s.step + 1,
-                id, cell, vocabularies, init_keys, init_params, None,
+                id, cell, inserting, init_keys, init_params, None,
             )  # fmt: skip
-            return s, Found(id, cell, ragged, row, inverse)
+            rest = find_(s, ragged[num_inserting:], reading) if len(reading) else None
+            return s, Found(id, cell, ragged, row, inverse, inserting, rest)
 
         return insert_
 
     def pool_(state: TableState, found: Found) -> list[Tensor]:
-        ids = (found.row, found.id, found.cell, vocabularies, found.ragged[0].num_samples)
-        return pool.pool(state.rows, *ids, init_keys, init_params, plan.firsts, plan.dims)
+        ids = (found.row, found.id, found.cell, found.vocabularies, found.ragged[0].num_samples)
+        blocks = pool.pool(state.rows, *ids, init_keys, init_params, plan.firsts, plan.dims)
+        if found.read_only is None:
+            return blocks
+        return [torch.cat(both, dim=1) for both in zip(blocks, pool_(state, found.read_only), strict=True)]
 
     def add_with(op: Callable) -> Callable[[TableState, Found, list[Tensor]], TableState]:
         def add_grads_(state: TableState, found: Found, blocks: list[Tensor]) -> TableState:
-            op(state.grads, found.inverse, found.cell, vocabularies, plan.firsts, plan.dims, blocks)
+            if found.read_only is not None:
+                blocks = [block[:, : len(found.vocabularies)] for block in blocks]
+            op(state.grads, found.inverse, found.cell, found.vocabularies, plan.firsts, plan.dims, blocks)
             return state
 
         return add_grads_
@@ -151,7 +167,7 @@ def table(
     return Table(
         columns=Columns(plan.dims, _rate_tensor(plan)),
         init=init,
-        find=find_,
+        find=find_all,
         insert=lambda state, features: insert_pure(copy_of(state), features),
         insert_=insert_with(find_or_insert.find_or_insert_),
         pool=pool_,
@@ -161,12 +177,22 @@ def table(
     )
 
 
-def _ids(features: dict, name: str) -> Ragged:
+def ids_of(features: dict, name: str) -> Ragged:
+    """The ids of a feature as lists: those of a dense [B, n] are lists of n, empty behind the last real sample.
+
+    Raises:   ValueError when there is no such feature, TypeError when it holds no ids.
+    """
     value = features.get(name)
     if value is None:
         raise ValueError(f"feature '{name}': missing, expected Ragged i64 ids. Known features: {sorted(features)}.")
+    if isinstance(value, Tensor) and value.dim() == 2:
+        num_samples, length = value.shape
+        ends = torch.arange(num_samples + 1, dtype=torch.int32, device=value.device)
+        if NUM_SAMPLES in features:
+            ends = torch.minimum(ends, features[NUM_SAMPLES])
+        value = Ragged(value.reshape(-1), ends * length)
     if not isinstance(value, Ragged):
-        raise TypeError(f"feature '{name}': got {type(value).__name__}, expected Ragged i64 ids.")
+        raise TypeError(f"feature '{name}': got {_said(value)}, expected Ragged i64 ids, or a dense [B, n] of them.")
     if value.values.dtype != torch.int64:
         raise TypeError(
             f"feature '{name}': got {value.values.dtype} ids, expected torch.int64. float32 merges ids above 2**24. "
@@ -175,6 +201,10 @@ def _ids(features: dict, name: str) -> Ragged:
     if value.offsets.dtype != torch.int32:
         raise TypeError(f"feature '{name}': got {value.offsets.dtype} offsets, expected torch.int32.")
     return value
+
+
+def _said(value: object) -> str:
+    return f"Tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def initializer_tensors(plan: TablePlan, seed: int) -> tuple[Tensor, Tensor]:
