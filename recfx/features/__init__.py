@@ -2,6 +2,9 @@
 
 A feature function is an ordinary function of the batch that calls them; it is traced into the step. Every op has static
 shapes and reads nothing back to the host.
+
+Many columns: where an op is the same for all, give it a dict of columns, and select_dense a list. It is then one loop
+in the graph, whatever their number; one call per column gives the same values, but a loop to compile for each.
 """
 
 from recfx.features.ids import cross, farm_hash, mod, multi_hash, murmur_hash
@@ -11,6 +14,7 @@ from recfx.features.lists import (
     from_dense,
     select_dense,
     select_ragged,
+    split_dense,
     to_dense,
     truncate,
     truncate_lists,
@@ -34,6 +38,7 @@ __all__ = [
     "quantile_boundaries",
     "select_dense",
     "select_ragged",
+    "split_dense",
     "standardize",
     "to_dense",
     "truncate",

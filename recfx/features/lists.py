@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from recfx.features.columns import expect_ragged, of_one_or_many
+from recfx.features.columns import expect_ragged, join_and_split, of_one_or_many
+from recfx.kernels.select_lists import select_lists
 from recfx.kernels.take_lists import take_lists
 from recfx.types import Ragged
 
@@ -18,6 +20,7 @@ __all__ = [
     "from_dense",
     "select_dense",
     "select_ragged",
+    "split_dense",
     "to_dense",
     "truncate",
     "truncate_lists",
@@ -26,14 +29,23 @@ __all__ = [
 Side = Literal["left", "right"]
 
 
-def select_dense(column: Tensor | Ragged, dim: int = 1, *, fill: float = 0.0) -> Tensor:
-    """The first `dim` numbers of each sample, `fill` where there are fewer.
+def select_dense(column: Tensor | Ragged | list[Ragged], dim: int = 1, *, fill: float = 0.0) -> Tensor:
+    """The first `dim` numbers of each sample, `fill` where there are fewer. Of a list of columns, side by side.
 
-    Shapes:   Ragged f32 or Tensor [B, >= dim] -> f32 [B, dim].
-    Example:  >>> select_dense(Ragged(torch.tensor([5.0, 7.0]), torch.tensor([0, 1, 1, 2]).int())).tolist()
-              [[5.0], [0.0], [7.0]]
+    Shapes:   Ragged f32 or Tensor [B, >= dim] -> f32 [B, dim]; a list of Ragged f32 -> f32 [B, columns * dim].
+    Raises:   TypeError when a column of a list is no Ragged f32.
+    Example:  >>> x = Ragged(torch.tensor([5.0, 7.0]), torch.tensor([0, 1, 1, 2]).int())
+              >>> select_dense(x).tolist(), select_dense([x, x], fill=-1.0).tolist()
+              ([[5.0], [0.0], [7.0]], [[5.0, 5.0], [-1.0, -1.0], [7.0, 7.0]])
     """
-    return column[:, :dim] if isinstance(column, Tensor) else to_dense(column, dim, fill=fill)
+    if isinstance(column, Tensor):
+        return column[:, :dim]
+    if isinstance(column, Ragged):
+        return to_dense(column, dim, fill=fill)
+    for c in column:
+        if expect_ragged("column", c, depth=1).values.dtype != torch.float32:
+            raise TypeError(f"column: got {c.values.dtype} values, expected torch.float32 in a list of columns.")
+    return select_lists([c.values.contiguous() for c in column], [c.offsets.contiguous() for c in column], dim, fill)
 
 
 def select_ragged(column: Ragged) -> Ragged:
@@ -70,6 +82,21 @@ def from_dense(x: Tensor) -> Ragged:
     return Ragged(x.flatten(), torch.arange(batch_size + 1, dtype=torch.int32, device=x.device) * dim)
 
 
+def split_dense(x: Tensor, names: Sequence[str]) -> dict[str, Ragged]:
+    """Column k of a matrix as the feature names[k] with one value per sample: the inverse of select_dense of a list.
+
+    Shapes:   [B, columns] -> Ragged of B lists of length 1, for each name.
+    Raises:   ValueError when the columns are not as many as the names.
+    Example:  >>> columns = split_dense(torch.tensor([[5, 6], [7, 8]]), ["a", "b"])
+              >>> columns["a"].values.tolist(), columns["b"].values.tolist()
+              ([5, 7], [6, 8])
+    """
+    if x.shape[1] != len(names):
+        raise ValueError(f"x: got {x.shape[1]} columns, expected {len(names)}, one per name.")
+    offsets = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)
+    return {name: Ragged(column, offsets) for name, column in zip(names, x.T.contiguous().unbind(), strict=True)}
+
+
 def flatten(column: Ragged) -> Ragged:
     """One level less: each sample's lists become one list, in order.
 
@@ -93,15 +120,16 @@ def truncate(columns: Ragged | Mapping[str, Ragged], longest: int, *, side: Side
     """
     _check_count("longest", longest)
 
+    def length(offsets: Tensor) -> Tensor:  # one item more than there are lists: ends of several columns may be joined
+        return F.pad(offsets.diff(), (0, 1)).clamp(max=longest)
+
     def cut(columns: Mapping[str, Ragged]) -> dict[str, Ragged]:
-        parts = {}
-        for name, column in columns.items():
-            length = expect_ragged(name, column).offsets.diff()
-            kept = length.clamp(max=longest)
-            first = column.offsets[1:] - kept if side == "left" else column.offsets[:-1]
-            capacity = min(column.values.numel(), length.numel() * longest)
-            parts[name] = first, kept, capacity
-        return _take(columns, parts)
+        offsets = [expect_ragged(name, column).offsets for name, column in columns.items()]
+        kept = join_and_split(offsets, length)
+        first = offsets if side == "right" else join_and_split(offsets, lambda o: F.pad(o[1:], (0, 1)) - length(o))
+        capacity = [min(c.values.numel(), (c.offsets.numel() - 1) * longest) for c in columns.values()]
+        parts = ((f[:-1], k[:-1], size) for f, k, size in zip(first, kept, capacity, strict=True))
+        return _take(columns, dict(zip(columns, parts, strict=True)))
 
     return of_one_or_many(columns, cut)
 
@@ -126,7 +154,7 @@ def truncate_lists(column: Ragged, count: int, *, side: Side, pad: Side = "right
     source = (outer[1:, None] - kept if side == "left" else outer[:-1, None]) + nth
     is_list = ((nth >= 0) & (nth < kept)).flatten()
     source = torch.where(is_list, source.flatten(), 0).long()
-    first, last = (torch.nn.functional.pad(o, (0, 1))[source] for o in (column.offsets[:-1], column.offsets[1:]))
+    first, last = (F.pad(o, (0, 1))[source] for o in (column.offsets[:-1], column.offsets[1:]))
     parts = {"column": (first, torch.where(is_list, last - first, 0), column.values.numel())}
     ends = torch.arange(0, held.numel() * count + 1, count, dtype=outer.dtype, device=outer.device)
     return _take({"column": column}, parts)["column"]._replace(outer=(*column.outer[:-1], ends))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ def standardize(x: Column, mean: Statistic, std: Statistic) -> Column:
     Example:  >>> standardize(torch.tensor([[5.0, 3.0]]), torch.tensor([3.0, 3.0]), torch.tensor([2.0, 0.0])).tolist()
               [[1.0, 0.0]]
     """
+    _check_statistics(x, mean, std)
     return on_values(x, lambda v: (v - mean) / _or_one(std))
 
 
@@ -46,17 +48,24 @@ def min_max(x: Column, low: Statistic, high: Statistic) -> Column:
 
     Where low = high the divisor is 1.
     """
+    _check_statistics(x, low, high)
     return on_values(x, lambda v: (v - low) / _or_one(high - low))
+
+
+def _check_statistics(x: Any, *statistics: Statistic) -> None:
+    if not isinstance(x, Tensor) and any(isinstance(s, Tensor) and s.ndim for s in statistics):
+        raise TypeError(f"x: got {type(x).__name__}, expected Tensor [B, d] beside statistics per column.")
 
 
 def _or_one(divisor: Statistic) -> Statistic:
     return torch.where(divisor == 0, 1.0, divisor) if isinstance(divisor, Tensor) else divisor or 1.0
 
 
-def fill_missing(column: Tensor | Ragged, value: float, dim: int = 1) -> tuple[Tensor, Tensor]:
-    """The first `dim` numbers of each sample, `value` where there is none or NaN; and f32 1 where it was so, else 0.
+def fill_missing(column: Tensor | Ragged | list[Ragged], value: Statistic, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """`select_dense` with `value` where a number is absent or NaN; and f32 1 where it was so, else 0.
 
-    Shapes:   Tensor [B, >= dim] or Ragged -> f32 [B, dim], f32 [B, dim].
+    Args:     value: a number, or one per column of the result.
+    Shapes:   f32 [B, d], f32 [B, d], with d as of `select_dense`.
     Example:  >>> x, missing = fill_missing(torch.tensor([[3.0], [float("nan")]]), value=-1.0)
               >>> x.tolist(), missing.tolist()
               ([[3.0], [-1.0]], [[0.0], [1.0]])

@@ -9,6 +9,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from graphs.dataflow import is_op, is_view
 from recfx import features as ops
 from recfx.capture import ShareCommon, capture
 from recfx.types import COUNTS, Ragged
@@ -37,11 +38,12 @@ OPS = {
     "from_dense": lambda b: ops.from_dense(b["x"]),
     "log1p": lambda b: ops.log1p(b["n"]),
     "min_max": lambda b: ops.min_max(b["x"], 0.0, 70.0),
-    "mod": lambda b: ops.mod(b["ids"], 1000),
+    "mod": lambda b: (ops.mod(b["ids"], 1000), ops.mod({name: b[name] for name in ("ids", "other", "nested")}, 1000)),
     "multi_hash": lambda b: ops.multi_hash(b["ids"], [1000, 10]),
     "murmur_hash": lambda b: ops.murmur_hash(b["tags"]),
-    "select_dense": lambda b: (ops.select_dense(b["x"]), ops.select_dense(b["n"], 2)),
+    "select_dense": lambda b: (ops.select_dense(b["x"]), ops.select_dense(b["n"], 2), ops.select_dense([b["n"]] * 2)),
     "select_ragged": lambda b: ops.select_ragged(b["ids"]),
+    "split_dense": lambda b: ops.split_dense(b["x"], ["a", "b"]),
     "standardize": lambda b: ops.standardize(b["x"], torch.ones(2), torch.zeros(2)),
     "to_dense": lambda b: ops.to_dense(b["ids"], 2, fill=-1),
     "truncate": lambda b: ops.truncate({name: b[name] for name in ("ids", "nested")}, 1, side="left"),
@@ -136,3 +138,28 @@ def test_counts_reach_aux_captured_or_not():
     for run in runs:
         counts = run(step.init(deepfm_params()), batch)[1].counts
         assert {name: int(count) for name, count in counts.items()} == {"cross": expected, "long": 0}
+
+
+def test_a_dict_of_columns_is_computed_by_as_many_loops_as_one_column():
+    """Horizontal fusion: what is not a view stays the same, from 2 columns to 40."""
+
+    def features(batch: dict) -> dict:
+        words, ids = ({name: c for name, c in batch.items() if name[0] == kind} for kind in "wi")
+        numbers = [c for name, c in batch.items() if name[0] == "n"]
+        buckets = ops.bucketize(ops.log1p(ops.select_dense(numbers)), [0.5, 1.0])
+        return {
+            **ops.mod(ops.farm_hash(words), 100),
+            **ops.truncate(ops.mod(ids, 1000), 2, side="left"),
+            **ops.split_dense(buckets, [f"b{i}" for i in range(len(numbers))]),
+        }
+
+    def num_ops(num_columns: int) -> Counter[str]:
+        batch = {f"{kind}{i}": BATCH[name] for i in range(num_columns) for kind, name in zip("win", KINDS, strict=True)}
+        graph = make_fx(features, tracing_mode="fake", _allow_non_fake_inputs=True)(batch).graph
+        graph.eliminate_dead_code()
+        return Counter(str(n.target) for n in graph.nodes if is_op(n) and not is_view(n))
+
+    KINDS = ("tags", "ids", "n")
+    few, many = num_ops(2), num_ops(40)
+    assert few == many
+    assert few["recfx.farm_hashes.default"] == 1

@@ -166,3 +166,15 @@ def test_cross_refuses():
 def test_weights_follow_ids_through_mod():
     column = Ragged(torch.tensor([12, -1]), torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0.5, 2.0]))
     assert ops.mod(column, 10).weights is column.weights
+
+
+def test_a_dict_of_columns_is_each_column():
+    columns = {"a": ragged([[-1], [5, 2**63 - 1]], spare=1), "b": nested([[[1001]], []]), "c": torch.tensor([[-5]])}
+    for name, column in columns.items():
+        for together, alone in (
+            (ops.mod(columns, 1000)[name], ops.mod(column, 1000)),
+            (ops.multi_hash(columns, [10])[0][name], ops.multi_hash(column, [10])[0]),
+        ):
+            assert type(together) is type(alone)
+            values = [c.values if isinstance(c, Ragged) else c for c in (together, alone)]
+            assert torch.equal(*values)

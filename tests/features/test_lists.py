@@ -171,3 +171,19 @@ def test_errors():
         ops.truncate_lists(nested([[[1]]]), 0, side="left")
     with pytest.raises(TypeError, match=r"hist: got Tensor, expected Ragged\. Declare it varlen"):
         ops.truncate({"hist": torch.ones(1, 1)}, 1, side="left")
+
+
+def test_select_dense_of_a_list_stands_side_by_side_and_split_dense_undoes_it():
+    columns = [ragged(lists, dtype=torch.float32) for lists in ([[1.0], [2.0, 9.0]], [[], [3.0]])]
+    x = ops.select_dense(columns, fill=-1.0)
+    assert x.tolist() == [[1, -1], [2, 3]]
+    assert ops.select_dense(columns, 2).tolist() == [[1, 0, 0, 0], [2, 9, 3, 0]]
+    apart = ops.split_dense(x, ["a", "b"])
+    assert {name: lists_of(c) for name, c in apart.items()} == {"a": [[1], [2]], "b": [[-1], [3]]}
+    assert torch.equal(ops.select_dense(list(apart.values())), x)
+    with pytest.raises(ValueError, match="x: got 2 columns, expected 1, one per name"):
+        ops.split_dense(x, ["a"])
+    with pytest.raises(
+        TypeError, match=r"column: got torch\.int64 values, expected torch\.float32 in a list of columns"
+    ):
+        ops.select_dense([ragged([[1]])])

@@ -152,3 +152,27 @@ def test_quantile_boundaries_of_many_distinct_values():
         ops.quantile_boundaries(x, 0)
     with pytest.raises(ValueError, match="values: got none that is a number"):
         ops.quantile_boundaries([NAN], 2)
+
+
+def test_statistics_per_column_need_a_dense_column():
+    for op in (ops.standardize, ops.min_max):
+        with pytest.raises(TypeError, match=r"x: got Ragged, expected Tensor \[B, d\] beside statistics per column"):
+            op(ragged([[1.0]], dtype=torch.float32), torch.zeros(1), torch.ones(1))
+
+
+def test_fill_missing_of_a_list_of_columns_with_a_value_for_each():
+    columns = [ragged([[1.0], []], dtype=torch.float32), ragged([[NAN], [2.0]], dtype=torch.float32)]
+    x, missing = ops.fill_missing(columns, torch.tensor([7.0, 8.0]))
+    assert x.tolist() == [[1, 8], [7, 2]]
+    assert missing.tolist() == [[0, 1], [1, 0]]
+
+
+def test_a_dict_of_columns_is_each_column():
+    columns = {"a": torch.tensor([[1.0, -2.0]]), "b": ragged([[3.0], []], dtype=torch.float32)}
+    for op in (ops.log1p, lambda c: ops.clip(c, 0, 2), lambda c: ops.min_max(c, 0, 2), lambda c: ops.bucketize(c, [2])):
+        together = op(columns)
+        assert torch.equal(together["a"], op(columns["a"]))
+        assert torch.equal(together["b"].values, op(columns["b"]).values)
+        assert together["b"].offsets is columns["b"].offsets
+    with pytest.raises(TypeError, match=r"columns: got .*, expected one dtype in a dict"):
+        ops.log1p({"a": torch.ones(1, 1), "b": torch.ones(1, 1).long()})
