@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from recfx.kernels.op import address, c_function, define_op
+from recfx.kernels.op import define_op
 
 __all__ = ["adamw_rows_", "adamw_update"]
 
@@ -46,26 +46,9 @@ def definition(
     num_unique.zero_()
 
 
-_adamw_rows = c_function("adamw_rows", "pppp" + "iii" + "pp")
-
-
-def _cpu(rows, grads, num_unique, unique_rows, hyper, due):  # type: ignore[no-untyped-def]
-    strides = rows.stride(0), grads.stride(0), rows.shape[2]
-    _adamw_rows(
-        rows.data_ptr(),
-        grads.data_ptr(),
-        address(num_unique),
-        address(unique_rows),
-        *strides,
-        address(hyper),
-        address(due),
-    )
-
-
 adamw_rows_ = define_op(
     "adamw_rows_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) num_unique, Tensor unique_rows, Tensor hyper,"
     " Tensor due) -> ()",
     definition=definition,
-    cpu=_cpu,
     fake=lambda *_: None,
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from recfx.kernels.op import address, addresses, c_function, define_op, int64s
+from recfx.kernels.op import define_op
 
 __all__ = ["add_row_grads_"]
 
@@ -31,23 +31,9 @@ def definition(
         grads[:, first : first + dim].index_add_(0, unique, block.flatten(0, 1)[cell])
 
 
-_add_row_grads = c_function("add_row_grads", "pi" + "ppi" + "pi" + "ippp")
-
-
-def _cpu(grads, inverse_P, cell_P, vocabularies, firsts, dims, blocks):  # type: ignore[no-untyped-def]
-    blocks = [block.contiguous() for block in blocks]
-    _add_row_grads(
-        *(grads.data_ptr(), grads.stride(0)),
-        *(address(inverse_P), address(cell_P), cell_P.numel()),
-        *(address(vocabularies), len(vocabularies)),
-        *(len(dims), int64s(firsts), int64s(dims), addresses(blocks)),
-    )
-
-
 add_row_grads_ = define_op(
     "add_row_grads_(Tensor(a!) grads, Tensor inverse_P, Tensor cell_P, Tensor vocabularies, int[] firsts, int[] dims,"
     " Tensor[] blocks) -> ()",
     definition=definition,
-    cpu=_cpu,
     fake=lambda *_: None,
 )

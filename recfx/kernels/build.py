@@ -12,13 +12,15 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch  # noqa: F401  first, so that the kernels share torch's OpenMP runtime
+import torch  # first, so that the kernels share torch's OpenMP runtime
 
 __all__ = ["library"]
 
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC")
+TORCH = Path(torch.__file__).parent
 
 
 @functools.cache
@@ -26,7 +28,7 @@ def library() -> ctypes.CDLL | None:
     """The kernels as a ctypes library, or None (with one warning) where no C++ compiler is found.
 
     The library is kept in the temporary folder of the user, beside torch.compile's own cache, under a name that is a
-    hash of sources, flags, compiler and processor.
+    hash of sources, flags, compiler, torch and processor.
 
     Raises:   RuntimeError with the compiler's words when the compiler fails.
     """
@@ -37,7 +39,8 @@ def library() -> ctypes.CDLL | None:
     sources = sorted(Path(__file__).parent.glob("*.cpp"))
     headers = sorted(Path(__file__).parent.glob("*.h"))
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    words = [version, _processor().encode(), *map(str.encode, FLAGS), *(f.read_bytes() for f in sources + headers)]
+    words = [version, torch.__version__.encode(), _processor().encode(), *map(str.encode, FLAGS)]
+    words += [f.read_bytes() for f in sources + headers]
     name = hashlib.sha256(b"\0".join(words)).hexdigest()[:24]
     folder = Path(tempfile.gettempdir()) / f"recfx_{getpass.getuser()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -52,12 +55,23 @@ def library() -> ctypes.CDLL | None:
 def _compile(compiler: str, sources: list[Path], path: Path) -> None:
     """Writes beside the target and renames, so that two processes building at once are both right."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        built = Path(scratch) / path.name
-        command = [compiler, *FLAGS, *map(str, sources), "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}.\n{done.stderr}")
+        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
+        include = ("-I", str(TORCH / "include"))
+        commands = [
+            [compiler, *FLAGS, *include, "-c", str(source), "-o", str(o)]
+            for source, o in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
+        built, link = Path(scratch) / path.name, ("-L", str(TORCH / "lib"), "-ltorch_cpu")
+        _run([compiler, *FLAGS, "-shared", *map(str, objects), *link, "-o", str(built)])
         os.replace(built, path)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}.\n{done.stderr}")
 
 
 def _processor() -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recfx.kernels import hashing
-from recfx.kernels.op import UNKNOWN, address, c_function, define_op
+from recfx.kernels.op import UNKNOWN, define_op
 
 __all__ = ["find"]
 
@@ -32,20 +32,9 @@ def definition(
     return row_P
 
 
-_find = c_function("find", "pppp" + "ppi" + "pi" + "p")
-
-
-def _cpu(slots, ids, num_slots, salt, id_P, cell_P, vocabularies):  # type: ignore[no-untyped-def]
-    row_P = torch.empty_like(cell_P)
-    table = map(address, (slots, ids, num_slots, salt, id_P, cell_P))
-    _find(*table, cell_P.numel(), address(vocabularies), len(vocabularies), row_P.data_ptr())
-    return row_P
-
-
 find = define_op(
     "find(Tensor slots, Tensor ids, Tensor num_slots, Tensor salt, Tensor id_P, Tensor cell_P, Tensor vocabularies)"
     " -> Tensor",
     definition=definition,
-    cpu=_cpu,
     fake=lambda slots, ids, num_slots, salt, id_P, cell_P, *_: torch.empty_like(cell_P),
 )

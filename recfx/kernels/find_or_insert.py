@@ -7,7 +7,7 @@ from torch import Tensor
 
 from recfx.kernels import hashing
 from recfx.kernels.initial import initial_values
-from recfx.kernels.op import REFUSED, UNKNOWN, address, c_function, define_op
+from recfx.kernels.op import REFUSED, UNKNOWN, define_op
 
 __all__ = ["CREATED", "EVICTED", "LOOKED_UP", "TALLIES", "UNADMITTED", "find_or_insert_"]
 
@@ -107,27 +107,6 @@ def definition(
     return row_P, inverse_P
 
 
-_find_or_insert = c_function("find_or_insert", "p" * 17 + "iiii" + "ppi" + "pi" + "ppi" + "ppp")
-
-
-def _cpu(  # type: ignore[no-untyped-def]
-    slots, ids, row_vocabularies, seen, born, rows, num_rows, free_rows, num_free, num_refused, tally, num_crowded,
-    unique_rows, num_unique, num_slots, salt, step, id_P, cell_P, vocabularies, init_keys, init_params, admit_P,
-):  # fmt: skip
-    row_P, inverse_P = torch.empty_like(cell_P), torch.empty_like(cell_P)
-    rows_of = (slots, ids, row_vocabularies, seen, born, rows, num_rows, free_rows, num_free)
-    counters = (num_refused, tally, num_crowded, unique_rows, num_unique, num_slots, salt, step)
-    _find_or_insert(
-        *(t.data_ptr() for t in (*rows_of, *counters)),
-        *(ids.numel(), unique_rows.numel(), rows.stride(0), rows.shape[1]),
-        *(address(id_P), address(cell_P), cell_P.numel()),
-        *(address(vocabularies), len(vocabularies)),
-        *(address(init_keys), address(init_params), rows.shape[2]),
-        *(None if admit_P is None else address(admit_P), address(row_P), address(inverse_P)),
-    )
-    return row_P, inverse_P
-
-
 def _fake(*args):  # type: ignore[no-untyped-def]
     cell_P = args[18]
     return torch.empty_like(cell_P), torch.empty_like(cell_P)
@@ -140,6 +119,5 @@ find_or_insert_ = define_op(
     " Tensor salt, Tensor step, Tensor id_P, Tensor cell_P, Tensor vocabularies, Tensor init_keys,"
     " Tensor init_params, Tensor? admit_P) -> (Tensor, Tensor)",
     definition=definition,
-    cpu=_cpu,
     fake=_fake,
 )

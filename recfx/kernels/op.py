@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,19 +21,27 @@ REFUSED = -2  # row of an id that found no room: pools to its initial value, get
 FREED = -1  # vocabulary of a row that is not in use
 
 
-def define_op(schema: str, *, definition: Callable, cpu: Callable, fake: Callable) -> Callable:
+def define_op(schema: str, *, definition: Callable, fake: Callable, cpu: Callable | None = None) -> Callable:
     """Registers `recfx::<schema>` and returns the overload to call.
 
     Args:     definition: plain torch, any device; the specification. It runs where no faster kernel is registered.
-              cpu: the same through the C++ library; falls back to the definition where there is no compiler.
               fake: shapes and dtypes of the results.
+              cpu: the same through the C++ library; None: ops.cpp registers it when the library is loaded, which the
+              first call on CPU tensors does. Either falls back to the definition where there is no compiler.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    _LIBRARY.impl(name, definition, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, lambda *args: (cpu if library() else definition)(*args), "CPU")
     torch.library.register_fake(f"recfx::{name}", fake)
-    return getattr(torch.ops.recfx, name).default
+    overload = getattr(torch.ops.recfx, name).default
+
+    def load_or_define(*args: Any) -> Any:
+        first = next(t for a in args for t in (a if isinstance(a, Sequence) else [a]) if isinstance(t, Tensor))
+        return overload(*args) if first.device.type == "cpu" and library() else definition(*args)
+
+    _LIBRARY.impl(name, definition if cpu else load_or_define, "CompositeExplicitAutograd")
+    if cpu:
+        _LIBRARY.impl(name, lambda *args: (cpu if library() else definition)(*args), "CPU")
+    return overload
 
 
 def c_function(name: str, kinds: str) -> Callable[..., None]:

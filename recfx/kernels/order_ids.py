@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recfx.kernels.op import addresses, c_function, define_op
+from recfx.kernels.op import define_op
 
 __all__ = ["order_ids"]
 
@@ -33,21 +33,11 @@ def definition(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Ten
     return id_P, cell_P
 
 
-_order_ids = c_function("order_ids", "pp" + "iii" + "pp")
-
-
 def _fake(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     num_positions = sum(v.numel() for v in values)
     return values[0].new_empty(num_positions), offsets[0].new_empty(num_positions)
 
 
-def _cpu(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    id_P, cell_P = _fake(values, offsets)
-    sizes = len(values), offsets[0].numel() - 1, id_P.numel()
-    _order_ids(addresses(values), addresses(offsets), *sizes, id_P.data_ptr(), cell_P.data_ptr())
-    return id_P, cell_P
-
-
 order_ids = define_op(
-    "order_ids(Tensor[] values, Tensor[] offsets) -> (Tensor, Tensor)", definition=definition, cpu=_cpu, fake=_fake
+    "order_ids(Tensor[] values, Tensor[] offsets) -> (Tensor, Tensor)", definition=definition, fake=_fake
 )

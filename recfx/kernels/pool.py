@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recfx.kernels.initial import initial_values
-from recfx.kernels.op import REFUSED, address, addresses, c_function, define_op, int64s
+from recfx.kernels.op import REFUSED, define_op
 
 __all__ = ["pool"]
 
@@ -43,29 +43,13 @@ def definition(
     return [pooled[:, :, first : first + dim].contiguous() for first, dim in zip(firsts, dims, strict=True)]
 
 
-_pool = c_function("pool", "pii" + "pppi" + "pii" + "pp" + "ippp")
-
-
 def _fake(rows, row_P, id_P, cell_P, vocabularies, batch_size, init_keys, init_params, firsts, dims):  # type: ignore[no-untyped-def]
     return [rows.new_empty(batch_size, len(vocabularies), dim) for dim in dims]
-
-
-def _cpu(rows, row_P, id_P, cell_P, vocabularies, batch_size, init_keys, init_params, firsts, dims):  # type: ignore[no-untyped-def]
-    out = [rows.new_empty(batch_size, len(vocabularies), dim) for dim in dims]
-    _pool(
-        *(rows.data_ptr(), rows.stride(0), rows.shape[2]),
-        *(address(row_P), address(id_P), address(cell_P), cell_P.numel()),
-        *(address(vocabularies), len(vocabularies), batch_size),
-        *(address(init_keys), address(init_params)),
-        *(len(dims), int64s(firsts), int64s(dims), addresses(out)),
-    )
-    return out
 
 
 pool = define_op(
     "pool(Tensor rows, Tensor row_P, Tensor id_P, Tensor cell_P, Tensor vocabularies, int batch_size,"
     " Tensor init_keys, Tensor init_params, int[] firsts, int[] dims) -> Tensor[]",
     definition=definition,
-    cpu=_cpu,
     fake=_fake,
 )

@@ -1,0 +1,124 @@
+// The operators of the captured step as torch's dispatcher calls them: without a line of Python between graph and kernel.
+// Schemas, definitions and fakes are in the .py files; torch's stable C++ interface keeps the build at two seconds.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+using Tensors = std::vector<Tensor>;
+
+extern "C" {
+void order_ids(const int64_t* const*, const int32_t* const*, int64_t, int64_t, int64_t, int64_t*, int32_t*);
+void find(const int64_t*, const int64_t*, const int64_t*, const int64_t*, const int64_t*, const int32_t*, int64_t,
+          const int32_t*, int64_t, int32_t*);
+void find_or_insert(int64_t*, int64_t*, int32_t*, int64_t*, int32_t*, float*, int64_t*, const int32_t*, int64_t*,
+                    int64_t*, int64_t*, int64_t*, int32_t*, int64_t*, const int64_t*, const int64_t*, const int64_t*,
+                    int64_t, int64_t, int64_t, int64_t, const int64_t*, const int32_t*, int64_t, const int32_t*,
+                    int64_t, const int64_t*, const float*, int64_t, const bool*, int32_t*, int32_t*);
+void pool(const float*, int64_t, int64_t, const int32_t*, const int64_t*, const int32_t*, int64_t, const int32_t*,
+          int64_t, int64_t, const int64_t*, const float*, int64_t, const int64_t*, const int64_t*, float* const*);
+void add_row_grads(float*, int64_t, const int32_t*, const int32_t*, int64_t, const int32_t*, int64_t, int64_t,
+                   const int64_t*, const int64_t*, const float* const*);
+void adamw_rows(float*, float*, int64_t*, const int32_t*, int64_t, int64_t, int64_t, const double*, const bool*);
+}
+
+namespace {
+
+// The address of a tensor's first item; the kernel knows the strides of `rows` and `grads`, all others are contiguous.
+template <class T>
+T* strided(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+template <class T>
+T* flat(const Tensor& t) {
+  STD_TORCH_CHECK(t.is_contiguous(), "recfx: got a strided tensor where the kernel reads a contiguous one.");
+  return static_cast<T*>(t.data_ptr());
+}
+
+template <class T>
+std::vector<T*> flat(const Tensors& tensors) {
+  std::vector<T*> addresses;
+  for (const Tensor& t : tensors) addresses.push_back(flat<T>(t));
+  return addresses;
+}
+
+std::tuple<Tensor, Tensor> order_ids_op(const Tensors& values, const Tensors& offsets) {
+  int64_t positions = 0;
+  for (const Tensor& t : values) positions += t.numel();
+  Tensor id_P = torch::stable::new_empty(values[0], {positions}), cell_P = torch::stable::new_empty(offsets[0], {positions});
+  order_ids(flat<const int64_t>(values).data(), flat<const int32_t>(offsets).data(), values.size(),
+            offsets[0].numel() - 1, positions, flat<int64_t>(id_P), flat<int32_t>(cell_P));
+  return {id_P, cell_P};
+}
+
+Tensor find_op(const Tensor& slots, const Tensor& ids, const Tensor& num_slots, const Tensor& salt, const Tensor& id_P,
+               const Tensor& cell_P, const Tensor& vocabularies) {
+  Tensor row_P = torch::stable::empty_like(cell_P);
+  find(flat<int64_t>(slots), flat<int64_t>(ids), flat<int64_t>(num_slots), flat<int64_t>(salt), flat<int64_t>(id_P),
+       flat<int32_t>(cell_P), cell_P.numel(), flat<int32_t>(vocabularies), vocabularies.numel(), flat<int32_t>(row_P));
+  return row_P;
+}
+
+std::tuple<Tensor, Tensor> find_or_insert_op(
+    Tensor slots, Tensor ids, Tensor row_vocabularies, Tensor seen, Tensor born, Tensor rows, Tensor num_rows,
+    const Tensor& free_rows, Tensor num_free, Tensor num_refused, Tensor tally, Tensor num_crowded, Tensor unique_rows,
+    Tensor num_unique, const Tensor& num_slots, const Tensor& salt, const Tensor& step, const Tensor& id_P,
+    const Tensor& cell_P, const Tensor& vocabularies, const Tensor& init_keys, const Tensor& init_params,
+    std::optional<Tensor> admit_P) {
+  Tensor row_P = torch::stable::empty_like(cell_P), inverse_P = torch::stable::empty_like(cell_P);
+  find_or_insert(flat<int64_t>(slots), flat<int64_t>(ids), flat<int32_t>(row_vocabularies), flat<int64_t>(seen),
+                 flat<int32_t>(born), strided<float>(rows), flat<int64_t>(num_rows), flat<int32_t>(free_rows),
+                 flat<int64_t>(num_free), flat<int64_t>(num_refused), flat<int64_t>(tally), flat<int64_t>(num_crowded),
+                 flat<int32_t>(unique_rows), flat<int64_t>(num_unique), flat<int64_t>(num_slots), flat<int64_t>(salt),
+                 flat<int64_t>(step), ids.numel(), unique_rows.numel(), rows.stride(0), rows.size(1),
+                 flat<int64_t>(id_P), flat<int32_t>(cell_P), cell_P.numel(), flat<int32_t>(vocabularies),
+                 vocabularies.numel(), flat<int64_t>(init_keys), flat<float>(init_params), rows.size(2),
+                 admit_P ? flat<bool>(*admit_P) : nullptr, flat<int32_t>(row_P), flat<int32_t>(inverse_P));
+  return {row_P, inverse_P};
+}
+
+Tensors pool_op(const Tensor& rows, const Tensor& row_P, const Tensor& id_P, const Tensor& cell_P,
+                const Tensor& vocabularies, int64_t batch_size, const Tensor& init_keys, const Tensor& init_params,
+                const Ints& firsts, const Ints& dims) {
+  Tensors out;
+  for (int64_t dim : dims) out.push_back(torch::stable::new_empty(rows, {batch_size, vocabularies.numel(), dim}));
+  pool(strided<float>(rows), rows.stride(0), rows.size(2), flat<int32_t>(row_P), flat<int64_t>(id_P),
+       flat<int32_t>(cell_P), cell_P.numel(), flat<int32_t>(vocabularies), vocabularies.numel(), batch_size,
+       flat<int64_t>(init_keys), flat<float>(init_params), dims.size(), firsts.data(), dims.data(),
+       flat<float>(out).data());
+  return out;
+}
+
+void add_row_grads_op(Tensor grads, const Tensor& inverse_P, const Tensor& cell_P, const Tensor& vocabularies,
+                      const Ints& firsts, const Ints& dims, const Tensors& blocks) {
+  Tensors dense;  // a gradient broadcast over the lookups comes with strides of 0
+  for (const Tensor& block : blocks) dense.push_back(block.is_contiguous() ? block : torch::stable::contiguous(block));
+  add_row_grads(strided<float>(grads), grads.stride(0), flat<int32_t>(inverse_P), flat<int32_t>(cell_P),
+                cell_P.numel(), flat<int32_t>(vocabularies), vocabularies.numel(), dims.size(), firsts.data(),
+                dims.data(), flat<const float>(dense).data());
+}
+
+void adamw_rows_op(Tensor rows, Tensor grads, Tensor num_unique, const Tensor& unique_rows, const Tensor& hyper,
+                   const Tensor& due) {
+  adamw_rows(strided<float>(rows), strided<float>(grads), flat<int64_t>(num_unique), flat<int32_t>(unique_rows),
+             rows.stride(0), grads.stride(0), rows.size(2), flat<double>(hyper), flat<bool>(due));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(recfx, CPU, library) {
+  library.impl("order_ids", TORCH_BOX(&order_ids_op));
+  library.impl("find", TORCH_BOX(&find_op));
+  library.impl("find_or_insert_", TORCH_BOX(&find_or_insert_op));
+  library.impl("pool", TORCH_BOX(&pool_op));
+  library.impl("add_row_grads_", TORCH_BOX(&add_row_grads_op));
+  library.impl("adamw_rows_", TORCH_BOX(&adamw_rows_op));
+}
