@@ -8,7 +8,7 @@ EXPORT void adamw_rows(float* rows, float* grads_UW, int64_t* num_unique, const 
   const float alpha = hyper[5], eps = hyper[6], scale = hyper[7];
   const int64_t num = *num_unique, ahead = 8;
   with_dim(width, [=](auto dim) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static, OWNED)
     for (int64_t u = 0; u < num; ++u) {
       if (u + ahead < num)
         for (int64_t c = 0; c < 3 * dim; c += 16) __builtin_prefetch(rows + unique_rows[u + ahead] * row_stride + c, 1);

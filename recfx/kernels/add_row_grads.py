@@ -15,15 +15,14 @@ def definition(
     grads: Tensor,
     inverse_P: Tensor,
     cell_P: Tensor,
-    vocabularies: Tensor,
     firsts: Sequence[int],
     dims: Sequence[int],
     blocks: Sequence[Tensor],
 ) -> None:
     """grads[inverse[k], firsts[s]:][:dims[s]] += blocks[s][sample(k), lookup(k)], ids in order.
 
-    Shapes:   grads f32 [U, W], inverse_P i32 [P] (negative: no gradient), cell_P i32 [P], vocabularies i32 [L] as in
-              `find`, blocks[s] f32 [B, L, dims[s]].
+    Shapes:   grads f32 [U, W], inverse_P i32 [P] (negative: no gradient), cell_P i32 [P] as in `find`,
+              blocks[s] f32 [B, L, dims[s]].
     """
     kept = (cell_P >= 0) & (inverse_P >= 0)
     unique, cell = inverse_P[kept].long(), cell_P[kept].long()
@@ -32,8 +31,8 @@ def definition(
 
 
 add_row_grads_ = define_op(
-    "add_row_grads_(Tensor(a!) grads, Tensor inverse_P, Tensor cell_P, Tensor vocabularies, int[] firsts, int[] dims,"
-    " Tensor[] blocks) -> ()",
+    "add_row_grads_(Tensor(a!) grads, Tensor inverse_P, Tensor cell_P, int[] firsts, int[] dims, Tensor[] blocks)"
+    " -> ()",
     definition=definition,
     fake=lambda *_: None,
 )

@@ -24,8 +24,8 @@ void find_or_insert(int64_t*, int64_t*, int32_t*, int64_t*, int32_t*, float*, in
                     int64_t, const int64_t*, const float*, int64_t, const bool*, int32_t*, int32_t*);
 void pool(const float*, int64_t, int64_t, const int32_t*, const int64_t*, const int32_t*, int64_t, const int32_t*,
           int64_t, int64_t, const int64_t*, const float*, int64_t, const int64_t*, const int64_t*, float* const*);
-void add_row_grads(float*, int64_t, const int32_t*, const int32_t*, int64_t, const int32_t*, int64_t, int64_t,
-                   const int64_t*, const int64_t*, const float* const*);
+void add_row_grads(float*, int64_t, const int32_t*, const int32_t*, int64_t, int64_t, const int64_t*, const int64_t*,
+                   const float* const*);
 void adamw_rows(float*, float*, int64_t*, const int32_t*, int64_t, int64_t, int64_t, const double*, const bool*);
 }
 
@@ -97,13 +97,12 @@ Tensors pool_op(const Tensor& rows, const Tensor& row_P, const Tensor& id_P, con
   return out;
 }
 
-void add_row_grads_op(Tensor grads, const Tensor& inverse_P, const Tensor& cell_P, const Tensor& vocabularies,
-                      const Ints& firsts, const Ints& dims, const Tensors& blocks) {
+void add_row_grads_op(Tensor grads, const Tensor& inverse_P, const Tensor& cell_P, const Ints& firsts, const Ints& dims,
+                      const Tensors& blocks) {
   Tensors dense;  // a gradient broadcast over the lookups comes with strides of 0
   for (const Tensor& block : blocks) dense.push_back(block.is_contiguous() ? block : torch::stable::contiguous(block));
   add_row_grads(strided<float>(grads), grads.stride(0), flat<int32_t>(inverse_P), flat<int32_t>(cell_P),
-                cell_P.numel(), flat<int32_t>(vocabularies), vocabularies.numel(), dims.size(), firsts.data(),
-                dims.data(), flat<const float>(dense).data());
+                cell_P.numel(), dims.size(), firsts.data(), dims.data(), flat<const float>(dense).data());
 }
 
 void adamw_rows_op(Tensor rows, Tensor grads, Tensor num_unique, const Tensor& unique_rows, const Tensor& hyper,

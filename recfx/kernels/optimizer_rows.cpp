@@ -27,7 +27,7 @@ static void update_rows(const StepRows& s, Formula formula) {
   std::vector<float> same(2 * s.width, (float)s.hyper[0]);
   std::fill(same.begin() + s.width, same.end(), (float)s.hyper[1]);
   with_dim(s.width, [&](auto dim) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static, OWNED)
     for (int64_t u = 0; u < num; ++u) {
       if (u + ahead < num)
         for (int64_t c = 0; c < s.row_stride; c += 16)

@@ -12,6 +12,7 @@ constexpr int64_t EMPTY = -1;
 constexpr int32_t UNKNOWN = -1;  // pools to zeros
 constexpr int32_t REFUSED = -2;  // pools to its initial value
 constexpr int32_t FREED = -1;    // vocabulary of a row that is not in use
+constexpr int64_t OWNED = 16;    // unique rows in a run that belongs to one thread; runs go round the threads
 constexpr uint64_t RUN = 64;     // slots looked at before probing goes on elsewhere
 
 static inline uint64_t mix(uint64_t x) {
@@ -117,6 +118,11 @@ static inline void initial_values(const Initializer& init, uint64_t vocabulary, 
   }
 }
 
+// How many ids come before the padding.
+static inline int64_t count_ids(const int32_t* cell, int64_t num_positions) {
+  return std::partition_point(cell, cell + num_positions, [](int32_t c) { return c >= 0; }) - cell;
+}
+
 // The ids of one batch in the table's order; cell = sample * num_lookups + lookup, -1 in the padding at the end.
 struct Ids {
   const int64_t* id;
@@ -124,7 +130,7 @@ struct Ids {
   int64_t num_positions;
   const int32_t* vocabularies;  // [L], of each lookup
   int64_t num_lookups;
-  int64_t count() const { return std::lower_bound(cell, cell + num_positions, -1, later) - cell; }
+  int64_t count() const { return count_ids(cell, num_positions); }
   int64_t first_of(int64_t sample) const {
     return std::lower_bound(cell, cell + count(), sample * num_lookups) - cell;
   }
@@ -134,9 +140,6 @@ struct Ids {
     return (int64_t)((unsigned __int128)fraction * (uint64_t)num_lookups >> 64);
   }
   int32_t vocabulary(int64_t k) const { return vocabularies[lookup(k)]; }
-
- private:
-  static bool later(int32_t a, int32_t) { return a >= 0; }
 };
 
 // Calls f(dim) with the usual widths as compile-time constants, so that loops over them become a few vector instructions.

@@ -158,7 +158,7 @@ def table(
         def add_grads_(state: TableState, found: Found, blocks: list[Tensor]) -> TableState:
             if found.read_only is not None:
                 blocks = [block[:, : len(found.vocabularies)] for block in blocks]
-            op(state.grads, found.inverse, found.cell, found.vocabularies, plan.firsts, plan.dims, blocks)
+            op(state.grads, found.inverse, found.cell, plan.firsts, plan.dims, blocks)
             return state
 
         return add_grads_

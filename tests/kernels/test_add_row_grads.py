@@ -28,7 +28,7 @@ def case(lists, vocabularies, dims, seed, *, spare=2, num_unique=9):
 
 def call(op, grads, inverse_P, reading, firsts, dims, blocks):
     grads = grads.clone()
-    op(grads, inverse_P, *reading[1:], firsts, dims, blocks)
+    op(grads, inverse_P, reading.cell, firsts, dims, blocks)
     return grads
 
 
@@ -53,7 +53,6 @@ def test_kernel_is_definition_is_loop_exactly(stream, dims, seed, threads):
 
 @pytest.mark.parametrize("vocabularies", [[0, 0, 1, 0, 2, 2], [0, 1, 2, 3, 4, 5], [0]], ids=str)
 def test_one_and_two_threads_give_the_same_bytes(vocabularies):
-    """Both ways of dealing out the work: whole vocabularies, and shares of the unique rows."""
     lists = random_lists(random.Random(0), lookups=len(vocabularies), samples=300, longest=4, ids=range(50))
     args = case(lists, vocabularies, (8, 1), 0, num_unique=60)
     one, two = (on_threads(n, call, add_row_grads.add_row_grads_, *args) for n in (1, 2))
@@ -76,5 +75,5 @@ def test_blocks_may_be_strided():
 def test_opcheck():
     grads, inverse_P, reading, firsts, dims, blocks = case([[[1, 2], []], [[1], [3, 3]]], [0, 1], (8, 1), 0)
     torch.library.opcheck(
-        add_row_grads.add_row_grads_, (grads, inverse_P, *reading[1:], list(firsts), list(dims), blocks)
+        add_row_grads.add_row_grads_, (grads, inverse_P, reading.cell, list(firsts), list(dims), blocks)
     )
