@@ -58,6 +58,7 @@ class Step(NamedTuple):
     plan:       the physical tables, one per entry of TrainState.tables.
     accumulation: micro-batches per optimiser step.
     seed: of the tables' initial weights.
+    slots: what the sparse optimiser keeps beside a weight and, then, per row.
     """
 
     init: Callable[[Params], TrainState]
@@ -70,6 +71,7 @@ class Step(NamedTuple):
     plan: Plan
     accumulation: int
     seed: int
+    slots: tuple[str, ...]
 
 
 class _Spelling(NamedTuple):
@@ -209,7 +211,8 @@ def train_step(
             t.grow_(s, num_ids)
         return state
 
-    return Step(init, spell(pure), spell(in_place), evaluate_, flush_, ids_in, grow_, plan, accumulation, seed)
+    kept = (*sparse_optimizer.slots, *sparse_optimizer.row_slots)
+    return Step(init, spell(pure), spell(in_place), evaluate_, flush_, ids_in, grow_, plan, accumulation, seed, kept)
 
 
 def _valid(batch: dict, label: str) -> Tensor:

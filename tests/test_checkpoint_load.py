@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from recfx.checkpoint import load, save
-from recfx.embeddings import Embedding, uniform
+from recfx.embeddings import Column, Embedding, TablePlan, uniform
 from recfx.kernels.hashing import owner
 from recfx.kernels.initial import initial_values
+from recfx.optim import adagrad, sgd, sparse_adagrad, sparse_ftrl, sparse_rowwise_adagrad, sparse_sgd
 from recfx.step import Step, TrainState
 from recfx.table import TableState, initializer_tensors
 from tests.conftest import DIM, FEATURES, deepfm_batches, deepfm_groups, deepfm_params, deepfm_step
@@ -59,10 +60,16 @@ def content(step: Step, state: TrainState, rows_of: Callable[[int], bool] = lamb
             v = int(table.vocabularies[row])
             if v >= 0:
                 columns = plan.vocabularies[v]
-                values = [(c.name, table.rows[row, :, c.first : c.first + c.dim].tolist()) for c in columns]
+                values = [(c.name, of_table(table.rows[row], plan, k, c)) for k, c in enumerate(columns)]
                 ages = int(table.seen[row]) >> 32, int(table.born[row]), int(table.counts[row])
                 found[(*[c.name for c in columns], int(table.ids[row]))] = (values, *ages)
     return found
+
+
+def of_table(row: Tensor, plan: TablePlan, k: int, column: Column) -> list:
+    """Weights and slots of one logical table, and its row slot behind all weights, if there is one."""
+    behind = row[:, plan.width + k : plan.width + k + 1] if row.shape[1] > plan.width else row[:, :0]
+    return torch.cat([row[:, column.first : column.first + column.dim], behind], dim=1).tolist()
 
 
 def row_numbers(table: TableState) -> dict[tuple[int, int], int]:
@@ -260,6 +267,28 @@ def test_one_of_two_tables_of_a_row(step, state, saved):
     biases = [dict(values)[key[1]] for key, (values, *_) in found.items()]
     assert all(m == [0.0] and v == [0.0] for _, m, v in biases)
     assert len({w for (w,), _, _ in biases}) > 100
+
+
+@pytest.mark.parametrize(
+    "sparse", [sparse_sgd(1e-2), sparse_adagrad(1e-2), sparse_rowwise_adagrad(1e-2), sparse_ftrl(1e-2)]
+)
+@pytest.mark.parametrize("dense", [sgd(1e-2), adagrad(1e-2)])
+def test_every_optimiser_s_state(tmp_path, sparse, dense):
+    """Saved, and taken on by a model with one table more in its rows: all that was kept is where it belongs."""
+    step = deepfm_step(sparse_optimizer=sparse, dense_optimizer=dense)
+    state = some_state(step)
+    saved = save(tmp_path / "a", step, state, number=8, loop=LOOP)
+    loaded, _ = load(saved, step, fresh(step))
+    again = save(tmp_path / "b", step, loaded, number=8, loop=LOOP)
+    assert {p.name: sha256(p) for p in again.iterdir()} == {p.name: sha256(p) for p in saved.iterdir()}
+    groups = {"wide": [Embedding("b", dim=2, init=uniform(-1, 1))]} | deepfm_groups()
+    other = deepfm_step(embeddings=groups, sparse_optimizer=sparse, dense_optimizer=dense)
+    names = [f"{g}/{f}" for g in ("emb", "bias") for f in FEATURES]
+    wider, _ = load(saved, other, fresh(other), tables=names)
+    back, _ = load(save(tmp_path / "c", other, wider, number=8, loop=LOOP), step, fresh(step))
+    assert content(step, back) == content(step, state)
+    for table, plan in zip(wider.tables, other.plan.tables, strict=True):
+        assert table.rows.shape[2] == plan.width + len(sparse.row_slots) * len(plan.dims)
 
 
 def test_dense_alone(state, saved, step):

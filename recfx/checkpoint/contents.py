@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.utils._pytree import GetAttrKey, MappingKey, tree_flatten_with_path
+from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from recfx.checkpoint.files import (
     FORMAT,
@@ -33,7 +33,7 @@ from recfx.embeddings import Plan
 from recfx.step import Step, TrainState
 from recfx.table import COUNTERS, ROW_FIELDS, TableState
 
-__all__ = ["Contents", "Rows", "contents_of", "dense_tensors", "write"]
+__all__ = ["Contents", "DenseTensor", "Rows", "contents_of", "dense_tensors", "write"]
 
 SHARD_BYTES = 2**27
 WORKERS = 2  # one packs and sums while the other waits for the disk
@@ -63,7 +63,7 @@ def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since
     """
     if int(state.window.num_batches):
         raise ValueError("state: got an open accumulation window, expected none. Save between optimiser steps.")
-    tables, small = [], dense_tensors(state)
+    tables, small = [], {d.name: d.tensor for d in dense_tensors(state)}
     for i, table in enumerate(state.tables):
         small |= {f"table.{i}.{name}": getattr(table, name) for name in ("num_rows", *COUNTERS)}
         small[f"table.{i}.free_rows"] = table.free_rows[: int(table.num_free)].flip(0)
@@ -71,6 +71,7 @@ def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since
     manifest = {
         "format": FORMAT,
         "seed": step.seed,
+        "slots": step.slots,
         "loop": {**loop, "step": number},
         "tables": table_names(step.plan),
     }
@@ -88,14 +89,29 @@ def _rows(table: TableState, since: int | None) -> Rows:
     return Rows(columns, live)
 
 
-def dense_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Dense parameters and their optimiser's state by name, as the state holds them."""
-    leaves, _ = tree_flatten_with_path({"params": state.params, "dense": state.dense})
-    return {".".join(_key(part) for part in path): leaf for path, leaf in leaves}
+class DenseTensor(NamedTuple):
+    """A dense parameter, a part of its optimiser's state, or a counter of it, as the state holds it."""
+
+    part: str  # "params", "dense.m", "dense.step"
+    param: str | None  # whose it is
+    tensor: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.part if self.param is None else f"{self.part}.{self.param}"
+
+
+def dense_tensors(state: TrainState) -> list[DenseTensor]:
+    """Dense parameters and all that their optimiser keeps."""
+    found = []
+    for path, tensor in tree_flatten_with_path({"params": state.params, "dense": state.dense})[0]:
+        keys = [_key(part) for part in path]
+        of_param = isinstance(path[-1], MappingKey)
+        found.append(DenseTensor(".".join(keys[:-1] if of_param else keys), keys[-1] if of_param else None, tensor))
+    return found
 
 
 def _key(part: Any) -> str:
-    assert isinstance(part, MappingKey | GetAttrKey), part
     return part.key if isinstance(part, MappingKey) else part.name
 
 

@@ -69,6 +69,10 @@ class Move:
         here[[piece.there for piece in self.pieces]] = [piece.here for piece in self.pieces]
         return here
 
+    def columns_there(self, vocabulary: int) -> list[list]:
+        """Name, first column and width of its logical tables."""
+        return self.source.manifest["tables"][self.table][vocabulary]
+
     @property
     def everything(self) -> bool:
         """Whether every row there gets a row here."""
@@ -119,6 +123,11 @@ def load(
                 f"{source.path}: got seed {source.manifest['seed']}, expected the step's, {step.seed}. New rows would "
                 "be drawn differently. Build the step with the checkpoint's seed."
             )
+        if source.manifest["slots"] != list(step.slots) and (tables is None or tables):
+            raise ValueError(
+                f"{source.path}: got an optimiser that keeps {source.manifest['slots']} beside the weights, expected "
+                f"{list(step.slots)}. Use the optimiser that it was saved with."
+            )
     _load_dense_(state, sources[0], dense, names)
     _check_names("tables", tables, {c.name for t in step.plan.tables for v in t.vocabularies for c in v})
     for number, (plan, table) in enumerate(zip(step.plan.tables, state.tables, strict=True)):
@@ -135,14 +144,14 @@ def _check_names(argument: str, got: Collection[str] | None, known: Collection[s
 
 def _load_dense_(state: TrainState, source: Source, taken: Collection[str] | None, names: dict[str, str]) -> None:
     _check_names("dense", taken, state.params)
-    for key, target in dense_tensors(state).items():
-        param = next((p for p in state.params if key.endswith(f".{p}")), None)
-        if taken is not None and (param not in taken if param else not taken):
+    for part, param, target in dense_tensors(state):
+        if taken is not None and (param not in taken if param is not None else not taken):
             continue
-        saved = source.small.get(key if param is None else key.removesuffix(param) + names.get(param, param))
+        name = part if param is None else f"{part}.{names.get(param, param)}"
+        saved = source.small.get(name)
         if saved is None or saved.shape != target.shape:
             raise ValueError(
-                f"{source.path / STATE}: no tensor '{key}' of shape {list(target.shape)}. Another model's; name what "
+                f"{source.path / STATE}: no tensor '{name}' of shape {list(target.shape)}. Another model's; name what "
                 "to take in `dense`."
             )
         target.copy_(saved)
@@ -201,7 +210,7 @@ def _load_table_(table: TableState, number: int, plan: TablePlan, moves: list[Mo
             if not hasattr(workers, "reader"):
                 workers.reader = ShardReader()
             shard = workers.reader.read(move.source.path / name, move.source.manifest["files"][name])
-            _put_(table, number, plan, seed, move, place, shard)
+            _put_(table, plan, seed, move, place, shard)
 
         with ThreadPoolExecutor(WORKERS) as pool:
             for names in move.source.manifest["parts"][move.table]:  # laid over each other, so one after the other
@@ -241,9 +250,7 @@ def _places(moves: list[Move]) -> tuple[list[np.ndarray], int, np.ndarray]:
     return places, num_rows, np.zeros(0, np.int32)
 
 
-def _put_(
-    table: TableState, number: int, plan: TablePlan, seed: int, move: Move, place: np.ndarray, shard: dict
-) -> None:
+def _put_(table: TableState, plan: TablePlan, seed: int, move: Move, place: np.ndarray, shard: dict) -> None:
     """Some rows of a checkpoint to their places in the table."""
     at = place[shard["row"]]
     if (at < 0).any():
@@ -255,11 +262,6 @@ def _put_(
     values["seen"] = torch.from_numpy(shard["last_seen"]).long() << 32
     if not move.keeps_layout(plan.width):
         values["rows"] = _rows_here(values, plan, seed, move)
-    if values["rows"].shape[1:] != table.rows.shape[1:]:
-        raise ValueError(
-            f"table {number}: got rows of shape {list(values['rows'].shape[1:])}, expected "
-            f"{list(table.rows.shape[1:])}. Use the optimiser that it was saved with."
-        )
     values["vocabularies"] = torch.from_numpy(move.here[shard["vocabularies"]])
     where = slice(int(at[0]), int(at[-1]) + 1) if at[-1] - at[0] + 1 == len(at) else torch.from_numpy(at).long()
     for name, value in values.items():
@@ -270,13 +272,22 @@ def _rows_here(values: dict[str, Tensor], plan: TablePlan, seed: int, move: Move
     """The rows with their columns where the model has them; columns that are not taken as in a new row."""
     keys, params = initializer_tensors(plan, seed)
     vocabulary = torch.from_numpy(move.here)[values["vocabularies"].long()].long()
-    there = values["rows"]
-    here = there.new_zeros(len(there), there.shape[1], plan.width)
-    here[:, 0] = initial_values(values["ids"], keys[vocabulary].cpu(), params[vocabulary].cpu())
+    there, here_width = values["rows"], plan.width
+    there_width = max(first + dim for _, first, dim in move.columns_there(0))
+    per_table = (there.shape[2] - there_width) // len(move.columns_there(0))  # row slots, behind the weights
+    here = there.new_zeros(len(there), there.shape[1], here_width + per_table * len(plan.dims))
+    here[:, 0, :here_width] = initial_values(values["ids"], keys[vocabulary].cpu(), params[vocabulary].cpu())
     for piece in move.pieces:
-        of_piece = vocabulary == piece.here
-        block = here[of_piece]
+        rows = (vocabulary == piece.here).nonzero()[:, 0]
+        firsts = [first for _, first, _ in move.columns_there(piece.there)]
         for first, column in piece.columns:
-            block[..., column.first : column.first + column.dim] = there[of_piece, :, first : first + column.dim]
-        here[of_piece] = block
+            from_slot, to_slot = (
+                width + per_table * k
+                for width, k in (
+                    (there_width, firsts.index(first)),
+                    (here_width, plan.vocabularies[piece.here].index(column)),
+                )
+            )
+            for source, target, dim in ((first, column.first, column.dim), (from_slot, to_slot, per_table)):
+                here[rows, :, target : target + dim] = there[rows, :, source : source + dim]
     return here
