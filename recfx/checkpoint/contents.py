@@ -35,7 +35,7 @@ from recfx.table import COUNTERS, ROW_FIELDS, TableState
 
 __all__ = ["Contents", "DenseTensor", "Rows", "contents_of", "dense_tensors", "write"]
 
-SHARD_BYTES = 2**27
+SHARD_BYTES = 2**25
 WORKERS = 2  # one packs and sums while the other waits for the disk
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,8 @@ from recfx.step import Step, TrainState
 from recfx.table import COUNTERS, ROW_FIELDS, TableState, initializer_tensors, restore_
 
 __all__ = ["Source", "load"]
+
+PIECE = 2**15  # rows whose owners are computed at once: in the cache, and too few for torch to start threads
 
 
 class Source(NamedTuple):
@@ -228,34 +229,45 @@ def _places(moves: list[Move]) -> tuple[list[np.ndarray], int, np.ndarray]:
     """By move: row here of each row there, -1: not taken. And the number of rows here, and the free ones."""
     places, num_rows = [], 0
     for move in moves:
-        source, t = move.source, move.table
-        free = source.small[f"table.{t}.free_rows"].numpy()
-        taken = np.ones(int(source.small[f"table.{t}.num_rows"]), bool)
+        free = move.source.small[f"table.{move.table}.free_rows"].numpy()
         if len(moves) == 1 and move.everything:
-            place = np.arange(len(taken), dtype=np.int32)
+            place = np.arange(int(move.source.small[f"table.{move.table}.num_rows"]), dtype=np.int32)
             place[free] = -1
-            return [place], len(taken), free
-        ids, vocabulary = np.zeros(len(taken), np.int64), np.full(len(taken), -1, np.int32)
-        for name in itertools.chain(*source.manifest["parts"][t]):
-            shard = read_some(source.path / name, ("row", "ids", "vocabularies"))
-            ids[shard["row"]] = shard["ids"]
-            vocabulary[shard["row"]] = move.here[shard["vocabularies"]]
-        vocabulary[free] = -1
-        taken = vocabulary >= 0
-        if move.world_size > 1:
-            ranks = owner(torch.from_numpy(ids), torch.from_numpy(vocabulary), move.world_size)
-            taken &= (ranks == move.rank).numpy()
-        places.append(np.where(taken, num_rows + np.cumsum(taken) - 1, -1).astype(np.int32))
+            return [place], len(place), free
+        taken = _taken(move)
+        taken[free] = False
+        place = np.cumsum(taken, dtype=np.int32) + np.int32(num_rows - 1)
         num_rows += int(taken.sum())
+        place[~taken] = -1
+        places.append(place)
     return places, num_rows, np.zeros(0, np.int32)
+
+
+def _taken(move: Move) -> np.ndarray:
+    """bool [rows there]: whether a vocabulary that is taken holds the row, and this rank is its owner."""
+    source, t = move.source, move.table
+    taken = np.zeros(int(source.small[f"table.{t}.num_rows"]), bool)
+
+    def look(name: str) -> None:
+        shard = read_some(source.path / name, ("row", "ids", "vocabularies"))
+        ids, here = torch.from_numpy(shard["ids"]), torch.from_numpy(move.here[shard["vocabularies"]])
+        pieces = zip(ids.split(PIECE), here.split(PIECE), strict=True)
+        mine = [(v >= 0) & (owner(i, v, move.world_size) == move.rank) for i, v in pieces]
+        taken[shard["row"]] = torch.cat(mine).numpy()
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for names in source.manifest["parts"][t]:
+            list(pool.map(look, names))
+    return taken
 
 
 def _put_(table: TableState, plan: TablePlan, seed: int, move: Move, place: np.ndarray, shard: dict) -> None:
     """Some rows of a checkpoint to their places in the table."""
     at = place[shard["row"]]
-    if (at < 0).any():
-        shard = {name: array[at >= 0] for name, array in shard.items()}
-        at = at[at >= 0]
+    kept = np.flatnonzero(at >= 0)
+    if len(kept) < len(at):
+        at = at[kept]
+        shard = {name: array.take(kept, axis=0) for name, array in shard.items()}
     if not len(at):
         return
     values = {name: torch.from_numpy(shard[name]) for name in ROW_FIELDS if name != "seen"}

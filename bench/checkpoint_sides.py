@@ -1,0 +1,77 @@
+"""What the checkpoint benchmarks do: a state of many rows, files read and written plainly, one rank's load."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recfx.checkpoint import load
+from recfx.examples import deepfm as program
+from recfx.step import Step, TrainState
+from recfx.table import rebuild_
+
+CHUNK = 2**22
+
+
+def deepfm_state() -> tuple[Step, TrainState]:
+    """DeepFM's, empty: rows of 27 floats, 32 in memory."""
+    return program.build_step(program.parse(["--data_paths", "", "--gradient_accumulation_steps", "1"]))
+
+
+def filled(num_rows: int) -> tuple[Step, TrainState]:
+    """With rows of every vocabulary."""
+    step, state = deepfm_state()
+    (table,), num_vocabularies = state.tables, len(step.plan.tables[0].vocabularies)
+    number = torch.arange(num_rows)
+    table.ids[:num_rows] = number * 0x9E3779B97F4A7C15 // 2**24
+    table.vocabularies[:num_rows] = number % num_vocabularies
+    table.rows[:num_rows].normal_(generator=torch.Generator().manual_seed(0))
+    table.num_rows.fill_(num_rows)
+    rebuild_(table)
+    return step, state
+
+
+def timed(work: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def write_plainly(path: Path, num_bytes: int) -> None:
+    """The disk's own speed: one buffer over and over, then until it is on disk."""
+    buffer = os.urandom(CHUNK)
+    with path.open("wb", buffering=0) as file:
+        for _ in range(num_bytes // CHUNK):
+            file.write(buffer)
+        os.fsync(file.fileno())
+
+
+def read_plainly(paths: Iterable[Path]) -> None:
+    buffer = bytearray(CHUNK)
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):  # type: ignore[attr-defined]
+                pass
+
+
+def forget(paths: Iterable[Path]) -> None:
+    """Out of the page cache: the next read comes from the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def loader(path: str, rank: int, world_size: int) -> tuple[Callable, Callable]:
+    """For `Child`: a step loads one rank's share into a new state."""
+
+    def one(_: int) -> None:
+        step, state = deepfm_state()
+        load(path, step, state, rank=rank, world_size=world_size)
+
+    return one, lambda _: None

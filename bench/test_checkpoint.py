@@ -1,0 +1,198 @@
+"""Saving and loading 10 M rows of DeepFM width, against the disk's own speed and against other writers of tensors.
+
+Sides take turns; a claim is the median of the ratios of neighbours. What is written is waited for (fsync), what is read
+comes from the disk, into memory that was not touched before.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from bench.checkpoint_sides import deepfm_state, filled, forget, read_plainly, timed, write_plainly
+from bench.harness import Child, Claim, Claims
+from bench.workload import make_batches
+from recfx.capture import capture
+from recfx.checkpoint import Saver, load, save
+
+NUM_ROWS, ROUNDS = 10_000_000, 5
+LOOP = {"epoch": 0, "position": None}
+
+
+@pytest.fixture(scope="module")
+def big():
+    return filled(NUM_ROWS)
+
+
+@pytest.fixture
+def folder(tmp_path: Path):
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture
+def saved(big, folder):
+    return save(folder / "recfx", *big, number=1, loop=LOOP)
+
+
+def size_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def plain_tensors(state) -> dict[str, torch.Tensor]:
+    """The same tensors, contiguous: what torch and safetensors can write without a copy."""
+    (t,) = state.tables
+    names = ("ids", "vocabularies", "born", "counts", "rows")
+    return {name: getattr(t, name)[:NUM_ROWS].contiguous() for name in names}
+
+
+def claim(claims: Claims, name: str, recfx_s: list[float], other_s: list[float], other: str, num_bytes: int, target):
+    ratio = statistics.median(b / r for r, b in zip(recfx_s, other_s, strict=True))
+    rates = [num_bytes / 1e9 / statistics.median(seconds) for seconds in (recfx_s, other_s)]
+    claims.add(
+        Claim(
+            name=name, unit="GB/s", recfx=rates[0], baseline=rates[1], baseline_name=other, ratio=ratio, target=target
+        )
+    )
+
+
+def in_turns(*sides, rounds: int = ROUNDS) -> list[list[float]]:
+    """Seconds of each side per round, after one round that is not counted."""
+    return [[side() for side in sides] for _ in range(rounds + 1)][1:]
+
+
+def test_save(benchmark, big, folder, claims: Claims):
+    step, state = big
+    num_bytes = size_of(save(folder / "recfx", step, state, number=1, loop=LOOP))
+    tensors, other = plain_tensors(state), folder / "other"
+
+    def synced(write) -> float:
+        def work() -> None:
+            write()
+            descriptor = os.open(other, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+        seconds = timed(work)
+        other.unlink()
+        return seconds
+
+    sides = {
+        "recfx": lambda: timed(lambda: save(folder / "recfx", step, state, number=1, loop=LOOP)),
+        "plain sequential write": lambda: synced(lambda: write_plainly(other, num_bytes)),
+        "torch.save": lambda: synced(lambda: torch.save(tensors, other)),
+        "safetensors": lambda: synced(lambda: safetensors.torch.save_file(tensors, other)),
+    }
+    rounds = benchmark.pedantic(in_turns, args=tuple(sides.values()), rounds=1)
+    ours, *theirs = zip(*rounds, strict=True)
+    for name, seconds in zip(list(sides)[1:], theirs, strict=True):
+        target = 0.7 if name.startswith("plain") else None
+        claim(claims, "save 10 M rows", ours, seconds, name, num_bytes, target)
+
+
+def test_load(benchmark, big, saved, folder, claims: Claims):
+    tensors, num_bytes = plain_tensors(big[1]), size_of(saved)
+    torch.save(tensors, folder / "torch")
+    safetensors.torch.save_file(tensors, folder / "safetensors")
+    del tensors
+    os.sync()
+
+    def cold(paths, read) -> float:
+        forget(paths)
+        return timed(read)
+
+    def ours() -> float:
+        fresh = deepfm_state()
+        return cold(list(saved.iterdir()), lambda: load(saved, *fresh))
+
+    sides = {
+        "recfx": ours,
+        "plain sequential read": lambda: cold(list(saved.iterdir()), lambda: read_plainly(saved.iterdir())),
+        "torch.load": lambda: cold([folder / "torch"], lambda: torch.load(folder / "torch")),
+        "safetensors": lambda: cold(
+            [folder / "safetensors"],
+            lambda: {k: t.clone() for k, t in safetensors.torch.load_file(folder / "safetensors").items()},
+        ),
+    }
+    rounds = benchmark.pedantic(in_turns, args=tuple(sides.values()), rounds=1)
+    ours_s, *theirs = zip(*rounds, strict=True)
+    for name, seconds in zip(list(sides)[1:], theirs, strict=True):
+        target = 0.7 if name.startswith("plain") else None
+        claim(claims, "load 10 M rows", ours_s, seconds, name, num_bytes, target)
+
+
+def test_load_onto_two_ranks(benchmark, saved, claims: Claims):
+    """Two processes at once, each with its half, against one process with all."""
+    arguments = {"target": "bench.checkpoint_sides:loader", "path": str(saved)}
+    with (
+        Child(**arguments, rank=0, world_size=1) as one,
+        Child(**arguments, rank=0, world_size=2) as left,
+        Child(**arguments, rank=1, world_size=2) as right,
+        ThreadPoolExecutor(2) as pool,
+    ):
+
+        def cold(*children: Child) -> float:
+            forget(saved.iterdir())
+            return timed(lambda: list(pool.map(lambda child: child.run(1), children)))
+
+        sides = (lambda: cold(one)), (lambda: cold(left, right))
+        rounds = benchmark.pedantic(in_turns, args=sides, rounds=1)
+    whole, halves = zip(*rounds, strict=True)
+    name = "load 10 M rows onto 2 ranks"
+    claim(claims, name, halves, whole, "recfx, 1 rank", size_of(saved), 1 / 1.3)
+
+
+@pytest.mark.parametrize("batch_size", [1000, 4096])
+def test_background_save(benchmark, folder, batch_size, claims: Claims):
+    """Training time lost to a background save, against what a save costs that is waited for."""
+    step, state = filled(NUM_ROWS)
+    work = make_batches(16, batch_size, table_rows=200_000)
+    run = capture(step, state, work.batches[0])
+
+    def train(num: int) -> None:
+        nonlocal state
+        for k in range(num):
+            state, _ = run(state, work.batches[k % 16])
+
+    train(40)
+    lost, waited = [], []
+    with Saver(folder, step, max_to_keep=1) as saver:
+
+        def one_round(number: int) -> None:
+            waited.append(timed(lambda: saver.save(state, number=2 * number, loop=LOOP)))
+            steps = max(50, int(2 * waited[-1] / (timed(lambda: train(20)) / 20)))
+            alone = timed(lambda: train(steps)) / steps
+
+            def beside() -> None:
+                nonlocal done
+                saver.save_in_background(state, number=2 * number + 1, loop=LOOP)
+                while saver.busy or done < steps:
+                    train(10)
+                    done += 10
+
+            done = 0
+            seconds = timed(beside)
+            saver.finish()
+            again = timed(lambda: train(steps)) / steps
+            lost.append(seconds - done * (alone + again) / 2)
+
+        benchmark.pedantic(lambda: [one_round(k) for k in range(ROUNDS)], rounds=1)
+    share = statistics.median(x / y for x, y in zip(lost, waited, strict=True))
+    claims.add(
+        Claim(
+            name=f"background save beside training, batch {batch_size}",
+            unit="s lost",
+            recfx=statistics.median(lost),
+            baseline=statistics.median(waited),
+            baseline_name="save that is waited for",
+            ratio=1 / share,
+            target=1 / 0.15,
+        )
+    )
