@@ -14,11 +14,13 @@ __all__ = [
     "Lookup",
     "Plan",
     "TablePlan",
+    "Tile",
     "constant",
     "kaiming_normal",
     "kaiming_uniform",
     "normal",
     "plan_tables",
+    "tile",
     "truncated_normal",
     "uniform",
     "xavier_normal",
@@ -96,6 +98,24 @@ def kaiming_normal(gain: float = math.sqrt(2)) -> InitializerOf:
     return lambda dim: normal(gain / math.sqrt(dim))
 
 
+class Tile(NamedTuple):
+    """Combines nothing: a list's first `length` rows side by side, zeros behind the last one."""
+
+    length: int
+
+
+def tile(length: int) -> Tile:
+    """The combiner that keeps a list's first `length` rows apart: [B, length, dim]. Ids behind them are not looked up.
+
+    Raises:   ValueError when length is below 1.
+    Example:  >>> Embedding("history", dim=8, combiner=tile(50)).combiner
+              Tile(length=50)
+    """
+    if length < 1:
+        raise ValueError(f"length: got {length}, expected at least 1.")
+    return Tile(length)
+
+
 @dataclass(frozen=True)
 class Embedding:
     """One embedding table read through one sparse feature.
@@ -104,7 +124,9 @@ class Embedding:
               a dense feature counts, none means padding; lists of unequal length are Ragged.
               dim: width of a weight row.
               shared_name: tables of one name are one table. Default: '<group>/<feature>', a table of its own.
-              combiner: how the rows of a sample's list become one: their sum or their mean. Empty lists give zeros.
+              combiner: how the rows of a sample's list become one; empty lists give zeros. With w the feature's
+              weights, or 1: "sum" is sum(w e), "mean" sum(w e) / sum(w), "sqrtn" sum(w e) / sqrt(sum(w^2)), where a
+              divisor of 0 counts as 1; `tile(n)` keeps the first n rows w e apart, as n cells of the group.
               init: distribution of a new row, a function of (seed, table name, id, column) alone.
               device: where the table lives; features must be there too.
               lr_scale: factor of the sparse optimiser's learning rate for this table, >= 0.
@@ -120,7 +142,7 @@ class Embedding:
     feature: str
     dim: int = field(kw_only=True)
     shared_name: str | None = field(default=None, kw_only=True)
-    combiner: Literal["sum", "mean"] = field(default="sum", kw_only=True)
+    combiner: Literal["sum", "mean", "sqrtn"] | Tile = field(default="sum", kw_only=True)
     init: Initializer | InitializerOf = field(default=truncated_normal(0.001), kw_only=True)
     device: str = field(default="cpu", kw_only=True)
     lr_scale: float = field(default=1.0, kw_only=True)
@@ -131,8 +153,10 @@ class Embedding:
     def __post_init__(self) -> None:
         if self.dim < 1:
             raise ValueError(f"feature '{self.feature}': got dim {self.dim}, expected at least 1.")
-        if self.combiner not in ("sum", "mean"):
-            raise ValueError(f"feature '{self.feature}': got combiner '{self.combiner}', expected 'sum' or 'mean'.")
+        if self.combiner not in ("sum", "mean", "sqrtn") and not isinstance(self.combiner, Tile):
+            raise ValueError(
+                f"feature '{self.feature}': got combiner '{self.combiner}', expected 'sum', 'mean', 'sqrtn' or tile(n)."
+            )
         for name, value in (("lr_scale", self.lr_scale), ("weight_decay", self.weight_decay)):
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"feature '{self.feature}': got {name} {value}, expected 0 <= {name} < inf.")
@@ -146,6 +170,11 @@ class Embedding:
     def rates(self) -> tuple[float, float | None]:
         """Factor of the learning rate, and weight decay or None for the optimiser's."""
         return (0.0, 0.0) if self.frozen else (self.lr_scale, self.weight_decay)
+
+    @property
+    def read_as(self) -> tuple[str, bool, int]:
+        """How its ids are read: feature, read only, and how many of a list's ids, 0 for all."""
+        return self.feature, self.read_only, self.combiner.length if isinstance(self.combiner, Tile) else 0
 
     @property
     def of_table(self) -> tuple:
@@ -170,6 +199,12 @@ class Lookup(NamedTuple):
     feature: str
     vocabulary: int
     read_only: bool = False
+    length: int = 0  # of a tiled list; 0: lists are pooled
+
+    @property
+    def num_cells(self) -> int:
+        """Rows [dim] that come out of it per sample."""
+        return max(self.length, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +224,16 @@ class TablePlan:
     def firsts(self) -> tuple[int, ...]:
         return tuple(sum(self.dims[:k]) for k in range(len(self.dims)))
 
+    @property
+    def cell_vocabularies(self) -> tuple[int, ...]:
+        """The vocabulary of each cell of a sample: those of the first lookup, of the second, and so on."""
+        return tuple(lookup.vocabulary for lookup in self.lookups for _ in range(lookup.num_cells))
+
+    def cells_of(self, lookup: int) -> slice:
+        """Which cells of a sample are the lookup's."""
+        first = sum(l.num_cells for l in self.lookups[:lookup])
+        return slice(first, first + self.lookups[lookup].num_cells)
+
 
 class Cell(NamedTuple):
     """Where an embedding comes out of the pooled blocks: block `column` of table `table`, lookup `lookup`."""
@@ -196,7 +241,7 @@ class Cell(NamedTuple):
     table: int
     column: int
     lookup: int
-    combiner: str
+    combiner: str | Tile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,8 +266,8 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
     serves them all (embedding and bias of a column). Vocabularies of equal row shape on one device share a physical
     table, where an id is still told apart from the same id of another vocabulary.
 
-    Args:     groups: embeddings by group name; a group reaches the model as one tensor [B, len(group), dim], or, where
-              its dims differ, as their concatenation [B, sum of dims].
+    Args:     groups: embeddings by group name; a group reaches the model as one tensor [B, len(group), dim], where a
+              tiled embedding counts as its n cells; or, where dims differ, as their concatenation [B, sum of dims].
     Raises:   ValueError when a group is empty, or one shared name is given two dims, initialisers, devices or rates.
     Example:  >>> plan = plan_tables({"emb": [Embedding("c1", dim=8), Embedding("c2", dim=8)],
               ...                     "bias": [Embedding("c1", dim=1), Embedding("c2", dim=1)]})
@@ -230,7 +275,7 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
               [((8, 1), 2, 2)]
     """
     logical: dict[str, Embedding] = {}
-    readers: dict[str, list[tuple[str, bool]]] = {}
+    readers: dict[str, list[tuple[str, bool, int]]] = {}
     for group, embeddings in groups.items():
         if not embeddings:
             raise ValueError(f"group '{group}': got no embeddings, expected at least one.")
@@ -242,10 +287,10 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
                     f"table '{name}': got {e} and {known}, expected one dim, init, device, lr_scale, weight_decay and "
                     "frozen per name."
                 )
-            if (e.feature, e.read_only) not in readers.setdefault(name, []):
-                readers[name].append((e.feature, e.read_only))
+            if e.read_as not in readers.setdefault(name, []):
+                readers[name].append(e.read_as)
 
-    names_of: dict[tuple[tuple[tuple[str, bool], ...], str], list[str]] = {}
+    names_of: dict[tuple[tuple[tuple[str, bool, int], ...], str], list[str]] = {}
     for name, e in logical.items():
         names_of.setdefault((tuple(sorted(readers[name])), e.device), []).append(name)
     shape_of = {key: (tuple(logical[n].dim for n in names), key[1]) for key, names in names_of.items()}
@@ -256,8 +301,8 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
     for t, (dims, device) in enumerate(shapes):
         keys = [key for key, shape in shape_of.items() if shape == (dims, device)]
         lookups = sorted(
-            (Lookup(feature, v, read_only) for v, (features, _) in enumerate(keys) for feature, read_only in features),
-            key=lambda lookup: (lookup.read_only, feature_order.index(lookup.feature), lookup.vocabulary),
+            (Lookup(f, v, read_only, n) for v, (how, _) in enumerate(keys) for f, read_only, n in how),
+            key=lambda l: (l.read_only, feature_order.index(l.feature), l.vocabulary, l.length),
         )
         vocabularies = []
         for v, key in enumerate(keys):
@@ -267,11 +312,11 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
                 columns.append(Column(name, sum(dims[:k]), dims[k], e.initializer, *e.rates))
                 for l, lookup in enumerate(lookups):
                     if lookup.vocabulary == v:
-                        place[name, lookup.feature, lookup.read_only] = (t, k, l)
+                        place[name, lookup.feature, lookup.read_only, lookup.length] = (t, k, l)
             vocabularies.append(tuple(columns))
         tables.append(TablePlan(device=device, dims=dims, vocabularies=tuple(vocabularies), lookups=tuple(lookups)))
     cells = {
-        group: tuple(Cell(*place[_name(group, e), e.feature, e.read_only], e.combiner) for e in embeddings)
+        group: tuple(Cell(*place[_name(group, e), *e.read_as], e.combiner) for e in embeddings)
         for group, embeddings in groups.items()
     }
     return Plan(tables=tuple(tables), groups=cells)

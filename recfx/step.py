@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recfx.embeddings import Embedding, Plan, plan_tables
+from recfx.embeddings import Embedding, Plan, Tile, plan_tables
+from recfx.kernels.order_lists import list_sums
 from recfx.losses import bce_with_logits
 from recfx.metrics import BinaryCounts, binary_metrics
 from recfx.optim import AdamState, SparseOptimizer
 from recfx.table import Found, Table, TableState, ids_of, table
-from recfx.types import COUNTS, NUM_SAMPLES, Params, Transform
+from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
 
 __all__ = ["Aux", "Step", "TrainState", "Window", "train_step"]
 
@@ -105,8 +106,8 @@ def train_step(
 
     Args:     features: batch -> features by name; ids for `embeddings` as Ragged i64, whatever `forward` wants besides;
               under `recfx.types.COUNTS` tensors by name for `aux.counts`.
-              embeddings: by group; a group reaches the model as one tensor [B, len(group), dim], or [B, sum of dims]
-              where its dims differ.
+              embeddings: by group; a group reaches the model as one tensor [B, len(group), dim], a tiled embedding as
+              n of its cells, or as [B, sum of dims] where its dims differ.
               forward: (params, embeddings by group, features) -> logit f32 [B, 1].
               loss: (logit, label) -> loss per sample [B, 1]; label: name of the feature [B, 1] that holds the target.
               accumulation: micro-batches per optimiser step. The step equals one on their concatenation: gradients are
@@ -221,21 +222,32 @@ def _valid(batch: dict, label: str) -> Tensor:
 
 
 def _groups(plan: Plan, blocks: list[list[Tensor]], found: list[Found]) -> dict[str, Tensor]:
-    """Each group's embeddings in its order, as one tensor: [B, len(group), dim], or [B, sum of dims] if they differ."""
+    """Each group's embeddings in its order, as one tensor: [B, cells, dim], or [B, sum of dims] if they differ."""
     groups = {}
     for name, cells in plan.groups.items():
-        parts = [blocks[c.table][c.column][:, c.lookup] for c in cells]
         block = blocks[cells[0].table][cells[0].column]
         whole = [(cells[0].table, cells[0].column, l, "sum") for l in range(block.shape[1])]
-        for i, c in enumerate(cells):
-            if not plan.learns(c):
-                parts[i] = parts[i].detach()
-            if c.combiner == "mean":
-                count = found[c.table].ragged[c.lookup].offsets.diff()[:, None]
-                parts[i] = parts[i] / count.clamp(min=1)
-        if len({part.shape[1] for part in parts}) > 1:
-            groups[name] = torch.cat(parts, dim=1)
+        if [tuple(c) for c in cells] == whole and all(map(plan.learns, cells)):
+            groups[name] = block
             continue
-        as_is = [tuple(c) for c in cells] == whole and all(map(plan.learns, cells))
-        groups[name] = block if as_is else torch.stack(parts, dim=1)
+        parts = []
+        for c in cells:
+            part = blocks[c.table][c.column][:, plan.tables[c.table].cells_of(c.lookup)]
+            part = part if plan.learns(c) else part.detach()
+            divisor = _divisor(c.combiner, found[c.table].ragged[c.lookup])
+            parts.append(part if divisor is None else part / divisor[:, None, None])
+        same = len({part.shape[2] for part in parts}) == 1
+        groups[name] = torch.cat(parts if same else [part.flatten(1) for part in parts], dim=1)
     return groups
+
+
+def _divisor(combiner: str | Tile, ids: Ragged) -> Tensor | None:
+    """What the sum of each list's weighted rows is divided by, [B]."""
+    if combiner not in ("mean", "sqrtn"):
+        return None
+    if ids.weights is None:
+        count = ids.offsets.diff().clamp(min=1)
+        return count if combiner == "mean" else count.sqrt()
+    sums = list_sums(ids.weights if combiner == "mean" else ids.weights.square(), ids.offsets)
+    sums = sums if combiner == "mean" else sums.sqrt()
+    return torch.where(sums == 0, 1, sums)

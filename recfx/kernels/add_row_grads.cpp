@@ -1,11 +1,11 @@
-// Adds each id's gradient to its unique row's, occurrences in order: the sums do not depend on the threads.
+// Adds each id's gradient, times its weight, to its unique row's, occurrences in order: the sums do not depend on the threads.
 #include <omp.h>
 
 #include "table.h"
 
 EXPORT void add_row_grads(float* grads_UW, int64_t stride, const int32_t* inverse_P, const int32_t* cell_P,
                           int64_t num_positions, int64_t num_slices, const int64_t* firsts, const int64_t* dims,
-                          const float* const* blocks) {
+                          const float* const* blocks, const float* weight_P) {
   constexpr int64_t CHUNK = 256;
   const int64_t count = count_ids(cell_P, num_positions);
 #pragma omp parallel
@@ -25,7 +25,8 @@ EXPORT void add_row_grads(float* grads_UW, int64_t stride, const int32_t* invers
           for (int64_t i = 0; i < n; ++i) {
             float* __restrict to = grads_UW + inverse_P[position[i]] * stride + firsts[s];
             const float* __restrict from = blocks[s] + cell_P[position[i]] * dim;
-            for (int64_t c = 0; c < dim; ++c) to[c] += from[c];
+            const float weight = weight_P ? weight_P[position[i]] : 1.0f;
+            for (int64_t c = 0; c < dim; ++c) to[c] += weight * from[c];
           }
         });
     }

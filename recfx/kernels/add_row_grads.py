@@ -18,21 +18,24 @@ def definition(
     firsts: Sequence[int],
     dims: Sequence[int],
     blocks: Sequence[Tensor],
+    weight_P: Tensor | None = None,
 ) -> None:
-    """grads[inverse[k], firsts[s]:][:dims[s]] += blocks[s][sample(k), lookup(k)], ids in order.
+    """grads[inverse[k], firsts[s]:][:dims[s]] += weight[k] blocks[s][sample(k), lookup(k)], ids in order.
 
     Shapes:   grads f32 [U, W], inverse_P i32 [P] (negative: no gradient), cell_P i32 [P] as in `find`,
-              blocks[s] f32 [B, L, dims[s]].
+              blocks[s] f32 [B, L, dims[s]], weight_P f32 [P], without it 1.
     """
     kept = (cell_P >= 0) & (inverse_P >= 0)
     unique, cell = inverse_P[kept].long(), cell_P[kept].long()
     for first, dim, block in zip(firsts, dims, blocks, strict=True):
-        grads[:, first : first + dim].index_add_(0, unique, block.flatten(0, 1)[cell])
+        of_id = block.flatten(0, 1)[cell]
+        of_id = of_id if weight_P is None else of_id * weight_P[kept][:, None]
+        grads[:, first : first + dim].index_add_(0, unique, of_id)
 
 
 add_row_grads_ = define_op(
-    "add_row_grads_(Tensor(a!) grads, Tensor inverse_P, Tensor cell_P, int[] firsts, int[] dims, Tensor[] blocks)"
-    " -> ()",
+    "add_row_grads_(Tensor(a!) grads, Tensor inverse_P, Tensor cell_P, int[] firsts, int[] dims, Tensor[] blocks,"
+    " Tensor? weight_P=None) -> ()",
     definition=definition,
     fake=lambda *_: None,
 )

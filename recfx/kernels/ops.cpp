@@ -23,9 +23,10 @@ void find_or_insert(int64_t*, int64_t*, int32_t*, int64_t*, int32_t*, float*, in
                     int64_t, int64_t, int64_t, int64_t, const int64_t*, const int32_t*, int64_t, const int32_t*,
                     int64_t, const int64_t*, const float*, int64_t, const bool*, int32_t*, int32_t*);
 void pool(const float*, int64_t, int64_t, const int32_t*, const int64_t*, const int32_t*, int64_t, const int32_t*,
-          int64_t, int64_t, const int64_t*, const float*, int64_t, const int64_t*, const int64_t*, float* const*);
+          int64_t, int64_t, const int64_t*, const float*, int64_t, const int64_t*, const int64_t*, const float*,
+          float* const*);
 void add_row_grads(float*, int64_t, const int32_t*, const int32_t*, int64_t, int64_t, const int64_t*, const int64_t*,
-                   const float* const*);
+                   const float* const*, const float*);
 void adamw_rows(float*, float*, int64_t*, const int32_t*, int64_t, int64_t, int64_t, const double*, const bool*);
 }
 
@@ -87,22 +88,23 @@ std::tuple<Tensor, Tensor> find_or_insert_op(
 
 Tensors pool_op(const Tensor& rows, const Tensor& row_P, const Tensor& id_P, const Tensor& cell_P,
                 const Tensor& vocabularies, int64_t batch_size, const Tensor& init_keys, const Tensor& init_params,
-                const Ints& firsts, const Ints& dims) {
+                const Ints& firsts, const Ints& dims, std::optional<Tensor> weight_P) {
   Tensors out;
   for (int64_t dim : dims) out.push_back(torch::stable::new_empty(rows, {batch_size, vocabularies.numel(), dim}));
   pool(strided<float>(rows), rows.stride(0), rows.size(2), flat<int32_t>(row_P), flat<int64_t>(id_P),
        flat<int32_t>(cell_P), cell_P.numel(), flat<int32_t>(vocabularies), vocabularies.numel(), batch_size,
        flat<int64_t>(init_keys), flat<float>(init_params), dims.size(), firsts.data(), dims.data(),
-       flat<float>(out).data());
+       weight_P ? flat<float>(*weight_P) : nullptr, flat<float>(out).data());
   return out;
 }
 
 void add_row_grads_op(Tensor grads, const Tensor& inverse_P, const Tensor& cell_P, const Ints& firsts, const Ints& dims,
-                      const Tensors& blocks) {
+                      const Tensors& blocks, std::optional<Tensor> weight_P) {
   Tensors dense;  // a gradient broadcast over the lookups comes with strides of 0
   for (const Tensor& block : blocks) dense.push_back(block.is_contiguous() ? block : torch::stable::contiguous(block));
   add_row_grads(strided<float>(grads), grads.stride(0), flat<int32_t>(inverse_P), flat<int32_t>(cell_P),
-                cell_P.numel(), dims.size(), firsts.data(), dims.data(), flat<const float>(dense).data());
+                cell_P.numel(), dims.size(), firsts.data(), dims.data(), flat<const float>(dense).data(),
+                weight_P ? flat<float>(*weight_P) : nullptr);
 }
 
 void adamw_rows_op(Tensor rows, Tensor grads, Tensor num_unique, const Tensor& unique_rows, const Tensor& hyper,

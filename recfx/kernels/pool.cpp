@@ -5,16 +5,16 @@
 
 // Rare, so kept out of the loop that it would slow.
 static __attribute__((noinline)) void add_initial_values(const Initializer& init, uint64_t vocabulary, int64_t id,
-                                                         int64_t first, int64_t dim, float* to) {
+                                                         int64_t first, int64_t dim, float weight, float* to) {
   float values[dim];
   initial_values(init, vocabulary, id, first, dim, values);
-  for (int64_t c = 0; c < dim; ++c) to[c] += values[c];
+  for (int64_t c = 0; c < dim; ++c) to[c] += weight * values[c];
 }
 
 EXPORT void pool(const float* rows, int64_t stride, int64_t width, const int32_t* row_P, const int64_t* id_P,
                  const int32_t* cell_P, int64_t num_positions, const int32_t* vocabularies, int64_t num_lookups,
                  int64_t batch_size, const int64_t* init_keys, const float* init_params, int64_t num_slices,
-                 const int64_t* firsts, const int64_t* dims, float* const* out) {
+                 const int64_t* firsts, const int64_t* dims, const float* weight_P, float* const* out) {
   constexpr int64_t SAMPLES = 8;  // few enough that their rows stay in the first cache from slice to slice
   const Ids in{id_P, cell_P, num_positions, vocabularies, num_lookups};
   const Initializer init{init_keys, init_params, width};
@@ -38,11 +38,12 @@ EXPORT void pool(const float* rows, int64_t stride, int64_t width, const int32_t
           std::fill(block + sample * num_lookups * dim, block + next_sample * num_lookups * dim, 0.0f);
           for (int64_t k = begin; k < end; ++k) {
             float* __restrict to = block + cell_P[k] * dim;
+            const float weight = weight_P ? weight_P[k] : 1.0f;
             if (row_P[k] >= 0) {
               const float* __restrict from = rows + row_P[k] * stride + firsts[s];
-              for (int64_t c = 0; c < dim; ++c) to[c] += from[c];
+              for (int64_t c = 0; c < dim; ++c) to[c] += weight * from[c];
             } else if (row_P[k] == REFUSED) {
-              add_initial_values(init, in.vocabulary(k), id_P[k], firsts[s], dim, to);
+              add_initial_values(init, in.vocabulary(k), id_P[k], firsts[s], dim, weight, to);
             }
           }
         });

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from recfx.embeddings import TablePlan, column_key
-from recfx.kernels import add_row_grads, find, find_or_insert, order_ids, pool
+from recfx.embeddings import Lookup, TablePlan, column_key
+from recfx.kernels import add_row_grads, find, find_or_insert, order_ids, order_lists, pool
 from recfx.table.index import grow_, slots_for
 from recfx.table.memory import reserve, reserve_rows
 from recfx.table.state import TableState, copy_of
@@ -25,11 +25,12 @@ class Found(NamedTuple):
     """Where a batch's ids are. Lives inside one step."""
 
     id: Tensor  # i64 [P], in the order (sample, lookup, place in the list), padding at the end
-    cell: Tensor  # i32 [P], sample * L + lookup, -1 padding
+    cell: Tensor  # i32 [P], sample * L + cell of the sample, -1 padding; a lookup is one cell, or n that are tiled
+    weight: Tensor | None  # f32 [P]; None: all 1
     ragged: list[Ragged]  # the feature of each lookup
     row: Tensor  # i32 [P], -1 unknown or padding, -2 refused
     inverse: Tensor  # i32 [P], unique number in this step, -1 without
-    vocabularies: Tensor  # i32 [L], of each lookup
+    vocabularies: Tensor  # i32 [L], of each cell
     read_only: Found | None = None  # where the ids of read-only lookups are, which come after the others
 
 
@@ -82,9 +83,10 @@ def table(
     device, width = torch.device(plan.device), plan.width
     num_unique = max_rows if max_unique is None else min(max_rows, max_unique)
     max_slots = slots_for(max_rows, 7 / 8)
-    vocabularies = torch.tensor([lookup.vocabulary for lookup in plan.lookups], dtype=torch.int32, device=device)
+    vocabularies = torch.tensor(plan.cell_vocabularies, dtype=torch.int32, device=device)
     num_inserting = sum(not lookup.read_only for lookup in plan.lookups)
-    inserting, reading = vocabularies[:num_inserting].clone(), vocabularies[num_inserting:].clone()
+    first_reading = sum(lookup.num_cells for lookup in plan.lookups[:num_inserting])
+    inserting, reading = vocabularies[:first_reading].clone(), vocabularies[first_reading:].clone()
     num_behind = row_slots * len(plan.dims)
     init_keys, init_params = (nn.functional.pad(t, (0, num_behind)) for t in initializer_tensors(plan, seed))
 
@@ -120,36 +122,34 @@ def table(
     def ids_in(features: dict) -> list[Ragged]:
         return [ids_of(features, lookup.feature) for lookup in plan.lookups]
 
-    def read(ragged: list[Ragged]) -> tuple[Tensor, Tensor]:
-        return order_ids.order_ids([r.values.contiguous() for r in ragged], [r.offsets.contiguous() for r in ragged])
-
-    def find_(state: TableState, ragged: list[Ragged], of_lookup: Tensor) -> Found:
-        id, cell = read(ragged)
-        row = find.find(state.slots, state.ids, state.num_slots, state.salt, id, cell, of_lookup)
-        return Found(id, cell, ragged, row, torch.full_like(row, -1), of_lookup)
+    def find_(state: TableState, ragged: list[Ragged], lookups: Sequence[Lookup], of_cell: Tensor) -> Found:
+        id, cell, weight = _ordered(ragged, lookups)
+        row = find.find(state.slots, state.ids, state.num_slots, state.salt, id, cell, of_cell)
+        return Found(id, cell, weight, ragged, row, torch.full_like(row, -1), of_cell)
 
     def find_all(state: TableState, features: dict) -> Found:
-        return find_(state, ids_in(features), vocabularies)
+        return find_(state, ids_in(features), plan.lookups, vocabularies)
 
     def insert_with(op: Callable) -> Callable[[TableState, dict], tuple[TableState, Found]]:
         def insert_(s: TableState, features: dict) -> tuple[TableState, Found]:
             if num_inserting == 0:
                 return s, find_all(s, features)
             ragged = ids_in(features)
-            id, cell = read(ragged[:num_inserting])
+            id, cell, weight = _ordered(ragged[:num_inserting], plan.lookups[:num_inserting])
             row, inverse = op(
                 s.slots, s.ids, s.vocabularies, s.seen, s.born, s.rows, s.num_rows, s.free_rows, s.num_free,
                 s.num_refused, s.tally, s.num_crowded, s.unique_rows, s.num_unique, s.num_slots, s.salt, s.step + 1,
                 id, cell, inserting, init_keys, init_params, None,
             )  # fmt: skip
-            rest = find_(s, ragged[num_inserting:], reading) if len(reading) else None
-            return s, Found(id, cell, ragged, row, inverse, inserting, rest)
+            rest = (ragged[num_inserting:], plan.lookups[num_inserting:], reading)
+            read_only = find_(s, *rest) if len(reading) else None
+            return s, Found(id, cell, weight, ragged, row, inverse, inserting, read_only)
 
         return insert_
 
     def pool_(state: TableState, found: Found) -> list[Tensor]:
         ids = (found.row, found.id, found.cell, found.vocabularies, found.ragged[0].num_samples)
-        blocks = pool.pool(state.rows, *ids, init_keys, init_params, plan.firsts, plan.dims)
+        blocks = pool.pool(state.rows, *ids, init_keys, init_params, plan.firsts, plan.dims, found.weight)
         if found.read_only is None:
             return blocks
         return [torch.cat(both, dim=1) for both in zip(blocks, pool_(state, found.read_only), strict=True)]
@@ -158,7 +158,7 @@ def table(
         def add_grads_(state: TableState, found: Found, blocks: list[Tensor]) -> TableState:
             if found.read_only is not None:
                 blocks = [block[:, : len(found.vocabularies)] for block in blocks]
-            op(state.grads, found.inverse, found.cell, plan.firsts, plan.dims, blocks)
+            op(state.grads, found.inverse, found.cell, plan.firsts, plan.dims, blocks, found.weight)
             return state
 
         return add_grads_
@@ -175,6 +175,16 @@ def table(
         add_grads_=add_with(add_row_grads.add_row_grads_),
         grow_=grow_,
     )
+
+
+def _ordered(ragged: list[Ragged], lookups: Sequence[Lookup]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Id, cell and weight of all lists in the table's order."""
+    values, offsets = [r.values.contiguous() for r in ragged], [r.offsets.contiguous() for r in ragged]
+    lengths = [lookup.length for lookup in lookups]
+    if not any(lengths) and all(r.weights is None for r in ragged):
+        return *order_ids.order_ids(values, offsets), None
+    weights = [None if r.weights is None else r.weights.contiguous() for r in ragged]
+    return order_lists.order_lists(values, offsets, weights, lengths)
 
 
 def ids_of(features: dict, name: str) -> Ragged:
@@ -200,6 +210,8 @@ def ids_of(features: dict, name: str) -> Ragged:
         )
     if value.offsets.dtype != torch.int32:
         raise TypeError(f"feature '{name}': got {value.offsets.dtype} offsets, expected torch.int32.")
+    if value.weights is not None and value.weights.dtype != torch.float32:
+        raise TypeError(f"feature '{name}': got {value.weights.dtype} weights, expected torch.float32.")
     return value
 
 
