@@ -14,6 +14,7 @@ from pyarrow import parquet as pq
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from recfx.data.cache import BlockCache
 from recfx.data.columns import Column
 from recfx.data.decode import Decoder, Recipe
 from recfx.data.files import File, Paths, match_files, read_manifest
@@ -48,6 +49,7 @@ def reader(
     shard_by: Literal["file", "unit"] = "file",
     threads: int = 1,
     prefetch: int = 1,
+    cache: str | os.PathLike[str] | None = None,
     checksums: str | os.PathLike[str] | None = None,
     filesystem: fs.FileSystem | None = None,
     format: Format | None = None,
@@ -77,6 +79,8 @@ def reader(
               threads: how many units are decoded at once, >= 1.
               prefetch: how many units for each thread are decoded ahead, while the caller works; 0: none, the
                   caller waits while `threads` units are decoded, then has the cores to itself.
+              cache: a folder on a local disk that keeps decoded rows, uncompressed. Units found there, by path, size
+                  and time of the file and by the arguments above, are mapped into memory instead of decoded.
               checksums: a manifest of `recfx inspect --checksums`; every file is compared with it when first opened.
               filesystem, format: where the paths are and what the files are, instead of what paths and files say.
     Cost:     memory of threads * (prefetch + 1) decoded units, and of two windows of shuffle_rows; one pass over the
@@ -102,7 +106,11 @@ def reader(
     recipe = Recipe(tuple(columns), expression, split, format, on_bad)
     plan = Plan(
         files=files if split is None else split.files(files),
-        decoder=Decoder(recipe, None if checksums is None else read_manifest(checksums)),
+        decoder=Decoder(
+            recipe,
+            None if checksums is None else read_manifest(checksums),
+            None if cache is None else BlockCache(cache, recipe.key),
+        ),
         rank=rank,
         world_size=world_size,
         shard_by=shard_by,

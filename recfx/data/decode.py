@@ -5,29 +5,23 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recfx.data.cache import BlockCache
 from recfx.data.columns import Column, VarLen
 from recfx.data.conform import BadRows, check_schema, conform
 from recfx.data.files import File, checksum
 from recfx.data.formats import Format, Source, open_source, reading
-from recfx.data.rows import BadRow, Rows
+from recfx.data.rows import BadRow, Decoded, Rows
 from recfx.data.split import Split
 
-__all__ = ["Decoded", "Decoder", "Recipe"]
+__all__ = ["Decoder", "Recipe"]
 
 ROW = "__recfx_row"  # a column beside the file's while they are filtered
-
-
-class Decoded(NamedTuple):
-    """What is left of a unit."""
-
-    batch: pa.RecordBatch  # conformed
-    num_bad: int  # rows skipped
 
 
 @dataclass(frozen=True)
@@ -51,10 +45,14 @@ class Decoder:
     """Decodes units of files after one recipe, from any thread.
 
     Args:     checksums: of all files by name; a file is compared with its own when it is first opened.
+              cache: where rows are kept once decoded.
     """
 
-    def __init__(self, recipe: Recipe, checksums: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, checksums: dict[str, str] | None = None, cache: BlockCache | None = None
+    ) -> None:
         self.recipe = recipe
+        self._cache = cache
         self._checksums = checksums
         self._verified: set[File] = set()
         self._units: dict[File, list[int]] = {}
@@ -76,6 +74,15 @@ class Decoder:
 
         Raises:   ValueError naming file, row and column when a row is bad and the recipe does not skip it.
         """
+        cached = None if self._cache is None else self._cache.load(file, unit)
+        if cached is not None:
+            return cached
+        decoded = self._decode(file, unit)
+        if self._cache is not None:
+            self._cache.store(file, unit, decoded)
+        return decoded
+
+    def _decode(self, file: File, unit: int) -> Decoded:
         source, recipe = self._open(file), self.recipe
         columns = [replace(c, null="empty") for c in recipe.columns] if source.null_is_missing else recipe.columns
         if file not in self._names:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-__all__ = ["BadRow", "Rows"]
+__all__ = ["BadRow", "Decoded", "Rows"]
 
 
 class BadRow(NamedTuple):
@@ -26,3 +26,10 @@ class Rows(NamedTuple):
     batch: pa.RecordBatch
     numbers: np.ndarray  # i64, of each row in its unit
     bad: Sequence[BadRow] = ()  # left out of the batch by the format itself
+
+
+class Decoded(NamedTuple):
+    """What is left of a unit."""
+
+    batch: pa.RecordBatch  # conformed
+    num_bad: int  # rows skipped

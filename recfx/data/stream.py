@@ -21,6 +21,7 @@ import xxhash
 from recfx.data.conform import block_of
 from recfx.data.decode import Decoder
 from recfx.data.files import File
+from recfx.data.shuffle import take_rows
 from recfx.kernels.pack_columns import Block
 
 __all__ = ["Chunk", "Place", "Plan", "chunks"]
@@ -141,7 +142,7 @@ def _windows(plan: Plan, start: Place, units: Iterator[_Unit | None]) -> Iterato
     def window() -> Chunk:
         together = pa.concat_batches(held)
         order = plan.window_order(place.epoch, place.window, together.num_rows)
-        return Chunk(block_of(together.take(pa.array(order))), place, num_bad)
+        return Chunk(take_rows(block_of(together), order), place, num_bad)
 
     for unit in units:
         if unit is not None:

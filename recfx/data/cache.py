@@ -1,0 +1,71 @@
+"""Conformed rows kept on disk and mapped into memory, so that a later epoch decodes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import xxhash
+
+from recfx.data.files import File
+from recfx.data.rows import Decoded
+
+__all__ = ["BlockCache"]
+
+VERSION = 1  # of what is kept: another one finds nothing of this one's
+
+
+class BlockCache:
+    """A folder with one Arrow file for each unit of each file, found by the file's path, size and time and by the recipe.
+
+    An entry is written beside its place and renamed, so workers may share a folder, and carries its checksum in its
+    name, so a damaged one counts as absent. Nothing is ever deleted but damaged entries: delete the folder when done.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], recipe_key: str) -> None:
+        self._folder, self._recipe_key = Path(folder), recipe_key
+        self._blocks: dict[tuple[File, int], Decoded] = {}
+
+    def load(self, file: File, unit: int) -> Decoded | None:
+        """The unit's rows, mapped into memory; None when they are not kept."""
+        if (file, unit) not in self._blocks:
+            for path in self._place(file).glob(f"{unit}-*.arrow"):
+                batch = _map(path)
+                if batch is not None:
+                    num_bad = int(path.stem.split("-")[1])
+                    self._blocks[file, unit] = Decoded(batch, num_bad)
+                    break
+                path.unlink(missing_ok=True)
+        return self._blocks.get((file, unit))
+
+    def store(self, file: File, unit: int, decoded: Decoded) -> None:
+        """Keeps a unit's rows."""
+        folder = self._place(file)
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = folder / f"{unit}.{os.getpid()}.{threading.get_ident()}.tmp"
+        try:
+            with pa.OSFile(str(scratch), "wb") as stream, pa.ipc.new_file(stream, decoded.batch.schema) as writer:
+                writer.write_batch(decoded.batch)
+            os.replace(scratch, folder / f"{unit}-{decoded.num_bad}-{_checksum(scratch)}.arrow")
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def _place(self, file: File) -> Path:
+        identity = repr((VERSION, file.path, file.size, file.mtime_ns, self._recipe_key))
+        return self._folder / xxhash.xxh3_128_hexdigest(identity.encode())
+
+
+def _checksum(path: Path) -> str:
+    with pa.memory_map(str(path)) as mapped:
+        return xxhash.xxh3_64_hexdigest(mapped.read_buffer())
+
+
+def _map(path: Path) -> pa.RecordBatch | None:
+    """The entry; None when it is damaged, or deleted by another worker meanwhile."""
+    with contextlib.suppress(OSError, pa.ArrowException):
+        if _checksum(path) == path.stem.split("-")[2]:
+            return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    return None
