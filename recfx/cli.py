@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from recfx.commands import convert, inspect
+
 __all__ = ["main"]
 
 
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = "folder of a checkpoint, step-..."
     add(diff, ("a", {"help": folder}), ("b", {"help": folder}))
     add(compact, ("checkpoints", {"help": folder, "nargs": "+"}))
+    convert.add_to(commands)
+    inspect.add_to(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.command(args))

@@ -31,7 +31,7 @@ LAYERS = (
     ("step", "dist"),
     ("capture", "checkpoint"),
     ("train",),
-    ("examples",),
+    ("examples", "commands"),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -19,7 +19,7 @@ VERSION = 1  # of what is kept: another one finds nothing of this one's
 
 
 class BlockCache:
-    """A folder with one Arrow file for each unit of each file, found by the file's path, size and time and by the recipe.
+    """A folder with an Arrow file for each unit of each file, found by the file's path, size and time and the recipe.
 
     An entry is written beside its place and renamed, so workers may share a folder, and carries its checksum in its
     name, so a damaged one counts as absent. Nothing is ever deleted but damaged entries: delete the folder when done.

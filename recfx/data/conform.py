@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from recfx.data.columns import Column, FixedLen, VarLen
@@ -124,20 +123,24 @@ def conform(batch: pa.RecordBatch, columns: Sequence[Column]) -> pa.RecordBatch:
 
 def _conform(array: pa.Array, column: Column) -> pa.Array:
     lists = _take_apart(array, column)
-    if lists.items.null_count:
-        rows = lists.rows_of(np.flatnonzero(lists.items.is_null().to_numpy(zero_copy_only=False)))
-        raise BadRows(column.name, rows, lambda _: "a null element", "values only")
     if isinstance(column, FixedLen):
-        return _fixed(lists, column)
+        return _fixed(_without_nulls(lists, column), column)
     if column.weighted:
-        keys, weights = lists.items.flatten()
-        weights = _numbers(lists._replace(items=weights), column.name, pa.float32())
-        items = pa.StructArray.from_arrays([_items(lists._replace(items=keys), column), weights], ["value", "weight"])
+        keys, weights = (_without_nulls(lists._replace(items=items), column) for items in lists.items.flatten())
+        fields = [_items(keys, column), _numbers(weights, column.name, pa.float32())]
+        items = pa.StructArray.from_arrays(fields, ["value", "weight"])
     else:
-        items = _items(lists, column)
+        items = _items(_without_nulls(lists, column), column)
     for offsets in reversed(lists.offsets):
         items = pa.ListArray.from_arrays(pa.array(offsets), items)
     return items
+
+
+def _without_nulls(lists: _Lists, column: Column) -> _Lists:
+    if lists.items.null_count:
+        rows = lists.rows_of(np.flatnonzero(~_valid(lists.items)))
+        raise BadRows(column.name, rows, lambda _: "a null element", "values only")
+    return lists
 
 
 def _take_apart(array: pa.Array, column: Column) -> _Lists:
@@ -233,11 +236,10 @@ def _numbers(lists: _Lists, name: str, kind: pa.DataType) -> pa.Array:
         limits, reason = (0, 2**63 - 1), "which is no int64"
     else:
         return items.cast(kind)
-    low, high = (pa.scalar(max(limit, 0) if pa.types.is_unsigned_integer(items.type) else limit) for limit in limits)
-    outside = pc.or_(pc.less(items, low), pc.greater(items, high)).to_numpy(zero_copy_only=False)
-    if outside.any():
-        wrong = np.flatnonzero(outside)
-        got = f"{items[int(wrong[0])]}, {reason}"
+    values = items.to_numpy()
+    wrong = np.flatnonzero((values < limits[0]) | (values > limits[1]))
+    if len(wrong):
+        got = f"{values[wrong[0]]}, {reason}"
         raise BadRows(name, lists.rows_of(wrong), lambda _: got, f"an integer from {limits[0]} to {limits[1]}")
     return items.cast(kind)
 

@@ -126,10 +126,7 @@ class Decoder:
     def _judge(self, bad: Sequence[BadRow], file: File, source: Source, unit: int) -> int:
         """How many rows are skipped; raises the first where they are not."""
         if bad and self.recipe.on_bad == "raise":
-            row = bad[0]
-            number = row.number + sum(source.num_rows(earlier) for earlier in range(unit))
-            where = f"file '{file.path}'" if row.column is None else f"column '{row.column}' of '{file.path}'"
-            raise ValueError(f"{where}, row {number}: got {row.got}, expected {row.expected}.")
+            raise bad[0].error(file.path, sum(source.num_rows(earlier) for earlier in range(unit)))
         return len(bad)
 
 

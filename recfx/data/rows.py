@@ -19,6 +19,11 @@ class BadRow(NamedTuple):
     got: str
     expected: str
 
+    def error(self, path: str, first_row: int) -> ValueError:
+        """Names the file and the row in it, whose unit begins at `first_row`."""
+        where = f"file '{path}'" if self.column is None else f"column '{self.column}' of '{path}'"
+        return ValueError(f"{where}, row {first_row + self.number}: got {self.got}, expected {self.expected}.")
+
 
 class Rows(NamedTuple):
     """Decoded rows of a unit."""

@@ -1,0 +1,102 @@
+"""What stands in files: schema, missing values, list lengths, cardinalities and skew, column by column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recfx.data.files import File
+from recfx.data.formats import Format, open_source, reading
+
+__all__ = ["ColumnFacts", "Facts", "describe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnFacts:
+    """Of one column; shares are between 0 and 1."""
+
+    name: str
+    type: str
+    missing: float  # share of rows that are null, or hold no list item
+    mean_length: float  # of a row, in items of the innermost lists; a plain value counts 1
+    max_length: int
+    num_distinct: int
+    once: float  # share of the distinct values that stand there once
+    top: float  # share of the most frequent value: the skew
+    low: float | str | None
+    high: float | str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Of files."""
+
+    num_files: int
+    num_bytes: int
+    num_units: int
+    num_rows: int
+    num_described: int  # the rows that `columns` speaks of, the first ones
+    columns: tuple[ColumnFacts, ...]
+
+
+def describe(files: Sequence[File], *, max_rows: int = 1_000_000, format: Format | None = None) -> Facts:
+    """Reads the first `max_rows` rows of the files, and counts all of them.
+
+    Cost:     memory of the rows it reads.
+    Raises:   ValueError when a file cannot be read or its columns are not the first file's.
+    """
+    num_rows, num_units, held = 0, 0, list[pa.Table]()
+    names: list[str] | None = None
+    for file in files:
+        source = open_source(file, {}, format)
+        names = names or source.schema.names
+        if source.schema.names != names:
+            raise ValueError(
+                f"file '{file.path}': got columns {source.schema.names}, expected {names}, the first file's."
+            )
+        num_units += source.num_units
+        for unit in range(source.num_units):
+            with reading(file, f" in {source.unit_name} {unit}", "a whole file"):
+                if num_rows < max_rows:
+                    held.append(pa.Table.from_batches([source.read(unit, names).batch]).slice(0, max_rows - num_rows))
+                num_rows += source.num_rows(unit)
+    table = pa.concat_tables(held, promote_options="permissive") if held else source.schema.empty_table()
+    columns = [_describe(name, column) for name, column in zip(table.column_names, table.columns, strict=True)]
+    return Facts(
+        num_files=len(files),
+        num_bytes=sum(file.size for file in files),
+        num_units=num_units,
+        num_rows=num_rows,
+        num_described=len(table),
+        columns=tuple(columns),
+    )
+
+
+def _describe(name: str, column: pa.ChunkedArray) -> ColumnFacts:
+    items, rows = column, np.arange(len(column))
+    while pa.types.is_list(items.type) or pa.types.is_large_list(items.type) or pa.types.is_map(items.type):
+        rows = rows[pc.list_parent_indices(items).to_numpy()]
+        items = pc.list_flatten(items)
+    if pa.types.is_struct(items.type):
+        items = pc.struct_field(items, 0)
+    present = items.is_valid().to_numpy()
+    rows, items = rows[present], items.drop_null()
+    lengths = np.bincount(rows, minlength=len(column))
+    counts = pc.value_counts(items).field("counts").to_numpy()
+    limits = pc.min_max(items).as_py() if len(items) and not pa.types.is_nested(items.type) else {}
+    return ColumnFacts(
+        name=name,
+        type=str(column.type),
+        missing=float(np.mean(lengths == 0)) if len(lengths) else 0.0,
+        mean_length=float(lengths.mean()) if len(lengths) else 0.0,
+        max_length=int(lengths.max(initial=0)),
+        num_distinct=len(counts),
+        once=float(np.mean(counts == 1)) if len(counts) else 0.0,
+        top=float(counts.max() / counts.sum()) if len(counts) else 0.0,
+        low=limits.get("min"),
+        high=limits.get("max"),
+    )
