@@ -16,6 +16,8 @@ from recfx.data.rows import BadRow, Rows
 
 __all__ = ["Csv", "CsvSource"]
 
+COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Csv:
@@ -79,7 +81,8 @@ class CsvSource:
     def _parse(self, unit: int, types: Mapping[str, pa.DataType]) -> Rows:
         text, bad = self._block(unit, self._block_bytes), list[BadRow]()
         if not text.strip():
-            return Rows(pa.schema(list(types.items())).empty_table().to_batches()[0], np.empty(0, np.int64), bad)
+            empty = pa.RecordBatch.from_pydict({name: pa.array([], kind) for name, kind in types.items()})
+            return Rows(empty, np.empty(0, np.int64))
         table = pa_csv.read_csv(pa.BufferReader(text), **self._how(len(text), list(types), types, bad))
         arrays = [column.combine_chunks() for column in table.columns]
         batch = pa.RecordBatch.from_arrays(arrays, list(types))
@@ -179,9 +182,7 @@ def _parses(cell: str, kind: pa.DataType) -> bool:
 
 def _decompressed(file: File) -> bytes | None:
     """All of a file whose extension names a compression; None for other files."""
-    try:
-        pa.Codec.detect(file.path)
-    except ValueError:
+    if not file.path.endswith(COMPRESSED):
         return None
     with file.filesystem.open_input_stream(file.path, compression="detect") as stream:
         return stream.read()

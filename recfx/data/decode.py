@@ -17,7 +17,7 @@ from recfx.data.conform import BadRows, check_schema, conform
 from recfx.data.files import File, checksum
 from recfx.data.formats import Format, Source, open_source, reading
 from recfx.data.rows import BadRow, Decoded, Rows
-from recfx.data.split import Split
+from recfx.data.split import Split, check_key
 
 __all__ = ["Decoder", "Recipe"]
 
@@ -38,7 +38,11 @@ class Recipe:
     def key(self) -> str:
         """The same for equal recipes, in any process."""
         columns = [replace(c, string_hash=str(c.string_hash)) if isinstance(c, VarLen) else c for c in self.columns]  # type: ignore[arg-type]
-        return repr((columns, self.filter and pickle.dumps(self.filter), self.split, self.format, self.on_bad))
+        return repr((columns, self.filter_key, self.split, self.format, self.on_bad))
+
+    @property
+    def filter_key(self) -> bytes:
+        return b"" if self.filter is None else pickle.dumps(self.filter)
 
 
 class Decoder:
@@ -142,6 +146,7 @@ def _needed(file: File, schema: pa.Schema, recipe: Recipe) -> list[str]:
     if recipe.split is not None and recipe.split.key is not None:
         if recipe.split.key not in schema.names:
             raise ValueError(f"split: got key '{recipe.split.key}', which '{file.path}' lacks.")
+        check_key(recipe.split.key, schema.field(recipe.split.key).type)
         names.append(recipe.split.key)
     if recipe.filter is not None:
         if not _binds(recipe.filter, schema):

@@ -14,7 +14,7 @@ import xxhash
 from recfx.data.files import File
 from recfx.kernels.hashing import mix
 
-__all__ = ["Split"]
+__all__ = ["Split", "check_key"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,15 @@ class Split:
         bits = torch.from_numpy(_key_bits(keys)) + mix(torch.tensor(self.seed))
         share = mix(bits).numpy().view(np.uint64) / 2.0**64
         return (share < self.fraction) == (self.part == "validation")
+
+
+def check_key(name: str, kind: pa.DataType) -> None:
+    """Raises ValueError when the column is none of integers or strings, plain or in lists."""
+    item = kind
+    while pa.types.is_list(item):
+        item = item.value_type
+    if not any(is_kind(item) for is_kind in (pa.types.is_integer, pa.types.is_string, pa.types.is_binary)):
+        raise ValueError(f"split: got key '{name}' of {kind}, expected integers or strings. Equal keys must be equal.")
 
 
 def _key_bits(keys: pa.Array) -> np.ndarray:

@@ -6,7 +6,6 @@ Everything here is a function of (seed, epoch) and of the files, so a place in t
 from __future__ import annotations
 
 import functools
-import pickle
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -83,7 +82,7 @@ class Plan:
     def fingerprint(self) -> str:
         """Of all that the order of rows depends on."""
         recipe = self.decoder.recipe
-        rows = (recipe.filter and pickle.dumps(recipe.filter), recipe.split, recipe.format, recipe.on_bad)
+        rows = (recipe.filter_key, recipe.split, recipe.format, recipe.on_bad)
         order = (self.rank, self.world_size, self.shard_by, self.shuffle_rows, self.seed)
         files = [(file.name, file.size) for file in self.files]
         return xxhash.xxh3_64_hexdigest(repr((files, rows, order)).encode())
