@@ -69,7 +69,8 @@ def test_a_manifest_that_is_none(folder, content):
 
 def test_errors_are_one_line(folder):
     assert main(["inspect", str(folder / "nothing")]) == 2
-    done = subprocess.run([sys.executable, "-m", "recfx", "convert", "x", "y"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "recfx", "convert", "x", "y"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "error: paths: got 'x', which matches no file, expected a file, a folder of files or a glob."

@@ -16,7 +16,7 @@ import torch
 from recfx.data.columns import Column, FixedLen, VarLen
 from recfx.kernels.pack_columns import Block, BlockColumn
 
-__all__ = ["BadRows", "block_of", "check_schema", "conform"]
+__all__ = ["BadRows", "block_of", "check_schema", "conform", "is_list", "item_type"]
 
 EXACT_FLOAT = 2**24  # integers up to here are float32 numbers
 
@@ -55,7 +55,8 @@ def check_schema(path: str, schema: pa.Schema, columns: Sequence[Column]) -> Non
             raise ValueError(f"column '{column.name}' of '{path}': got {types[column.name]}, expected {expected}.")
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def is_list(kind: pa.DataType) -> bool:
+    """Lists in any of Arrow's ways, maps among them."""
     return any(
         is_kind(kind)
         for is_kind in (
@@ -71,12 +72,13 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _depth(kind: pa.DataType) -> tuple[int, pa.DataType]:
     depth = 0
-    while _is_list(kind):
-        depth, kind = depth + 1, _item_of(kind)
+    while is_list(kind):
+        depth, kind = depth + 1, item_type(kind)
     return depth, kind
 
 
-def _item_of(kind: pa.DataType) -> pa.DataType:
+def item_type(kind: pa.DataType) -> pa.DataType:
+    """Of what such a list holds."""
     return pa.struct([kind.key_field, kind.item_field]) if pa.types.is_map(kind) else kind.value_type
 
 
@@ -145,13 +147,13 @@ def _without_nulls(lists: _Lists, column: Column) -> _Lists:
 
 def _take_apart(array: pa.Array, column: Column) -> _Lists:
     levels: list[np.ndarray] = []
-    if not _is_list(array.type):
+    if not is_list(array.type):
         present = _present(array, column, "a value")
         offsets = np.append(np.int32(0), np.cumsum(present, dtype=np.int32))
         return _Lists((offsets,), array.drop_null() if array.null_count else array)
-    while _is_list(array.type):
+    while is_list(array.type):
         if not pa.types.is_list(array.type):
-            array = array.cast(pa.list_(_item_of(array.type)))
+            array = array.cast(pa.list_(item_type(array.type)))
         offsets, items = array.offsets.to_numpy(), array.values
         if array.null_count and not levels:
             present = _present(array, column, "a list, empty if missing")

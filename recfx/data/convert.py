@@ -13,6 +13,7 @@ import pyarrow as pa
 from pyarrow import fs, orc
 from pyarrow import parquet as pq
 
+from recfx.data.conform import is_list, item_type
 from recfx.data.files import File, Paths, match_files
 from recfx.data.formats import Format, open_source, reading
 
@@ -104,10 +105,8 @@ def _converted(table: pa.Table, file: File, as_lists: bool) -> pa.Table:
 
 def _stored(kind: pa.DataType) -> pa.DataType:
     """The type that stands in the new file for a type of the old one."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return pa.list_(_stored(kind.value_type))
-    if pa.types.is_map(kind):
-        return pa.list_(pa.struct([("key", _stored(kind.key_type)), ("value", _stored(kind.item_type))]))
+    if is_list(kind):
+        return pa.list_(_stored(item_type(kind)))
     if pa.types.is_struct(kind):
         return pa.struct([(field.name, _stored(field.type)) for field in kind])
     if pa.types.is_floating(kind) or pa.types.is_null(kind):

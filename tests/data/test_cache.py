@@ -16,7 +16,8 @@ COLUMNS = [varlen("c", torch.int64), varlen("word", torch.uint8)]
 
 
 def table_of(first: int, last: int) -> pa.Table:
-    return pa.table({"c": [[i, -i][: i % 3] for i in range(first, last)], "word": [f"w{i}" for i in range(first, last)]})
+    numbers = range(first, last)
+    return pa.table({"c": [[i, -i][: i % 3] for i in numbers], "word": [f"w{i}" for i in numbers]})
 
 
 @pytest.fixture
