@@ -1,12 +1,13 @@
-"""Writes graphs/: the captured DeepFM steps as text, as counts and as a drawing. `python -m graphs.render`
+"""Writes graphs/: the captured example steps as text, as counts and as a drawing. `python -m graphs.render`
 
-The graphs are those of `python -m recfx.examples.deepfm`, for a batch of 4. `tests/test_graphs.py` compares them with
-the files; `make graphs` accepts them as they are.
+The graphs are those of `python -m recfx.examples.deepfm` and `.deepctr`, for a batch of 4. `tests/test_graphs.py`
+compares them with the files; `make graphs` accepts them as they are.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch.fx import Node
 from graphs.dataflow import STAGES, Flow, flow_of, handed_on, is_op, is_view, short, stages_of, tensors
 from graphs.drawing import draw
 from recfx.capture import trace
-from recfx.examples import deepfm
+from recfx.examples import deepctr, deepfm
 from recfx.types import Batch, Ragged, pack
 
 __all__ = [
@@ -28,8 +29,9 @@ BATCH_SIZE = 4
 
 
 class Program(NamedTuple):
-    """A captured step of the example program."""
+    """A captured step of an example program."""
 
+    example: str  # of EXAMPLES
     title: str
     function: str  # of recfx.step.Step
     accumulation: int
@@ -46,18 +48,20 @@ class Golden(NamedTuple):
 
 
 PROGRAMS = {
-    "deepfm": Program("one training step", "update_", 1),
-    "deepfm_accumulate": Program("one micro-batch of an accumulation window", "update_", 4),
-    "deepfm_eval": Program("one evaluation step", "evaluate_", 1),
+    "deepfm": Program("deepfm", "one training step", "update_", 1),
+    "deepfm_accumulate": Program("deepfm", "one micro-batch of an accumulation window", "update_", 4),
+    "deepfm_eval": Program("deepfm", "one evaluation step", "evaluate_", 1),
+    "deepctr": Program("deepctr", "one training step", "update_", 1),
 }
 
 
 def capture(name: str) -> Golden:
     """The graph of PROGRAMS[name], its nodes named `<stage>_<op>_<number>` so that a change stays local in a diff."""
     program = PROGRAMS[name]
-    args = deepfm.parse([f"--gradient_accumulation_steps={program.accumulation}"])
-    step, state = deepfm.build_step(args)
-    graph_module = trace(getattr(step, program.function), state, _batch())
+    example = EXAMPLES[program.example]
+    args = example.module.parse([f"--gradient_accumulation_steps={program.accumulation}"])
+    step, state = example.module.build_step(args)
+    graph_module = trace(getattr(step, program.function), state, example.batch())
     flow = flow_of(graph_module.graph)
     stages = stages_of(flow)
     _rename(flow, stages)
@@ -91,12 +95,51 @@ def torch_version() -> str:
     return torch.__version__.split("+")[0]
 
 
-def _batch() -> Batch:
-    offsets = torch.arange(BATCH_SIZE + 1, dtype=torch.int32)
+def _ragged(per_sample: int, dtype: torch.dtype) -> Ragged:
+    offsets = torch.arange(BATCH_SIZE + 1, dtype=torch.int32) * per_sample
+    return Ragged(torch.zeros(BATCH_SIZE * per_sample, dtype=dtype), offsets)
+
+
+def _deepfm_batch() -> Batch:
     columns: dict[str, Any] = {"label": torch.zeros(BATCH_SIZE, 1)}
-    columns |= {name: Ragged(torch.zeros(BATCH_SIZE), offsets) for name in deepfm.NUMERIC}
-    columns |= {name: Ragged(torch.zeros(BATCH_SIZE, dtype=torch.int64), offsets) for name in deepfm.CATEGORICAL}
+    columns |= {name: _ragged(1, torch.float32) for name in deepfm.NUMERIC}
+    columns |= {name: _ragged(1, torch.int64) for name in deepfm.CATEGORICAL}
     return pack(columns)
+
+
+def _deepctr_batch() -> Batch:
+    strings = torch.arange(BATCH_SIZE * 8 + 1, dtype=torch.int32) * 2
+    columns: dict[str, Any] = {"label": torch.zeros(BATCH_SIZE, 1)}
+    columns |= {name: torch.zeros(BATCH_SIZE, 8) for name in ("dense1", "dense2")}
+    columns |= {name: _ragged(1, torch.int64) for name in ("item", "category", "city")}
+    columns["clicks"] = _ragged(16, torch.int64)
+    columns["words"] = Ragged(torch.zeros(BATCH_SIZE * 16, dtype=torch.uint8), strings, None, (strings[:5] * 4,))
+    return pack(columns)
+
+
+class Example(NamedTuple):
+    """An example program, and a small batch for it."""
+
+    module: Any
+    title: str
+    batch: Callable[[], Batch]
+    columns: str
+
+
+EXAMPLES = {
+    "deepfm": Example(
+        deepfm,
+        "DeepFM",
+        _deepfm_batch,
+        f"{len(deepfm.NUMERIC)} numeric and {len(deepfm.CATEGORICAL)} categorical columns",
+    ),
+    "deepctr": Example(
+        deepctr,
+        "DeepCTR",
+        _deepctr_batch,
+        "2 dense columns of 8, 3 of single ids, a list of ids and a list of strings",
+    ),
+}
 
 
 def _rename(flow: Flow, stages: dict[Node, str]) -> None:
@@ -114,13 +157,18 @@ def _rename(flow: Flow, stages: dict[Node, str]) -> None:
         numbers[base] += 1
 
 
+def _example(golden: Golden) -> Example:
+    return EXAMPLES[golden.program.example]
+
+
 def _config(golden: Golden) -> list[str]:
+    room = " with room for one value per sample" if golden.program.example == "deepfm" else ""
     return [
-        f"DeepFM, {golden.program.title}: the ATen graph of Step.{golden.program.function} (recfx.capture.trace).",
-        f"config: python -m recfx.examples.deepfm --batch_size={BATCH_SIZE}"
+        f"{_example(golden).title}, {golden.program.title}: the ATen graph of Step.{golden.program.function}"
+        " (recfx.capture.trace).",
+        f"config: python -m recfx.examples.{golden.program.example} --batch_size={BATCH_SIZE}"
         f" --gradient_accumulation_steps={golden.program.accumulation}",
-        f"batch:  {BATCH_SIZE} samples, {len(deepfm.NUMERIC)} numeric and {len(deepfm.CATEGORICAL)} categorical columns"
-        " with room for one value per sample",
+        f"batch:  {BATCH_SIZE} samples, {_example(golden).columns}" + room,
     ]
 
 
@@ -174,13 +222,13 @@ def _drawing(golden: Golden) -> str:
     temporary = largest_temporary(golden)
     inputs = [t for n in golden.flow.nodes if n.op == "placeholder" for t in tensors(n)]
     facts = [
-        f"{BATCH_SIZE} samples of {len(deepfm.NUMERIC)} numeric and {len(deepfm.CATEGORICAL)} categorical columns",
+        f"{BATCH_SIZE} samples of {_example(golden).columns}",
         f"one graph: {len(ops) - num_views} ops and {num_views} views",
         f"largest temporary {short(temporary)}, beside table rows {short(max(inputs, key=_num_bytes))}",
         "a dot: tensors that the stage on its left hands to the one below",
     ]
     handed = handed_on(golden.flow, golden.stages)
-    return draw(f"DeepFM: {golden.program.title}", facts, golden.flow, golden.stages, handed)
+    return draw(f"{_example(golden).title}: {golden.program.title}", facts, golden.flow, golden.stages, handed)
 
 
 def _num_bytes(t: torch.Tensor) -> int:

@@ -1,0 +1,188 @@
+"""Trains a model of long sequences, strings and crossed features: `python -m recfx.examples.deepctr`.
+
+Every kind of feature once: dense columns of 8 numbers with defaults, the same bucketised into one shared table, ids
+modulo a number, a cross, and two lists of up to 2000 (clicked items; words as strings) of which the last 1000 count.
+Without --data_paths it first writes, once, Parquet files whose labels come from a planted model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from recfx import features as ops
+from recfx.capture import capture, capture_evaluation
+from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
+from recfx.embeddings import Embedding
+from recfx.examples.deepctr_data import LONGEST, NUM_DENSE, generate
+from recfx.layers import init_linear, mlp
+from recfx.optim import adamw, sparse_adamw
+from recfx.step import Step, TrainState, train_step
+from recfx.table import num_live
+from recfx.train import TrainConfig, evaluate, train
+from recfx.types import COUNTS, Params
+
+__all__ = ["build_step", "features", "forward", "main", "parse", "run"]
+
+COLUMNS: list[Column] = [
+    fixedlen("label", [0.0], valid=OneOf(0, 1)),
+    fixedlen("dense1", [0.0] * NUM_DENSE),
+    fixedlen("dense2", [1.0] * NUM_DENSE),
+    *(varlen(name, torch.int64) for name in ("item", "category", "city", "clicks")),
+    varlen("words", torch.uint8),
+]
+KEPT, RECENT, NUM_BUCKETS = 1000, 8, 1_000_003
+BOUNDARIES = [0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0]
+DIM, HIDDEN = 8, (64, 32)
+
+
+def features(batch: dict) -> dict[str, Any]:
+    """What the model reads of a batch. An ordinary function: traced into the step as it is."""
+    items = ops.mod({name: batch[name] for name in ("item", "clicks")}, NUM_BUCKETS)
+    words = ops.mod(ops.farm_hash(batch["words"]), NUM_BUCKETS)
+    sequences = ops.truncate({"clicks": items["clicks"], "words": words}, KEPT, side="left")
+    crossed, overflow = ops.cross(batch["city"], batch["category"], capacity=batch["label"].shape[0])
+    return {
+        "label": batch["label"],
+        "dense": ops.standardize(ops.log1p(torch.cat([batch["dense1"], batch["dense2"]], dim=1)), 1.3, 0.7),
+        "bucket1": ops.bucketize(batch["dense1"], BOUNDARIES),
+        "bucket2": ops.bucketize(batch["dense2"], BOUNDARIES),
+        "item": items["item"],
+        **sequences,
+        "recent": ops.truncate(sequences["clicks"], RECENT, side="left"),
+        "city": batch["city"],
+        "category": batch["category"],
+        "city_category": crossed,
+        COUNTS: {
+            "crossed_without_room": overflow,
+            "long_clicks": ops.check_length(batch["clicks"], LONGEST, "clicks"),
+            "long_words": ops.check_length(words, LONGEST, "words"),
+        },
+    }
+
+
+EMBEDDINGS = {
+    "emb": [
+        Embedding("item", dim=DIM, shared_name="item"),
+        Embedding("clicks", dim=DIM, shared_name="item", combiner="mean"),
+        Embedding("words", dim=DIM, combiner="mean"),
+        Embedding("bucket1", dim=DIM, shared_name="bucket", combiner="mean"),
+        Embedding("bucket2", dim=DIM, shared_name="bucket", combiner="mean"),
+        *(Embedding(name, dim=DIM) for name in ("city", "category", "city_category")),
+    ],
+    "recent": [Embedding("recent", dim=DIM, shared_name="item", combiner="sum")],
+}
+
+
+def forward(params: Params, emb: dict[str, Tensor], feats: dict) -> Tensor:
+    """An MLP over dense numbers, pooled embeddings, the tiled last clicks, and item times history and words."""
+    item, clicks, words = emb["emb"][:, :3].unbind(1)
+    parts = [feats["dense"], emb["emb"].flatten(1), emb["recent"].flatten(1), item * clicks, item * words]
+    return mlp(params, "dnn", torch.cat(parts, dim=1), num_hidden=len(HIDDEN))
+
+
+def build_step(args: argparse.Namespace) -> tuple[Step, TrainState]:
+    """The whole training program as one step, and its first state."""
+    step = train_step(
+        features=features,
+        embeddings=EMBEDDINGS,
+        forward=forward,
+        sparse_optimizer=sparse_adamw(args.sparse_lr),
+        dense_optimizer=adamw(args.dense_lr),
+        accumulation=args.gradient_accumulation_steps,
+        seed=args.seed,
+    )
+    generator = torch.Generator().manual_seed(args.seed)
+    num_in = 2 * NUM_DENSE + (len(EMBEDDINGS["emb"]) + 1 + 2) * DIM
+    params: Params = {}
+    for i, (n, m) in enumerate(itertools.pairwise([num_in, *HIDDEN, 1])):
+        params[f"dnn.{i}.weight"], params[f"dnn.{i}.bias"] = init_linear(n, m, generator)
+    return step, step.init(params)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains, evaluates, saves; returns the summary that is also written to <output_dir>/summary.json."""
+    planted: dict[str, Any] = {}
+    if args.data_paths is None:
+        print(f"no --data_paths: using generated click logs in {args.generated_dir}", flush=True)
+        planted = generate(args.generated_dir, rows=args.generated_rows, seed=args.seed)
+        args.data_paths, args.eval_paths = f"{args.generated_dir}/train", f"{args.generated_dir}/eval"
+
+    def read(paths: str, *, drop_remainder: bool) -> Reader:
+        return reader(
+            paths, COLUMNS, args.batch_size, drop_remainder=drop_remainder, shuffle_rows=10_000, seed=args.seed
+        )
+
+    batches = read(args.data_paths, drop_remainder=True)
+    step, state = build_step(args)
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError(f"data_paths: got fewer than {args.batch_size} rows, expected a full batch at least.")
+    evaluation, held_out = capture_evaluation(step, state, first), args.eval_paths or args.data_paths
+    state, progress = train(
+        step,
+        capture(step, state, first),
+        state,
+        batches,
+        TrainConfig(output_dir=args.output_dir, log_steps=args.log_steps, train_epoch=args.train_epoch),
+        evaluate_with=lambda state: evaluate(evaluation, state, read(held_out, drop_remainder=False)),
+        on_event=lambda event, progress, state: (
+            event == "log" and tqdm.write(f"step {progress.step} loss {progress.loss:.4f} auc {progress.auc:.4f}")
+        ),
+    )
+    summary = {
+        "auc": progress.evaluation["auc"],
+        "best_auc": planted.get("best_auc"),
+        "log_loss": progress.evaluation["log_loss"],
+        "samples_per_s": progress.samples_per_s,
+        "first_step_s": progress.first_step_s,
+        "rows": sum(num_live(t) for t in state.tables),
+        "steps": progress.step,
+    }
+    Path(args.output_dir, "summary.json").write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The program's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recfx.examples.deepctr",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data_paths", help="files, folders or globs to train on, with commas between; default: generate some")
+    add("--eval_paths", help="held-out files; default: the generated ones, or the training files")
+    add("--batch_size", type=int, default=500, help="samples per micro-batch")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimiser step")
+    add("--train_epoch", type=int, default=1, help="passes over the data")
+    add("--sparse_lr", type=float, default=1e-2, help="learning rate of the embedding rows")
+    add("--dense_lr", type=float, default=3e-3, help="learning rate of the dense parameters")
+    add("--log_steps", type=int, default=20, help="optimiser steps between log lines")
+    add("--output_dir", default="./ckpt-deepctr", help="checkpoints and summary.json")
+    add("--seed", type=int, default=42, help="of initial weights, and of generated data")
+    add("--generated_dir", default="./demo/deepctr", help="where generated files are kept")
+    add("--generated_rows", type=int, default=100_000, help="training rows to generate")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: `python -m recfx.examples.deepctr`."""
+    try:
+        summary = run(parse(argv))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    for name, value in summary.items():
+        print(f"{name:>14}  {value}")
+
+
+if __name__ == "__main__":
+    main()
