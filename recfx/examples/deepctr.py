@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from recfx import features as ops
 from recfx.capture import capture, capture_evaluation
@@ -27,7 +26,7 @@ from recfx.layers import init_linear, mlp
 from recfx.optim import adamw, sparse_adamw
 from recfx.step import Step, TrainState, train_step
 from recfx.table import num_live
-from recfx.train import TrainConfig, evaluate, train
+from recfx.train import Event, Progress, TrainConfig, evaluate, train
 from recfx.types import COUNTS, Params
 
 __all__ = ["build_step", "features", "forward", "main", "parse", "run"]
@@ -134,9 +133,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         batches,
         TrainConfig(output_dir=args.output_dir, log_steps=args.log_steps, train_epoch=args.train_epoch),
         evaluate_with=lambda state: evaluate(evaluation, state, read(held_out, drop_remainder=False)),
-        on_event=lambda event, progress, state: (
-            event == "log" and tqdm.write(f"step {progress.step} loss {progress.loss:.4f} auc {progress.auc:.4f}")
-        ),
+        on_event=_show,
     )
     summary = {
         "auc": progress.evaluation["auc"],
@@ -149,6 +146,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     Path(args.output_dir, "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
+
+
+def _show(event: Event, progress: Progress, state: TrainState) -> None:
+    if event == "log":
+        print(f"step {progress.step} loss {progress.loss:.4f} auc {progress.auc:.4f}", flush=True)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
