@@ -20,7 +20,7 @@ from torch import Tensor
 from recfx import features as ops
 from recfx.capture import capture, capture_evaluation
 from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
-from recfx.embeddings import Embedding
+from recfx.embeddings import Embedding, tile
 from recfx.examples.deepctr_data import LONGEST, NUM_DENSE, generate
 from recfx.layers import init_linear, mlp
 from recfx.optim import adamw, sparse_adamw
@@ -77,7 +77,7 @@ EMBEDDINGS = {
         Embedding("bucket2", dim=DIM, shared_name="bucket", combiner="mean"),
         *(Embedding(name, dim=DIM) for name in ("city", "category", "city_category")),
     ],
-    "recent": [Embedding("recent", dim=DIM, shared_name="item", combiner="sum")],
+    "recent": [Embedding("recent", dim=DIM, shared_name="item", combiner=tile(RECENT))],
 }
 
 
@@ -100,7 +100,7 @@ def build_step(args: argparse.Namespace) -> tuple[Step, TrainState]:
         seed=args.seed,
     )
     generator = torch.Generator().manual_seed(args.seed)
-    num_in = 2 * NUM_DENSE + (len(EMBEDDINGS["emb"]) + 1 + 2) * DIM
+    num_in = 2 * NUM_DENSE + (len(EMBEDDINGS["emb"]) + RECENT + 2) * DIM
     params: Params = {}
     for i, (n, m) in enumerate(itertools.pairwise([num_in, *HIDDEN, 1])):
         params[f"dnn.{i}.weight"], params[f"dnn.{i}.bias"] = init_linear(n, m, generator)

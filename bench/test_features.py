@@ -1,0 +1,174 @@
+"""Feature ops: hashing strings against PyPI bindings, and many features at once against one and against eager.
+
+One core: string hashing is claimed for one. 200 features are claimed as a multiple of one feature's time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.harness import Claim, Claims, Comparison, Loop, compare, rate
+from recfx import features as ops
+from recfx.capture import ShareCommon
+from recfx.kernels.string_hash import farm_hashes, murmur_hashes
+from recfx.types import Batch, Layout, Ragged, pack, unpack
+
+NUM_STRINGS, BATCH_SIZE, NUM_FEATURES = 1_000_000, 1000, 200
+TARGET_RATE = 20e6
+BOUNDARIES = [1.0, 3, 10, 30, 100, 300]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def words(shortest: int, longest: int) -> tuple[Ragged, list[bytes]]:
+    rng = np.random.default_rng(0)
+    offsets = np.concatenate([[0], rng.integers(shortest, longest + 1, NUM_STRINGS).cumsum()]).astype(np.int32)
+    values = rng.integers(97, 123, offsets[-1], dtype=np.uint8)
+    data = values.tobytes()
+    items = [data[a:b] for a, b in itertools.pairwise(offsets)]
+    return Ragged(torch.from_numpy(values), torch.from_numpy(offsets)), items
+
+
+@pytest.mark.parametrize("lengths", [(4, 16), (1, 32), (20, 60)])
+@pytest.mark.parametrize("name", ["farm", "murmur"])
+def test_string_hash(benchmark, claims: Claims, name, lengths):
+    """The binding is handed a list of Python bytes, made beforehand; recfx reads Arrow's buffers."""
+    farmhash, mmh3 = pytest.importorskip("farmhash"), pytest.importorskip("mmh3")
+    column, items = words(*lengths)
+    kernel, peer, peer_name = {
+        "farm": (farm_hashes, farmhash.Fingerprint64, "cityhash's farmhash"),
+        "murmur": (murmur_hashes, mmh3.hash64, "mmh3.hash64 (MurmurHash3)"),
+    }[name]
+    if name == "farm":
+        ours = kernel([column.values], [column.offsets])[0][:1000].tolist()
+        assert [id % 2**64 for id in ours] == [peer(item) for item in items[:1000]]
+    sides = (
+        Loop(lambda _: kernel([column.values], [column.offsets]), [None]),
+        Loop(lambda _: [peer(item) for item in items], [None]),
+    )
+    result = benchmark.pedantic(compare, args=sides, kwargs={"blocks": 5}, rounds=1)
+    title = f"{name} hash, one core, strings of {lengths[0]} to {lengths[1]} bytes"
+    claims.add(in_strings(result, title, peer_name))
+    ours = NUM_STRINGS / statistics.median(result.recfx_s)
+    claims.add(
+        Claim(
+            name=title, unit="strings/s", recfx=ours, baseline=TARGET_RATE, baseline_name="20 M strings/s",
+            ratio=ours / TARGET_RATE, target=1.0,
+        )
+    )  # fmt: skip
+
+
+def in_strings(result: Comparison, name: str, baseline_name: str) -> Claim:
+    return result.claim(name, baseline_name, batch_size=NUM_STRINGS, target=None)
+
+
+def ragged(dtype: torch.dtype, longest: int, seed: int) -> Ragged:
+    rng = np.random.default_rng(seed)
+    offsets = np.concatenate([[0], rng.integers(0, longest + 1, BATCH_SIZE).cumsum()]).astype(np.int32)
+    values = torch.randint(0, 256, (longest * BATCH_SIZE,), generator=torch.Generator().manual_seed(seed))
+    return Ragged(values.to(dtype), torch.from_numpy(offsets))
+
+
+Features = Callable[[dict, int], dict[str, Any]]
+
+
+def one_call_per_column(batch: dict, num: int) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for i in range(num // 4):
+        x = ops.log1p(ops.select_dense(batch[f"x{i}"]))
+        out |= {f"x{i}": x, f"bucket{i}": ops.from_dense(ops.bucketize(x, BOUNDARIES))}
+        out[f"id{i}"] = ops.mod(batch[f"id{i}"], 100_003)
+        out[f"word{i}"] = ops.mod(ops.farm_hash(batch[f"word{i}"]), 100_003)
+    return out
+
+
+def dicts_of_columns(batch: dict, num: int) -> dict[str, Any]:
+    x = ops.log1p(ops.select_dense([batch[f"x{i}"] for i in range(num // 4)]))
+    return {
+        "x": x,
+        **ops.split_dense(ops.bucketize(x, BOUNDARIES), [f"bucket{i}" for i in range(num // 4)]),
+        **ops.mod({f"id{i}": batch[f"id{i}"] for i in range(num // 4)}, 100_003),
+        **ops.mod(ops.farm_hash({f"word{i}": batch[f"word{i}"] for i in range(num // 4)}), 100_003),
+    }
+
+
+def columns(num: int) -> Batch:
+    packed: dict[str, Ragged] = {}
+    for i in range(num // 4):
+        packed[f"x{i}"] = ragged(torch.float32, 1, i)
+        packed[f"id{i}"] = ragged(torch.int64, 2, i)
+        packed[f"word{i}"] = ragged(torch.uint8, 16, i)
+    return pack(packed)
+
+
+def checksum(tree: dict[str, Any]) -> torch.Tensor:
+    """Something that needs every value: what a step would consume is not an output either."""
+    parts = [v.values if isinstance(v, Ragged) else v for v in tree.values()]
+    return torch.stack([p.sum().double() for p in parts]).sum()
+
+
+def measured(features: Features, num: int, *, compiled: bool) -> tuple[float, float, float]:
+    """Seconds per batch, seconds of the first call, and the checksum."""
+    batch = columns(num)
+    layout: Layout = batch.layout
+
+    def run(sections: list[torch.Tensor]) -> dict[str, Any]:
+        return features(unpack(sections, layout), num)
+
+    if compiled:
+        torch._dynamo.reset()
+        options = {
+            "post_grad_custom_pre_pass": ShareCommon(),
+            "guard_filter_fn": lambda guards: [False for _ in guards],
+        }
+        run = torch.compile(run, fullgraph=True, dynamic=False, options=options)
+    with torch.no_grad():
+        begin = time.perf_counter()
+        total = float(checksum(run(batch.sections)))
+        first_s = time.perf_counter() - begin
+        return statistics.median(rate(Loop(run, [batch.sections]), blocks=3)), first_s, total
+
+
+def test_200_features_cost_far_less_than_200_times_one(benchmark, claims: Claims):
+    """Numbers, buckets, ids and strings, a quarter each; batch 1000. "One" is a quarter of four features' time."""
+
+    def measure() -> dict[str, tuple[float, float, float]]:
+        out = {}
+        for num in (4, NUM_FEATURES):
+            out[f"{num} compiled"] = measured(dicts_of_columns, num, compiled=True)
+            out[f"{num} eager, dicts"] = measured(dicts_of_columns, num, compiled=False)
+            out[f"{num} eager, one call per column"] = measured(one_call_per_column, num, compiled=False)
+        return out
+
+    results = benchmark.pedantic(measure, rounds=1)
+    for num in (4, NUM_FEATURES):
+        sums = [total for name, (_, _, total) in results.items() if name.startswith(f"{num} ")]
+        assert max(sums) - min(sums) <= 1e-6 * abs(sums[0])
+    for name, (seconds, first_s, _) in results.items():
+        claims.note(f"features, batch {BATCH_SIZE}: {name}: {seconds * 1e3:.3f} ms, first call {first_s:.1f} s")
+    one, many = results["4 compiled"][0] / 4, results[f"{NUM_FEATURES} compiled"][0]
+    eager = results[f"{NUM_FEATURES} eager, one call per column"][0]
+    for title, baseline, baseline_name in (
+        ("200 features, compiled", NUM_FEATURES * one, "200 times one"),
+        ("200 features, compiled", eager, "eager, one call per column"),
+    ):
+        claims.add(
+            Claim(
+                name=title, unit="batches/s", recfx=1 / many, baseline=1 / baseline, baseline_name=baseline_name,
+                ratio=baseline / many, target=None,
+            )
+        )  # fmt: skip
