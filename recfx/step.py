@@ -12,7 +12,7 @@ from recfx.embeddings import Embedding, Plan, Tile, plan_tables
 from recfx.kernels.order_lists import list_sums
 from recfx.losses import bce_with_logits
 from recfx.metrics import BinaryCounts, binary_metrics
-from recfx.optim import AdamState, SparseOptimizer
+from recfx.optim import SparseOptimizer
 from recfx.table import Found, Table, TableState, ids_of, table
 from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
 
@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
     """Everything that training changes."""
 
     params: Params
-    dense: AdamState
+    dense: Any  # the dense optimiser's state, which ends in `step`
     tables: tuple[TableState, ...]
     metrics: BinaryCounts
     window: Window

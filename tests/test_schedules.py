@@ -1,4 +1,4 @@
-"""Learning rates: closed forms, torch's own schedulers, and a compiled step that reads them without a recompile."""
+"""Learning rates: closed forms, and torch's own schedulers."""
 
 import math
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from recfx import optim
-from recfx.capture import capture
 from recfx.optim import schedules
 from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
 
@@ -71,22 +70,6 @@ def test_a_schedule_is_a_tensor_set_by_hand(sparse):
         b, _ = other.update_(b, batch)
     assert torch.equal(a.tables[0].rows[:, 0], b.tables[0].rows[:, 0])
     assert torch.equal(a.params["numeric_emb"], b.params["numeric_emb"])
-
-
-def test_a_schedule_in_a_captured_step_is_compiled_once():
-    schedule = schedules.warm_up(schedules.piecewise([0.1, 0.01], [2]), 2)
-    step = deepfm_step(sparse_optimizer=optim.sparse_adagrad(schedule), dense_optimizer=optim.adagrad(schedule))
-    a, b = step.init(deepfm_params()), step.init(deepfm_params())
-    batches = deepfm_batches(6)
-    run = capture(step, a, batches[0])
-    run(step.init(deepfm_params()), batches[0])
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for batch in batches:
-        a, _ = run(a, batch)
-        b, _ = step.update_(b, batch)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
-    torch.testing.assert_close(a.tables[0].rows[:, 0], b.tables[0].rows[:, 0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(a.params["numeric_emb"], b.params["numeric_emb"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -65,21 +65,22 @@ EXPORT void adagrad_rows(const StepRows* s) {
 
 EXPORT void rowwise_adagrad_rows(const StepRows* s) {
   const float initial = s->hyper[3], eps = s->hyper[4];
-  update_rows(*s, [=](float* __restrict w, const float* g, const float* decay, const float* rate, auto dim) {
-    float* sum = w + dim;
-    for (int64_t t = 0, first = 0; t < s->num_tables; first += s->dims[t++]) {
-      const int64_t end = first + s->dims[t];
-      float squares = 0.0f;
+  update_rows(*s, [=](float* w, float* g, const float* decay, const float* rate, auto width) {
+    float* sum = w + width;
+    for (int64_t t = 0; t < s->num_tables; ++t)
+      with_dim(s->dims[t], [&](auto dim) {
+        float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
-      for (int64_t c = first; c < end; ++c) {
-        const float gc = g[c] + decay[c] * w[c];
-        squares += gc * gc;
-      }
-      sum[t] += squares / s->dims[t];
-      const float root = std::sqrt(initial + sum[t]) + eps;
+        for (int64_t c = 0; c < dim; ++c) {
+          g[c] += decay[c] * w[c];
+          squares += g[c] * g[c];
+        }
+        sum[t] += squares / dim;
+        const float step = 1.0f / (std::sqrt(initial + sum[t]) + eps);
 #pragma omp simd
-      for (int64_t c = first; c < end; ++c) w[c] -= rate[c] * (g[c] + decay[c] * w[c]) / root;
-    }
+        for (int64_t c = 0; c < dim; ++c) w[c] -= rate[c] * step * g[c];
+        w += dim, g += dim, decay += dim, rate += dim;
+      });
   });
 }
 
