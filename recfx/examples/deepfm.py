@@ -128,6 +128,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         train_steps=args.train_steps,
         train_epoch=args.train_epoch,
         max_to_keep=args.max_to_keep,
+        full_save_every=args.full_save_every,
+        save_in_background=args.save_in_background,
     )
     with tqdm(unit=" samples", unit_scale=True, dynamic_ncols=True) as bar:
         state, progress = train(
@@ -192,6 +194,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--save_steps", type=int, default=2000, help="optimiser steps between checkpoints; one more at the end")
     add("--eval_steps", type=int, default=None, help="batches per evaluation; default: all")
     add("--max_to_keep", type=int, default=5, help="checkpoints kept")
+    add(
+        "--full_save_every",
+        type=int,
+        default=1,
+        help="of so many checkpoints one is full, the others hold what changed",
+    )
+    add("--save_in_background", type=_flag, nargs="?", const=True, default=False, help="train on while saving")
     add("--train_steps", type=int, default=None, help="stop after so many optimiser steps; default: after the data")
     add("--train_epoch", type=int, default=1, help="passes over the data")
     add("--sparse_lr", type=float, default=1e-3, help="learning rate of the embedding rows")

@@ -1,0 +1,165 @@
+"""Same seed, data, device kind and thread count: the same bytes on disk, through the captured step too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recfx import table as table_package
+from recfx.capture import capture
+from recfx.checkpoint import compact, diff, latest
+from recfx.checkpoint.merging import merged
+from recfx.step import Step
+from recfx.train import TrainConfig, train
+from tests.conftest import deepfm_batches, deepfm_step
+from tests.test_checkpoint import digests
+from tests.test_train import Log, MemoryReader, eager, fresh, interrupt
+
+NUM_BATCHES = 9
+
+
+@pytest.fixture(scope="module")
+def captured() -> tuple[Step, Callable]:
+    """Compiled once for all tests, as one process would."""
+    step = deepfm_step()
+    return step, capture(step, fresh(step), batches()[0])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def batches() -> list:
+    return deepfm_batches(NUM_BATCHES, seed=5, ids=tuple(range(150)))
+
+
+def go(folder: Path, step: Step, run: Callable, **config: Any) -> Path:
+    """Trains from a new state, or from the newest checkpoint; returns the last checkpoint."""
+    listener = config.pop("listener", lambda *_: None)
+    config = {"output_dir": str(folder), "train_epoch": 2, "save_steps": 4} | config
+    train(step, run, fresh(step), MemoryReader(batches()), TrainConfig(**config), resume=True, on_event=listener)
+    return latest(folder)
+
+
+def test_run_to_run(captured, tmp_path):
+    a, b = (go(tmp_path / name, *captured) for name in "ab")
+    assert digests(a) == digests(b)
+
+
+@pytest.mark.parametrize("how", ["train_steps", "interrupt"])
+@pytest.mark.parametrize(
+    "options", [{}, {"save_in_background": True}, {"save_in_background": True, "full_save_every": 3}]
+)
+def test_interrupted_and_resumed(captured, tmp_path, how, options):
+    whole = go(tmp_path / "whole", *captured)
+    for at in (3, 4, 9, 14):
+        if how == "train_steps":
+            go(tmp_path / "parts", *captured, train_steps=at, **options)
+        else:
+            go(tmp_path / "parts", *captured, listener=Log(("after_step", at), interrupt), **options)
+    parts = go(tmp_path / "parts", *captured, **options)
+    assert diff(parts, whole) == []
+    assert digests(compact(parts)) == digests(whole)
+
+
+def test_grown_or_not(captured, tmp_path, monkeypatch):
+    """An index of 8 slots that doubles while training, and one that was large enough from the start."""
+    paths = []
+    for first_slots in (8, 2**16):
+        monkeypatch.setattr(table_package.functions, "FIRST_SLOTS", first_slots)
+        paths.append(go(tmp_path / str(first_slots), *captured))
+    assert digests(paths[0]) == digests(paths[1])
+
+
+def assert_same_rows(a: Path, b: Path) -> None:
+    """Keys and rows equal, values to rounding."""
+    for (columns, live), (others, other_live) in zip(merged(a).tables, merged(b).tables, strict=True):
+        assert live.tolist() == other_live.tolist()
+        for name in columns.keys() - {"rows"}:
+            assert (columns[name] == others[name]).all(), name
+        np.testing.assert_allclose(columns["rows"], others["rows"], rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_or_eager(captured, tmp_path):
+    step, run = captured
+    assert_same_rows(go(tmp_path / "captured", step, run), go(tmp_path / "eager", step, eager(step)))
+
+
+def test_at_another_thread_count(tmp_path):
+    step, paths = deepfm_step(), []
+    for num in (1, 2):
+        torch.set_num_threads(num)
+        paths.append(go(tmp_path / str(num), step, eager(step)))
+    assert_same_rows(*paths)
+
+
+ANOTHER_PROCESS = """
+import sys, torch
+from tests.test_checkpoint_reproducible import *
+torch.set_num_threads(1)
+step = deepfm_step()
+print(go(Path(sys.argv[1]), step, capture(step, fresh(step), batches()[0])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hash_seed", ["0", "1"])
+def test_in_another_process(captured, tmp_path, hash_seed):
+    here = go(tmp_path / "here", *captured)
+    command = [sys.executable, "-W", "ignore", "-c", ANOTHER_PROCESS, str(tmp_path / "there")]
+    environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert digests(Path(done.stdout.strip())) == digests(here)
+
+
+def test_after_save_is_told_when_it_is_on_disk(tmp_path):
+    """In the background too, once for every save, and the last one before training returns."""
+
+    def look(event: str, progress: Any, state: Any) -> None:
+        if event.endswith("_save"):
+            events.append(event)
+            assert event == "before_save" or latest(tmp_path) is not None
+
+    events: list[str] = []
+    step = deepfm_step()
+    go(tmp_path, step, eager(step), listener=look, save_in_background=True, save_steps=2)
+    assert events == ["before_save", "after_save"] * (2 * NUM_BATCHES // 2 + 1)
+
+
+def test_two_runs_in_one_folder(tmp_path, monkeypatch):
+    """The second one is told at its start, and the first one's checkpoints are as they were."""
+    monkeypatch.setattr("recfx.checkpoint.files.LOCK_WAIT_S", 0.05)
+    step, told = deepfm_step(), []
+
+    def second(event: str, progress: Any, state: Any) -> None:
+        if (event, progress.step) == ("after_step", 6):
+            with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} writes checkpoints there, expected no"):
+                go(tmp_path, step, eager(step))
+            told.append(digests(latest(tmp_path)))
+
+    go(tmp_path, step, eager(step), listener=second)
+    assert len(told) == 1
+
+
+def test_a_failed_background_save_stops_training(tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    step = deepfm_step()
+    kept = go(tmp_path, step, eager(step), train_steps=3)
+    before = digests(kept)
+    monkeypatch.setattr("recfx.checkpoint.contents.write_tensors", full)
+    with pytest.raises(OSError, match=r"No space left on device. The checkpoints before this one are whole"):
+        go(tmp_path, step, eager(step), save_in_background=True)
+    assert latest(tmp_path) == kept
+    assert digests(kept) == before
