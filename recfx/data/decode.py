@@ -89,8 +89,6 @@ class Decoder:
     def _decode(self, file: File, unit: int) -> Decoded:
         source, recipe = self._open(file), self.recipe
         columns = [replace(c, null="empty") for c in recipe.columns] if source.null_is_missing else recipe.columns
-        if file not in self._names:
-            self._names[file] = _needed(file, source.schema, recipe)
         names = self._names[file]
         with reading(file, f" in {source.unit_name} {unit}", "a whole file"):
             rows = source.read(unit, names)
@@ -110,7 +108,9 @@ class Decoder:
             self._verify(file)
         types = {column.name: _csv_type(column) for column in self.recipe.columns}
         source = open_source(file, types, self.recipe.format)
-        check_schema(file.path, source.schema, self.recipe.columns)
+        if file not in self._names:
+            check_schema(file.path, source.schema, self.recipe.columns)
+            self._names[file] = _needed(file, source.schema, self.recipe)
         return source
 
     def _verify(self, file: File) -> None:
