@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recfx.kernels import add_predictions
 from recfx.types import Transform
 
 __all__ = ["BinaryCounts", "auc", "auc_200", "binary_metrics", "calibration", "log_loss", "threshold_auc"]
@@ -35,27 +36,14 @@ def binary_metrics(num_bins: int = 2**16) -> Transform:
         histogram = torch.zeros(2, num_bins, dtype=torch.int64, device=device)
         return BinaryCounts(histogram, torch.zeros(4, dtype=torch.float64, device=device))
 
-    def add(logit: Tensor, label: Tensor, loss: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        unit = (logit + LOGIT_RANGE) / (2 * LOGIT_RANGE)
-        bin_B = (unit * num_bins).clamp(0, num_bins - 1).long().clamp(min=0).flatten()  # NaN: the lowest
-        is_click = (label > 0.5).long().flatten()
-        terms = [
-            valid,
-            torch.where(valid, label, 0),
-            torch.where(valid, loss, 0),
-            torch.where(valid, logit.sigmoid(), 0),
-        ]
-        return is_click, bin_B, valid.long().flatten(), torch.stack([t.double().sum() for t in terms])
-
     def update(state: BinaryCounts, logit: Tensor, label: Tensor, loss: Tensor, valid: Tensor) -> BinaryCounts:
-        is_click, bin_B, count_B, sums = add(logit, label, loss, valid)
-        histogram = state.histogram.index_put((is_click, bin_B), count_B, accumulate=True)
-        return BinaryCounts(histogram, state.sums + sums)
+        new = BinaryCounts(*(t.clone() for t in state))
+        add_predictions.definition(*new, logit.float(), label.float(), loss.float(), valid, LOGIT_RANGE)
+        return new
 
     def update_(state: BinaryCounts, logit: Tensor, label: Tensor, loss: Tensor, valid: Tensor) -> BinaryCounts:
-        is_click, bin_B, count_B, sums = add(logit, label, loss, valid)
-        state.histogram.index_put_((is_click, bin_B), count_B, accumulate=True)
-        state.sums.add_(sums)
+        numbers = (t.float().contiguous() for t in (logit, label, loss))
+        add_predictions.add_predictions_(*state, *numbers, valid.contiguous(), LOGIT_RANGE)
         return state
 
     return Transform(init, update, update_)

@@ -5,7 +5,7 @@
 
 EXPORT void add_row_grads(float* grads_UW, int64_t stride, const int32_t* inverse_P, const int32_t* cell_P,
                           int64_t num_positions, int64_t num_slices, const int64_t* firsts, const int64_t* dims,
-                          const float* const* blocks, const float* weight_P) {
+                          const GradBlock* blocks, const float* weight_P) {
   constexpr int64_t CHUNK = 256;
   const int64_t count = count_ids(cell_P, num_positions);
 #pragma omp parallel
@@ -21,10 +21,10 @@ EXPORT void add_row_grads(float* grads_UW, int64_t stride, const int32_t* invers
         n += inverse_P[k] >= 0 && inverse_P[k] / OWNED % threads == me;
       }
       for (int64_t s = 0; s < num_slices; ++s)
-        with_dim(dims[s], [&](auto dim) {
+        with_dim(dims[s], [&, block = blocks[s], one_stride = blocks[s].one_stride()](auto dim) {
           for (int64_t i = 0; i < n; ++i) {
             float* __restrict to = grads_UW + inverse_P[position[i]] * stride + firsts[s];
-            const float* __restrict from = blocks[s] + cell_P[position[i]] * dim;
+            const float* __restrict from = block.at(cell_P[position[i]], one_stride);
             const float weight = weight_P ? weight_P[position[i]] : 1.0f;
             for (int64_t c = 0; c < dim; ++c) to[c] += weight * from[c];
           }

@@ -10,6 +10,8 @@
 #include <tuple>
 #include <vector>
 
+#include "table.h"
+
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 using Tensors = std::vector<Tensor>;
@@ -26,7 +28,9 @@ void pool(const float*, int64_t, int64_t, const int32_t*, const int64_t*, const 
           int64_t, int64_t, const int64_t*, const float*, int64_t, const int64_t*, const int64_t*, const float*,
           float* const*);
 void add_row_grads(float*, int64_t, const int32_t*, const int32_t*, int64_t, int64_t, const int64_t*, const int64_t*,
-                   const float* const*, const float*);
+                   const GradBlock*, const float*);
+void add_predictions(int64_t*, double*, const float*, const float*, const float*, const bool*, int64_t, int64_t,
+                     double);
 void adamw_rows(float*, float*, int64_t*, const int32_t*, int64_t, int64_t, int64_t, const double*, const bool*);
 }
 
@@ -100,10 +104,16 @@ Tensors pool_op(const Tensor& rows, const Tensor& row_P, const Tensor& id_P, con
 
 void add_row_grads_op(Tensor grads, const Tensor& inverse_P, const Tensor& cell_P, const Ints& firsts, const Ints& dims,
                       const Tensors& blocks, std::optional<Tensor> weight_P) {
-  Tensors dense;  // a gradient broadcast over the lookups comes with strides of 0
-  for (const Tensor& block : blocks) dense.push_back(block.is_contiguous() ? block : torch::stable::contiguous(block));
+  Tensors kept;  // until the kernel has run
+  std::vector<GradBlock> sources;
+  for (const Tensor& block : blocks) {
+    const bool readable = block.size(2) == 1 || block.stride(2) == 1;
+    kept.push_back(readable ? block : torch::stable::contiguous(block));
+    const Tensor& t = kept.back();
+    sources.push_back({strided<const float>(t), t.size(1), t.stride(0), t.stride(1)});
+  }
   add_row_grads(strided<float>(grads), grads.stride(0), flat<int32_t>(inverse_P), flat<int32_t>(cell_P),
-                cell_P.numel(), dims.size(), firsts.data(), dims.data(), flat<const float>(dense).data(),
+                cell_P.numel(), dims.size(), firsts.data(), dims.data(), sources.data(),
                 weight_P ? flat<float>(*weight_P) : nullptr);
 }
 
@@ -111,6 +121,12 @@ void adamw_rows_op(Tensor rows, Tensor grads, Tensor num_unique, const Tensor& u
                    const Tensor& due) {
   adamw_rows(strided<float>(rows), strided<float>(grads), flat<int64_t>(num_unique), flat<int32_t>(unique_rows),
              rows.stride(0), grads.stride(0), rows.size(2), flat<double>(hyper), flat<bool>(due));
+}
+
+void add_predictions_op(Tensor histogram, Tensor sums, const Tensor& logit, const Tensor& label, const Tensor& loss,
+                        const Tensor& valid, double logit_range) {
+  add_predictions(flat<int64_t>(histogram), flat<double>(sums), flat<float>(logit), flat<float>(label),
+                  flat<float>(loss), flat<bool>(valid), logit.numel(), histogram.size(1), logit_range);
 }
 
 }  // namespace
@@ -122,4 +138,5 @@ STABLE_TORCH_LIBRARY_IMPL(recfx, CPU, library) {
   library.impl("pool", TORCH_BOX(&pool_op));
   library.impl("add_row_grads_", TORCH_BOX(&add_row_grads_op));
   library.impl("adamw_rows_", TORCH_BOX(&adamw_rows_op));
+  library.impl("add_predictions_", TORCH_BOX(&add_predictions_op));
 }

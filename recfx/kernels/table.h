@@ -118,10 +118,29 @@ static inline void initial_values(const Initializer& init, uint64_t vocabulary, 
   }
 }
 
+// cell / divisor by one multiplication, exact for 32-bit numbers. Lemire, Kaser, Kurz 2019, arXiv:1902.01961.
+static inline int64_t quotient(int32_t cell, int64_t divisor) {
+  const uint64_t reciprocal = UINT64_MAX / (uint64_t)divisor + 1;  // 0 for a divisor of 1
+  return divisor == 1 ? cell : (int64_t)((unsigned __int128)reciprocal * (uint64_t)cell >> 64);
+}
+
 // How many ids come before the padding.
 static inline int64_t count_ids(const int32_t* cell, int64_t num_positions) {
   return std::partition_point(cell, cell + num_positions, [](int32_t c) { return c >= 0; }) - cell;
 }
+
+// A block of gradients [samples, lookups, dim] whose first two strides are its own: a gradient that is the same for all
+// lookups of a sample comes as one number.
+struct GradBlock {
+  const float* values;
+  int64_t num_lookups, sample_stride, lookup_stride;
+  bool one_stride() const { return sample_stride == num_lookups * lookup_stride; }
+  const float* at(int32_t cell, bool one_stride) const {
+    if (one_stride) return values + cell * lookup_stride;
+    const int64_t sample = quotient(cell, num_lookups);
+    return values + sample * sample_stride + (cell - sample * num_lookups) * lookup_stride;
+  }
+};
 
 // The ids of one batch in the table's order; cell = sample * num_lookups + lookup, -1 in the padding at the end.
 struct Ids {
@@ -134,11 +153,7 @@ struct Ids {
   int64_t first_of(int64_t sample) const {
     return std::lower_bound(cell, cell + count(), sample * num_lookups) - cell;
   }
-  // cell % num_lookups by two multiplications. Lemire, Kaser, Kurz 2019, arXiv:1902.01961.
-  int64_t lookup(int64_t k) const {
-    const uint64_t fraction = (UINT64_MAX / (uint64_t)num_lookups + 1) * (uint64_t)cell[k];
-    return (int64_t)((unsigned __int128)fraction * (uint64_t)num_lookups >> 64);
-  }
+  int64_t lookup(int64_t k) const { return cell[k] - quotient(cell[k], num_lookups) * num_lookups; }
   int32_t vocabulary(int64_t k) const { return vocabularies[lookup(k)]; }
 };
 

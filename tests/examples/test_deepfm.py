@@ -227,7 +227,12 @@ def test_ctrl_c(data, eager, monkeypatch, capsys):
 
 def test_checkpoints_are_saved_and_kept_as_told(data, eager):
     call(data, "--gradient_accumulation_steps=1", "--save_steps=10", "--max_to_keep=2")
-    assert sorted(p.name for p in Path("out").iterdir()) == [".lock", "step-000000030", "step-000000033", "summary.json"]
+    assert sorted(p.name for p in Path("out").iterdir()) == [
+        ".lock",
+        "step-000000030",
+        "step-000000033",
+        "summary.json",
+    ]
 
 
 def test_the_seed_decides(data, eager):
