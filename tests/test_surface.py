@@ -19,7 +19,8 @@ import recfx
 
 ROOT = Path(recfx.__file__).parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "recfx."))
-CODE = [name for name in MODULES if not name.endswith(".__main__")]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+CODE = [name for name in MODULES if not name.endswith(".__main__") and (HAS_TRITON or ".gpu." not in name)]
 
 # Imports run one way, up this list; what stands in one line may see each other.
 LAYERS = (

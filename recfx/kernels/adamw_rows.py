@@ -50,5 +50,6 @@ adamw_rows_ = define_op(
     "adamw_rows_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) num_unique, Tensor unique_rows, Tensor hyper,"
     " Tensor due) -> ()",
     definition=definition,
+    cuda="optimizer_rows",
     fake=lambda *_: None,
 )

@@ -52,6 +52,7 @@ clip_row_grads_ = define_op(
     " float max_norm) -> ()",
     definition=definition,
     cpu=_cpu,
+    cuda="clip_row_grads",
     fake=lambda *_: None,
 )
 
@@ -74,5 +75,6 @@ squared_norm = define_op(
     "squared_norm(Tensor grads, Tensor num_unique) -> Tensor",
     definition=squared_norm_definition,
     cpu=_squared_norm_cpu,
+    cuda="clip_row_grads",
     fake=lambda grads, num_unique: grads.new_empty((), dtype=torch.float64),
 )

@@ -36,5 +36,6 @@ find = define_op(
     "find(Tensor slots, Tensor ids, Tensor num_slots, Tensor salt, Tensor id_P, Tensor cell_P, Tensor vocabularies)"
     " -> Tensor",
     definition=definition,
+    cuda="find",
     fake=lambda slots, ids, num_slots, salt, id_P, cell_P, *_: torch.empty_like(cell_P),
 )

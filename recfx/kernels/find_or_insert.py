@@ -119,5 +119,6 @@ find_or_insert_ = define_op(
     " Tensor salt, Tensor step, Tensor id_P, Tensor cell_P, Tensor vocabularies, Tensor init_keys,"
     " Tensor init_params, Tensor? admit_P) -> (Tensor, Tensor)",
     definition=definition,
+    cuda="find_or_insert",
     fake=_fake,
 )

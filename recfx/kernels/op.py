@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
+import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +15,7 @@ from torch import Tensor
 
 from recfx.kernels.build import library
 
-__all__ = ["address", "addresses", "c_function", "define_op", "int64s"]
+__all__ = ["address", "addresses", "c_function", "define_op", "gpu_function", "int64s"]
 
 _LIBRARY = torch.library.Library("recfx", "DEF")
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
@@ -21,13 +25,17 @@ REFUSED = -2  # row of an id that found no room: pools to its initial value, get
 FREED = -1  # vocabulary of a row that is not in use
 
 
-def define_op(schema: str, *, definition: Callable, fake: Callable, cpu: Callable | None = None) -> Callable:
+def define_op(
+    schema: str, *, definition: Callable, fake: Callable, cpu: Callable | None = None, cuda: str | None = None
+) -> Callable:
     """Registers `recfx::<schema>` and returns the overload to call.
 
     Args:     definition: plain torch, any device; the specification. It runs where no faster kernel is registered.
               fake: shapes and dtypes of the results.
               cpu: the same through the C++ library; None: ops.cpp registers it when the library is loaded, which the
               first call on CPU tensors does. Either falls back to the definition where there is no compiler.
+              cuda: module of recfx.kernels.gpu that has the same in Triton under the operator's name. It is imported at
+              the first call on CUDA tensors, and gives way to the definition where there is no triton.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
@@ -41,7 +49,18 @@ def define_op(schema: str, *, definition: Callable, fake: Callable, cpu: Callabl
     _LIBRARY.impl(name, definition if cpu else load_or_define, "CompositeExplicitAutograd")
     if cpu:
         _LIBRARY.impl(name, lambda *args: (cpu if library() else definition)(*args), "CPU")
+    if cuda:
+        _LIBRARY.impl(name, lambda *args: (gpu_function(cuda, name) or definition)(*args), "CUDA")
     return overload
+
+
+@functools.cache
+def gpu_function(module: str, name: str) -> Callable | None:
+    """A function of recfx.kernels.gpu, or None (with a warning) where triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn(f"recfx: no triton found, running the slow reference of {name}.", stacklevel=2)
+        return None
+    return getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)
 
 
 def c_function(name: str, kinds: str) -> Callable[..., None]:

@@ -178,6 +178,7 @@ def _define(name: str, formula: Formula) -> RowOptimizer:
         " Tensor row_vocabularies, Tensor hyper, Tensor due, int[] dims, Tensor? rates=None) -> ()",
         definition=definition,
         cpu=cpu,
+        cuda="optimizer_rows",
         fake=lambda *_: None,
     )
     return RowOptimizer(formula, op_, definition)

@@ -39,5 +39,8 @@ def _fake(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Tensor, 
 
 
 order_ids = define_op(
-    "order_ids(Tensor[] values, Tensor[] offsets) -> (Tensor, Tensor)", definition=definition, fake=_fake
+    "order_ids(Tensor[] values, Tensor[] offsets) -> (Tensor, Tensor)",
+    definition=definition,
+    fake=_fake,
+    cuda="order_lists",
 )

@@ -67,6 +67,7 @@ order_lists = define_op(
     "order_lists(Tensor[] values, Tensor[] offsets, Tensor?[] weights, int[] lengths) -> (Tensor, Tensor, Tensor)",
     definition=definition,
     cpu=_cpu,
+    cuda="order_lists",
     fake=_fake,
 )
 
@@ -95,5 +96,6 @@ list_sums = define_op(
     "list_sums(Tensor values, Tensor offsets) -> Tensor",
     definition=list_sums_definition,
     cpu=_list_sums_cpu,
+    cuda="order_lists",
     fake=_list_sums_fake,
 )

@@ -53,5 +53,6 @@ pool = define_op(
     "pool(Tensor rows, Tensor row_P, Tensor id_P, Tensor cell_P, Tensor vocabularies, int batch_size,"
     " Tensor init_keys, Tensor init_params, int[] firsts, int[] dims, Tensor? weight_P=None) -> Tensor[]",
     definition=definition,
+    cuda="pool",
     fake=_fake,
 )

@@ -37,5 +37,6 @@ rehash_ = define_op(
     " int num_slots, int salt) -> ()",
     definition=definition,
     cpu=_cpu,
+    cuda="rehash",
     fake=lambda *_: None,
 )

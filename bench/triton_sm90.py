@@ -1,0 +1,168 @@
+"""Every Triton kernel compiled for Hopper without a GPU: registers, spills and vector accesses of each.
+
+`python -m bench.triton_sm90` writes bench/results/triton_sm90.json and .md. The operators are called as a step calls
+them, on small CPU tensors, with launches replaced by compilation: what is compiled is what a GPU would be given.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from recfx.kernels.gpu import (
+    add_row_grads,
+    clip_row_grads,
+    find,
+    find_or_insert,
+    optimizer_rows,
+    order_lists,
+    pool,
+    rehash,
+)
+
+RESULTS = Path(__file__).parent / "results"
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+READS_THE_HOST = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
+TABLES = {"deepfm": (8, 1), "d128": (128,)}  # widths of the logical tables side by side
+
+
+class Hopper:
+    """As much of a driver as compilation asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class NoHostReads(TorchDispatchMode):
+    """An operator that is captured in a CUDA graph must not look at a number."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in READS_THE_HOST:
+            raise AssertionError(f"{func} reads the host")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def compiling() -> Iterator[dict[str, Any]]:
+    """Launches compile and do nothing else; yields the compiled kernels by name."""
+    compiled: dict[str, Any] = {}
+    run, active = JITFunction.run, driver._active
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        formula = kwargs.get("FORMULA")
+        name = self.fn.__name__ if formula is None else f"{self.fn.__name__}/{formula.fn.__name__}"
+        compiled[name] = run(self, *args, grid=grid, warmup=True, **kwargs)
+        return compiled[name]
+
+    driver.set_active(Hopper())
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, driver._active = run, active
+
+
+def call_all(dims: tuple[int, ...]) -> None:
+    """Calls every operator once with the shapes, strides and types of a table with logical tables of widths `dims`."""
+    P, B, L, R, S, W = 4096, 64, 16, 1024, 2048, sum(dims)
+    i64, i32 = functools.partial(torch.zeros, dtype=torch.int64), functools.partial(torch.zeros, dtype=torch.int32)
+    stride = -(-3 * W // 16) * 16
+    rows = torch.zeros(R, stride)[:, : 3 * W].unflatten(1, (3, W))
+    grads = torch.zeros(R, -(-W // 16) * 16)[:, :W]
+    num, due, firsts = i64(()), torch.tensor(True), [sum(dims[:t]) for t in range(len(dims))]
+    init = i64(L, W), torch.zeros(L, 3, W)
+    ids = i64(P), i32(P), i32(L)
+    values, offsets = [i64(P // L) for _ in range(L)], [i32(B + 1) for _ in range(L)]
+    blocks, weight = [torch.zeros(B, L, dim) for dim in dims], torch.zeros(P)
+    with NoHostReads():
+        order_lists.order_ids(values, offsets)
+        order_lists.list_sums(weight, offsets[0])
+        find.find(i64(S), i64(R), num, num, *ids)
+        table = i64(S), i64(R), i32(R), i64(R), i32(R), rows, num, i32(R), num, num, i64(4), num, i32(R), num
+        find_or_insert.find_or_insert_(*table, num, num, num, *ids, *init, torch.zeros(P, dtype=torch.bool))
+        pool.pool(rows, ids[1], *ids, B, *init, firsts, dims, weight)
+        for add in (add_row_grads.add_row_grads_, add_row_grads.add_row_grads_atomic_):
+            add(grads, ids[1], ids[1], firsts, dims, blocks, weight)
+        clip_row_grads.clip_row_grads_(grads, num, torch.ones(()), due, dims, 1.0, 1.0)
+        clip_row_grads.squared_norm(grads, num)
+        hyper = torch.zeros(8, dtype=torch.float64)
+        optimizer_rows.adamw_rows_(rows, grads, num, i32(R), hyper, due)
+        for name in ("sgd", "adagrad", "rowwise_adagrad", "adamw_rows_by_column", "ftrl"):
+            update_ = getattr(optimizer_rows, f"{name}_" if "rows" in name else f"{name}_rows_")
+            update_(rows, grads, num, i32(R), i32(R), hyper, due, dims, torch.zeros(L, 2, W))
+        rehash.rehash_(i64(S), num, i64(R), i32(R), R, S, 0)
+
+
+def assembled(ptx: str) -> dict[str, int]:
+    """What the assembler says of a kernel, and its accesses to memory, those of 16 bytes apart."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [str(PTXAS), "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+    accesses = re.findall(r"(?:ld|st)\.global\S*", ptx)
+    return {
+        "registers": max(map(int, re.findall(r"Used (\d+) registers", said))),
+        "spilled_bytes": sum(map(int, spilled)),
+        "accesses": len(accesses),
+        "accesses_16_bytes": sum(".v4.b32" in a or ".v2.b64" in a for a in accesses),
+        "atomics": len(re.findall(r"atom\.global|red\.global", ptx)),
+    }
+
+
+def measure() -> list[dict[str, Any]]:
+    """One record per kernel and table."""
+    records = []
+    for table, dims in TABLES.items():
+        with compiling() as compiled:
+            call_all(dims)
+        for name, kernel in sorted(compiled.items()):
+            shared = {"shared_bytes": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+            records.append({"kernel": name, "table": table, **assembled(kernel.asm["ptx"]), **shared})
+    return records
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """The records as a page."""
+    lines = [
+        "# The Triton kernels on sm_90: compiled, not run",
+        "",
+        f"triton {triton.__version__}, written by `python -m bench.triton_sm90` on a machine without a GPU. "
+        "`deepfm` is a row of widths 8 + 1 with AdamW's slots, `d128` one of width 128. No time here was measured: "
+        "a register count is a fact, how fast a kernel runs is not known yet.",
+        "",
+        "| " + " | ".join(name.replace("_", " ") for name in records[0]) + " |",
+        "|" + "---|" * len(records[0]),
+    ]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, r.values())) + " |" for r in records)]) + "\n"
+
+
+def main() -> None:
+    records = measure()
+    (RESULTS / "triton_sm90.json").write_text(json.dumps(records, indent=1) + "\n")
+    (RESULTS / "triton_sm90.md").write_text(markdown(records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""How much of its work one Triton program takes, and how many programs a launch has. Sizes of tensors alone decide, so
+a launch can be part of a CUDA graph; what a batch really holds is read on the device."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["columns_of", "programs", "rows_of", "search_steps"]
+
+BLOCK = 128  # positions per program of the kernels that look ids up: one warp, four ids a lane
+NUM_WARPS = 1
+TILE = 1024  # floats per program of the kernels that move rows
+MOST_PROGRAMS = 2048  # of a launch whose programs walk on by the number of programs: a few for each multiprocessor
+
+
+def programs(num: int, per_program: int) -> tuple[int]:
+    """The grid of programs that walk over `num` items, at most MOST_PROGRAMS of them. Never empty."""
+    return (max(1, min(triton.cdiv(num, per_program), MOST_PROGRAMS)),)
+
+
+def columns_of(width: int) -> int:
+    """Columns of a tile that holds whole rows: Triton's sizes are powers of two."""
+    return triton.next_power_of_2(width)
+
+
+def rows_of(width: int) -> int:
+    """Rows of a tile, so that a tile is about TILE floats."""
+    return max(1, TILE // columns_of(width))
+
+
+def search_steps(num: int) -> int:
+    """Halvings after which `lower_bound` over `num` items has ended."""
+    return num.bit_length()
+
+
+@triton.jit
+def lower_bound(items, num, steps, key):
+    """The first place whose item is not less than `key`, in rising items[:num]; a block of keys at a time."""
+    low = tl.zeros_like(key)
+    high = low + num
+    for _ in range(steps):
+        middle = (low + high) // 2
+        less = tl.load(items + middle, mask=low < high, other=0) < key
+        high = tl.where((low < high) & ~less, middle, high)
+        low = tl.where((low < high) & less, middle + 1, low)
+    return low

@@ -1,0 +1,103 @@
+"""What can be known of the Triton kernels without a GPU: what they compute, compile to and take as arguments."""
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recfx.kernels import (
+    adamw_rows,
+    add_row_grads,
+    clip_row_grads,
+    find,
+    find_or_insert,
+    optimizer_rows,
+    order_ids,
+    order_lists,
+    pool,
+    rehash,
+)
+
+DEFINITIONS = {
+    ("optimizer_rows", "adamw_rows_"): adamw_rows.definition,
+    ("add_row_grads", "add_row_grads_"): add_row_grads.definition,
+    ("add_row_grads", "add_row_grads_atomic_"): add_row_grads.definition,
+    ("clip_row_grads", "clip_row_grads_"): clip_row_grads.definition,
+    ("clip_row_grads", "squared_norm"): clip_row_grads.squared_norm_definition,
+    ("find", "find"): find.definition,
+    ("find_or_insert", "find_or_insert_"): find_or_insert.definition,
+    ("order_lists", "order_ids"): order_ids.definition,
+    ("order_lists", "order_lists"): order_lists.definition,
+    ("order_lists", "list_sums"): order_lists.list_sums_definition,
+    ("pool", "pool"): pool.definition,
+    ("rehash", "rehash_"): rehash.definition,
+    **{
+        ("optimizer_rows", f"{name}_"): getattr(optimizer_rows, name).definition
+        for name in ("sgd_rows", "adagrad_rows", "rowwise_adagrad_rows", "adamw_rows_by_column", "ftrl_rows")
+    },
+}
+
+
+def child(*command: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **env}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_kernels_compute_what_the_oracles_say_under_the_interpreter():
+    pytest.importorskip("triton")
+    tests = str(Path(__file__).with_name("test_kernels.py"))
+    said = child("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, TRITON_INTERPRET="1")
+    assert " passed" in said
+    assert "skipped" not in said
+
+
+def test_kernels_compile_for_hopper_as_recorded_without_spills_and_no_operator_reads_the_host():
+    """The committed page is of these kernels: `python -m bench.triton_sm90` writes it anew."""
+    triton = pytest.importorskip("triton")
+    bench = importlib.import_module("bench.triton_sm90")
+    records = bench.measure()
+    assert all(r["spilled_bytes"] == 0 for r in records)
+    moving = {"pool_cells", "add_rows", "update_rows/adamw"}  # rows of 128 floats move in 16-byte pieces
+    for r in records:
+        if r["table"] == "d128" and r["kernel"] in moving:
+            assert r["accesses_16_bytes"] >= 2, r
+    recorded = json.loads((bench.RESULTS / "triton_sm90.json").read_text())
+    assert {(r["kernel"], r["table"]) for r in records} == {(r["kernel"], r["table"]) for r in recorded}
+    if f"triton {triton.__version__}," in (bench.RESULTS / "triton_sm90.md").read_text():
+        assert records == recorded
+
+
+@pytest.mark.parametrize(("module", "name"), DEFINITIONS, ids=str)
+def test_operator_has_its_kernel_on_cuda_with_the_arguments_of_the_definition(module, name):
+    pytest.importorskip("triton")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"recfx::{name}", "CUDA")
+    kernel = getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)
+    mine, defined = inspect.signature(kernel).parameters.values(), inspect.signature(DEFINITIONS[module, name])
+    assert [(p.name, p.default) for p in mine] == [(p.name, p.default) for p in defined.parameters.values()]
+
+
+def test_recfx_runs_without_triton_and_says_so_on_a_gpu_alone():
+    code = """
+import importlib.util, sys, warnings
+sys.modules["triton"] = None
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else real(name, *a)
+import recfx.step, recfx.optim
+from recfx.kernels import find
+from recfx.kernels.op import gpu_function
+assert not any(name.startswith("recfx.kernels.gpu") for name in sys.modules)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    assert gpu_function("find", "find") is None
+assert "no triton found" in str(said[0].message)
+"""
+    child("-c", code)
