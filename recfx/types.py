@@ -8,6 +8,7 @@ Axis letters, used as name suffixes wherever a function juggles axes:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -89,6 +90,9 @@ class Layout:
 
     def __hash__(self) -> int:  # kept: a layout is looked up at every step
         return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:  # without what is kept: strings hash differently in every process
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @functools.cached_property
     def columns(self) -> dict[str, dict[str, Field]]:

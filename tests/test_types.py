@@ -1,4 +1,8 @@
 import itertools
+import os
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -98,6 +102,22 @@ def test_layouts_compare_by_shape():
     assert a != pack({"x": torch.ones(3, 1), "c": ragged([[5], [6], []])}).layout
     assert a != pack({"y": torch.ones(2, 1), "c": ragged([[5], [6]])}).layout
     assert isinstance(a, Layout)
+
+
+def test_a_layout_from_another_process_is_found():
+    """Hashes of strings differ between processes, so the one kept there must not travel."""
+    program = """if True:
+        import pickle, sys, torch
+        from recfx.types import pack
+        layout = pack({"x": torch.ones(2, 1)}).layout
+        hash(layout), layout.columns
+        sys.stdout.buffer.write(pickle.dumps(layout))"""
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True, timeout=60)
+    layout = pack({"x": torch.ones(2, 1)}).layout
+    other = pickle.loads(done.stdout)
+    assert other == layout
+    assert {layout: 1}[other] == 1
 
 
 def test_num_samples_is_kept_when_given():
