@@ -49,14 +49,15 @@ class Baseline(NamedTuple):
     max_distinct: Callable[[], int]
 
 
-def compiled(weights: dict[str, np.ndarray], *, max_distinct: int) -> Baseline:
+def compiled(weights: dict[str, np.ndarray], *, max_distinct: int, loss: Callable[..., Array]) -> Baseline:
     """The step under jit, its state donated.
 
     Args:     weights: workload.init_weights' as numpy arrays.
               max_distinct: static bound on distinct rows per batch, the padding row included.
+              loss: `loss_fn`, or `textbook_loss`.
     """
     state = init(weights)
-    jitted = jax.jit(partial(train_step, capacity=max_distinct), donate_argnums=0)
+    jitted = jax.jit(partial(train_step, capacity=max_distinct, loss_fn=loss), donate_argnums=0)
 
     def step(batch: Batch) -> Array:
         nonlocal state
@@ -78,7 +79,7 @@ def init(weights: dict[str, np.ndarray]) -> State:
     return State(dense, m, v, jnp.array(rows), jnp.zeros(len(rows), jnp.int32), jnp.int32(0), jnp.int32(0))
 
 
-def train_step(state: State, batch: Batch, *, capacity: int) -> tuple[State, Array]:
+def train_step(state: State, batch: Batch, *, capacity: int, loss_fn: Callable[..., Array]) -> tuple[State, Array]:
     batch_size, padding = len(batch.num), len(state.rows) - 1
     t = state.t + 1
     last_seen, slot, index_U, num_distinct = unique(state.last_seen, batch.row.reshape(-1), capacity)
@@ -128,6 +129,22 @@ def loss_fn(p: dict[str, Array], emb: Array, bias_BF: Array, num_BN: Array, labe
     return (jax.nn.softplus(logit) - label * logit).mean()
 
 
+def textbook_loss(p: dict[str, Array], emb: Array, bias_BF: Array, num_BN: Array, label_B1: Array) -> Array:
+    """The formula as it is written."""
+    batch_size = len(num_BN)
+    numeric = jnp.broadcast_to(p["numeric_embedding"], (batch_size, NUM_NUMERICS, DIM))
+    emb = jnp.concatenate([numeric, emb.reshape(batch_size, NUM_COLUMNS, DIM)], 1)
+    bias = jnp.concatenate([jnp.broadcast_to(p["numeric_bias"][:, 0], (batch_size, NUM_NUMERICS)), bias_BF], 1)
+    scale = jnp.concatenate([num_BN, jnp.ones((batch_size, NUM_COLUMNS))], 1)
+    scaled = scale[:, :, None] * emb
+    second = 0.5 * (jnp.square(scaled.sum(1)) - jnp.square(scaled).sum(1)).sum(1)
+    hidden = jax.nn.relu(emb.reshape(batch_size, -1) @ p["w1"].T + p["b1"])
+    hidden = jax.nn.relu(hidden @ p["w2"].T + p["b2"])
+    logit = (scale * bias).sum(1) + second + (hidden @ p["w3"].T)[:, 0] + p["b3"]
+    label = label_B1[:, 0]
+    return (jax.nn.softplus(logit) - label * logit).mean()
+
+
 def adamw(w: Array, g: Array, m: Array, v: Array, t: Array) -> tuple[Array, Array, Array]:
     m = B1 * m + (1 - B1) * g
     v = B2 * v + (1 - B2) * g * g
@@ -156,7 +173,7 @@ def train_from_files(
     Raises:   RuntimeError when a batch had more distinct rows than the compiled step has room for.
     """
     max_distinct = batch_size * NUM_COLUMNS // 2
-    baseline = compiled(weights, max_distinct=max_distinct)
+    baseline = compiled(weights, max_distinct=max_distinct, loss=loss_fn)
     for batch in prefetched(batches(paths, batch_size, log2_rows)):
         loss = baseline.step(batch)
     jax.block_until_ready(loss)
@@ -242,20 +259,34 @@ def prefetched(source: Iterator[Batch], depth: int = 16) -> Iterator[Batch]:
         yield item
 
 
+LOSSES = {"jax": loss_fn, "jax_textbook": textbook_loss}
+
 # --- in a child process: see harness.Child ---------------------------------------------------------------------------
 
 
 def child_loop(
-    num_batches: int, batch_size: int, table_rows: int, seed: int
+    variant: str, num_batches: int, batch_size: int, table_rows: int, seed: int
 ) -> tuple[Callable[[int], Any], Callable[[Any], Any]]:
-    """(run k-th step, wait for its result) on the workload of these parameters, for harness.Child."""
+    """(run k-th step, wait for its result) of "jax" or "jax_textbook", for harness.Child."""
     from bench.workload import init_weights, make_batches
 
     work = make_batches(num_batches, batch_size, table_rows=table_rows, seed=seed)
     weights = {name: w.numpy() for name, w in init_weights(table_rows, seed=seed).items()}
-    baseline = compiled(weights, max_distinct=max(work.num_distinct) + 1)
+    baseline = compiled(
+        weights,
+        max_distinct=max(work.num_distinct) + 1,
+        loss=LOSSES[variant],
+    )
     dense = [jax.device_put(Batch(d.row.numpy().astype(np.int32), d.num.numpy(), d.label.numpy())) for d in work.dense]
     return (lambda k: baseline.step(dense[k % len(dense)])), jax.block_until_ready
+
+
+def child_losses(
+    variant: str, weights: dict[str, np.ndarray], batches: Sequence[tuple], max_distinct: int
+) -> tuple[list[float], dict[str, np.ndarray], int]:
+    """Losses of the batches, the weights after them and the most distinct rows, for harness.call_in_child."""
+    baseline = compiled(weights, max_distinct=max_distinct, loss=LOSSES[variant])
+    return [float(baseline.step(Batch(*b))) for b in batches], baseline.weights(), baseline.max_distinct()
 
 
 def child_train_from_files(paths: Sequence[str], batch_size: int, epochs: int) -> dict[str, float]:

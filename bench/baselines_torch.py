@@ -1,4 +1,4 @@
-"""DeepFM in plain torch, three ways: what recfx is measured against. No recfx kernel is used here.
+"""DeepFM in plain torch, four ways: what recfx is measured against. No recfx kernel is used here.
 
 Each builder takes the first weights (workload.init_weights) and returns a Baseline whose `step(batch)` trains on one
 DenseBatch and returns the loss. AdamW: lr 1e-3, weight decay 0.01, torch's formula.
@@ -6,7 +6,7 @@ DenseBatch and returns the loss. AdamW: lr 1e-3, weight decay 0.01, torch's form
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -44,19 +44,24 @@ class DeepFM(nn.Module):
         self.dense = nn.ParameterDict({n: nn.Parameter(w.clone()) for n, w in weights.items() if n not in TABLES})
 
     def forward(self, index_BF: Tensor, num_BN: Tensor) -> Tensor:
-        p, batch_size = self.dense, len(num_BN)
-        emb = torch.cat([p["numeric_embedding"].expand(batch_size, -1, -1), self.tables["embedding"](index_BF)], 1)
-        bias = torch.cat([p["numeric_bias"].expand(batch_size, -1, -1), self.tables["bias"](index_BF)], 1)
-        scale = torch.cat([num_BN, num_BN.new_ones(batch_size, NUM_COLUMNS)], 1)[:, :, None]
-        first = (scale * bias).sum(1)
-        second = 0.5 * ((scale * emb).sum(1).square() - (scale * emb).square().sum(1)).sum(1, keepdim=True)
-        hidden = F.relu(F.linear(emb.flatten(1), p["w1"], p["b1"]))
-        hidden = F.relu(F.linear(hidden, p["w2"], p["b2"]))
-        return first + second + F.linear(hidden, p["w3"], p["b3"])
+        return textbook_logit(self.dense, self.tables["embedding"](index_BF), self.tables["bias"](index_BF), num_BN)
 
     def weights(self) -> dict[str, Tensor]:
         named = {name: table.weight for name, table in self.tables.items()} | dict(self.dense.items())
         return {name: w.detach() for name, w in named.items()}
+
+
+def textbook_logit(p: Mapping[str, Tensor], emb_BFD: Tensor, bias_BF1: Tensor, num_BN: Tensor) -> Tensor:
+    """The seed's formula, line by line."""
+    batch_size = len(num_BN)
+    emb = torch.cat([p["numeric_embedding"].expand(batch_size, -1, -1), emb_BFD], 1)
+    bias = torch.cat([p["numeric_bias"].expand(batch_size, -1, -1), bias_BF1], 1)
+    scale = torch.cat([num_BN, num_BN.new_ones(batch_size, NUM_COLUMNS)], 1)[:, :, None]
+    first = (scale * bias).sum(1)
+    second = 0.5 * ((scale * emb).sum(1).square() - (scale * emb).square().sum(1)).sum(1, keepdim=True)
+    hidden = F.relu(F.linear(emb.flatten(1), p["w1"], p["b1"]))
+    hidden = F.relu(F.linear(hidden, p["w2"], p["b2"]))
+    return first + second + F.linear(hidden, p["w3"], p["b3"])
 
 
 def eager(model: DeepFM, *optimizers: torch.optim.Optimizer) -> Baseline:
@@ -100,6 +105,14 @@ class State(NamedTuple):
 WIDTH = DIM + 1
 
 
+def functional_textbook(weights: dict[str, Tensor], *, max_distinct: int) -> Baseline:
+    """One compiled graph per step, AdamW on touched rows only, the formula as it is written.
+
+    Args:     max_distinct: static bound on distinct rows per batch, the padding row included.
+    """
+    return functional(textbook_step, weights, max_distinct)
+
+
 def functional_compiled(weights: dict[str, Tensor], *, max_distinct: int) -> Baseline:
     """One compiled graph per step, AdamW on touched rows only: the strongest plain-torch form we know.
 
@@ -111,16 +124,38 @@ def functional_compiled(weights: dict[str, Tensor], *, max_distinct: int) -> Bas
     Args:     max_distinct: static bound on distinct rows per batch, the padding row included.
     Cost:     27 (gather, scatter) 4-byte items per distinct row; nothing of the table's size is touched.
     """
+    return functional(functional_step, weights, max_distinct)
+
+
+def functional(step: Callable, weights: dict[str, Tensor], max_distinct: int) -> Baseline:
     dense = {n: w.clone() for n, w in weights.items() if n not in TABLES}
     m, v = ({n: torch.zeros_like(w) for n, w in dense.items()} for _ in range(2))
     rows = torch.zeros(len(weights["bias"]), 3 * WIDTH)
     rows[:, :DIM], rows[:, DIM : DIM + 1] = weights["embedding"], weights["bias"]
     state = State(dense, m, v, rows, torch.zeros(len(rows), dtype=torch.int32), torch.zeros(()))
-    compiled = torch.compile(functional_step, fullgraph=True, dynamic=False)
+    compiled = torch.compile(step, fullgraph=True, dynamic=False)
     return Baseline(
         lambda batch: compiled(state, batch, max_distinct),
         lambda: state.dense | {"embedding": state.rows[:, :DIM], "bias": state.rows[:, DIM:WIDTH]},
     )
+
+
+def textbook_step(state: State, batch: DenseBatch, capacity: int) -> Tensor:
+    dense, m, v, rows, last_seen, t = state
+    t.add_(1)
+    slot, index_U = unique(last_seen, batch.row.t().reshape(-1), capacity)
+    slot_BF, rows_U = slot.view(len(batch.num), NUM_COLUMNS), rows[index_U]
+
+    def loss_of(p: dict[str, Tensor], w_U: Tensor) -> Tensor:
+        emb, bias = w_U[slot_BF].split([DIM, 1], 2)
+        return F.binary_cross_entropy_with_logits(textbook_logit(p, emb, bias, batch.num), batch.label)
+
+    (g_dense, g_U), loss = torch.func.grad_and_value(loss_of, argnums=(0, 1))(dense, rows_U[:, :WIDTH])
+    g_U = g_U * (index_U < len(rows) - 1)[:, None]  # no gradient for the padding row
+    w_U, m_U, v_U = rows_U.split(WIDTH, 1)
+    rows.index_put_((index_U,), torch.cat(adamw(w_U, g_U, m_U, v_U, t), 1))
+    update_dense_(dense, m, v, g_dense, t)
+    return loss
 
 
 def functional_step(state: State, batch: DenseBatch, capacity: int) -> Tensor:
@@ -142,11 +177,17 @@ def functional_step(state: State, batch: DenseBatch, capacity: int) -> Tensor:
         torch.cat(adamw(*rows_U[:, :WIDTH].split(WIDTH, 1), g_U, *rows_U[:, WIDTH:].split(WIDTH, 1), t), 1)
     )
     rows.index_put_((index_U,), new_U)
+    update_dense_(dense, m, v, g_dense, t)
+    return loss
+
+
+def update_dense_(
+    dense: dict[str, Tensor], m: dict[str, Tensor], v: dict[str, Tensor], grads: dict[str, Tensor], t: Tensor
+) -> None:
     for name in dense:
-        new = adamw(dense[name], g_dense[name], m[name], v[name], t)
+        new = adamw(dense[name], grads[name], m[name], v[name], t)
         for old, value in zip((dense[name], m[name], v[name]), new, strict=True):
             old.copy_(value)
-    return loss
 
 
 def unique(last_seen: Tensor, index: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -195,7 +236,7 @@ def materialised(x: Tensor) -> Tensor:
 def child_loop(
     variant: str, num_batches: int, batch_size: int, table_rows: int, seed: int
 ) -> tuple[Callable[[int], Tensor], Callable[[Tensor], None]]:
-    """(run k-th step, wait for its result) of `eager_dense`, `eager_sparse` or `functional_compiled`."""
+    """(run k-th step, wait for its result) of a variant: `eager_dense`, `eager_sparse`, `functional_...`."""
     torch.set_num_threads(NUM_THREADS)
     work = make_batches(num_batches, batch_size, table_rows=table_rows, seed=seed)
     weights = init_weights(table_rows, seed=seed)
@@ -203,6 +244,7 @@ def child_loop(
         "eager_dense": eager_dense,
         "eager_sparse": eager_sparse,
         "functional_compiled": partial(functional_compiled, max_distinct=max(work.num_distinct) + 1),
+        "functional_textbook": partial(functional_textbook, max_distinct=max(work.num_distinct) + 1),
     }
     step = build[variant](weights).step
     return (lambda k: step(work.dense[k % num_batches])), lambda _: None

@@ -59,16 +59,19 @@ def forward(params: Params, emb: dict[str, Tensor], numeric_BN: Tensor) -> Tenso
     product = emb_BFD.flatten(1) @ torch.cat([sparse_weight, sum_over_fields], dim=1)
     hidden_BH, sparse_sum_BD = product.split([weight.shape[1], dim], dim=1)
 
-    numeric_product = numeric_BN @ torch.cat([params["numeric_bias"], numeric_emb], dim=1)
-    numeric_first_B, numeric_sum_BD = numeric_product.split([1, dim], dim=1)
+    # Numeric terms in one product: first order, sums, and squares that come from the squared values alone.
+    linear = torch.cat([params["numeric_bias"], numeric_emb], dim=1)
+    squares = (numeric_emb**2).sum(1, keepdim=True)
+    numeric_product = torch.cat([numeric_BN, numeric_BN**2], dim=1) @ torch.block_diag(linear, squares)
+    numeric_first_B, numeric_sum_BD, numeric_squares_B = numeric_product.split([1, dim, 1], dim=1)
     first_order = emb["bias"].sum(1) + numeric_first_B
 
     # Squared in its own shape: added to the product's gradient by one loop, where two matrices would be copied first.
     sparse_squares_B = (emb_BFD * emb_BFD).sum((1, 2))[:, None]
-    numeric_squares_B = (numeric_BN**2) @ (numeric_emb**2).sum(1, keepdim=True)
     square_of_sum_B = ((sparse_sum_BD + numeric_sum_BD) ** 2).sum(1, keepdim=True)
     second_order = 0.5 * (square_of_sum_B - sparse_squares_B - numeric_squares_B)
 
-    bias = params["dnn.0.bias"] + numeric_emb.flatten() @ numeric_weight
+    # A sum, not a product of matrices: one row is no work for a GEMM, and the loop fuses with its neighbours.
+    bias = params["dnn.0.bias"] + (numeric_emb.flatten()[:, None] * numeric_weight).sum(0)
     num_hidden = sum(name.startswith("dnn.") for name in params) // 2 - 1
     return first_order + second_order + mlp_from_first(params, "dnn", hidden_BH + bias, num_hidden=num_hidden)
