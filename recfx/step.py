@@ -13,7 +13,9 @@ from recfx.kernels.order_lists import list_sums
 from recfx.losses import bce_with_logits
 from recfx.metrics import BinaryCounts, binary_metrics
 from recfx.optim import SparseOptimizer
+from recfx.policies import Life
 from recfx.table import Found, Table, TableState, ids_of, table
+from recfx.table import sweep_ as sweep_table_
 from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
 
 __all__ = ["Aux", "Step", "TrainState", "Window", "train_step"]
@@ -56,6 +58,8 @@ class Step(NamedTuple):
     flush_:     (state) -> state; applies an incomplete accumulation window with its true count.
     ids_in:     (batch) -> most ids per table that batches of this layout hold.
     grow_:      (state, ids) -> state; makes room for that many new ids per table. Runs between steps, on the host.
+    sweep_:     (state, number) -> state; deletes rows where the step's `Life` says so after step `number`. Call it
+                after every optimiser step, with the steps taken so far.
     plan:       the physical tables, one per entry of TrainState.tables.
     accumulation: micro-batches per optimiser step.
     seed: of the tables' initial weights.
@@ -69,6 +73,7 @@ class Step(NamedTuple):
     flush_: Callable[[TrainState], TrainState]
     ids_in: Callable[[Mapping[str, Any]], tuple[int, ...]]
     grow_: Callable[[TrainState, Sequence[int]], TrainState]
+    sweep_: Callable[[TrainState, int], TrainState]
     plan: Plan
     accumulation: int
     seed: int
@@ -80,6 +85,7 @@ class _Spelling(NamedTuple):
 
     insert: Callable[[Table], Callable]
     add_grads: Callable[[Table], Callable]
+    count_steps: Callable[[Table], Callable]
     sparse: Callable
     dense: Callable
     metrics: Callable
@@ -97,7 +103,9 @@ def train_step(
     label: str = "label",
     accumulation: int = 1,
     max_rows: int = 2**26,
+    max_bytes: int | None = None,
     max_unique: int | None = None,
+    life: Life | None = None,
     seed: int = 42,
     metrics: Transform | None = None,
     clip: Callable[[Params, Sequence[TableState], Tensor], Tensor] | None = None,
@@ -112,23 +120,32 @@ def train_step(
               loss: (logit, label) -> loss per sample [B, 1]; label: name of the feature [B, 1] that holds the target.
               accumulation: micro-batches per optimiser step. The step equals one on their concatenation: gradients are
               summed over valid samples and divided by their total.
-              max_rows, max_unique, seed: of every physical table, see `recfx.table.table`.
+              max_rows, max_bytes, max_unique, seed: of every physical table, see `recfx.table.table`.
+              life: which ids get a row and which rows are deleted, see `recfx.policies`. None: all, and none.
               clip: (dense gradients, tables, scale) -> scale of all gradients, such as `recfx.optim.clip_global_norm`.
     Raises:   ValueError when accumulation is below 1.
     """
     if accumulation < 1:
         raise ValueError(f"accumulation: got {accumulation}, expected at least 1.")
     plan = plan_tables(embeddings)
-    slots = {"optimizer_slots": len(sparse_optimizer.slots), "row_slots": len(sparse_optimizer.row_slots)}
-    tables = [table(t, **slots, seed=seed, max_rows=max_rows, max_unique=max_unique) for t in plan.tables]
+    settings: dict[str, Any] = {
+        "optimizer_slots": len(sparse_optimizer.slots),
+        "row_slots": len(sparse_optimizer.row_slots),
+        "seed": seed,
+        "max_rows": max_rows,
+        "max_bytes": max_bytes,
+        "max_unique": max_unique,
+        "life": life,
+    }
+    tables = [table(t, **settings) for t in plan.tables]
     counts = metrics or binary_metrics()
     in_place = _Spelling(
-        lambda t: t.insert_, lambda t: t.add_grads_, sparse_optimizer.apply_, dense_optimizer.update_, counts.update_,
-        Tensor.copy_,
+        lambda t: t.insert_, lambda t: t.add_grads_, lambda t: t.count_steps_, sparse_optimizer.apply_,
+        dense_optimizer.update_, counts.update_, Tensor.copy_,
     )  # fmt: skip
     pure = _Spelling(
-        lambda t: t.insert, lambda t: t.add_grads, sparse_optimizer.apply, dense_optimizer.update, counts.update,
-        lambda _, new: new,
+        lambda t: t.insert, lambda t: t.add_grads, lambda t: t.count_steps, sparse_optimizer.apply,
+        dense_optimizer.update, counts.update, lambda _, new: new,
     )  # fmt: skip
 
     def init(params: Params) -> TrainState:
@@ -175,6 +192,8 @@ def train_step(
             window = Window(
                 left, do.store(window.num_samples, total * ~due), do.store(window.num_batches, num_batches * ~due)
             )
+            if life is not None:
+                states = [do.count_steps(t)(s, due) for t, s in zip(tables, states, strict=True)]
             states = [do.sparse(s, scale, due, t.columns) for t, s in zip(tables, states, strict=True)]
             counted = do.metrics(state.metrics, logit, feats[label], loss_B, valid)
             aux = Aux(loss_B.sum() / num_samples.clamp(min=1), logit, num_samples, feats.get(COUNTS, {}))
@@ -198,6 +217,8 @@ def train_step(
             scale = scale if clip is None else clip(state.window.grads, state.tables, scale)
             dense_optimizer.update_(state.dense, state.params, state.window.grads, scale, due)
             for t, s in zip(tables, state.tables, strict=True):
+                if life is not None:
+                    t.count_steps_(s, due)
                 sparse_optimizer.apply_(s, scale, due, t.columns)
             for tensor in (*state.window.grads.values(), *state.window[1:]):
                 tensor.zero_()
@@ -212,8 +233,22 @@ def train_step(
             t.grow_(s, num_ids)
         return state
 
+    def sweep_(state: TrainState, number: int) -> TrainState:
+        if life is None:
+            return state
+        for i, s in enumerate(state.tables):
+            if life.at_cap == "stop" and int(s.num_refused):
+                raise RuntimeError(
+                    f"table {i}: got {int(s.num_refused)} ids without room, expected none. Its cap is "
+                    f"{s.ids.numel()} rows. They were not trained. Raise max_rows, or give a Life that evicts."
+                )
+            if number % life.every == 0:
+                sweep_table_(s, life)
+        return state
+
+    functions = init, spell(pure), spell(in_place), evaluate_, flush_, ids_in, grow_, sweep_
     kept = (*sparse_optimizer.slots, *sparse_optimizer.row_slots)
-    return Step(init, spell(pure), spell(in_place), evaluate_, flush_, ids_in, grow_, plan, accumulation, seed, kept)
+    return Step(*functions, plan, accumulation, seed, kept)
 
 
 def _valid(batch: dict, label: str) -> Tensor:

@@ -121,6 +121,7 @@ def train(
 
     def after_step() -> None:
         progress.step += 1
+        step.sweep_(state, progress.step)
         if progress.step % config.log_steps == 0:
             read_metrics(progress, state)
             on_event("log", progress, state)

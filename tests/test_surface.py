@@ -27,6 +27,7 @@ LAYERS = (
     ("types",),
     ("kernels",),
     ("features", "layers", "losses", "metrics", "data"),
+    ("policies",),
     ("embeddings", "table", "optim"),
     ("models",),
     ("step", "dist"),

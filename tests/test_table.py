@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from torch.utils._pytree import tree_leaves
 
 from recfx.table import copy_of, num_rows_bytes, rebuild_, reserve, table
 from recfx.table import functions as table_module
@@ -79,7 +80,7 @@ def test_insert_is_insert_and_leaves_its_input(stream):
         features = features_of(lists, spare=stream.spare)
         before = copy_of(pure)
         new, a = t.insert(pure, features)
-        assert all(torch.equal(x, y) for x, y in zip(before, pure, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(*map(tree_leaves, (before, pure)), strict=True))
         pure = new
         in_place, b = t.insert_(in_place, features)
         assert torch.equal(a.row, b.row)
@@ -96,7 +97,7 @@ def test_find_and_pool_change_no_byte():
     for read in (lists, unknown):
         blocks = t.pool(state, t.find(state, features_of(read)))
     assert not any(block.any() for block in blocks)
-    assert all(torch.equal(x, y) for x, y in zip(before, state, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(*map(tree_leaves, (before, state)), strict=True))
 
 
 def test_every_extreme_is_its_own_row_in_every_vocabulary():

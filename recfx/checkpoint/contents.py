@@ -31,7 +31,7 @@ from recfx.checkpoint.files import (
 )
 from recfx.embeddings import Plan
 from recfx.step import Step, TrainState
-from recfx.table import COUNTERS, ROW_FIELDS, TableState
+from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState
 
 __all__ = ["Contents", "DenseTensor", "Rows", "contents_of", "dense_tensors", "write"]
 
@@ -67,6 +67,8 @@ def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since
     for i, table in enumerate(state.tables):
         small |= {f"table.{i}.{name}": getattr(table, name) for name in ("num_rows", *COUNTERS)}
         small[f"table.{i}.free_rows"] = table.free_rows[: int(table.num_free)].flip(0)
+        for name in CANDIDATE_FIELDS:
+            small[f"table.{i}.candidates.{name}"] = getattr(table.candidates, name)[: int(table.candidates.num)]
         tables.append(_rows(table, None if since is None else since[i]))
     manifest = {
         "format": FORMAT,

@@ -21,7 +21,7 @@ from recfx.embeddings import Column, TablePlan
 from recfx.kernels.hashing import owner
 from recfx.kernels.initial import initial_values
 from recfx.step import Step, TrainState
-from recfx.table import COUNTERS, ROW_FIELDS, TableState, initializer_tensors, restore_
+from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState, initializer_tensors, restore_
 
 __all__ = ["Source", "load"]
 
@@ -222,7 +222,16 @@ def _load_table_(table: TableState, number: int, plan: TablePlan, moves: list[Mo
             table.step.fill_(max(map(int, saved), default=0))
         elif moves and moves[0].rank == 0:  # counted once, however many ranks there are
             getattr(table, name).copy_(torch.stack(saved).sum(0))
-    restore_(table, num_rows, torch.from_numpy(free))
+    restore_(table, num_rows, torch.from_numpy(free), _candidates(moves))
+
+
+def _candidates(moves: list[Move]) -> list[Tensor]:
+    """Ids without a row and their counts, where all of a table is taken."""
+    if len(moves) != 1 or not moves[0].everything:
+        return []
+    saved = [moves[0].source.small[f"table.{moves[0].table}.candidates.{name}"] for name in CANDIDATE_FIELDS]
+    id, vocabulary, count = saved
+    return [id, torch.from_numpy(moves[0].here)[vocabulary.long()], count]
 
 
 def _places(moves: list[Move]) -> tuple[list[np.ndarray], int, np.ndarray]:

@@ -7,16 +7,31 @@ lookup, place in the list). New ids take freed rows first, the lowest number bef
 from recfx.table.functions import Columns, Found, Table, ids_of, initializer_tensors, table
 from recfx.table.index import grow_, rebuild_, restore_
 from recfx.table.memory import reserve
-from recfx.table.state import COUNTERS, ROW_FIELDS, TableState, copy_of, num_live, num_rows_bytes
+from recfx.table.state import (
+    CANDIDATE_FIELDS,
+    COUNTERS,
+    ROW_FIELDS,
+    TableCandidates,
+    TableState,
+    copy_of,
+    num_live,
+    num_rows_bytes,
+)
+from recfx.table.sweep import Stats, columns_of, delete_, stats, sweep_
 
 __all__ = [
+    "CANDIDATE_FIELDS",
     "COUNTERS",
     "ROW_FIELDS",
     "Columns",
     "Found",
+    "Stats",
     "Table",
+    "TableCandidates",
     "TableState",
+    "columns_of",
     "copy_of",
+    "delete_",
     "grow_",
     "ids_of",
     "initializer_tensors",
@@ -25,5 +40,7 @@ __all__ = [
     "rebuild_",
     "reserve",
     "restore_",
+    "stats",
+    "sweep_",
     "table",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,15 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from recfx.embeddings import Lookup, TablePlan, column_key
-from recfx.kernels import add_row_grads, find, find_or_insert, order_ids, order_lists, pool
+from recfx.kernels import (
+    add_row_grads,
+    count_candidates,
+    count_rows,
+    find,
+    find_or_insert,
+    order_ids,
+    order_lists,
+    pool,
+)
+from recfx.policies import Life
 from recfx.table.index import grow_, slots_for
-from recfx.table.memory import reserve, reserve_rows
-from recfx.table.state import TableState, copy_of
+from recfx.table.memory import padded, reserve, reserve_rows
+from recfx.table.state import TableCandidates, TableState, copy_of
 from recfx.types import NUM_SAMPLES, Ragged
 
 __all__ = ["Columns", "Found", "Table", "ids_of", "initializer_tensors", "table"]
 
 FIRST_SLOTS = 2**16
+BOOKKEEPING_BYTES = 32  # of a row: id 8, vocabulary 4, seen 8, born 4, count 4, its place in the free list 4
 
 
 class Found(NamedTuple):
@@ -52,6 +64,8 @@ class Table(NamedTuple):
     pool: Callable[[TableState, Found], list[Tensor]]
     add_grads: Callable[[TableState, Found, list[Tensor]], TableState]
     add_grads_: Callable[[TableState, Found, list[Tensor]], TableState]
+    count_steps: Callable[[TableState, Tensor], TableState]
+    count_steps_: Callable[[TableState, Tensor], TableState]
     grow_: Callable[[TableState, int], TableState]
 
 
@@ -62,7 +76,9 @@ def table(
     row_slots: int = 0,
     seed: int,
     max_rows: int = 2**26,
+    max_bytes: int | None = None,
     max_unique: int | None = None,
+    life: Life | None = None,
 ) -> Table:
     """An embedding table of one row shape for all vocabularies of `plan`.
 
@@ -71,32 +87,42 @@ def table(
               seed: of the initial weights.
               max_rows: hard cap; ids beyond it use their initial value, are not trained, and are counted. On a CPU a
               reserved row costs address space only, on a GPU it costs its memory.
+              max_bytes: the same in bytes of memory, index and bookkeeping included. The lower cap counts.
               max_unique: most distinct ids one optimiser step may touch. Default max_rows.
+              life: which ids get a row; with it, the steps that touch a row are counted.
     Cost:     find and insert read 16 to 32 B per id; insert never syncs; at load 0.75 a row's index and bookkeeping
               take 35 B, 45 B right after a doubling, 8 B more where rows are counted and have been freed.
-    Raises:   ValueError when max_rows is not in [1, 2**31) or max_unique is below 1.
+    Raises:   ValueError when max_rows is not in [1, 2**31), max_bytes holds no row or max_unique is below 1.
     """
     if not 1 <= max_rows < 2**31:
         raise ValueError(f"max_rows: got {max_rows}, expected 1 to 2**31 - 1. Row numbers are 32-bit.")
     if max_unique is not None and max_unique < 1:
         raise ValueError(f"max_unique: got {max_unique}, expected at least 1. A step could train nothing.")
-    device, width = torch.device(plan.device), plan.width
+    device, width, num_behind = torch.device(plan.device), plan.width, row_slots * len(plan.dims)
+    if max_bytes is not None:
+        max_rows = min(max_rows, _rows_in(max_bytes, (width + num_behind) * (1 + optimizer_slots)))
     num_unique = max_rows if max_unique is None else min(max_rows, max_unique)
-    max_slots = slots_for(max_rows, 7 / 8)
+    admit = life.admit if life else None
+    max_candidates = life.candidates if life and admit else 0
     vocabularies = torch.tensor(plan.cell_vocabularies, dtype=torch.int32, device=device)
     num_inserting = sum(not lookup.read_only for lookup in plan.lookups)
     first_reading = sum(lookup.num_cells for lookup in plan.lookups[:num_inserting])
     inserting, reading = vocabularies[:first_reading].clone(), vocabularies[first_reading:].clone()
-    num_behind = row_slots * len(plan.dims)
     init_keys, init_params = (nn.functional.pad(t, (0, num_behind)) for t in initializer_tensors(plan, seed))
 
     def init() -> TableState:
         def counter(value: int = 0) -> Tensor:
             return torch.tensor(value, dtype=torch.int64, device=device)
 
-        first_slots = min(FIRST_SLOTS, max_slots)
-        slots = reserve((max_slots,), torch.int64, device)
-        slots[:first_slots] = -1
+        def index(max_keys: int) -> tuple[Tensor, Tensor]:
+            max_slots = slots_for(max_keys, 7 / 8)
+            first_slots = min(FIRST_SLOTS, max_slots)
+            slots = reserve((max_slots,), torch.int64, device)
+            slots[:first_slots] = -1
+            return slots, counter(first_slots)
+
+        slots, num_slots = index(max_rows)
+        candidate_slots, num_candidate_slots = index(max_candidates)
         return TableState(
             slots=slots,
             ids=reserve((max_rows,), torch.int64, device),
@@ -108,7 +134,7 @@ def table(
             num_rows=counter(),
             free_rows=reserve((max_rows,), torch.int32, device),
             num_free=counter(),
-            num_slots=counter(first_slots),
+            num_slots=num_slots,
             num_crowded=counter(),
             num_refused=counter(),
             tally=torch.zeros(find_or_insert.TALLIES, dtype=torch.int64, device=device),
@@ -117,6 +143,14 @@ def table(
             unique_rows=reserve((num_unique,), torch.int32, device),
             num_unique=counter(),
             grads=reserve_rows((num_unique, width), device, most_padding=1.0),
+            candidates=TableCandidates(
+                slots=candidate_slots,
+                ids=reserve((max_candidates,), torch.int64, device),
+                vocabularies=reserve((max_candidates,), torch.int32, device),
+                counts=reserve((max_candidates,), torch.int32, device),
+                num=counter(),
+                num_slots=num_candidate_slots,
+            ),
         )
 
     def ids_in(features: dict) -> list[Ragged]:
@@ -130,16 +164,27 @@ def table(
     def find_all(state: TableState, features: dict) -> Found:
         return find_(state, ids_in(features), plan.lookups, vocabularies)
 
-    def insert_with(op: Callable) -> Callable[[TableState, dict], tuple[TableState, Found]]:
+    def admitted(count_with: Callable, s: TableState, id: Tensor, cell: Tensor) -> Tensor | None:
+        if admit is None:
+            return None
+        table = s.slots, s.ids, s.num_slots, s.salt
+        count = count_with(*s.candidates, *table, id, cell, inserting) if max_candidates else torch.zeros_like(cell)
+        admits = admit(count, id, inserting[cell % len(inserting)], s.step + 1)
+        if admits.dtype != torch.bool or admits.shape != id.shape:
+            raise TypeError(f"admit: got {admits.dtype} {list(admits.shape)}, expected torch.bool {list(id.shape)}.")
+        return admits.contiguous()
+
+    def insert_with(op: Callable, count_with: Callable) -> Callable[[TableState, dict], tuple[TableState, Found]]:
         def insert_(s: TableState, features: dict) -> tuple[TableState, Found]:
             if num_inserting == 0:
                 return s, find_all(s, features)
             ragged = ids_in(features)
             id, cell, weight = _ordered(ragged[:num_inserting], plan.lookups[:num_inserting])
+            admits = admitted(count_with, s, id, cell)
             row, inverse = op(
                 s.slots, s.ids, s.vocabularies, s.seen, s.born, s.rows, s.num_rows, s.free_rows, s.num_free,
                 s.num_refused, s.tally, s.num_crowded, s.unique_rows, s.num_unique, s.num_slots, s.salt, s.step + 1,
-                id, cell, inserting, init_keys, init_params, None,
+                id, cell, inserting, init_keys, init_params, admits,
             )  # fmt: skip
             rest = (ragged[num_inserting:], plan.lookups[num_inserting:], reading)
             read_only = find_(s, *rest) if len(reading) else None
@@ -163,18 +208,40 @@ def table(
 
         return add_grads_
 
-    insert_pure, add_pure = insert_with(find_or_insert.definition), add_with(add_row_grads.definition)
+    def count_steps_with(op: Callable) -> Callable[[TableState, Tensor], TableState]:
+        def count_steps_(s: TableState, due: Tensor) -> TableState:
+            op(s.counts, s.num_unique, s.unique_rows, due)
+            return s
+
+        return count_steps_
+
+    insert_pure = insert_with(find_or_insert.definition, count_candidates.definition)
+    add_pure, count_pure = add_with(add_row_grads.definition), count_steps_with(count_rows.definition)
     return Table(
         columns=Columns(plan.dims, _rate_tensor(plan)),
         init=init,
         find=find_all,
         insert=lambda state, features: insert_pure(copy_of(state), features),
-        insert_=insert_with(find_or_insert.find_or_insert_),
+        insert_=insert_with(find_or_insert.find_or_insert_, count_candidates.count_candidates_),
         pool=pool_,
         add_grads=lambda state, found, blocks: add_pure(copy_of(state), found, blocks),
         add_grads_=add_with(add_row_grads.add_row_grads_),
+        count_steps=lambda state, due: count_pure(copy_of(state), due),
+        count_steps_=count_steps_with(count_rows.count_rows_),
         grow_=grow_,
     )
+
+
+def _rows_in(max_bytes: int, width: int) -> int:
+    """Most rows of that many floats whose memory, index and bookkeeping included, is `max_bytes`."""
+
+    def num_bytes(rows: int) -> int:
+        return rows * (4 * padded(width, most_padding=0.25) + BOOKKEEPING_BYTES) + 8 * slots_for(rows, 7 / 8)
+
+    rows = bisect.bisect_right(range(2**31), max_bytes, key=num_bytes) - 1
+    if rows < 1:
+        raise ValueError(f"max_bytes: got {max_bytes}, expected at least {num_bytes(1)}, the bytes of one row.")
+    return rows
 
 
 def _ordered(ragged: list[Ragged], lookups: Sequence[Lookup]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
-__all__ = ["reserve", "reserve_rows"]
+__all__ = ["padded", "reserve", "reserve_rows"]
 
 FLOATS_PER_LINE = 16
 HUGE_PAGE_BYTES = 2**21
@@ -42,6 +42,11 @@ def reserve_rows(shape: tuple[int, ...], device: torch.device, *, most_padding: 
     The result is a view [rows, ...] with the padding left out; a row then touches the fewest lines it can.
     """
     width = torch.Size(shape[1:]).numel()
-    padded = -(-width // FLOATS_PER_LINE) * FLOATS_PER_LINE
-    padded = padded if padded <= (1 + most_padding) * width else width
-    return reserve((shape[0], padded), torch.float32, device)[:, :width].unflatten(1, shape[1:])
+    memory = reserve((shape[0], padded(width, most_padding=most_padding)), torch.float32, device)
+    return memory[:, :width].unflatten(1, shape[1:])
+
+
+def padded(width: int, *, most_padding: float) -> int:
+    """Floats from one row to the next."""
+    lines = -(-width // FLOATS_PER_LINE) * FLOATS_PER_LINE
+    return lines if lines <= (1 + most_padding) * width else width

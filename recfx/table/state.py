@@ -5,15 +5,36 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-__all__ = ["COUNTERS", "ROW_FIELDS", "TableState", "copy_of", "num_live", "num_rows_bytes"]
+__all__ = [
+    "CANDIDATE_FIELDS",
+    "COUNTERS",
+    "ROW_FIELDS",
+    "TableCandidates",
+    "TableState",
+    "copy_of",
+    "num_live",
+    "num_rows_bytes",
+]
+
+
+class TableCandidates(NamedTuple):
+    """Ids without a row and how often each has occurred; empty unless a `Life` admits by count."""
+
+    slots: Tensor  # i64 [S], an index like the table's
+    ids: Tensor  # i64 [K]
+    vocabularies: Tensor  # i32 [K]
+    counts: Tensor  # i32 [K]
+    num: Tensor  # i64 []
+    num_slots: Tensor  # i64 []
 
 
 class TableState(NamedTuple):
     """A table. Tensors are reserved at their largest size; memory is used as rows come (on a CPU).
 
     So nothing moves and no shape changes while a table grows: `num_slots` says how much of the index is in use.
-    The last three fields belong to the step in progress and are zero between steps.
+    `unique_rows`, `num_unique` and `grads` belong to the step in progress and are zero between steps.
     """
 
     slots: Tensor  # i64 [S], open addressing: tag:16 | vocabulary:16 | row:32, or -1
@@ -35,11 +56,13 @@ class TableState(NamedTuple):
     unique_rows: Tensor  # i32 [U], rows touched by the step in progress, in first-occurrence order
     num_unique: Tensor  # i64 []
     grads: Tensor  # f32 [U, W], their gradients
+    candidates: TableCandidates
 
 
 # What a checkpoint holds of a table, per row and of the table as a whole, beside the numbers of its rows and of those
 # that are free. What is not named here can be made anew, or belongs to the step in progress.
 ROW_FIELDS = ("ids", "vocabularies", "seen", "born", "counts", "rows")
+CANDIDATE_FIELDS = ("ids", "vocabularies", "counts")
 COUNTERS = ("num_refused", "tally", "step")
 
 
@@ -50,7 +73,7 @@ def num_live(state: TableState) -> int:
 
 def copy_of(state: TableState) -> TableState:
     """A deep copy, reserved sizes included: for tests and small tables."""
-    return TableState(*(t.clone() for t in state))
+    return tree_map(Tensor.clone, state)
 
 
 def num_rows_bytes(state: TableState) -> int:
