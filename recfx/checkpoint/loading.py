@@ -226,11 +226,13 @@ def _load_table_(table: TableState, number: int, plan: TablePlan, moves: list[Mo
 
 
 def _candidates(moves: list[Move]) -> list[Tensor]:
-    """Ids without a row and their counts, where all of a table is taken."""
+    """Ids without a row and their counts, where all of a table is taken and some were counted."""
     if len(moves) != 1 or not moves[0].everything:
         return []
-    saved = [moves[0].source.small[f"table.{moves[0].table}.candidates.{name}"] for name in CANDIDATE_FIELDS]
-    id, vocabulary, count = saved
+    name, small = f"table.{moves[0].table}.candidates", moves[0].source.small
+    if f"{name}.ids" not in small:
+        return []
+    id, vocabulary, count = (small[f"{name}.{field}"] for field in CANDIDATE_FIELDS)
     return [id, torch.from_numpy(moves[0].here)[vocabulary.long()], count]
 
 
