@@ -31,7 +31,7 @@ LAYERS = (
     ("embeddings", "table", "optim"),
     ("models",),
     ("step", "dist"),
-    ("capture", "checkpoint"),
+    ("capture", "checkpoint", "rows"),
     ("train",),
     ("examples", "commands"),
     ("cli", "__main__"),

@@ -1,0 +1,24 @@
+"""Row surgery: the rows of one logical table by id, between steps.
+
+A table is named as the model names it: '<group>/<feature>', or its shared name. Tables over the same ids (embedding and
+bias of one feature) share their rows: a row that is created or deleted in one of them is so in all. What is written
+counts as touched by the last step, so that a checkpoint of what changed since holds it.
+"""
+
+from recfx.rows.arrow import batches, export_parquet, import_parquet_
+from recfx.rows.place import Rows
+from recfx.rows.statistics import Statistics, Summary, statistics
+from recfx.rows.surgery import delete_, read, write_
+
+__all__ = [
+    "Rows",
+    "Statistics",
+    "Summary",
+    "batches",
+    "delete_",
+    "export_parquet",
+    "import_parquet_",
+    "read",
+    "statistics",
+    "write_",
+]

@@ -1,0 +1,99 @@
+"""A logical table as Arrow batches, and to and from Parquet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from pyarrow import parquet
+from torch import Tensor
+
+from recfx.rows.place import Rows, live_rows, place_of, taken
+from recfx.rows.surgery import write_
+from recfx.step import Step, TrainState
+
+__all__ = ["batches", "export_parquet", "import_parquet_"]
+
+BATCH_ROWS = 2**16
+
+
+def batches(step: Step, state: TrainState, table: str, *, num_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+    """Every row, in the order of row numbers, as Arrow: the fields of `Rows` but for `known`.
+
+    Args:     num_rows: most rows of a batch, >= 1. Each is a copy, so the state may go on.
+    Raises:   ValueError on an unknown table.
+    """
+    if num_rows < 1:
+        raise ValueError(f"num_rows: got {num_rows}, expected at least 1.")
+    place = place_of(step, state, table)
+    return (_arrow(taken(place, row, place.table.ids[row])) for row in live_rows(place).split(num_rows) if row.numel())
+
+
+def export_parquet(step: Step, state: TrainState, table: str, path: str | Path) -> None:
+    """Writes `batches` to one Parquet file, which appears when it is whole.
+
+    Raises:   ValueError on an unknown table; OSError when the disk is full or not writable.
+    """
+    path, place = Path(path), place_of(step, state, table)
+    scratch = path.with_name(f".{path.name}.unfinished")
+    none = torch.zeros(0, dtype=torch.int64, device=place.table.ids.device)
+    schema = _arrow(taken(place, none, none)).schema
+    try:
+        with parquet.ParquetWriter(scratch, schema, write_page_checksum=True) as writer:
+            for batch in batches(step, state, table):
+                writer.write_batch(batch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def import_parquet_(step: Step, state: TrainState, table: str, path: str | Path) -> TrainState:
+    """`write_` of the columns 'id', 'weight' (lists of D numbers) and, where there are any, of the optimiser's slots.
+
+    Raises:   as `write_`, naming the file; also when a column is missing or holds nulls or lists of another length. The
+              batches before the one that is wrong have then been written.
+    """
+    place = place_of(step, state, table)
+    with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        known = file.schema_arrow.names
+        missing = {"id", "weight"} - set(known)
+        if missing:
+            raise ValueError(f"{path}: got columns {known}, expected 'id' and 'weight' among them.")
+        names = [name for name in place.views if name in known]
+        for batch in file.iter_batches(BATCH_ROWS, columns=["id", *names]):
+            ids = torch.from_numpy(_column(path, batch, "id", pa.int64()).to_numpy().copy())
+            values = {name: _matrix(path, batch, name, place.views[name].shape[1]) for name in names}
+            try:
+                write_(step, state, table, ids, values.pop("weight"), values)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+    return state
+
+
+def _arrow(rows: Rows) -> pa.RecordBatch:
+    columns = {"id": pa.array(rows.id.cpu().numpy())}
+    for name, value in {"weight": rows.weight, **rows.slots}.items():
+        flat = pa.array(value.cpu().reshape(-1).numpy())
+        columns[name] = pa.FixedSizeListArray.from_arrays(flat, value.shape[1])
+    for name in ("first_step", "last_step", "num_steps"):
+        columns[name] = pa.array(getattr(rows, name).cpu().numpy())
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _column(path: str | Path, batch: pa.RecordBatch, name: str, type_: pa.DataType) -> pa.Array:
+    column = batch.column(name)
+    try:
+        column = column.cast(type_)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise ValueError(f"{path}: got column '{name}' of {column.type}, expected {type_}.") from None
+    if column.null_count or (pa.types.is_fixed_size_list(type_) and column.flatten().null_count):
+        raise ValueError(f"{path}: got nulls in column '{name}', expected none.")
+    return column
+
+
+def _matrix(path: str | Path, batch: pa.RecordBatch, name: str, dim: int) -> Tensor:
+    flat = _column(path, batch, name, pa.list_(pa.float32(), dim)).flatten()
+    return torch.from_numpy(flat.to_numpy().copy()).reshape(len(batch), dim)

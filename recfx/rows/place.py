@@ -1,0 +1,89 @@
+"""Where a logical table lies in the state, and its rows there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recfx.embeddings import TablePlan
+from recfx.kernels.find import find
+from recfx.kernels.op import UNKNOWN
+from recfx.step import Step, TrainState
+from recfx.table import TableState
+
+__all__ = ["Place", "Rows", "live_rows", "place_of", "reading", "rows_of", "taken"]
+
+
+class Rows(NamedTuple):
+    """Rows of one logical table, copied; zeros where an id has none."""
+
+    id: Tensor  # i64 [N]
+    known: Tensor  # bool [N]
+    weight: Tensor  # f32 [N, D]
+    slots: dict[str, Tensor]  # what the optimiser keeps, by its names: f32 [N, D], or [N, 1] per row
+    first_step: Tensor  # i64 [N], of the table, that created the row
+    last_step: Tensor  # i64 [N], the last that touched it
+    num_steps: Tensor  # i64 [N] that touched it; 0 unless the step has a `Life`
+
+
+class Place(NamedTuple):
+    """A logical table in the state."""
+
+    table: TableState
+    plan: TablePlan
+    vocabulary: int
+    views: dict[str, Tensor]  # f32 [R, D] each: "weight", then by slot
+
+
+def place_of(step: Step, state: TrainState, table: str) -> Place:
+    """Raises: ValueError on an unknown table."""
+    names = []
+    for plan, t in zip(step.plan.tables, state.tables, strict=True):
+        for v, columns in enumerate(plan.vocabularies):
+            for k, column in enumerate(columns):
+                if column.name == table:
+                    weights = t.rows[:, :, column.first : column.first + column.dim].unbind(1)
+                    per_row = (t.rows.shape[2] - plan.width) // len(plan.dims)
+                    first = plan.width + per_row * k
+                    behind = t.rows[:, 0, first : first + per_row].split(1, dim=1) if per_row else ()
+                    return Place(t, plan, v, dict(zip(("weight", *step.slots), (*weights, *behind), strict=True)))
+                names.append(column.name)
+    raise ValueError(f"table: got '{table}', expected one of {sorted(names)}.")
+
+
+def rows_of(place: Place, ids: Tensor) -> Tensor:
+    """i64 [N]: row of each id, or UNKNOWN."""
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1:
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"ids: got {got}, expected torch.int64 [N]. float32 merges ids above 2**24.")
+    t = place.table
+    return find(t.slots, t.ids, t.num_slots, t.salt, *reading(place, ids)).long()
+
+
+def reading(place: Place, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, cells and vocabularies as the kernels want them: one lookup, each id a sample."""
+    cell = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)
+    return ids.contiguous(), cell, torch.tensor([place.vocabulary], dtype=torch.int32, device=ids.device)
+
+
+def live_rows(place: Place) -> Tensor:
+    """i64: rows in use, rising."""
+    t = place.table
+    return torch.nonzero(t.vocabularies[: int(t.num_rows)] == place.vocabulary)[:, 0]
+
+
+def taken(place: Place, row: Tensor, ids: Tensor) -> Rows:
+    """Copies of rows i64 [N] by number; zeros for UNKNOWN."""
+    t, known = place.table, row != UNKNOWN
+
+    def take(column: Tensor) -> Tensor:
+        taken = column[row.clamp(min=0)]
+        taken[~known] = 0
+        return taken
+
+    weight, *slots = map(take, place.views.values())
+    names = list(place.views)[1:]
+    steps = (take(t.born).long(), take(t.seen) >> 32, take(t.counts).long())
+    return Rows(ids, known, weight, dict(zip(names, slots, strict=True)), *steps)

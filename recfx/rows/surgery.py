@@ -1,0 +1,113 @@
+"""Reading, writing and deleting rows by id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from recfx.kernels.find_or_insert import LOOKED_UP, find_or_insert_
+from recfx.kernels.op import UNKNOWN
+from recfx.rows.place import Place, Rows, place_of, reading, rows_of, taken
+from recfx.step import Step, TrainState
+from recfx.table import delete_ as delete_rows_
+from recfx.table import grow_, initializer_tensors, num_live
+
+__all__ = ["delete_", "read", "write_"]
+
+
+def read(step: Step, state: TrainState, table: str, ids: Tensor) -> Rows:
+    """The rows of `ids` i64 [N], in their order. Creates none.
+
+    Raises:   ValueError on an unknown table, TypeError on ids that are not i64 [N].
+    Example:  >>> from recfx import optim
+              >>> from recfx.embeddings import Embedding
+              >>> from recfx.step import train_step
+              >>> step = train_step(features=dict, embeddings={"emb": [Embedding("item", dim=2)]}, forward=None,
+              ...                   sparse_optimizer=optim.sparse_sgd(0.1), dense_optimizer=optim.sgd(0.1))
+              >>> state = step.init({"w": torch.zeros(1)})
+              >>> state = write_(step, state, "emb/item", torch.tensor([7]), torch.tensor([[0.5, 2.0]]))
+              >>> read(step, state, "emb/item", torch.tensor([7, 8])).weight.tolist()
+              [[0.5, 2.0], [0.0, 0.0]]
+    """
+    place = place_of(step, state, table)
+    return taken(place, rows_of(place, ids), ids)
+
+
+def write_(
+    step: Step, state: TrainState, table: str, ids: Tensor, weight: Tensor, slots: Mapping[str, Tensor] | None = None
+) -> TrainState:
+    """Inserts rows, or overwrites those that exist: pre-trained vectors.
+
+    The optimiser starts afresh on them (zeros) but for `slots` of its names. The other tables over these ids keep their
+    weights; in a new row they have their initial ones. No policy is asked, and a row's age and count stay.
+
+    Args:     ids: i64 [N], distinct.  weight: f32 [N, D].  slots: as in `Rows`, some of them.
+    Raises:   ValueError inside a step, on an unknown table, ids that repeat, a wrong shape, a number that is not
+              finite, or too little room for the new ids; TypeError on wrong dtypes. Nothing is then written.
+    """
+    place = place_of(step, state, table)
+    _check_between_steps(place, state)
+    values = {"weight": weight, **(slots or {})}
+    known = rows_of(place, ids) != UNKNOWN
+    _check_values(place, ids, values)
+    t, num_new = place.table, int((~known).sum())
+    room = t.ids.numel() - num_live(t)
+    if num_new > room:
+        raise ValueError(f"table '{table}': got {num_new} new ids, expected at most {room}. Raise max_rows.")
+    grow_(t, num_new)
+    row = _insert_(place, step.seed, ids)
+    t.born[row[~known]] = t.step.int()
+    t.seen[row] = t.step << 32
+    for name, view in place.views.items():
+        view[row] = values[name] if name in values else torch.zeros_like(view[row])
+    return state
+
+
+def delete_(step: Step, state: TrainState, table: str, ids: Tensor) -> TrainState:
+    """Deletes the rows of `ids`, for all tables that share them; ids without a row are passed over.
+
+    Raises:   ValueError inside a step or on an unknown table, TypeError on ids that are not i64 [N].
+    """
+    place = place_of(step, state, table)
+    _check_between_steps(place, state)
+    row = rows_of(place, ids)
+    delete_rows_(place.table, row[row != UNKNOWN].unique())
+    return state
+
+
+def _insert_(place: Place, seed: int, ids: Tensor) -> Tensor:
+    """Row of each id; new ones with their initial values. Room has been made."""
+    t, behind = place.table, place.table.rows.shape[2] - place.plan.width
+    init = (nn.functional.pad(x, (0, behind)) for x in initializer_tensors(place.plan, seed))
+    looked_up, refused = t.tally[LOOKED_UP].clone(), t.num_refused.clone()
+    row, _ = find_or_insert_(
+        t.slots, t.ids, t.vocabularies, t.seen, t.born, t.rows, t.num_rows, t.free_rows, t.num_free, t.num_refused,
+        t.tally, t.num_crowded, t.unique_rows, t.num_unique, t.num_slots, t.salt, t.step + 1, *reading(place, ids),
+        *init, None,
+    )  # fmt: skip
+    t.tally[LOOKED_UP] = looked_up  # these counters, and the step's unique rows, are of training
+    t.num_refused.copy_(refused)
+    t.num_unique.zero_()
+    return row.long()
+
+
+def _check_between_steps(place: Place, state: TrainState) -> None:
+    if int(place.table.num_unique) or int(state.window.num_batches):
+        raise ValueError("state: got a step in progress, expected none. Write rows between optimiser steps.")
+
+
+def _check_values(place: Place, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+    if ids.unique().numel() < ids.numel():
+        raise ValueError(f"ids: got {ids.numel() - ids.unique().numel()} more than once, expected each once.")
+    for name, value in values.items():
+        if name not in place.views:
+            raise ValueError(f"slots: got '{name}', expected some of {list(place.views)[1:]}.")
+        shape = [ids.numel(), place.views[name].shape[1]]
+        if value.dtype != torch.float32:
+            raise TypeError(f"{name}: got {value.dtype}, expected torch.float32.")
+        if list(value.shape) != shape:
+            raise ValueError(f"{name}: got {list(value.shape)}, expected {shape}.")
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{name}: got values that are not finite, expected numbers. Training would spread them.")
