@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,13 @@ import pytest
 import torch
 
 from bench.harness import Claim, Claims, Comparison, Loop, compare, rate
-from recfx import features as ops
+from graphs.many_features import NUM_FEATURES, Features, columns, dicts_of_columns, one_call_per_column
 from recfx.capture import ShareCommon
 from recfx.kernels.string_hash import farm_hashes, murmur_hashes
-from recfx.types import Batch, Layout, Ragged, pack, unpack
+from recfx.types import Layout, Ragged, unpack
 
-NUM_STRINGS, BATCH_SIZE, NUM_FEATURES = 1_000_000, 1000, 200
+NUM_STRINGS, BATCH_SIZE = 1_000_000, 1000
 TARGET_RATE = 20e6
-BOUNDARIES = [1.0, 3, 10, 30, 100, 300]
 
 
 @pytest.fixture(autouse=True)
@@ -76,45 +74,6 @@ def in_strings(result: Comparison, name: str, baseline_name: str) -> Claim:
     return result.claim(name, baseline_name, batch_size=NUM_STRINGS, target=None)
 
 
-def ragged(dtype: torch.dtype, longest: int, seed: int) -> Ragged:
-    rng = np.random.default_rng(seed)
-    offsets = np.concatenate([[0], rng.integers(0, longest + 1, BATCH_SIZE).cumsum()]).astype(np.int32)
-    values = torch.randint(0, 256, (longest * BATCH_SIZE,), generator=torch.Generator().manual_seed(seed))
-    return Ragged(values.to(dtype), torch.from_numpy(offsets))
-
-
-Features = Callable[[dict, int], dict[str, Any]]
-
-
-def one_call_per_column(batch: dict, num: int) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for i in range(num // 4):
-        x = ops.log1p(ops.select_dense(batch[f"x{i}"]))
-        out |= {f"x{i}": x, f"bucket{i}": ops.from_dense(ops.bucketize(x, BOUNDARIES))}
-        out[f"id{i}"] = ops.mod(batch[f"id{i}"], 100_003)
-        out[f"word{i}"] = ops.mod(ops.farm_hash(batch[f"word{i}"]), 100_003)
-    return out
-
-
-def dicts_of_columns(batch: dict, num: int) -> dict[str, Any]:
-    x = ops.log1p(ops.select_dense([batch[f"x{i}"] for i in range(num // 4)]))
-    return {
-        "x": x,
-        **ops.split_dense(ops.bucketize(x, BOUNDARIES), [f"bucket{i}" for i in range(num // 4)]),
-        **ops.mod({f"id{i}": batch[f"id{i}"] for i in range(num // 4)}, 100_003),
-        **ops.mod(ops.farm_hash({f"word{i}": batch[f"word{i}"] for i in range(num // 4)}), 100_003),
-    }
-
-
-def columns(num: int) -> Batch:
-    packed: dict[str, Ragged] = {}
-    for i in range(num // 4):
-        packed[f"x{i}"] = ragged(torch.float32, 1, i)
-        packed[f"id{i}"] = ragged(torch.int64, 2, i)
-        packed[f"word{i}"] = ragged(torch.uint8, 16, i)
-    return pack(packed)
-
-
 def checksum(tree: dict[str, Any]) -> torch.Tensor:
     """Something that needs every value: what a step would consume is not an output either."""
     parts = [v.values if isinstance(v, Ragged) else v for v in tree.values()]
@@ -123,7 +82,7 @@ def checksum(tree: dict[str, Any]) -> torch.Tensor:
 
 def measured(features: Features, num: int, *, compiled: bool) -> tuple[float, float, float]:
     """Seconds per batch, seconds of the first call, and the checksum."""
-    batch = columns(num)
+    batch = columns(num, BATCH_SIZE)
     layout: Layout = batch.layout
 
     def run(sections: list[torch.Tensor]) -> dict[str, Any]:

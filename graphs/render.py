@@ -1,7 +1,7 @@
 """Writes graphs/: the captured example steps as text, as counts and as a drawing. `python -m graphs.render`
 
-The graphs are those of `python -m recfx.examples.deepfm` and `.deepctr`, for a batch of 4. `tests/test_graphs.py`
-compares them with the files; `make graphs` accepts them as they are.
+The graphs are those of `python -m recfx.examples.deepfm` and `.deepctr`, for a batch of 4, and, as counts alone, that of
+a feature function for 200 features. `tests/test_graphs.py` compares them with the files; `make graphs` accepts them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from torch.fx import Node
 
 from graphs.dataflow import STAGES, Flow, flow_of, handed_on, is_op, is_view, short, stages_of, tensors
 from graphs.drawing import draw
+from graphs.many_features import NUM_FEATURES, ops_text
 from recfx.capture import trace
 from recfx.examples import deepctr, deepfm
 from recfx.types import Batch, Ragged, pack
 
 __all__ = [
-    "FOLDER", "PROGRAMS", "Golden", "Program", "capture", "largest_temporary", "mutated", "render", "torch_version",
+    "FOLDER", "PROGRAMS", "Golden", "Program", "capture", "largest_temporary", "mutated", "render", "render_features",
+    "torch_version",
 ]  # fmt: skip
 
 FOLDER = Path(__file__).parent
@@ -76,6 +78,11 @@ def render(golden: Golden) -> dict[str, str]:
         f"{golden.name}.fx.txt": _fx_text(golden),
         f"{golden.name}.svg": _drawing(golden),
     }
+
+
+def render_features() -> dict[str, str]:
+    """The file that shows many features as few ops."""
+    return {f"features{NUM_FEATURES}.ops.txt": ops_text()}
 
 
 def mutated(golden: Golden) -> list[str]:
@@ -236,8 +243,8 @@ def _num_bytes(t: torch.Tensor) -> int:
 
 
 def main() -> None:
-    for name in PROGRAMS:
-        for file, text in render(capture(name)).items():
+    for files in (*(render(capture(name)) for name in PROGRAMS), render_features()):
+        for file, text in files.items():
             (FOLDER / file).write_text(text)
 
 

@@ -16,7 +16,18 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from graphs.dataflow import flow_of, handed_on, is_op, stages_of, tensors
-from graphs.render import FOLDER, PROGRAMS, Golden, capture, largest_temporary, mutated, render, torch_version
+from graphs.many_features import NUM_FEATURES, dicts_of_columns, op_counts
+from graphs.render import (
+    FOLDER,
+    PROGRAMS,
+    Golden,
+    capture,
+    largest_temporary,
+    mutated,
+    render,
+    render_features,
+    torch_version,
+)
 from recfx.capture import trace
 from recfx.embeddings import Embedding
 from tests.conftest import DIM, deepfm_batches, deepfm_groups, deepfm_params, deepfm_step
@@ -49,22 +60,38 @@ def num_bytes(t: torch.Tensor) -> int:
     return t.numel() * t.element_size()
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_graphs_are_the_reviewed_ones(name, request):
-    """Counts on every version of torch; names and order, and with them the drawing, on the one the files are from."""
-    files = render(golden(name))
+def review(request: pytest.FixtureRequest, files: dict[str, str]) -> None:
+    """Fails with the differences from graphs/, or writes the files there where that is asked for."""
     if request.config.getoption("--accept-graphs"):
         for file, text in files.items():
             (FOLDER / file).write_text(text)
-    version = (FOLDER / f"{name}.fx.txt").read_text().splitlines()[0].removeprefix("# torch:").strip()
-    diff = []
+    diff: list[str] = []
     for file, text in files.items():
-        if file.endswith(".ops.txt") or version == torch_version():
-            before, after = (FOLDER / file).read_text().splitlines(), text.splitlines()
-            diff += list(difflib.unified_diff(before, after, f"graphs/{file}", "now", lineterm="", n=1))[
-                :MAX_DIFF_LINES
-            ]
+        before, after = (FOLDER / file).read_text().splitlines(), text.splitlines()
+        diff += list(difflib.unified_diff(before, after, f"graphs/{file}", "now", lineterm="", n=1))[:MAX_DIFF_LINES]
     assert not diff, "\n".join([*diff, f"The graph changed. Accept it with: {ACCEPT}"])
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_graphs_are_the_reviewed_ones(name, request):
+    """Counts on every version of torch; names and order, and with them the drawing, on the one the files are from."""
+    version = (FOLDER / f"{name}.fx.txt").read_text().splitlines()[0].removeprefix("# torch:").strip()
+    is_the_one = version == torch_version() or request.config.getoption("--accept-graphs")
+    files = render(golden(name))
+    review(request, {file: text for file, text in files.items() if is_the_one or file.endswith(".ops.txt")})
+
+
+def test_many_features_are_the_reviewed_few_ops(request):
+    review(request, render_features())
+
+
+def test_200_features_are_few_ops():
+    """Joining columns is all that 4 features, one column of a kind, do not need."""
+    few, many = (op_counts(dicts_of_columns, num) for num in (4, NUM_FEATURES))
+    joins = many - few
+    assert {*joins} <= {"views", "recfx.join.default", "aten.clone.default"}
+    assert joins.total() - joins["views"] <= 3
+    assert not few - many
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
