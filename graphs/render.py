@@ -1,7 +1,7 @@
 """Writes graphs/: the captured example steps as text, as counts and as a drawing. `python -m graphs.render`
 
-The graphs are those of `python -m recfx.examples.deepfm` and `.deepctr`, for a batch of 4, and, as counts alone, that of
-a feature function for 200 features. `tests/test_graphs.py` compares them with the files; `make graphs` accepts them.
+The graphs are those of `python -m recfx.examples.deepfm` and `.deepctr`, for a batch of 4, and, as counts alone, that
+of a feature function for 200 features. `tests/test_graphs.py` compares them with the files; `make graphs` accepts them.
 """
 
 from __future__ import annotations
