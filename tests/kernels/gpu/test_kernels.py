@@ -90,6 +90,18 @@ def test_table_is_the_dict(seed):
     test_find_or_insert.check(stream, ends, max_rows, max_unique, rng if seed % 2 else None)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has its own order")
+def test_no_number_depends_on_the_order_of_programs(monkeypatch):
+    """The last program first: later occurrences claim places before the earlier ones do."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    in_order = builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: in_order(builder.grid_dim[0] - 1 - x, y, z))
+    for seed in (0, 1):
+        test_table_is_the_dict(seed)
+    test_gradients_of_a_frequent_row_are_summed_in_chunks(65)
+
+
 def test_keys_of_one_home_slot_are_told_apart_and_none_is_lost():
     test_find_or_insert.test_ids_of_one_tag_and_one_home_slot_are_told_apart()
 
