@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0
 
-.PHONY: demo test slow bench lint graphs clean
+.PHONY: demo test slow bench bench-all lint graphs clean
 
 # torch goes in first and alone, by exact version: nothing later may pull in another build of it.
 $(VENV)/installed: pyproject.toml requirements.txt
@@ -29,8 +29,14 @@ test: $(VENV)/installed lint
 slow: $(VENV)/installed
 	$(PY) -m pytest -m slow
 
+BENCH := $(PY) -m pytest --benchmark-only -p no:cacheprovider -o addopts= -s
+
+# The step and the program, beside their peers. bench-all: also features, readers, checkpoints and growth.
 bench: $(VENV)/bench-installed
-	$(PY) -m pytest bench --benchmark-only -p no:cacheprovider -o addopts= -s
+	$(BENCH) bench/test_step.py bench/test_end_to_end.py
+
+bench-all: $(VENV)/bench-installed
+	$(BENCH) bench
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
