@@ -1,4 +1,7 @@
-"""A step captured as one compiled graph. The only module that knows of FX, torch.compile and the allocator."""
+"""A step captured as one compiled graph, and on a GPU as one CUDA graph.
+
+The only module, with `cuda_graph`, that knows of FX, torch.compile, CUDA graphs and the allocator.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import dtype_abbrs
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
+from recfx.cuda_graph import record, replayed
 from recfx.step import Step
 from recfx.types import Batch, Layout, unpack
 
@@ -37,7 +41,12 @@ def capture(step: Step, state: Any, batch: Batch) -> Callable[[Any, Batch], tupl
     The first call of each batch layout compiles (seconds; `batch` itself is not trained on and `state` not changed),
     later ones run the graph. Tables grow between calls without a recompile.
 
-    Donation: the state passed in is written to; use the one that comes back. `aux` is valid until the next call.
+    On a GPU what was compiled is recorded as a CUDA graph per layout, on an empty batch, and replayed: one launch and,
+    for a batch on the host, one copy that overlaps the step before. Eight layouts are kept. A batch in pinned memory
+    must stay as it is until the step has read it. A host read of the table happens at most every 64 steps.
+
+    Donation: the state passed in is written to; use the one that comes back. `aux` is valid until the next call, which
+    on a GPU writes over it.
     Raises:   TypeError when the batch is not packed; torch's error where a feature op or a model cannot be captured.
     """
     return _captured(step, step.update_, lambda s, ids: step.grow_(s, ids))
@@ -81,11 +90,12 @@ def trace(update_: Callable, state: Any, batch: Batch) -> torch.fx.GraphModule:
 def _captured(step: Step, update_: Callable, grow_: Callable) -> Callable[[Any, Batch], tuple[Any, Any]]:
     _keep_freed_memory()
     compiled: dict[tuple, dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]]] = {}
+    replay: Callable[..., tuple[Any, Any]] | None = None
     known_state: Callable[[], Tensor | None] | None = None
     graphs: dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]] = {}  # of states shaped like the known one
 
     def run(state: Any, batch: Batch) -> tuple[Any, Any]:
-        nonlocal known_state, graphs
+        nonlocal known_state, graphs, replay
         if not isinstance(batch, Batch):
             raise TypeError(f"batch: got {type(batch).__name__}, expected recfx.types.Batch. Use recfx.types.pack.")
         # By a weak reference: a state that its owner drops must free its tables.
@@ -95,6 +105,9 @@ def _captured(step: Step, update_: Callable, grow_: Callable) -> Callable[[Any, 
         if key not in graphs:
             graphs[key] = _compile(sections_function(update_, batch.layout)), step.ids_in(batch)
         function, ids = graphs[key]
+        if state.dense.step.is_cuda:
+            replay = replay or replayed(grow_, functools.partial(record, pool=torch.cuda.graph_pool_handle()))
+            return replay(state, batch, function, ids)
         state = grow_(state, ids)
         with torch.no_grad():
             return state, function(state, batch.sections)
@@ -115,6 +128,7 @@ def _compile(function: Callable) -> Callable:
     options: dict[str, Any] = {
         "guard_filter_fn": lambda guards: [False for _ in guards],
         "post_grad_custom_pre_pass": ShareCommon(),
+        "triton.cudagraphs": False,  # `cuda_graph` records the whole step itself
     }
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
