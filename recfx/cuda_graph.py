@@ -79,7 +79,7 @@ def untouched(state: Any) -> Iterator[None]:
     An empty batch reaches no row: it has no ids, and the step is not due. What it writes beside the rows (counters,
     dense parameters, metrics) is put back. Nothing as large as a table is copied.
     """
-    of_tables = [t for s in state.tables for t in (*(t for t in s if t.dim() == 0), s.tally)]
+    of_tables = [t for s in state.tables for t in (*(t for t in tree_leaves(s) if t.dim() == 0), s.tally)]
     written = [*of_tables, *tree_leaves(state._replace(tables=()))]
     kept = [t.clone() for t in written]
     state.window.num_batches.fill_(-1)  # one more batch is still fewer than any accumulation

@@ -14,6 +14,7 @@ from recfx import cuda_graph
 from recfx.capture import sections_function
 from recfx.cuda_graph import Feed, replayed, untouched
 from recfx.optim import clip_global_norm
+from recfx.policies import Life, at_least
 from recfx.step import Step
 from recfx.table import functions as table_module
 from recfx.types import Batch, pack
@@ -97,10 +98,11 @@ def all_bytes(state: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("clip", [None, clip_global_norm(0.1)])
+@pytest.mark.parametrize("life", [None, Life(admit=at_least(2), candidates=64)], ids=["", "life"])
 @pytest.mark.parametrize("batches", [0, 4])
-def test_the_empty_batch_leaves_every_byte_as_it_is(accumulation, clip, batches):
+def test_the_empty_batch_leaves_every_byte_as_it_is(accumulation, clip, life, batches):
     """Of a new state, of a trained one, and in the middle of an accumulation window that it would complete."""
-    step = deepfm_step(accumulation=accumulation, clip=clip)
+    step = deepfm_step(accumulation=accumulation, clip=clip, life=life)
     for num in range(batches, batches + accumulation):
         state = eager(step, fresh(step), deepfm_batches(num))
         layout = deepfm_batches(1)[0].layout
