@@ -71,10 +71,12 @@ def build_step(args: argparse.Namespace, *, sparse_optimizer: SparseOptimizer | 
         sparse_optimizer=sparse_optimizer or sparse_adamw(args.sparse_lr, weight_decay=0.01),
         dense_optimizer=adamw(args.dense_lr, weight_decay=0.01),
         accumulation=args.gradient_accumulation_steps,
+        max_rows=args.max_rows,
         seed=args.seed,
     )
     config = deepfm.DeepFMConfig(num_numeric=13, num_sparse=26, dim=EMBEDDING_DIM, hidden=HIDDEN)
-    return step, step.init(deepfm.init(config, torch.Generator().manual_seed(args.seed)))
+    params = deepfm.init(config, torch.Generator().manual_seed(args.seed))
+    return step, step.init({name: p.to(args.device) for name, p in params.items()})
 
 
 def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reader:
@@ -93,6 +95,7 @@ def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reade
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains, evaluates, saves; returns the summary that is also written to <output_dir>/summary.json."""
+    _check_device(args)
     planted: dict[str, Any] = {}
     if args.data_paths is None:
         print(f"no --data_paths: using generated click logs in {args.generated_dir}", flush=True)
@@ -163,6 +166,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
+def _check_device(args: argparse.Namespace) -> None:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got cuda, expected cpu. torch finds no CUDA device here.")
+    if args.device == "cuda" and args.save_in_background:
+        raise ValueError("save_in_background: got true on cuda, expected false. A forked child cannot read a GPU.")
+
+
 def _show(bar: tqdm, event: Event, progress: Progress) -> None:
     if event == "log":
         bar.set_postfix(
@@ -207,7 +217,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dense_lr", type=float, default=1e-3, help="learning rate of the dense parameters")
     add("--seed", type=int, default=42, help="of initial weights, and of generated data")
     add("--resume", type=_flag, nargs="?", const=True, default=False, help="go on from the newest checkpoint")
-    add("--device", choices=["cpu"], default="cpu", help="where the step runs; GPU kernels are not in this version")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where the step runs, tables included")
+    add("--max_rows", type=int, default=2**26, help="most embedding rows; on cuda their memory is taken at once")
     add("--numeric", choices=["log1p", "raw"], default="log1p", help="log(1 + max(x, 0)), or the seed's own raw inputs")
     add("--num_threads", type=int, default=None, help="threads of the step; default: torch's")
     add("--generated_dir", default="./demo/data", help="where generated files are kept")

@@ -288,7 +288,7 @@ def test_help_explains_every_argument(capsys):
         (["--drop_remainder", "1"], "--drop_remainder: got '1', expected true or false"),
         (["--resume", "maybe"], "--resume: got 'maybe', expected true or false"),
         (["--numeric", "sqrt"], "--numeric: invalid choice: 'sqrt'"),
-        (["--device", "cuda"], "--device: invalid choice: 'cuda'"),
+        (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
         (["--batch_size", "many"], "--batch_size: invalid int value: 'many'"),
         (["--epochs", "2"], "unrecognized arguments: --epochs 2"),
     ],
@@ -321,6 +321,13 @@ def test_errors_are_one_line(data, eager, argv, message):
     assert got.startswith("error: ")
     assert "\n" not in got
     assert re.search(message, got), got
+
+
+def test_cuda_is_refused_where_it_cannot_be(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refused("--device=cuda") == "error: device: got cuda, expected cpu. torch finds no CUDA device here."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "save_in_background: got true on cuda" in refused("--device=cuda", "--save_in_background")
 
 
 def test_a_damaged_checkpoint_is_named(data, eager):

@@ -1,0 +1,100 @@
+"""Races between programs: the interpreter runs them one after another and shows none."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+from recfx.kernels import add_row_grads
+from recfx.table import Table, TableState, grow_, rebuild_, table
+from recfx.types import Ragged
+from tests.reference import EXTREMES, assert_same_table, id_of_hash, table_plan
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SAMPLES = 20_000
+ONE_SLOT = [id_of_hash(k << 32 | 9, 0) for k in range(200)]  # all begin to probe at one slot
+
+
+def tables(max_rows: int) -> tuple[Table, Table]:
+    plans = [dataclasses.replace(table_plan([0, 1, 0]), device=device) for device in ("cpu", "cuda")]
+    one, other = (table(plan, optimizer_slots=2, seed=1, max_rows=max_rows, max_unique=max_rows) for plan in plans)
+    return one, other
+
+
+def draw(rng: random.Random, ids: list[int]) -> dict[str, Ragged]:
+    """One id per sample and lookup: 60 000 positions over 469 programs."""
+    offsets = torch.arange(SAMPLES + 1, dtype=torch.int32)
+    return {f"f{l}": Ragged(torch.tensor(rng.choices(ids, k=SAMPLES)), offsets) for l in range(3)}
+
+
+def on(device: str, tree: Any) -> Any:
+    return tree_map(lambda t: t.to(device), tree)
+
+
+def end_step(*states: TableState) -> None:
+    for state in states:
+        state.num_unique.zero_()
+        state.step.add_(1)
+
+
+def check(rng: random.Random, batches: list[list[int]], max_rows: int) -> TableState:
+    """The same batches through the CPU's kernel and the GPU's: rows, unique numbers, keys and counters are equal."""
+    cpu, gpu = tables(max_rows)
+    a, b = cpu.init(), gpu.init()
+    for ids in batches:
+        features = draw(rng, ids)
+        grow_(a, 3 * SAMPLES), grow_(b, 3 * SAMPLES)
+        a, expected = cpu.insert_(a, features)
+        b, got = gpu.insert_(b, on("cuda", features))
+        for name in ("id", "cell", "row", "inverse"):
+            assert torch.equal(getattr(expected, name), getattr(got, name).cpu()), name
+        assert_same_table(a, on("cpu", b), exact_rows=False)
+        assert torch.equal(cpu.find(a, features).row, gpu.find(b, on("cuda", features)).row.cpu())
+        end_step(a, b)
+    rebuild_(b)
+    assert torch.equal(cpu.find(a, features).row, gpu.find(b, on("cuda", features)).row.cpu())
+    return b
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_many_ids_at_once(seed):
+    rng = random.Random(seed)
+    pool = [*EXTREMES, *(rng.getrandbits(64) - 2**63 for _ in range(30_000))]
+    check(rng, [pool[:10], pool[:3000], pool], 2**17)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_id_wants_one_slot(seed):
+    rng = random.Random(seed)
+    check(rng, [ONE_SLOT[:2], ONE_SLOT, rng.sample(ONE_SLOT, 100)], 4096)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_table_with_room_for_few_of_them(seed):
+    rng = random.Random(seed)
+    state = check(rng, [list(range(700)), list(range(500, 5000)), list(range(5000))], 1000)
+    assert int(state.num_rows) == 1000
+    assert int(state.num_refused) > 0
+
+
+@pytest.mark.parametrize("ids", [1, 40, 30_000])
+def test_sums_of_gradients_have_the_same_bytes_every_time(ids):
+    generator = torch.Generator().manual_seed(ids)
+    inverse = torch.randint(0, ids, (60_000,), generator=generator, dtype=torch.int32)
+    cell = torch.arange(60_000, dtype=torch.int32)
+    blocks = [torch.randn(60_000, 1, dim, generator=generator) for dim in (8, 1)]
+    expected = torch.zeros(ids, 9)
+    add_row_grads.add_row_grads_(expected, inverse, cell, [0, 8], [8, 1], blocks)
+    device, sums = on("cuda", [inverse, cell, blocks]), []
+    for _ in range(20):
+        grads = torch.zeros(ids, 9, device="cuda")
+        add_row_grads.add_row_grads_(grads, *device[:2], [0, 8], [8, 1], device[2])
+        sums.append(grads.cpu())
+    assert all(torch.equal(sums[0], other) for other in sums[1:])
+    torch.testing.assert_close(sums[0], expected, rtol=1e-4, atol=1e-3)
