@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from recfx.kernels import add_row_grads
 from recfx.table import Table, TableState, grow_, rebuild_, table
@@ -34,7 +34,7 @@ def draw(rng: random.Random, ids: list[int]) -> dict[str, Ragged]:
 
 
 def on(device: str, tree: Any) -> Any:
-    return tree_map(lambda t: t.to(device), tree)
+    return tree_map_only(torch.Tensor, lambda t: t.to(device), tree)
 
 
 def end_step(*states: TableState) -> None:
