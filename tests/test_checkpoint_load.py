@@ -12,8 +12,8 @@ from torch import Tensor
 
 from recfx.checkpoint import load, save
 from recfx.embeddings import Column, Embedding, TablePlan, uniform
+from recfx.kernels.hashing import owner
 from recfx.kernels.initial import initial_values
-from recfx.kernels.owner import owner
 from recfx.optim import adagrad, sgd, sparse_adagrad, sparse_ftrl, sparse_rowwise_adagrad, sparse_sgd
 from recfx.step import Step, TrainState
 from recfx.table import TableState, initializer_tensors
@@ -115,7 +115,7 @@ def test_ranks_share_all_rows_among_them(step, state, saved, world_size):
         (table,) = part.tables
         keys = list(row_numbers(table))
         v, ids = (torch.tensor(column) for column in zip(*keys, strict=True))
-        assert owner(ids, v.int(), world_size).tolist() == [rank] * len(keys)
+        assert owner(ids, v, world_size).tolist() == [rank] * len(keys)
         order = [k for k in row_numbers(state.tables[0]) if k in set(keys)]  # numbered anew in the old order
         assert [k for k, _ in sorted(row_numbers(table).items(), key=lambda item: item[1])] == order
         assert (int(table.num_rows), int(table.num_free)) == (len(keys), 0)

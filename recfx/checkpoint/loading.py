@@ -18,9 +18,8 @@ from torch import Tensor
 from recfx.checkpoint.contents import WORKERS, dense_tensors
 from recfx.checkpoint.files import STATE, ShardReader, read_checked, read_manifest, read_some
 from recfx.embeddings import Column, TablePlan
+from recfx.kernels.hashing import owner
 from recfx.kernels.initial import initial_values
-from recfx.kernels.owner import owner
-from recfx.kernels.place_rows import place_rows_
 from recfx.step import Step, TrainState
 from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState, initializer_tensors, restore_
 
@@ -111,7 +110,7 @@ def load(
               all, () none. Columns of a vocabulary that are not taken are initialised as new rows are.
               dense: dense parameters to take, with their optimiser's state; default all, () none.
               names: name in the checkpoint, of a table or dense parameter that has another one in the model.
-              rank, world_size: take the rows that `recfx.kernels.owner.owner` gives to this rank.
+              rank, world_size: take the rows that `recfx.kernels.hashing.owner` gives to this rank.
     Cost:     reads every byte once, one pass; rebuilds the index.
     Raises:   ValueError naming the file when it is missing, damaged, or newer than this version; naming the table or
               parameter when the checkpoint lacks it, has it in another shape, or was made with another seed. `state`
@@ -276,17 +275,20 @@ def _taken(move: Move) -> np.ndarray:
 def _put_(table: TableState, plan: TablePlan, seed: int, move: Move, place: np.ndarray, shard: dict) -> None:
     """Some rows of a checkpoint to their places in the table."""
     at = place[shard["row"]]
-    if not move.keeps_layout(plan.width):  # a row there costs more than its copy
-        kept = np.flatnonzero(at >= 0)
-        at, shard = at[kept], {name: array[kept] for name, array in shard.items()}
+    kept = np.flatnonzero(at >= 0)
+    if len(kept) < len(at):
+        at = at[kept]
+        shard = {name: array.take(kept, axis=0) for name, array in shard.items()}
+    if not len(at):
+        return
     values = {name: torch.from_numpy(shard[name]) for name in ROW_FIELDS if name != "seen"}
     values["seen"] = torch.from_numpy(shard["last_seen"]).long() << 32
     if not move.keeps_layout(plan.width):
         values["rows"] = _rows_here(values, plan, seed, move)
     values["vocabularies"] = torch.from_numpy(move.here[shard["vocabularies"]])
-    device = table.ids.device
+    where = slice(int(at[0]), int(at[-1]) + 1) if at[-1] - at[0] + 1 == len(at) else torch.from_numpy(at).long()
     for name, value in values.items():
-        place_rows_(getattr(table, name), value.to(device), torch.from_numpy(at).to(device))
+        getattr(table, name)[where] = value.to(table.ids.device)
 
 
 def _rows_here(values: dict[str, Tensor], plan: TablePlan, seed: int, move: Move) -> Tensor:
