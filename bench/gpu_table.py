@@ -1,0 +1,156 @@
+"""The table's operators on a GPU: dynamicemb's published case, and find and find_or_insert over 128 M slots.
+
+`python -m bench.gpu_table RECORDS [--small]`; small: sizes for a first look and for a check of this file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.gpu_timing import add, need_device, times_ms
+from recfx.embeddings import Embedding, plan_tables
+from recfx.kernels import find
+from recfx.optim import sparse_adam
+from recfx.table import Table, TableState, grow_, table
+from recfx.types import Ragged
+
+CHUNK = 2**20
+NUM_TABLES, DIM = 10, 128
+LOADS = (0.5, 0.75, 0.87)  # a table takes no more rows than 7/8 of its slots
+
+
+def make(num_tables: int, dim: int, max_rows: int, *, slots: int, device: str) -> tuple[Table, TableState]:
+    (plan,) = plan_tables({"emb": [Embedding(f"t{i}", dim=dim, device=device) for i in range(num_tables)]}).tables
+    t = table(plan, optimizer_slots=slots, seed=1, max_rows=max_rows, max_unique=min(max_rows, NUM_TABLES * CHUNK))
+    state = t.init()
+    return t, grow_(state, max_rows)
+
+
+def ids_of(number: Tensor) -> Tensor:
+    """Distinct ids, scattered as hashes are."""
+    return number * -7046029254386353131
+
+
+def lists_of_one(ids: Tensor) -> Ragged:
+    return Ragged(ids, torch.arange(len(ids) + 1, dtype=torch.int32, device=ids.device))
+
+
+def fill(t: Table, state: TableState, num_tables: int, begin: int, end: int) -> None:
+    """Numbers begin to end of every table, a chunk a step."""
+    for first in range(begin, end, CHUNK):
+        numbers = torch.arange(first, min(first + CHUNK, end), device=state.ids.device)
+        t.insert_(state, {f"t{i}": lists_of_one(ids_of(numbers)) for i in range(num_tables)})
+        end_step(state)
+
+
+def end_step(state: TableState) -> None:
+    state.num_unique.zero_()
+    state.step.add_(1)
+
+
+def replaying(function: Callable[[list[Tensor]], None], ids: list[Tensor]) -> Callable[[list[Tensor]], None]:
+    """`function` as one CUDA graph; a call copies ids in and replays."""
+    static = [t.clone() for t in ids]
+    function(static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function(static)
+
+    def run(new: list[Tensor]) -> None:
+        for target, source in zip(static, new, strict=True):
+            target.copy_(source)
+        graph.replay()
+
+    return run
+
+
+def dynamicemb(records: Path, *, rows: int, lookups: int, pool: int, device: str, graph: bool = True) -> None:
+    """10 tables, 1,048,570 lookups, about 350 k unique, D = 128 fp32, Adam, unpooled, all ids present."""
+    t, state = make(NUM_TABLES, DIM, NUM_TABLES * rows, slots=2, device=device)
+    fill(t, state, NUM_TABLES, 0, rows)
+    optimizer, due = sparse_adam(1e-3), torch.tensor(True, device=device)
+    scale = torch.ones((), device=device)
+    grads = [torch.randn(lookups, NUM_TABLES, DIM, device=device)]
+
+    def features(ids: list[Tensor]) -> dict[str, Ragged]:
+        return {f"t{i}": lists_of_one(x) for i, x in enumerate(ids)}
+
+    def train(ids: list[Tensor]) -> None:
+        _, found = t.insert_(state, features(ids))
+        t.pool(state, found)
+        t.add_grads_(state, found, grads)
+        optimizer.apply_(state, scale, due, t.columns)
+
+    def evaluate(ids: list[Tensor]) -> None:
+        t.pool(state, t.find(state, features(ids)))
+
+    def draw() -> list[Tensor]:
+        some = torch.randperm(rows, device=device)[:pool]
+        return [ids_of(some[torch.randint(0, pool, (lookups,), device=device)]) for _ in range(NUM_TABLES)]
+
+    batches = [draw() for _ in range(8)]
+    unique = sum(len(x.unique()) for x in batches[0])
+    num = NUM_TABLES * lookups
+    row = 4 * DIM
+    moved = num * (32 + 124 + 96) + num * 2 * row + num * row + unique * 2 * row + unique * (6 + 2) * row
+    wrap = replaying if graph else lambda function, _: function
+    name = f"{NUM_TABLES} tables, {num:,} lookups, {unique:,} unique, D = {DIM}"
+    ms = times_ms(wrap(train, batches[0]), batches)
+    add(records, f"{name}: forward, backward, Adam", ms, num_bytes=moved, target="H200: 0.95 ms")
+    ms = times_ms(wrap(evaluate, batches[0]), batches)
+    add(records, f"{name}: evaluation", ms, num_bytes=num * (32 + 80 + 2 * row), target="H200: 0.35 ms")
+
+
+def look_ups(records: Path, *, num_slots: int, keys: int, device: str) -> None:
+    """find and find_or_insert of ids that are there, and of new ones."""
+    t, state = make(1, 1, num_slots // 8 * 7, slots=0, device=device)
+    assert int(state.num_slots) == num_slots
+    cell = torch.arange(keys, dtype=torch.int32, device=device)
+    vocabulary = torch.zeros(1, dtype=torch.int32, device=device)
+    filled = 0
+    for load in LOADS:
+        num = int(load * num_slots) - 4 * keys
+        fill(t, state, 1, filled, num)
+        present = [ids_of(torch.randint(0, num, (keys,), device=device)) for _ in range(16)]
+        new = [ids_of(torch.arange(num + n * keys, num + (n + 1) * keys, device=device)) for n in range(4)]
+        filled = num + 4 * keys
+
+        def look(ids: Tensor) -> None:
+            find.find(state.slots, state.ids, state.num_slots, state.salt, ids, cell, vocabulary)
+
+        def insert(ids: Tensor) -> None:
+            t.insert_(state, {"t0": lists_of_one(ids)})
+            end_step(state)
+
+        say = f"load {load}, {num_slots:,} slots, {keys:,} keys: "
+        add(records, say + "find", times_ms(look, present), items=keys, unit="keys/s", target="H200: 6 G/s")
+        ms = times_ms(insert, present)
+        add(records, say + "insert, all present", ms, items=keys, unit="keys/s", target="H200: 3 G/s")
+        ms = times_ms(insert, new, repeats=1, warm_up=0)
+        add(records, say + "insert, all new", ms, items=keys, unit="keys/s", target="H200: 3 G/s")
+        assert int(state.num_rows) == filled
+        assert int(state.num_refused) == 0
+
+
+def main() -> None:
+    need_device("bench.gpu_table")
+    records, small = Path(sys.argv[1]), "--small" in sys.argv
+    dynamicemb(
+        records,
+        rows=2**14 if small else 400_000,
+        lookups=2**10 if small else 104_857,
+        pool=369 if small else 36_900,
+        device="cuda",
+    )
+    torch.cuda.empty_cache()
+    look_ups(records, num_slots=2**20 if small else 2**27, keys=2**14 if small else 2**20, device="cuda")
+
+
+if __name__ == "__main__":
+    main()
