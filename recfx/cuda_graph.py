@@ -77,8 +77,9 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _versions(state: Any) -> tuple[int, ...]:
-    """Rise whenever a step, a replay or a checkpoint writes to the state. On the host."""
-    return state.window.num_samples._version, *(s.num_rows._version for s in state.tables)
+    """Rise whenever a step, a replay, a checkpoint or `recfx.rows` writes to the state. On the host."""
+    counters = (t for s in state.tables for t in (s.num_rows, s.num_unique))
+    return tuple(t._version for t in (state.window.num_samples, *counters))
 
 
 @contextmanager

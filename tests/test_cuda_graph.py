@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from recfx import cuda_graph
+from recfx import cuda_graph, rows
 from recfx.capture import sections_function
 from recfx.cuda_graph import Feed, replayed, untouched
 from recfx.optim import clip_global_norm
@@ -208,6 +208,16 @@ def test_a_table_that_others_write_to_is_read_again(run):
     assert int(state.tables[0].num_refused) == 0
     assert len(one.grown) > 20
     assert_same_state(state, eager(step, fresh(step), batches))
+
+
+def test_rows_written_by_hand_are_counted(run):
+    batch = deepfm_batches(1)[0]
+    state, _ = run(fresh(run.step), batch)
+    state, _ = run(state, batch)
+    assert len(run.grown) == 1
+    state = rows.write_(run.step, state, "bias/a", torch.tensor([900, 901]), torch.zeros(2, 1))
+    run(state, batch)
+    assert len(run.grown) == 2
 
 
 def fake_cuda(log: list) -> Any:
