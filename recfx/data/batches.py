@@ -14,7 +14,7 @@ from pyarrow import parquet as pq
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from recfx.data.cache import BlockCache
+from recfx.data.cache import RecordCache
 from recfx.data.columns import Column
 from recfx.data.decode import Decoder, Recipe
 from recfx.data.files import File, Paths, match_files, read_manifest
@@ -22,6 +22,7 @@ from recfx.data.formats import Format
 from recfx.data.split import Split
 from recfx.data.stream import Chunk, Place, Plan, chunks
 from recfx.kernels.pack_columns import PackPlan, Segment, count_items, pack_columns
+from recfx.kernels.pack_records import pack_records
 from recfx.types import NUM_SAMPLES, Batch, Ragged, pack
 
 __all__ = ["BatchIterator", "Reader", "reader"]
@@ -80,11 +81,12 @@ def reader(
               prefetch: how many units for each thread are decoded ahead, while the caller works; 0: none, the
                   caller waits while `threads` units are decoded, then has the cores to itself.
               cache: a folder on a local disk that keeps decoded rows, uncompressed. Units found there, by path, size
-                  and time of the file and by the arguments above, are mapped into memory instead of decoded.
+                  and time of the file and by the arguments above, are mapped into memory instead of decoded. From
+                  there any number of shuffle_rows costs about the same.
               checksums: a manifest of `recfx inspect --checksums`; every file is compared with it when first opened.
               filesystem, format: where the paths are and what the files are, instead of what paths and files say.
-    Cost:     memory of threads * (prefetch + 1) decoded units, and of two windows of shuffle_rows; one pass over the
-                  values to pack a batch.
+    Cost:     memory of threads * (prefetch + 1) decoded units, and of two windows of shuffle_rows where they are not
+                  mapped; one pass over the values to pack a batch, and one before to shuffle or keep them.
     Raises:   ValueError when paths match nothing or an argument is out of range; from the iterator when a file cannot
                   be read, has another schema, or holds a bad row.
     Example:  >>> batches = reader("train/*.orc", [fixedlen("label", [0.0])])   # doctest: +SKIP
@@ -109,7 +111,8 @@ def reader(
         decoder=Decoder(
             recipe,
             None if checksums is None else read_manifest(checksums),
-            None if cache is None else BlockCache(cache, recipe.key),
+            in_records=shuffle_rows > 0 or cache is not None,
+            cache=None if cache is None else RecordCache(cache, recipe.key),
         ),
         rank=rank,
         world_size=world_size,
@@ -167,17 +170,29 @@ class Reader(IterableDataset):
 
     def batch(self, segments: Sequence[Segment]) -> Batch:
         """Packs the rows of the segments into one batch, after the transform."""
-        counts = count_items(self.packing, segments)
-        if (counts > self.packing.capacities).any():
-            steps = np.maximum(-(-counts // self.batch_size), 1)
-            needed = self.batch_size * np.array([1 << (int(n) - 1).bit_length() for n in steps], dtype=np.int64)
-            self.packing = PackPlan.of(
-                self.batch_size, self.packing.columns, np.maximum(needed, self.packing.capacities)
-            )
-        batch = Batch(pack_columns(self.packing, segments), self.packing.layout)
+        batch = self._packed(segments)
         if self.transform is None:
             return batch
         return pack({NUM_SAMPLES: batch[NUM_SAMPLES], **self.transform(dict(batch))})
+
+    def _packed(self, segments: Sequence[Segment]) -> Batch:
+        if not self.plan.decoder.in_records:
+            plan = self._plan_for(count_items(self.packing, segments))
+            return Batch(pack_columns(plan, segments), plan.layout)
+        plan = self.packing
+        buffer, counts = pack_records(plan, segments)
+        if (larger := self._plan_for(counts)) is not plan:
+            buffer, _ = pack_records(larger, segments)
+        return Batch(buffer, larger.layout)
+
+    def _plan_for(self, counts: np.ndarray) -> PackPlan:
+        """The plan with its capacities raised where they are below the counts."""
+        plan = self.packing
+        if (counts > plan.capacities).any():
+            steps = np.maximum(-(-counts // self.batch_size), 1)
+            needed = self.batch_size * np.array([1 << (int(n) - 1).bit_length() for n in steps], dtype=np.int64)
+            self.packing = PackPlan.of(self.batch_size, plan.columns, np.maximum(needed, plan.capacities))
+        return self.packing
 
 
 class BatchIterator(Iterator[Batch]):
@@ -257,15 +272,15 @@ class BatchIterator(Iterator[Batch]):
         """The next rows of this epoch, and how many are missing to a full batch: then the epoch has ended."""
         segments, missing = [], self._reader.batch_size
         while missing and (chunk := self._chunk_with_rows()) is not None:
-            end = min(self._taken + missing, chunk.block.num_rows)
-            segments.append(Segment(chunk.block, self._taken, end))
+            end = min(self._taken + missing, chunk.rows.num_rows)
+            segments.append(Segment(chunk.rows, self._taken, end))
             missing -= end - self._taken
             self._taken = end
         return segments, missing
 
     def _chunk_with_rows(self) -> Chunk | None:
         """The chunk that has the next row of this epoch; None when there is none."""
-        while self._chunk is None or self._taken >= self._chunk.block.num_rows:
+        while self._chunk is None or self._taken >= self._chunk.rows.num_rows:
             found = next(self._chunks, False)
             self._is_over = found is False
             if self._chunk is None:
@@ -280,5 +295,5 @@ class BatchIterator(Iterator[Batch]):
         """The first chunk must be the one that the position names: files may have changed with equal sizes."""
         place, taken = self._position
         named = place._replace(num_bad=0) != Place(place.epoch) or taken
-        if named and (first is None or first.place != place or first.block.num_rows < taken):
+        if named and (first is None or first.place != place or first.rows.num_rows < taken):
             raise ValueError(f"position: got {self.position}, where there is no row. It was taken from other files.")

@@ -1,4 +1,4 @@
-"""Conformed rows kept on disk and mapped into memory, so that a later epoch decodes nothing."""
+"""Records kept on disk and mapped into memory, so that a later epoch decodes nothing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import xxhash
 from recfx.data.files import File
 from recfx.data.rows import Decoded
 
-__all__ = ["BlockCache"]
+__all__ = ["RecordCache"]
 
-VERSION = 1  # of what is kept: another one finds nothing of this one's
+VERSION = 2  # of what is kept: another one finds nothing of this one's
+MAX_MAPPED = 8192  # entries at once; a process may have 65 530 mappings
 
 
-class BlockCache:
+class RecordCache:
     """A folder with an Arrow file for each unit of each file, found by the file's path, size and time and the recipe.
 
     An entry is written beside its place and renamed, so workers may share a folder, and carries its checksum in its
@@ -27,19 +28,18 @@ class BlockCache:
 
     def __init__(self, folder: str | os.PathLike[str], recipe_key: str) -> None:
         self._folder, self._recipe_key = Path(folder), recipe_key
-        self._blocks: dict[tuple[File, int], Decoded] = {}
+        self._lock = threading.Lock()
+        self._mapped: dict[tuple[File, int], Decoded] = {}
 
     def load(self, file: File, unit: int) -> Decoded | None:
         """The unit's rows, mapped into memory; None when they are not kept."""
-        if (file, unit) not in self._blocks:
-            for path in self._place(file).glob(f"{unit}-*.arrow"):
-                batch = _map(path)
-                if batch is not None:
-                    num_bad = int(path.stem.split("-")[1])
-                    self._blocks[file, unit] = Decoded(batch, num_bad)
-                    break
-                path.unlink(missing_ok=True)
-        return self._blocks.get((file, unit))
+        found = self._mapped.get((file, unit))
+        if found is None and (found := self._find(file, unit)) is not None:
+            with self._lock:
+                if len(self._mapped) >= MAX_MAPPED:
+                    del self._mapped[next(iter(self._mapped))]
+                self._mapped[file, unit] = found
+        return found
 
     def store(self, file: File, unit: int, decoded: Decoded) -> None:
         """Keeps a unit's rows."""
@@ -53,6 +53,15 @@ class BlockCache:
         finally:
             scratch.unlink(missing_ok=True)
 
+    def _find(self, file: File, unit: int) -> Decoded | None:
+        for path in self._place(file).glob(f"{unit}-*.arrow"):
+            _, num_bad, expected = path.stem.split("-")
+            with contextlib.suppress(FileNotFoundError):  # another worker found it damaged
+                if path.stat().st_size and _checksum(path) == expected:
+                    return Decoded(pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0), int(num_bad))
+                path.unlink()
+        return None
+
     def _place(self, file: File) -> Path:
         identity = repr((VERSION, file.path, file.size, file.mtime_ns, self._recipe_key))
         return self._folder / xxhash.xxh3_128_hexdigest(identity.encode())
@@ -61,11 +70,3 @@ class BlockCache:
 def _checksum(path: Path) -> str:
     with pa.memory_map(str(path)) as mapped:
         return xxhash.xxh3_64_hexdigest(mapped.read_buffer())
-
-
-def _map(path: Path) -> pa.RecordBatch | None:
-    """The entry; None when it is damaged, or deleted by another worker meanwhile."""
-    with contextlib.suppress(OSError, pa.ArrowException):
-        if _checksum(path) == path.stem.split("-")[2]:
-            return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    return None

@@ -11,13 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recfx.data.cache import BlockCache
+from recfx.data.cache import RecordCache
 from recfx.data.columns import Column, VarLen
 from recfx.data.conform import BadRows, check_schema, conform
 from recfx.data.files import File, checksum
 from recfx.data.formats import Format, Source, open_source, reading
+from recfx.data.records import as_records
 from recfx.data.rows import BadRow, Decoded, Rows
 from recfx.data.split import Split, check_key
+from recfx.kernels.pack_columns import PackPlan
 
 __all__ = ["Decoder", "Recipe"]
 
@@ -49,13 +51,21 @@ class Decoder:
     """Decodes units of files after one recipe, from any thread.
 
     Args:     checksums: of all files by name; a file is compared with its own when it is first opened.
-              cache: where rows are kept once decoded.
+              in_records: make records of the rows, to be read in any order.
+              cache: where records are kept.
     """
 
     def __init__(
-        self, recipe: Recipe, checksums: dict[str, str] | None = None, cache: BlockCache | None = None
+        self,
+        recipe: Recipe,
+        checksums: dict[str, str] | None = None,
+        *,
+        in_records: bool = False,
+        cache: RecordCache | None = None,
     ) -> None:
-        self.recipe = recipe
+        assert in_records or cache is None
+        self.recipe, self.in_records = recipe, in_records
+        self._plan = PackPlan.of(1, [column.packed for column in recipe.columns])
         self._cache = cache
         self._checksums = checksums
         self._verified: set[File] = set()
@@ -82,6 +92,8 @@ class Decoder:
         if cached is not None:
             return cached
         decoded = self._decode(file, unit)
+        if self.in_records:
+            decoded = decoded._replace(batch=as_records(self._plan, decoded.batch))
         if self._cache is not None:
             self._cache.store(file, unit, decoded)
         return decoded

@@ -36,5 +36,5 @@ class Rows(NamedTuple):
 class Decoded(NamedTuple):
     """What is left of a unit."""
 
-    batch: pa.RecordBatch  # conformed
+    batch: pa.RecordBatch  # conformed, or these rows as records
     num_bad: int  # rows skipped

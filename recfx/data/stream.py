@@ -20,8 +20,9 @@ import xxhash
 from recfx.data.conform import block_of
 from recfx.data.decode import Decoder
 from recfx.data.files import File
-from recfx.data.shuffle import take_rows
+from recfx.data.records import records_of
 from recfx.kernels.pack_columns import Block
+from recfx.kernels.pack_records import Records
 
 __all__ = ["Chunk", "Place", "Plan", "chunks"]
 
@@ -40,7 +41,7 @@ class Place(NamedTuple):
 class Chunk(NamedTuple):
     """Rows that are ready to be cut into batches."""
 
-    block: Block
+    rows: Block | Records
     place: Place
     num_bad: int  # rows skipped so far, those of the chunk's own units included
 
@@ -98,8 +99,11 @@ class Plan:
             units = [unit for unit in units if (file + unit) % self.world_size == self.rank]
         return self._shuffled(units, epoch, 1, file)
 
-    def window_order(self, epoch: int, window: int, num_rows: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch, 2, window]).permutation(num_rows)
+    def window(self, epoch: int, number: int, batches: Sequence[pa.RecordBatch]) -> Records:
+        """The rows of a window in its random order."""
+        records = records_of(batches)
+        np.random.default_rng([self.seed, epoch, 2, number]).shuffle(records.addresses)
+        return records
 
     def _shuffled(self, items: list[int], *key: int) -> list[int]:
         if not self.shuffle_rows:
@@ -117,19 +121,19 @@ def chunks(plan: Plan, start: Place, last_epoch: int | None) -> Generator[Chunk 
     """The rows from a place on, and None at the end of each epoch before `last_epoch` (None: for ever)."""
     units = _decoded(_tasks(plan, start, last_epoch), plan.threads, plan.prefetch)
     try:
-        yield from _windows(plan, start, units) if plan.shuffle_rows else _whole_units(start, units)
+        yield from _windows(plan, start, units) if plan.shuffle_rows else _whole_units(plan, start, units)
     finally:
         units.close()
 
 
-def _whole_units(start: Place, units: Iterator[_Unit | None]) -> Iterator[Chunk | None]:
+def _whole_units(plan: Plan, start: Place, units: Iterator[_Unit | None]) -> Iterator[Chunk | None]:
     num_bad = start.num_bad
     for unit in units:
         if unit is None:
             yield None
         else:
             place, num_bad = unit.place._replace(num_bad=num_bad), num_bad + unit.num_bad
-            yield Chunk(block_of(unit.batch), place, num_bad)
+            yield Chunk(records_of([unit.batch]) if plan.decoder.in_records else block_of(unit.batch), place, num_bad)
 
 
 def _windows(plan: Plan, start: Place, units: Iterator[_Unit | None]) -> Iterator[Chunk | None]:
@@ -139,9 +143,7 @@ def _windows(plan: Plan, start: Place, units: Iterator[_Unit | None]) -> Iterato
     missing = plan.shuffle_rows
 
     def window() -> Chunk:
-        together = pa.concat_batches(held)
-        order = plan.window_order(place.epoch, place.window, together.num_rows)
-        return Chunk(take_rows(block_of(together), order), place, num_bad)
+        return Chunk(plan.window(place.epoch, place.window, held), place, num_bad)
 
     for unit in units:
         if unit is not None:

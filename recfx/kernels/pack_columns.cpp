@@ -1,37 +1,9 @@
 // Cuts a batch out of decoded column blocks. Called through ctypes, which lets go of the GIL meanwhile.
 // The definition is pack_columns_reference in pack_columns.py; the tables below are filled there.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "pack.h"
 
 namespace {
-
-// A block is a table of addresses. Column c's begin at Target::source: values, weights, then one per level of offsets
-// (i32 [lists + 1], outermost first).
-struct Segment {      // rows [begin, end) of one block
-    int64_t sources;  // address of the block's table
-    int64_t begin, end;
-};
-
-struct Target {  // one column of the batch
-    int64_t source;
-    int64_t num_levels;  // 0: a fixed-length column
-    int64_t itemsize;    // bytes of a value; of a whole row of a fixed-length column
-    int64_t capacity;    // values; rows of a fixed-length column
-    int64_t values;      // byte in the buffer
-    int64_t weights;     // byte in the buffer, -1: none
-};
-
-struct Level {         // one level of offsets of the batch, all columns' end to end
-    int64_t offsets;   // byte in the buffer
-    int64_t capacity;  // lists
-};
-
-struct Gap {
-    int64_t start, num_bytes;
-};
 
 struct Range {
     int64_t begin, end;
@@ -113,10 +85,9 @@ void recfx_pack_columns(uint8_t* buffer, const Segment* segments, int64_t num_se
             pack_items(buffer + target.weights, segments, target.source + 1, sizeof(float), target.capacity, ranges);
         }
     }
-    for (int64_t g = 0; g < num_gaps; ++g) std::memset(buffer + gaps[g].start, 0, gaps[g].num_bytes);
-    int32_t num_samples = 0;
-    for (int64_t s = 0; s < num_segments; ++s) num_samples += segments[s].end - segments[s].begin;
-    std::memcpy(buffer + num_samples_at, &num_samples, sizeof num_samples);
+    int64_t num_rows = 0;
+    for (int64_t s = 0; s < num_segments; ++s) num_rows += segments[s].end - segments[s].begin;
+    finish_batch(buffer, gaps, num_gaps, num_samples_at, num_rows);
 }
 
 }  // extern "C"

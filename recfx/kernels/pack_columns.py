@@ -6,7 +6,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -58,10 +58,13 @@ class Block(NamedTuple):
         return Block(num_rows, tuple(columns), np.array(addresses, dtype=np.int64))
 
 
-class Segment(NamedTuple):
+Rows = TypeVar("Rows")
+
+
+class Segment(NamedTuple, Generic[Rows]):
     """Rows [begin, end) of a block."""
 
-    block: Block
+    block: Rows  # a Block, or the Records of pack_records.py
     begin: int
     end: int
 
@@ -74,7 +77,7 @@ class PackPlan:
     columns: tuple[PackedColumn, ...]
     capacities: np.ndarray  # i64 [levels of all columns]: how many items the lists of that level hold at most
     layout: Layout
-    targets: np.ndarray  # i64 [columns, 6]: struct Target of pack_columns.cpp
+    targets: np.ndarray  # i64 [columns, 6]: struct Target of pack.h
     levels: np.ndarray  # i64 [levels, 2]: struct Level
     gaps: np.ndarray  # i64 [gaps, 2]: first byte and number of bytes between fields
     num_samples_at: int  # byte
@@ -158,7 +161,7 @@ def _tables(
     return np.array(targets, dtype=np.int64), np.array(levels, dtype=np.int64).reshape(-1, 2)
 
 
-def count_items(plan: PackPlan, segments: Sequence[Segment]) -> np.ndarray:
+def count_items(plan: PackPlan, segments: Sequence[Segment[Block]]) -> np.ndarray:
     """How many items the lists of each level hold in the segments: i64, as `PackPlan.capacities`."""
     kernels, counts = _kernels(), np.zeros(len(plan.capacities), dtype=np.int64)
     if kernels is None:
@@ -180,7 +183,7 @@ def _items(column: BlockColumn, begin: int, end: int) -> list[int]:
     return counts
 
 
-def pack_columns(plan: PackPlan, segments: Sequence[Segment]) -> Tensor:
+def pack_columns(plan: PackPlan, segments: Sequence[Segment[Block]]) -> Tensor:
     """The rows of the segments, end to end, as a fresh buffer of `plan.layout`: u8 [num_bytes].
 
     Ragged values are followed by zeros, offsets stay flat and fixed-length rows are zero beyond the last row.
@@ -208,7 +211,7 @@ def pack_columns(plan: PackPlan, segments: Sequence[Segment]) -> Tensor:
     return buffer
 
 
-def pack_columns_reference(plan: PackPlan, segments: Sequence[Segment]) -> Tensor:
+def pack_columns_reference(plan: PackPlan, segments: Sequence[Segment[Block]]) -> Tensor:
     """The definition of `pack_columns`, in numpy and `recfx.types.pack`."""
     num_rows = sum(s.end - s.begin for s in segments)
     packed: dict[str, Tensor | Ragged] = {}
@@ -235,7 +238,7 @@ def pack_columns_reference(plan: PackPlan, segments: Sequence[Segment]) -> Tenso
     return pack(packed).buffer
 
 
-def _check_room(plan: PackPlan, segments: Sequence[Segment]) -> None:
+def _check_room(plan: PackPlan, segments: Sequence[Segment[Block]]) -> None:
     num_rows = sum(s.end - s.begin for s in segments)
     if num_rows > plan.batch_size:
         raise ValueError(f"segments: got {num_rows} rows, expected at most {plan.batch_size}, the plan's batch size.")
@@ -249,7 +252,7 @@ def _check_room(plan: PackPlan, segments: Sequence[Segment]) -> None:
         )
 
 
-def _segment_table(segments: Sequence[Segment]) -> np.ndarray:
+def _segment_table(segments: Sequence[Segment[Block]]) -> np.ndarray:
     return np.array([(s.block.sources.ctypes.data, s.begin, s.end) for s in segments], dtype=np.int64)
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recfx.data import Reader, decode, reader, varlen
+from recfx.data import Reader, cache, decode, reader, varlen
 from tests.data.rows import all_rows, write
 
 COLUMNS = [varlen("c", torch.int64), varlen("word", torch.uint8)]
@@ -95,3 +95,21 @@ def test_a_full_disk_leaves_no_half_entry(folder, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         list(read(folder))
     assert entries(folder) == []
+
+
+@pytest.mark.parametrize("shuffle_rows", [0, 100])
+def test_few_entries_are_mapped_at_once(folder, monkeypatch, shuffle_rows):
+    rows = all_rows(read(folder, shuffle_rows=shuffle_rows))
+    monkeypatch.setattr(cache, "MAX_MAPPED", 2)
+    no_decoding(monkeypatch)
+    batches = read(folder, shuffle_rows=shuffle_rows)
+    assert all_rows(batches) == all_rows(batches) == rows
+    assert len(batches.plan.decoder._cache._mapped) == 2
+
+
+def test_shuffled_and_plain_epochs_share_the_entries(folder, monkeypatch):
+    rows = all_rows(read(folder))
+    no_decoding(monkeypatch)
+    shuffled = all_rows(read(folder, shuffle_rows=50))
+    assert shuffled != rows
+    assert sorted(map(str, shuffled)) == sorted(map(str, rows))

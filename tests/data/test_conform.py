@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from recfx.data import Between, OneOf, fixedlen, hashed, reader, varlen
 from recfx.data.conform import BadRows, block_of, conform
-from recfx.data.shuffle import take_rows
+from recfx.data.records import as_records, records_of
 from recfx.kernels.pack_columns import Block, PackPlan, Segment, count_items, pack_columns
+from recfx.kernels.pack_records import pack_records
 from recfx.kernels.string_hash import farm_hashes, murmur_hashes
 from recfx.types import Batch
 from tests.data.rows import FORMATS, all_rows, rows_of, write
@@ -102,14 +103,21 @@ def test_any_rows_come_out_as_they_went_in(rows, cut):
         assert rows_of(packed(block_of(conform(part, COLUMNS)))) == expected(rows[min(cut, len(rows)) :])
 
 
-@given(rows=ROWS, seed=st.integers(0, 2**32))
+@given(rows=ROWS, cut=st.integers(0, 9), seed=st.integers(0, 2**32))
 @settings(deadline=None, max_examples=60)
-def test_rows_taken_in_any_order(rows, seed):
-    if not rows:
-        return
-    order = np.random.default_rng(seed).integers(0, len(rows), len(rows))
-    block = block_of(conform(table_of(rows).combine_chunks().to_batches()[0], COLUMNS))
-    assert rows_of(packed(take_rows(block, order))) == expected([rows[i] for i in order])
+def test_records_in_any_order(rows, cut, seed):
+    """Of several batches, some of them slices."""
+    columns = [column.packed for column in COLUMNS]
+    batch = pa.RecordBatch.from_struct_array(table_of(rows).to_struct_array().combine_chunks())
+    whole = as_records(PackPlan.of(1, columns), conform(batch, COLUMNS))
+    records = records_of([whole.slice(cut), whole.slice(0, cut)])
+    order = np.random.default_rng(seed).permutation(len(rows))
+    mixed = records._replace(addresses=records.addresses[order])
+    segments = [Segment(mixed, 0, len(rows))]
+    _, counts = pack_records(PackPlan.of(max(len(rows), 1), columns), segments)
+    plan = PackPlan.of(len(rows), columns, counts)
+    turned = rows[cut:] + rows[:cut]
+    assert rows_of(Batch(pack_records(plan, segments)[0], plan.layout)) == expected([turned[i] for i in order])
 
 
 SOME_ROWS = [
