@@ -7,6 +7,7 @@ them, on small CPU tensors, with launches replaced by compilation: what is compi
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import re
 import subprocess
@@ -22,17 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-
-from recfx.kernels.gpu import (
-    add_row_grads,
-    clip_row_grads,
-    find,
-    find_or_insert,
-    optimizer_rows,
-    order_lists,
-    pool,
-    rehash,
-)
 
 RESULTS = Path(__file__).parent / "results"
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -69,7 +59,7 @@ def compiling() -> Iterator[dict[str, Any]]:
     run, active = JITFunction.run, driver._active
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        formula = kwargs.get("FORMULA")
+        formula = kwargs.get("FORMULA") or kwargs.get("HASH")
         name = self.fn.__name__ if formula is None else f"{self.fn.__name__}/{formula.fn.__name__}"
         compiled[name] = run(self, *args, grid=grid, warmup=True, **kwargs)
         return compiled[name]
@@ -82,8 +72,9 @@ def compiling() -> Iterator[dict[str, Any]]:
         JITFunction.run, driver._active = run, active
 
 
-def call_all(dims: tuple[int, ...]) -> None:
-    """Calls every operator once with the shapes, strides and types of a table with logical tables of widths `dims`."""
+def calls(dims: tuple[int, ...]) -> dict[tuple[str, str], tuple]:
+    """Arguments of every operator by module and name: the shapes, strides and types of a table with logical tables of
+    widths `dims`."""
     P, B, L, R, S, W = 4096, 64, 16, 1024, 2048, sum(dims)
     i64, i32 = functools.partial(torch.zeros, dtype=torch.int64), functools.partial(torch.zeros, dtype=torch.int32)
     stride = -(-3 * W // 16) * 16
@@ -92,25 +83,48 @@ def call_all(dims: tuple[int, ...]) -> None:
     num, due, firsts = i64(()), torch.tensor(True), [sum(dims[:t]) for t in range(len(dims))]
     init = i64(L, W), torch.zeros(L, 3, W)
     ids = i64(P), i32(P), i32(L)
+    index = i64(S), i64(R), num, num
     values, offsets = [i64(P // L) for _ in range(L)], [i32(B + 1) for _ in range(L)]
+    numbers, strings = [v.float() for v in values], [v.byte() for v in values]
     blocks, weight = [torch.zeros(B, L, dim) for dim in dims], torch.zeros(P)
+    table = i64(S), i64(R), i32(R), i64(R), i32(R), rows, num, i32(R), num, num, i64(4), num, i32(R), num
+    hyper = torch.zeros(8, dtype=torch.float64)
+    gradients = grads, ids[1], ids[1], firsts, dims, blocks, weight
+    candidates = i64(S), i64(R), i32(R), i32(R), num, num
+    taken = [values[0], numbers[0], strings[0]], [i32(B)] * 3, [i32(B)] * 3, [P] * 3
+    side = values[0], offsets[0], numbers[0]
+    every = {
+        ("order_lists", "order_ids"): (values, offsets),
+        ("order_lists", "order_lists"): (values, offsets, [None, *numbers[1:]], [0, 2] * (L // 2)),
+        ("order_lists", "list_sums"): (weight, offsets[0]),
+        ("find", "find"): (*index, *ids),
+        ("find_or_insert", "find_or_insert_"): (*table, num, num, num, *ids, *init, torch.zeros(P, dtype=torch.bool)),
+        ("pool", "pool"): (rows, ids[1], *ids, B, *init, firsts, dims, weight),
+        ("add_row_grads", "add_row_grads_"): gradients,
+        ("add_row_grads", "add_row_grads_atomic_"): gradients,
+        ("clip_row_grads", "clip_row_grads_"): (grads, num, torch.ones(()), due, dims, 1.0, 1.0),
+        ("clip_row_grads", "squared_norm"): (grads, num),
+        ("optimizer_rows", "adamw_rows_"): (rows, grads, num, i32(R), hyper, due),
+        ("rehash", "rehash_"): (i64(S), num, i64(R), i32(R), R, S, 0),
+        ("count_rows", "count_rows_"): (i32(R), num, i32(R), due),
+        ("count_candidates", "count_candidates_"): (*candidates, *index, *ids),
+        ("string_hash", "farm_hashes"): (strings, offsets),
+        ("string_hash", "murmur_hashes"): (strings, offsets),
+        ("take_lists", "take_lists"): taken,
+        ("select_lists", "select_lists"): (numbers, offsets, 2, 0.5),
+        ("cross_lists", "cross_lists"): (*side, *side, P),
+    }
+    by_column = rows, grads, num, i32(R), i32(R), hyper, due, dims, torch.zeros(L, 2, W)
+    for name in ("sgd", "adagrad", "rowwise_adagrad", "adamw", "ftrl"):
+        every["optimizer_rows", f"{name}_rows_{'by_column_' if name == 'adamw' else ''}"] = by_column
+    return every
+
+
+def call_all(dims: tuple[int, ...]) -> None:
+    """Calls every operator once."""
     with NoHostReads():
-        order_lists.order_ids(values, offsets)
-        order_lists.list_sums(weight, offsets[0])
-        find.find(i64(S), i64(R), num, num, *ids)
-        table = i64(S), i64(R), i32(R), i64(R), i32(R), rows, num, i32(R), num, num, i64(4), num, i32(R), num
-        find_or_insert.find_or_insert_(*table, num, num, num, *ids, *init, torch.zeros(P, dtype=torch.bool))
-        pool.pool(rows, ids[1], *ids, B, *init, firsts, dims, weight)
-        for add in (add_row_grads.add_row_grads_, add_row_grads.add_row_grads_atomic_):
-            add(grads, ids[1], ids[1], firsts, dims, blocks, weight)
-        clip_row_grads.clip_row_grads_(grads, num, torch.ones(()), due, dims, 1.0, 1.0)
-        clip_row_grads.squared_norm(grads, num)
-        hyper = torch.zeros(8, dtype=torch.float64)
-        optimizer_rows.adamw_rows_(rows, grads, num, i32(R), hyper, due)
-        for name in ("sgd", "adagrad", "rowwise_adagrad", "adamw_rows_by_column", "ftrl"):
-            update_ = getattr(optimizer_rows, f"{name}_" if "rows" in name else f"{name}_rows_")
-            update_(rows, grads, num, i32(R), i32(R), hyper, due, dims, torch.zeros(L, 2, W))
-        rehash.rehash_(i64(S), num, i64(R), i32(R), R, S, 0)
+        for (module, name), arguments in calls(dims).items():
+            getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)(*arguments)
 
 
 def assembled(ptx: str) -> dict[str, int]:

@@ -94,5 +94,6 @@ count_candidates_ = define_op(
     " Tensor num_slots, Tensor salt, Tensor id_P, Tensor cell_P, Tensor vocabularies) -> Tensor",
     definition=definition,
     cpu=_cpu,
+    cuda="count_candidates",
     fake=lambda *args: torch.empty_like(args[11]),
 )

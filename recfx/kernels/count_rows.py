@@ -30,5 +30,6 @@ count_rows_ = define_op(
     "count_rows_(Tensor(a!) counts, Tensor num_unique, Tensor unique_rows, Tensor due) -> ()",
     definition=definition,
     cpu=_cpu,
+    cuda="count_rows",
     fake=lambda *_: None,
 )

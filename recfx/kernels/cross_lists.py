@@ -96,5 +96,6 @@ cross_lists = define_op(
     " int capacity) -> (Tensor, Tensor, Tensor, Tensor)",
     definition=definition,
     cpu=_cpu,
+    cuda="cross_lists",
     fake=_fake,
 )

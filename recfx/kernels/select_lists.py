@@ -45,5 +45,6 @@ select_lists = define_op(
     "select_lists(Tensor[] values, Tensor[] offsets, int dim, float fill) -> Tensor",
     definition=definition,
     cpu=_cpu,
+    cuda="select_lists",
     fake=_fake,
 )

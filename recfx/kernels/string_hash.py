@@ -65,16 +65,14 @@ def _strings(values: Tensor, offsets: Tensor) -> _Strings:
     return _Strings(words, offsets[:-1].long(), offsets.diff().long())
 
 
-def _rounds(needed: Tensor, most: int) -> int:
-    """How often a loop over all strings at once runs: while a CUDA graph is captured nothing can be read."""
-    if needed.is_cuda and torch.cuda.is_current_stream_capturing():
-        return most
+def _most(needed: Tensor) -> int:
+    """How often a loop over all strings at once runs."""
     return int(needed.max()) if needed.numel() else 0
 
 
 def _murmur(s: _Strings) -> Tensor:
     hash, num_words = s.length * MURMUR, s.length // 8
-    for k in range(_rounds(num_words, s.words.numel() // 8)):
+    for k in range(_most(num_words)):
         hash = torch.where(k < num_words, murmur_word(hash, s.word(s.first + 8 * k)), hash)
     rest = s.length % 8
     tail = s.word(s.first + 8 * num_words) & ((torch.ones_like(rest) << 8 * rest) - 1)
@@ -95,7 +93,7 @@ def _farm(s: _Strings) -> Tensor:
     last = s.first + n
     hash = torch.where(n <= 16, _farm_short(s, last, multiplier), _farm_medium(s, last, multiplier))
     num_blocks = (n - 1) // 64
-    rounds = _rounds(num_blocks, s.words.numel() // 64)
+    rounds = _most(num_blocks)
     return torch.where(n <= 64, hash, _farm_long(s, num_blocks, rounds)) if rounds > 0 else hash
 
 
@@ -183,11 +181,13 @@ farm_hashes = define_op(
     "farm_hashes(Tensor[] values, Tensor[] offsets) -> Tensor[]",
     definition=farm_definition,
     cpu=_cpu(c_function("farm_hashes", "pppip")),
+    cuda="string_hash",
     fake=_fake,
 )
 murmur_hashes = define_op(
     "murmur_hashes(Tensor[] values, Tensor[] offsets) -> Tensor[]",
     definition=murmur_definition,
     cpu=_cpu(c_function("murmur_hashes", "pppip")),
+    cuda="string_hash",
     fake=_fake,
 )

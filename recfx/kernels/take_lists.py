@@ -62,5 +62,6 @@ take_lists = define_op(
     "take_lists(Tensor[] values, Tensor[] first, Tensor[] length, int[] capacity) -> Tensor[]",
     definition=definition,
     cpu=_cpu,
+    cuda="take_lists",
     fake=_fake,
 )

@@ -22,7 +22,7 @@ from recfx.kernels.gpu.hashing import EMPTY, IMPOSSIBLE, hash_id, key_at, next_r
 from recfx.kernels.gpu.initial import initial_values
 from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, columns_of, programs, rows_of
 
-__all__ = ["find_or_insert_"]
+__all__ = ["NEVER", "UNKNOWN", "claim", "find_or_insert_", "scratch_table"]
 
 NEVER = tl.constexpr(2**31 - 1)  # position of what does not occur
 UNKNOWN, REFUSED = tl.constexpr(op.UNKNOWN), tl.constexpr(op.REFUSED)
@@ -187,6 +187,11 @@ def initialise(
             tl.store(at + first + column, tl.zeros_like(value), mask=behind)
 
 
+def scratch_table(cell_P: Tensor) -> Tensor:
+    """Places that `claim` can give out to all positions: i32, empty."""
+    return cell_P.new_full((triton.next_power_of_2(int(cell_P.numel() / SCRATCH_LOAD) + 1),), EMPTY.value)
+
+
 def find_or_insert_(
     slots: Tensor, ids: Tensor, row_vocabularies: Tensor, seen: Tensor, born: Tensor, rows: Tensor, num_rows: Tensor,
     free_rows: Tensor, num_free: Tensor, num_refused: Tensor, tally: Tensor, num_crowded: Tensor, unique_rows: Tensor,
@@ -200,16 +205,15 @@ def find_or_insert_(
         return row_P, inverse_P
     flags_P, found_P = torch.empty_like(id_P), torch.empty_like(id_P)
     totals = id_P.new_empty(2)
-    num_places = triton.next_power_of_2(int(num / SCRATCH_LOAD) + 1)
-    first_H = cell_P.new_full((num_places,), EMPTY.value)
-    admitted_H = first_H if admit_P is None else cell_P.new_full((num_places,), NEVER.value)
+    first_H = scratch_table(cell_P)
+    admitted_H = first_H if admit_P is None else torch.full_like(first_H, NEVER.value)
     admit = cell_P if admit_P is None else admit_P.view(torch.uint8)
     by_position = {"ADMITS": admit_P is not None, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
     grid = (triton.cdiv(num, BLOCK),)
 
     claim[grid](
-        first_H, admitted_H, place_P, flags_P, id_P, cell_P, vocabularies, salt, admit, num, num_lookups, num_places,
-        **by_position,
+        first_H, admitted_H, place_P, flags_P, id_P, cell_P, vocabularies, salt, admit, num, num_lookups,
+        first_H.numel(), **by_position,
     )  # fmt: skip
     look_up[grid](
         first_H, admitted_H, place_P, flags_P, found_P, slots, ids, seen, num_slots, salt, step, id_P, cell_P,

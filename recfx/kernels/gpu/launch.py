@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["columns_of", "programs", "rows_of", "search_steps"]
+__all__ = ["chosen", "columns_of", "programs", "rows_of", "search_steps"]
 
 BLOCK = 128  # positions per program of the kernels that look ids up: one warp, four ids a lane
 NUM_WARPS = 1
@@ -45,3 +45,12 @@ def lower_bound(items, num, steps, key):
         high = tl.where((low < high) & ~less, middle, high)
         low = tl.where((low < high) & less, middle + 1, low)
     return low
+
+
+@triton.jit
+def chosen(items, nth):
+    """items[nth] of a tuple of pointers of one type, or of numbers."""
+    item = items[0]
+    for i in tl.static_range(1, len(items)):
+        item = tl.where(nth == i, items[i], item)
+    return item

@@ -11,6 +11,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from recfx.kernels import add_row_grads as cpu_add
+from recfx.kernels import count_candidates as cpu_candidates
+from recfx.kernels import count_rows as cpu_count
 from recfx.kernels import find as cpu_find
 from recfx.kernels import hashing, order_lists, pool, rehash
 from recfx.kernels.order_ids import order_ids
@@ -18,10 +20,15 @@ from tests.kernels import (
     test_adamw_rows,
     test_add_row_grads,
     test_clip_row_grads,
+    test_counting,
+    test_cross_lists,
     test_find_or_insert,
     test_initial,
     test_optimizer_rows,
     test_pool,
+    test_select_lists,
+    test_string_hash,
+    test_take_lists,
 )
 from tests.reference import (
     EXTREMES,
@@ -33,6 +40,7 @@ from tests.reference import (
     random_lists,
     reading_of,
 )
+from tests.reference_features import strings
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton")
@@ -41,9 +49,15 @@ pytestmark = [] if INTERPRETED else pytest.mark.gpu
 from recfx.kernels.gpu import (  # noqa: E402  behind importorskip
     add_row_grads,
     clip_row_grads,
+    count_candidates,
+    count_rows,
+    cross_lists,
     find,
     find_or_insert,
     optimizer_rows,
+    select_lists,
+    string_hash,
+    take_lists,
 )
 from recfx.kernels.gpu import order_lists as gpu_order  # noqa: E402
 from recfx.kernels.gpu import pool as gpu_pool  # noqa: E402
@@ -246,3 +260,115 @@ def test_rehash_of_no_rows_empties():
     assert slots.tolist() == [-1] * 8 + [7] * 8
     assert int(crowded) == 0
     assert rehash.rehash_ is not gpu_rehash.rehash_
+
+
+@pytest.mark.parametrize("name", test_string_hash.HASHES)
+def test_strings_hash_to_the_golden_values_and_the_oracle_s(name):
+    """Of every length, at every place in a word, between any bytes, in several columns at once."""
+    op = on_device(getattr(string_hash, f"{name}_hashes"))
+    golden, oracle = test_string_hash.GOLDEN[name], test_string_hash.HASHES[name][0]
+    assert test_string_hash.hashed(op, golden) == list(golden.values())
+    items = [*test_string_hash.EVERY_LENGTH, *(bytes([255] * n) for n in range(70))]
+    columns = [strings(items, spare=5), strings([]), strings([b"", b"abc"]), strings([b"\xff" * n for n in range(9)])]
+    values, offsets = [c.values for c in columns], [c.offsets for c in columns]
+    values[0], offsets[0] = values[0][1:], (offsets[0] - 1).clamp(min=0)  # a tensor that begins at an odd address
+    items[1] = b""
+    expected = [items, [], [b"", b"abc"], [b"\xff" * n for n in range(9)]]
+    assert [t.tolist() for t in op(values, offsets)] == [[oracle(s) for s in column] for column in expected]
+    assert [t.numel() for t in op(values[1:2], offsets[1:2])] == [0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_taken_lists_are_the_loop_s(seed):
+    """Lists that overlap, none, and more than there is room for; columns of three types in one call."""
+    rng, cases = random.Random(seed), []
+    for num_lists, num_values, capacity in ((0, 5, 4), (1, 0, 0), (300, 200, 900), (300, 200, 100), (7, 9, 300)):
+        first = [rng.randint(0, num_values) for _ in range(num_lists)]
+        length = [rng.randint(0, min(9, num_values - f)) for f in first]
+        cases.append((list(range(100, 100 + num_values)), first, length, capacity))
+    rng.shuffle(cases)
+    dtypes = [rng.choice(test_take_lists.DTYPES[:2]) for _ in cases]
+    out = test_take_lists.call(on_device(take_lists.take_lists), cases, dtypes)
+    for case, dtype, values, offsets in zip(cases, dtypes, out[::2], out[1::2], strict=True):
+        assert (values.tolist(), offsets.tolist()) == test_take_lists.loop(*case)
+        assert (values.dtype, offsets.dtype) == (dtype, torch.int32)
+
+
+@pytest.mark.parametrize("samples", [0, 1, 200])
+@pytest.mark.parametrize(("dim", "fill"), [(1, 0.0), (3, float("nan")), (2, float("-inf"))])
+def test_selected_numbers_are_the_definition_s(samples, dim, fill):
+    rng = random.Random(samples)
+    lists = [[[rng.random() for _ in range(rng.randint(0, 4))] for _ in range(samples)] for _ in range(5)]
+    a, b = (
+        test_select_lists.call(op, lists, dim, fill, spare=2)
+        for op in (on_device(select_lists.select_lists), test_select_lists.OPS["definition"])
+    )
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("weighted", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("samples", "longest", "ids"),
+    [(0, 1, [1]), (1, 1, [7]), (60, 4, EXTREMES), (3, 150, range(9)), (5, 40, range(-9, 10**6)), (9, 0, [1])],
+)
+def test_crossed_lists_are_the_double_loop_s(samples, longest, ids, weighted):
+    """No, short, long and empty lists, of few ids and of many; with room for all pairs, for some and for none."""
+    op, rng = on_device(cross_lists.cross_lists), random.Random(longest)
+    x, y = (random_lists(rng, lookups=1, samples=samples, longest=longest, ids=ids)[0] for _ in range(2))
+    weights = [test_cross_lists.weights_of(side, w) for side, w in zip((x, y), weighted, strict=True)]
+    total = sum(len({*a}) * len({*b}) for a, b in zip(x, y, strict=True))
+    for capacity in {total + 5, total, total // 2, 0}:
+        got = test_cross_lists.call(op, x, y, capacity, weighted=weighted, spare=3)
+        assert tuple(t.tolist() for t in got) == test_cross_lists.loop(x, weights[0], y, weights[1], capacity)
+
+
+def test_crossed_ids_have_the_golden_values():
+    op = on_device(cross_lists.cross_lists)
+    for (x, y), value in test_cross_lists.GOLDEN.items():
+        assert test_cross_lists.call(op, [[x]], [[y]], 1)[0].tolist() == [value]
+
+
+@pytest.mark.parametrize("num", [0, 1, 300])
+@pytest.mark.parametrize("due", [True, False])
+def test_steps_of_touched_rows_are_counted(num, due):
+    counts, unique_rows = torch.arange(400, dtype=torch.int32), torch.randperm(400).int()
+    expected = counts.clone()
+    arguments = torch.tensor(num), unique_rows, torch.tensor(due)
+    on_device(count_rows.count_rows_)(counts, *arguments)
+    cpu_count.definition(expected, *arguments)
+    assert torch.equal(counts, expected)
+
+
+@pytest.mark.parametrize(
+    ("max_candidates", "known", "sizes"), [(1, 0, (60, 9)), (5, 1, (9, 60)), (1000, 2, (9, 1, 60, 0, 50))]
+)
+def test_candidates_are_counted_as_on_a_cpu(max_candidates, known, sizes):
+    """Over batches of several blocks; ids of the `known` first ones have rows; a store that gets full."""
+    check_candidates(max_candidates, known, sizes, [0, 1, 0], IDS)
+
+
+def test_candidates_of_one_home_slot_are_told_apart():
+    check_candidates(1000, 0, (30, 9), [0, 0, 0], [id_of_hash(k << 32 | 9, 0) for k in range(70)])
+
+
+def check_candidates(max_candidates, known, sizes, vocabularies, ids):
+    rng = random.Random(known)
+    batches = [random_lists(rng, lookups=3, samples=n, longest=3, ids=ids) for n in sizes]
+    stream = Stream(vocabularies, batches, 100)
+    readings, plan = list(stream.readings()), test_counting.table_plan(stream.vocabularies)
+    life = test_counting.Life(admit=test_counting.at_least(2), candidates=max_candidates)
+    t = test_counting.table(plan, optimizer_slots=2, seed=1, max_rows=256, life=None)
+    of_gpu = test_counting.table(plan, optimizer_slots=2, seed=1, max_rows=256, life=life).init().candidates
+    of_cpu, state = type(of_gpu)(*(c.clone() for c in of_gpu)), t.init()
+    for lists in batches[:known]:
+        state, _ = t.insert_(state, test_counting.features_of(lists))
+    table = state.slots, state.ids, state.num_slots, state.salt
+    for reading in readings:
+        got = on_device(count_candidates.count_candidates_)(*of_gpu, *table, *reading)
+        assert torch.equal(got, cpu_candidates.definition(*of_cpu, *table, *reading))
+    num = int(of_cpu.num)
+    for name in ("ids", "vocabularies", "counts", "num"):
+        a, b = (getattr(c, name) for c in (of_gpu, of_cpu))
+        assert torch.equal(a[:num], b[:num]) if a.dim() else torch.equal(a, b)
+    used = of_gpu.slots[: int(of_gpu.num_slots)]
+    assert sorted((used[used != hashing.EMPTY] & 0xFFFFFFFF).tolist()) == list(range(num))

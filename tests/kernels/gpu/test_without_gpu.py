@@ -13,15 +13,23 @@ import torch
 
 from recfx.kernels import (
     adamw_rows,
+    add_predictions,
     add_row_grads,
     clip_row_grads,
+    count_candidates,
+    count_rows,
+    cross_lists,
     find,
     find_or_insert,
+    join,
     optimizer_rows,
     order_ids,
     order_lists,
     pool,
     rehash,
+    select_lists,
+    string_hash,
+    take_lists,
 )
 
 DEFINITIONS = {
@@ -30,6 +38,9 @@ DEFINITIONS = {
     ("add_row_grads", "add_row_grads_atomic_"): add_row_grads.definition,
     ("clip_row_grads", "clip_row_grads_"): clip_row_grads.definition,
     ("clip_row_grads", "squared_norm"): clip_row_grads.squared_norm_definition,
+    ("count_candidates", "count_candidates_"): count_candidates.definition,
+    ("count_rows", "count_rows_"): count_rows.definition,
+    ("cross_lists", "cross_lists"): cross_lists.definition,
     ("find", "find"): find.definition,
     ("find_or_insert", "find_or_insert_"): find_or_insert.definition,
     ("order_lists", "order_ids"): order_ids.definition,
@@ -37,6 +48,10 @@ DEFINITIONS = {
     ("order_lists", "list_sums"): order_lists.list_sums_definition,
     ("pool", "pool"): pool.definition,
     ("rehash", "rehash_"): rehash.definition,
+    ("select_lists", "select_lists"): select_lists.definition,
+    ("string_hash", "farm_hashes"): string_hash.farm_definition,
+    ("string_hash", "murmur_hashes"): string_hash.murmur_definition,
+    ("take_lists", "take_lists"): take_lists.definition,
     **{
         ("optimizer_rows", f"{name}_"): getattr(optimizer_rows, name).definition
         for name in ("sgd_rows", "adagrad_rows", "rowwise_adagrad_rows", "adamw_rows_by_column", "ftrl_rows")
@@ -74,6 +89,26 @@ def test_kernels_compile_for_hopper_as_recorded_without_spills_and_no_operator_r
     assert {(r["kernel"], r["table"]) for r in records} == {(r["kernel"], r["table"]) for r in recorded}
     if f"triton {triton.__version__}," in (bench.RESULTS / "triton_sm90.md").read_text():
         assert records == recorded
+
+
+def test_no_operator_reads_the_host_on_cuda():
+    """Every operator that is registered: by its Triton kernel's launcher, or by its definition where it has none.
+
+    The launchers run where kernels compile, in the test above.
+    """
+    pytest.importorskip("triton")
+    bench = importlib.import_module("bench.triton_sm90")
+    names = {name.removeprefix("recfx::") for name in torch._C._dispatch_get_all_op_names() if "recfx::" in name}
+    with_kernel = {n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(f"recfx::{n}", "CUDA")}
+    assert with_kernel == {name for _, name in bench.calls((8, 1))} == {name for _, name in DEFINITIONS}
+    assert names - with_kernel == {"join", "add_predictions_"}
+    column, valid = torch.randn(5, 1), torch.ones(5, 1, dtype=torch.bool)
+    histogram, sums = torch.zeros(2, 16, dtype=torch.int64), torch.zeros(4, dtype=torch.float64)
+    with bench.NoHostReads():
+        join.definition([column, column])
+        add_predictions.definition(histogram, sums, column, column, column, valid, 20.0)
+    with pytest.raises(AssertionError, match="reads the host"), bench.NoHostReads():
+        count_rows.definition(torch.zeros(4).int(), torch.tensor(1), torch.zeros(4).int(), torch.tensor(True))
 
 
 @pytest.mark.parametrize(("module", "name"), DEFINITIONS, ids=str)

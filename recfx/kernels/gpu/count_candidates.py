@@ -1,0 +1,122 @@
+"""count_candidates_ on a GPU: the ids without a row numbered as find_or_insert_ numbers rows, occurrences by a sort.
+
+find               which ids have a row: those are left out
+claim              every other id claims a place of a scratch table, which ends with its first position
+find_candidates    first occurrences read the candidates' index, and flag where a candidate is to be added
+(scan, sort)       ranks of the new candidates; positions by candidate, in order within it
+count_occurrences  each occurrence's number among its candidate's
+store_counts       the new counts; new candidates enter the index
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from recfx.kernels.gpu.find import find
+from recfx.kernels.gpu.find_or_insert import NEVER, UNKNOWN, claim, scratch_table
+from recfx.kernels.gpu.hashing import hash_id, key_at, place, probe, slot_of
+from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, lower_bound, search_steps
+
+__all__ = ["count_candidates_"]
+
+
+@triton.jit
+def find_candidates(
+    first_P, flags_P, found_P, first_H, place_P, slots, ids, num_slots, salt, id_P, cell_P, vocabularies, num_positions,
+    num_lookups, BLOCK: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = tl.load(cell_P + k, mask=k < num_positions, other=-1) >= 0
+    first = tl.load(first_H + tl.load(place_P + k, mask=valid, other=0), mask=valid, other=NEVER)
+    tl.store(first_P + k, first, mask=k < num_positions)
+    leads = valid & (first == k)
+    id, vocabulary = key_at(id_P, cell_P, vocabularies, num_lookups, k, leads)
+    hash = hash_id(id, vocabulary, tl.load(salt))
+    number = probe(slots, ids, (tl.load(num_slots) - 1).to(tl.uint64), hash, vocabulary, id, leads)
+    tl.store(found_P + k, number, mask=leads)
+    tl.store(flags_P + k, tl.full(k.shape, 1, tl.int64), mask=leads & (number < 0))
+
+
+@triton.jit
+def count_occurrences(
+    count_P, number_N, first_N, order_N, sums_P, found_P, counts, num_candidates, num_slots, max_candidates,
+    num_positions, steps, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """number_N: the candidate of each sorted position, UNKNOWN where there is no room for one."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.load(first_N + n, mask=n < num_positions, other=NEVER)
+    valid = first < NEVER
+    fill = tl.load(num_candidates)
+    room = tl.minimum(max_candidates, tl.load(num_slots) // 8 * 7) - fill
+    found = tl.load(found_P + first, mask=valid, other=0)
+    before = tl.load(counts + found, mask=valid & (found >= 0), other=0)
+    rank = tl.load(sums_P + first, mask=valid, other=0) - 1
+    number = tl.where(found >= 0, found, tl.where(rank < room, fill + rank, UNKNOWN))
+    number = tl.where(valid, number, UNKNOWN).to(tl.int32)
+    tl.store(number_N + n, number, mask=n < num_positions)
+    nth = n - lower_bound(first_N, num_positions, steps, first) + 1
+    at = count_P + tl.load(order_N + n, mask=n < num_positions, other=0)
+    tl.store(at, tl.where(valid, tl.where(number >= 0, before + nth, 1), 0), mask=n < num_positions)
+
+
+@triton.jit
+def store_counts(
+    slots, ids, candidate_vocabularies, counts, num_candidates, number_N, first_N, order_N, count_P, sums_P, found_P,
+    num_slots, salt, id_P, cell_P, vocabularies, max_candidates, num_positions, num_lookups, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.load(first_N + n, mask=n < num_positions, other=NEVER)
+    is_last = tl.load(first_N + n + 1, mask=n + 1 < num_positions, other=NEVER) != first
+    number = tl.load(number_N + n, mask=n < num_positions, other=UNKNOWN)
+    held = is_last & (number >= 0)
+    k = tl.load(order_N + n, mask=held, other=0)
+    tl.store(counts + number, tl.load(count_P + k, mask=held, other=0), mask=held)
+    is_new = held & (tl.load(found_P + first, mask=held, other=0) < 0)
+    id, vocabulary = key_at(id_P, cell_P, vocabularies, num_lookups, k, is_new)
+    tl.store(ids + number, id, mask=is_new)
+    tl.store(candidate_vocabularies + number, vocabulary, mask=is_new)
+    hash = hash_id(id, vocabulary, tl.load(salt))
+    place(slots, (tl.load(num_slots) - 1).to(tl.uint64), hash, slot_of(hash, vocabulary, number), is_new)
+    if tl.program_id(0) == 0:
+        fill = tl.load(num_candidates)
+        room = tl.minimum(max_candidates, tl.load(num_slots) // 8 * 7) - fill
+        tl.store(num_candidates, fill + tl.minimum(tl.load(sums_P + num_positions - 1), room))
+
+
+def count_candidates_(
+    candidate_slots: Tensor, candidate_ids: Tensor, candidate_vocabularies: Tensor, candidate_counts: Tensor,
+    num_candidates: Tensor, num_candidate_slots: Tensor, slots: Tensor, ids: Tensor, num_slots: Tensor, salt: Tensor,
+    id_P: Tensor, cell_P: Tensor, vocabularies: Tensor,
+) -> Tensor:  # fmt: skip
+    """`recfx.kernels.count_candidates.definition`."""
+    num, num_lookups, count_P = cell_P.numel(), len(vocabularies), torch.empty_like(cell_P)
+    if num == 0:
+        return count_P
+    row_P = find(slots, ids, num_slots, salt, id_P, cell_P, vocabularies)
+    absent_P = torch.where(row_P < 0, cell_P, -1)
+    flags_P, first_H, block = torch.empty_like(id_P), scratch_table(cell_P), {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    place_P, first_P, found_P, number_N = (torch.empty_like(cell_P) for _ in range(4))
+    grid, keys = (triton.cdiv(num, BLOCK),), (id_P, absent_P, vocabularies)
+    claim[grid](
+        first_H, first_H, place_P, flags_P, *keys, salt, cell_P, num, num_lookups, first_H.numel(), ADMITS=False,
+        **block,
+    )  # fmt: skip
+    find_candidates[grid](
+        first_P, flags_P, found_P, first_H, place_P, candidate_slots, candidate_ids, num_candidate_slots, salt, *keys,
+        num, num_lookups, **block,
+    )  # fmt: skip
+    sums_P = torch.cumsum(flags_P, 0)
+    first_N, order_N = torch.sort(first_P, stable=True)
+    count_occurrences[grid](
+        count_P, number_N, first_N, order_N, sums_P, found_P, candidate_counts, num_candidates, num_candidate_slots,
+        candidate_ids.numel(), num, search_steps(num), **block,
+    )  # fmt: skip
+    store_counts[grid](
+        candidate_slots, candidate_ids, candidate_vocabularies, candidate_counts, num_candidates, number_N, first_N,
+        order_N, count_P, sums_P, found_P, num_candidate_slots, salt, *keys, candidate_ids.numel(), num, num_lookups,
+        **block,
+    )  # fmt: skip
+    return count_P
