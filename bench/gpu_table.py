@@ -15,8 +15,9 @@ from torch import Tensor
 from bench.gpu_timing import add, need_device, times_ms
 from recfx.embeddings import Embedding, plan_tables
 from recfx.kernels import find
+from recfx.kernels.add_row_grads import add_row_grads_, add_row_grads_atomic_
 from recfx.optim import sparse_adam
-from recfx.table import Table, TableState, grow_, table
+from recfx.table import Found, Table, TableState, grow_, table
 from recfx.types import Ragged
 
 CHUNK = 2**20
@@ -26,7 +27,8 @@ LOADS = (0.5, 0.75, 0.87)  # a table takes no more rows than 7/8 of its slots
 
 def make(num_tables: int, dim: int, max_rows: int, *, slots: int, device: str) -> tuple[Table, TableState]:
     (plan,) = plan_tables({"emb": [Embedding(f"t{i}", dim=dim, device=device) for i in range(num_tables)]}).tables
-    t = table(plan, optimizer_slots=slots, seed=1, max_rows=max_rows, max_unique=min(max_rows, NUM_TABLES * CHUNK))
+    max_unique = min(max_rows, NUM_TABLES * CHUNK)
+    t = table(plan, optimizer_slots=slots, seed=1, max_rows=max_rows, max_unique=max_unique)
     state = t.init()
     return t, grow_(state, max_rows)
 
@@ -71,21 +73,36 @@ def replaying(function: Callable[[list[Tensor]], None], ids: list[Tensor]) -> Ca
 
 
 def dynamicemb(records: Path, *, rows: int, lookups: int, pool: int, device: str, graph: bool = True) -> None:
-    """10 tables, 1,048,570 lookups, about 350 k unique, D = 128 fp32, Adam, unpooled, all ids present."""
+    """10 tables, 1,048,570 lookups, about 350 k unique, D = 128 fp32, Adam, unpooled, all ids present.
+
+    Training three times: as a step runs it, gradients summed and rows updated by one kernel; by two; and by two with
+    sums in any order.
+    """
     t, state = make(NUM_TABLES, DIM, NUM_TABLES * rows, slots=2, device=device)
     fill(t, state, NUM_TABLES, 0, rows)
     optimizer, due = sparse_adam(1e-3), torch.tensor(True, device=device)
     scale = torch.ones((), device=device)
     grads = [torch.randn(lookups, NUM_TABLES, DIM, device=device)]
+    fused_ = optimizer.fused_for(t.columns)
+    assert fused_ is not None
 
     def features(ids: list[Tensor]) -> dict[str, Ragged]:
         return {f"t{i}": lists_of_one(x) for i, x in enumerate(ids)}
 
-    def train(ids: list[Tensor]) -> None:
+    def forward(ids: list[Tensor]) -> Found:
         _, found = t.insert_(state, features(ids))
         t.pool(state, found)
-        t.add_grads_(state, found, grads)
-        optimizer.apply_(state, scale, due, t.columns)
+        return found
+
+    def fused(ids: list[Tensor]) -> None:
+        fused_(state, t.occurrences(forward(ids), grads), scale, due)
+
+    def in_two(sum_row_grads: Callable[..., None]) -> Callable[[list[Tensor]], None]:
+        def train(ids: list[Tensor]) -> None:
+            sum_row_grads(state.grads, *t.occurrences(forward(ids), grads))
+            optimizer.apply_(state, scale, due, t.columns)
+
+        return train
 
     def evaluate(ids: list[Tensor]) -> None:
         t.pool(state, t.find(state, features(ids)))
@@ -96,13 +113,19 @@ def dynamicemb(records: Path, *, rows: int, lookups: int, pool: int, device: str
 
     batches = [draw() for _ in range(8)]
     unique = sum(len(x.unique()) for x in batches[0])
-    num = NUM_TABLES * lookups
-    row = 4 * DIM
-    moved = num * (32 + 124 + 96) + num * 2 * row + num * row + unique * 2 * row + unique * (6 + 2) * row
+    num, row = NUM_TABLES * lookups, 4 * DIM
+    forwards = num * (32 + 124) + num * 2 * row
+    updates = num * row + unique * 6 * row
     wrap = replaying if graph else lambda function, _: function
     name = f"{NUM_TABLES} tables, {num:,} lookups, {unique:,} unique, D = {DIM}"
-    ms = times_ms(wrap(train, batches[0]), batches)
-    add(records, f"{name}: forward, backward, Adam", ms, num_bytes=moved, target="H200: 0.95 ms")
+    for how, train, moved in (
+        ("forward, backward, Adam", fused, num * 96 + updates),
+        ("the same, sums written and read", in_two(add_row_grads_), num * 96 + updates + unique * 4 * row),
+        ("the same, sums in any order", in_two(add_row_grads_atomic_), updates + unique * 4 * row),
+    ):
+        target = "H200: 0.95 ms" if train is fused else ""
+        add(records, f"{name}: {how}", times_ms(wrap(train, batches[0]), batches), num_bytes=forwards + moved,
+            target=target)  # fmt: skip
     ms = times_ms(wrap(evaluate, batches[0]), batches)
     add(records, f"{name}: evaluation", ms, num_bytes=num * (32 + 80 + 2 * row), target="H200: 0.35 ms")
 

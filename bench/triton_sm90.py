@@ -105,6 +105,7 @@ def calls(dims: tuple[int, ...]) -> dict[tuple[str, str], tuple]:
         ("clip_row_grads", "clip_row_grads_"): (grads, num, torch.ones(()), due, dims, 1.0, 1.0),
         ("clip_row_grads", "squared_norm"): (grads, num),
         ("optimizer_rows", "adamw_rows_"): (rows, grads, num, i32(R), hyper, due),
+        ("sum_adamw_rows", "sum_adamw_rows_"): (rows, num, i32(R), hyper, *gradients[1:]),
         ("rehash", "rehash_"): (i64(S), num, i64(R), i32(R), R, S, 0),
         ("count_rows", "count_rows_"): (i32(R), num, i32(R), due),
         ("count_candidates", "count_candidates_"): (*candidates, *index, *ids),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recfx.embeddings import Embedding, Plan, Tile, plan_tables
+from recfx.kernels.add_row_grads import add_row_grads_
 from recfx.kernels.order_lists import list_sums
 from recfx.losses import bce_with_logits
 from recfx.metrics import BinaryCounts, binary_metrics
@@ -19,6 +20,8 @@ from recfx.table import sweep_ as sweep_table_
 from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
 
 __all__ = ["Aux", "Step", "TrainState", "Window", "train_step"]
+
+FUSED_ON = ("cuda",)  # devices on which `SparseOptimizer.fused` is faster than the two kernels it replaces
 
 
 class Window(NamedTuple):
@@ -109,6 +112,7 @@ def train_step(
     seed: int = 42,
     metrics: Transform | None = None,
     clip: Callable[[Params, Sequence[TableState], Tensor], Tensor] | None = None,
+    sum_row_grads: Callable[..., None] = add_row_grads_,
 ) -> Step:
     """Composes feature function, embeddings, model and optimisers into one step.
 
@@ -123,6 +127,9 @@ def train_step(
               max_rows, max_bytes, max_unique, seed: of every physical table, see `recfx.table.table`.
               life: which ids get a row and which rows are deleted, see `recfx.policies`. None: all, and none.
               clip: (dense gradients, tables, scale) -> scale of all gradients, such as `recfx.optim.clip_global_norm`.
+              sum_row_grads: how the gradients of a row are summed. The default adds occurrences in order, the same
+              bytes from run to run; on a GPU, where nothing comes between the sum and the optimiser, the two are one
+              kernel. `recfx.kernels.add_row_grads.add_row_grads_atomic_` adds them as they come on a GPU.
     Raises:   ValueError when accumulation is below 1.
     """
     if accumulation < 1:
@@ -136,6 +143,7 @@ def train_step(
         "max_bytes": max_bytes,
         "max_unique": max_unique,
         "life": life,
+        "sum_row_grads": sum_row_grads,
     }
     tables = [table(t, **settings) for t in plan.tables]
     counts = metrics or binary_metrics()
@@ -147,6 +155,8 @@ def train_step(
         lambda t: t.insert, lambda t: t.add_grads, lambda t: t.count_steps, sparse_optimizer.apply,
         dense_optimizer.update, counts.update, lambda _, new: new,
     )  # fmt: skip
+
+    nothing_between = accumulation == 1 and clip is None and sum_row_grads is add_row_grads_
 
     def init(params: Params) -> TrainState:
         device = next(iter(params.values())).device
@@ -172,13 +182,21 @@ def train_step(
     gradients = torch.func.grad(total_loss, argnums=(0, 1), has_aux=True)
 
     def spell(do: _Spelling) -> Callable[[TrainState, dict], tuple[TrainState, Aux]]:
+        def fused(t: Table, s: TableState) -> Callable[..., TableState] | None:
+            """The sum of row gradients and the sparse optimiser as one kernel, where that is faster."""
+            is_faster = do is in_place and nothing_between and s.rows.device.type in FUSED_ON
+            return sparse_optimizer.fused_for(t.columns) if is_faster else None
+
         def update(state: TrainState, batch: dict) -> tuple[TrainState, Aux]:
             feats, valid = read(batch), _valid(batch, label)
             inserted = [do.insert(t)(s, feats) for t, s in zip(tables, state.tables, strict=True)]
             found = [f for _, f in inserted]
             blocks = [t.pool(s, f) for t, (s, f) in zip(tables, inserted, strict=True)]
             (grads, block_grads), (logit, loss_B) = gradients(state.params, blocks, found, feats, valid)
-            states = [do.add_grads(t)(s, f, g) for t, (s, f), g in zip(tables, inserted, block_grads, strict=True)]
+            states = [
+                s if fused(t, s) else do.add_grads(t)(s, f, g)
+                for t, (s, f), g in zip(tables, inserted, block_grads, strict=True)
+            ]
 
             window, num_samples = state.window, batch[NUM_SAMPLES]
             total, num_batches = window.num_samples + num_samples, window.num_batches + 1
@@ -194,7 +212,10 @@ def train_step(
             )
             if life is not None:
                 states = [do.count_steps(t)(s, due) for t, s in zip(tables, states, strict=True)]
-            states = [do.sparse(s, scale, due, t.columns) for t, s in zip(tables, states, strict=True)]
+            states = [
+                one(s, t.occurrences(f, g), scale, due) if (one := fused(t, s)) else do.sparse(s, scale, due, t.columns)
+                for t, s, f, g in zip(tables, states, found, block_grads, strict=True)
+            ]
             counted = do.metrics(state.metrics, logit, feats[label], loss_B, valid)
             aux = Aux(loss_B.sum() / num_samples.clamp(min=1), logit, num_samples, feats.get(COUNTS, {}))
             return TrainState(params, dense, tuple(states), counted, window), aux

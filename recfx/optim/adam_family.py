@@ -21,7 +21,9 @@ from torch import Tensor
 
 from recfx.kernels.adamw_rows import adamw_rows_, adamw_update
 from recfx.kernels.optimizer_rows import adamw_rows_by_column
+from recfx.kernels.sum_adamw_rows import sum_adamw_rows_
 from recfx.optim.protocol import (
+    Fused,
     Rate,
     Scalars,
     SparseOptimizer,
@@ -30,7 +32,7 @@ from recfx.optim.protocol import (
     rate_at,
     row_optimizer,
 )
-from recfx.table import Columns, TableState
+from recfx.table import Columns, Occurrences, TableState
 from recfx.types import Params, Transform
 
 __all__ = [
@@ -157,7 +159,13 @@ def _sparse(scalars: Scalars, lr: Rate, weight_decay: float) -> SparseOptimizer:
         state.step.add_(due)
         return state
 
-    return by_column._replace(apply_=apply_)
+    def sum_and_apply_(state: TableState, occurrences: Occurrences, scale: Tensor, due: Tensor) -> TableState:
+        hyper = _stacked(scalars, lr, weight_decay, state.step + 1, scale)
+        sum_adamw_rows_(state.rows, state.num_unique, state.unique_rows, hyper, *occurrences)
+        state.step.add_(due)
+        return state
+
+    return by_column._replace(apply_=apply_, fused=Fused(apply_, sum_and_apply_))
 
 
 def _without_denormals(*tensors_and_scalars: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from recfx.table import Columns, TableState, copy_of
 from recfx.types import Params, Transform
 
 __all__ = [
+    "Fused",
     "Rate",
     "Scalars",
     "Schedule",
@@ -31,6 +32,17 @@ Rate = float | Tensor | Schedule
 Scalars = Callable[[Tensor, Tensor, Tensor | float], list[Tensor]]
 
 
+class Fused(NamedTuple):
+    """`Table.add_grads_` and an optimiser's `apply_` in one, for a step that is one batch.
+
+    of:         that `apply_`. An optimiser whose `apply_` was replaced is not this one any more, and is not fused.
+    apply_:     (TableState, Occurrences, scale, due) -> TableState; for rows without learning rates of their own.
+    """
+
+    of: Callable[..., TableState]
+    apply_: Callable[..., TableState]
+
+
 class SparseOptimizer(NamedTuple):
     """An optimiser of the rows one step touched. It declares what it keeps beside a weight; the table owns the memory.
 
@@ -41,6 +53,7 @@ class SparseOptimizer(NamedTuple):
     apply:      (TableState, scale, due bool [], Columns | None) -> TableState; pure, on the step's unique rows. Without
                 columns a row is one logical table.
     apply_:     the same, in place: what is captured.
+    fused:      the same with the sum of the gradients, where a kernel does both.
     """
 
     slots: tuple[str, ...]
@@ -48,6 +61,13 @@ class SparseOptimizer(NamedTuple):
     update: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     apply: Callable[..., TableState]
     apply_: Callable[..., TableState]
+    fused: Fused | None = None
+
+    def fused_for(self, columns: Columns) -> Callable[..., TableState] | None:
+        """`fused.apply_` where it does to rows of these columns what `apply_` does."""
+        if self.fused is None or self.fused.of is not self.apply_ or columns.rates is not None:
+            return None
+        return self.fused.apply_
 
 
 def rate_at(lr: Rate, t: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The specification is a Python dict: `row = d.setdefault((vocabulary, id), len(d)
 lookup, place in the list). New ids take freed rows first, the lowest number before the others.
 """
 
-from recfx.table.functions import Columns, Found, Table, ids_of, initializer_tensors, table
+from recfx.table.functions import Columns, Found, Occurrences, Table, ids_of, initializer_tensors, table
 from recfx.table.index import grow_, rebuild_, restore_
 from recfx.table.memory import reserve
 from recfx.table.state import (
@@ -25,6 +25,7 @@ __all__ = [
     "ROW_FIELDS",
     "Columns",
     "Found",
+    "Occurrences",
     "Stats",
     "Table",
     "TableCandidates",

@@ -27,7 +27,7 @@ from recfx.table.memory import padded, reserve, reserve_rows
 from recfx.table.state import TableCandidates, TableState, copy_of
 from recfx.types import NUM_SAMPLES, Ragged
 
-__all__ = ["Columns", "Found", "Table", "ids_of", "initializer_tensors", "table"]
+__all__ = ["Columns", "Found", "Occurrences", "Table", "ids_of", "initializer_tensors", "table"]
 
 FIRST_SLOTS = 2**16
 BOOKKEEPING_BYTES = 32  # of a row: id 8, vocabulary 4, seen 8, born 4, count 4, its place in the free list 4
@@ -46,6 +46,17 @@ class Found(NamedTuple):
     read_only: Found | None = None  # where the ids of read-only lookups are, which come after the others
 
 
+class Occurrences(NamedTuple):
+    """The gradients of a batch's ids, and the unique rows they are of, as the kernels take them."""
+
+    inverse: Tensor  # i32 [P]
+    cell: Tensor  # i32 [P]
+    firsts: Sequence[int]  # of each logical table in a row
+    dims: Sequence[int]
+    blocks: list[Tensor]  # f32 [B, L, dim], gradients of pooled rows by logical table
+    weight: Tensor | None  # f32 [P]
+
+
 class Columns(NamedTuple):
     """The logical tables side by side in a row, as an optimiser sees them. Without rates all are alike."""
 
@@ -62,6 +73,7 @@ class Table(NamedTuple):
     insert: Callable[[TableState, dict], tuple[TableState, Found]]
     insert_: Callable[[TableState, dict], tuple[TableState, Found]]
     pool: Callable[[TableState, Found], list[Tensor]]
+    occurrences: Callable[[Found, list[Tensor]], Occurrences]
     add_grads: Callable[[TableState, Found, list[Tensor]], TableState]
     add_grads_: Callable[[TableState, Found, list[Tensor]], TableState]
     count_steps: Callable[[TableState, Tensor], TableState]
@@ -79,6 +91,7 @@ def table(
     max_bytes: int | None = None,
     max_unique: int | None = None,
     life: Life | None = None,
+    sum_row_grads: Callable[..., None] = add_row_grads.add_row_grads_,
 ) -> Table:
     """An embedding table of one row shape for all vocabularies of `plan`.
 
@@ -90,6 +103,7 @@ def table(
               max_bytes: the same in bytes of memory, index and bookkeeping included. The lower cap counts.
               max_unique: most distinct ids one optimiser step may touch. Default max_rows.
               life: which ids get a row; with it, the steps that touch a row are counted.
+              sum_row_grads: see `recfx.step.train_step`.
     Cost:     find and insert read 16 to 32 B per id; insert never syncs; at load 0.75 a row's index and bookkeeping
               take 35 B, 45 B right after a doubling, 8 B more where rows are counted and have been freed.
     Raises:   ValueError when max_rows is not in [1, 2**31), max_bytes holds no row or max_unique is below 1.
@@ -199,11 +213,14 @@ def table(
             return blocks
         return [torch.cat(both, dim=1) for both in zip(blocks, pool_(state, found.read_only), strict=True)]
 
+    def occurrences(found: Found, blocks: list[Tensor]) -> Occurrences:
+        if found.read_only is not None:
+            blocks = [block[:, : len(found.vocabularies)] for block in blocks]
+        return Occurrences(found.inverse, found.cell, plan.firsts, plan.dims, blocks, found.weight)
+
     def add_with(op: Callable) -> Callable[[TableState, Found, list[Tensor]], TableState]:
         def add_grads_(state: TableState, found: Found, blocks: list[Tensor]) -> TableState:
-            if found.read_only is not None:
-                blocks = [block[:, : len(found.vocabularies)] for block in blocks]
-            op(state.grads, found.inverse, found.cell, plan.firsts, plan.dims, blocks, found.weight)
+            op(state.grads, *occurrences(found, blocks))
             return state
 
         return add_grads_
@@ -224,8 +241,9 @@ def table(
         insert=lambda state, features: insert_pure(copy_of(state), features),
         insert_=insert_with(find_or_insert.find_or_insert_, count_candidates.count_candidates_),
         pool=pool_,
+        occurrences=occurrences,
         add_grads=lambda state, found, blocks: add_pure(copy_of(state), found, blocks),
-        add_grads_=add_with(add_row_grads.add_row_grads_),
+        add_grads_=add_with(sum_row_grads),
         count_steps=lambda state, due: count_pure(copy_of(state), due),
         count_steps_=count_steps_with(count_rows.count_rows_),
         grow_=grow_,

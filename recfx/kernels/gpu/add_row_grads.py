@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recfx.kernels.gpu.launch import columns_of, lower_bound, programs, rows_of, search_steps
 
-__all__ = ["add_row_grads_", "add_row_grads_atomic_"]
+__all__ = ["add_row_grads_", "add_row_grads_atomic_", "chunk_sums", "sum_of_rows"]
 
 CHUNK = 32
 
@@ -60,8 +60,8 @@ def sum_chunks(
             if tl.load(number_N + behind, mask=behind < num, other=-1) == number:
                 for s in tl.static_range(len(FIRSTS)):
                     sum_chunk(
-                        partial + c * width, blocks[s], cell_N, weight_N, begin, WEIGHTED, FIRSTS[s],
-                        DIMS[s], COLUMNS[s], CHUNK,
+                        partial + (begin // CHUNK).to(tl.int64) * width, blocks[s], cell_N, weight_N, begin, WEIGHTED,
+                        FIRSTS[s], DIMS[s], COLUMNS[s], CHUNK,
                     )  # fmt: skip
 
 
@@ -150,23 +150,29 @@ def slices(firsts: Sequence[int], dims: Sequence[int]) -> dict[str, tuple[int, .
     return {"FIRSTS": tuple(firsts), "DIMS": tuple(dims), "COLUMNS": tuple(map(columns_of, dims))}
 
 
+def chunk_sums(
+    inverse_P: Tensor, cell_P: Tensor, firsts: Sequence[int], dims: Sequence[int], blocks: Sequence[Tensor],
+    weight_P: Tensor | None, width: int,
+) -> tuple[tuple, dict]:  # fmt: skip
+    """What `sum_of_rows` adds up, chunks of frequent rows summed beforehand: arguments from `partial` to `width`."""
+    num, dense = cell_P.numel(), tuple(block.contiguous() for block in blocks)
+    occurrences = sorted_occurrences(inverse_P, cell_P, weight_P)
+    partial = dense[0].new_empty(num // CHUNK + 1, width)
+    static = {"WEIGHTED": weight_P is not None, **slices(firsts, dims), "CHUNK": CHUNK}
+    sources = partial, *occurrences, dense, num, search_steps(num), width
+    sum_chunks[programs(num, CHUNK)](*sources, **static)
+    return sources, static
+
+
 def add_row_grads_(
     grads: Tensor, inverse_P: Tensor, cell_P: Tensor, firsts: Sequence[int], dims: Sequence[int],
     blocks: Sequence[Tensor], weight_P: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`recfx.kernels.add_row_grads.definition`; the same bytes from run to run."""
-    num, width = cell_P.numel(), grads.shape[1]
-    if num == 0:
-        return
-    dense = tuple(block.contiguous() for block in blocks)
-    occurrences = sorted_occurrences(inverse_P, cell_P, weight_P)
-    partial = grads.new_empty(num // CHUNK + 1, width)
-    static = {"WEIGHTED": weight_P is not None, **slices(firsts, dims), "CHUNK": CHUNK}
-    steps, rows = search_steps(num), rows_of(max(dims))
-    sum_chunks[programs(num, CHUNK)](partial, *occurrences, dense, num, steps, width, **static)
-    add_rows[programs(num, rows)](
-        grads, grads.stride(0), partial, *occurrences, dense, num, steps, width, ROWS=rows, **static
-    )
+    num, rows = cell_P.numel(), rows_of(max(dims))
+    if num:
+        sources, static = chunk_sums(inverse_P, cell_P, firsts, dims, blocks, weight_P, grads.shape[1])
+        add_rows[programs(num, rows)](grads, grads.stride(0), *sources, ROWS=rows, **static)
 
 
 def add_row_grads_atomic_(

@@ -28,6 +28,7 @@ from tests.kernels import (
     test_pool,
     test_select_lists,
     test_string_hash,
+    test_sum_adamw_rows,
     test_take_lists,
 )
 from tests.reference import (
@@ -57,6 +58,7 @@ from recfx.kernels.gpu import (  # noqa: E402  behind importorskip
     optimizer_rows,
     select_lists,
     string_hash,
+    sum_adamw_rows,
     take_lists,
 )
 from recfx.kernels.gpu import order_lists as gpu_order  # noqa: E402
@@ -214,6 +216,31 @@ def test_adamw_is_the_cpu_s(num_unique, due):
     a, b = (test_adamw_rows.call(op, *arguments, due=due) for op in kernels)
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("dims", [(8, 1), (5,)], ids=str)
+@pytest.mark.parametrize("lists", LISTS.values(), ids=LISTS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sum_and_adamw_in_one_are_the_cpu_s(dims, lists, weighted):
+    arguments = test_sum_adamw_rows.case(lists, dims, weighted=weighted)
+    kernels = on_device(sum_adamw_rows.sum_adamw_rows_), test_sum_adamw_rows.OPS["kernel"]
+    (a, num), (b, _) = (test_sum_adamw_rows.call(op, *arguments) for op in kernels)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert int(num) == 0
+
+
+@pytest.mark.parametrize("num", [1, 32, 33, 65, 200])
+def test_sum_and_adamw_in_one_have_the_bytes_of_the_two(num):
+    """Rows of few and of many occurrences, and one of none."""
+    inverse_P = torch.tensor([1, 0, -1] * 5 + [2] * num + [0, 1], dtype=torch.int32)
+    cell_P = torch.arange(len(inverse_P), dtype=torch.int32)
+    block = torch.randn(len(inverse_P), 1, 3, generator=torch.Generator().manual_seed(num))
+    rows, grads, num_unique, unique_rows = test_adamw_rows.case(3, 4)
+    of_ids, fused, hyper = (inverse_P, cell_P, [0], [3], [block]), rows.clone(), test_adamw_rows.HYPER
+    on_device(sum_adamw_rows.sum_adamw_rows_)(fused, num_unique.clone(), unique_rows, hyper, *of_ids)
+    on_device(add_row_grads.add_row_grads_)(grads.zero_(), *of_ids)
+    on_device(optimizer_rows.adamw_rows_)(rows, grads, num_unique, unique_rows, hyper, torch.tensor(True))
+    assert torch.equal(fused, rows)
 
 
 @pytest.mark.parametrize("name", test_optimizer_rows.KERNELS)

@@ -29,6 +29,7 @@ from recfx.kernels import (
     rehash,
     select_lists,
     string_hash,
+    sum_adamw_rows,
     take_lists,
 )
 
@@ -51,6 +52,7 @@ DEFINITIONS = {
     ("select_lists", "select_lists"): select_lists.definition,
     ("string_hash", "farm_hashes"): string_hash.farm_definition,
     ("string_hash", "murmur_hashes"): string_hash.murmur_definition,
+    ("sum_adamw_rows", "sum_adamw_rows_"): sum_adamw_rows.definition,
     ("take_lists", "take_lists"): take_lists.definition,
     **{
         ("optimizer_rows", f"{name}_"): getattr(optimizer_rows, name).definition
@@ -81,7 +83,7 @@ def test_kernels_compile_for_hopper_as_recorded_without_spills_and_no_operator_r
     bench = importlib.import_module("bench.triton_sm90")
     records = bench.measure()
     assert all(r["spilled_bytes"] == 0 for r in records)
-    moving = {"pool_cells", "add_rows", "update_rows/adamw"}  # rows of 128 floats move in 16-byte pieces
+    moving = {"pool_cells", "add_rows", "update_rows/adamw", "sum_adamw"}  # rows of 128 floats move in 16-byte pieces
     for r in records:
         if r["table"] == "d128" and r["kernel"] in moving:
             assert r["accesses_16_bytes"] >= 2, r
