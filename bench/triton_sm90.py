@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 RESULTS = Path(__file__).parent / "results"
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 READS_THE_HOST = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
+SIZES = 4096, 64, 16, 1024, 2048  # positions, samples, lookups, rows, slots
 TABLES = {"deepfm": (8, 1), "d128": (128,)}  # widths of the logical tables side by side
 
 
@@ -72,10 +73,10 @@ def compiling() -> Iterator[dict[str, Any]]:
         JITFunction.run, driver._active = run, active
 
 
-def calls(dims: tuple[int, ...]) -> dict[tuple[str, str], tuple]:
+def calls(dims: tuple[int, ...], sizes: tuple[int, ...] = SIZES) -> dict[tuple[str, str], tuple]:
     """Arguments of every operator by module and name: the shapes, strides and types of a table with logical tables of
     widths `dims`."""
-    P, B, L, R, S, W = 4096, 64, 16, 1024, 2048, sum(dims)
+    (P, B, L, R, S), W = sizes, sum(dims)
     i64, i32 = functools.partial(torch.zeros, dtype=torch.int64), functools.partial(torch.zeros, dtype=torch.int32)
     stride = -(-3 * W // 16) * 16
     rows = torch.zeros(R, stride)[:, : 3 * W].unflatten(1, (3, W))
@@ -121,10 +122,10 @@ def calls(dims: tuple[int, ...]) -> dict[tuple[str, str], tuple]:
     return every
 
 
-def call_all(dims: tuple[int, ...]) -> None:
+def call_all(dims: tuple[int, ...], sizes: tuple[int, ...] = SIZES) -> None:
     """Calls every operator once."""
     with NoHostReads():
-        for (module, name), arguments in calls(dims).items():
+        for (module, name), arguments in calls(dims, sizes).items():
             getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)(*arguments)
 
 

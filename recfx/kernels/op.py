@@ -6,8 +6,9 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ __all__ = ["address", "addresses", "c_function", "define_op", "gpu_function", "i
 
 _LIBRARY = torch.library.Library("recfx", "DEF")
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
+_STRIDED = {"rows", "grads", "blocks"}  # arguments whose strides the kernels know; all others are read as contiguous
 
 UNKNOWN = -1  # row of an id that is not in the table: pools to zeros
 REFUSED = -2  # row of an id that found no room: pools to its initial value, gets no gradient
@@ -43,15 +45,28 @@ def define_op(
     overload = getattr(torch.ops.recfx, name).default
 
     def load_or_define(*args: Any) -> Any:
-        first = next(t for a in args for t in (a if isinstance(a, Sequence) else [a]) if isinstance(t, Tensor))
-        return overload(*args) if first.device.type == "cpu" and library() else definition(*args)
+        on_cpu = next(_tensors(args)).device.type == "cpu"
+        return overload(*args) if on_cpu and library() else definition(*args)
+
+    read_flat = [argument.name not in _STRIDED for argument in overload._schema.arguments]
+
+    def launch(*args: Any) -> Any:
+        for t in _tensors(itertools.compress(args, read_flat)):
+            assert t.is_contiguous(), f"{name}: got strides {t.stride()} of {list(t.shape)}, expected contiguous"
+        with torch.cuda.device(next(_tensors(args)).device):  # Triton launches on the current one, wherever tensors are
+            return (gpu_function(str(cuda), name) or definition)(*args)
 
     _LIBRARY.impl(name, definition if cpu else load_or_define, "CompositeExplicitAutograd")
     if cpu:
         _LIBRARY.impl(name, lambda *args: (cpu if library() else definition)(*args), "CPU")
     if cuda:
-        _LIBRARY.impl(name, lambda *args: (gpu_function(cuda, name) or definition)(*args), "CUDA")
+        _LIBRARY.impl(name, launch, "CUDA")
     return overload
+
+
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments, those in lists too."""
+    return (t for a in args for t in (a if isinstance(a, Sequence) else [a]) if isinstance(t, Tensor))
 
 
 @functools.cache

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from recfx.kernels import add_row_grads
+from recfx.kernels import add_row_grads, count_candidates, cross_lists, order_ids, string_hash, sum_adamw_rows
+from recfx.policies import Life, at_least
 from recfx.table import Table, TableState, grow_, rebuild_, table
 from recfx.types import Ragged
-from tests.reference import EXTREMES, assert_same_table, id_of_hash, table_plan
+from tests.kernels import test_adamw_rows
+from tests.reference import EXTREMES, assert_same_table, id_of_hash, ragged, table_plan
+from tests.reference_features import strings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -98,3 +101,69 @@ def test_sums_of_gradients_have_the_same_bytes_every_time(ids):
         sums.append(grads.cpu())
     assert all(torch.equal(sums[0], other) for other in sums[1:])
     torch.testing.assert_close(sums[0], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_sums_and_adamw_in_one_have_the_same_bytes_every_time():
+    generator = torch.Generator().manual_seed(0)
+    inverse = torch.randint(0, 400, (60_000,), generator=generator, dtype=torch.int32) ** 2 // 400
+    inverse = torch.unique(inverse, return_inverse=True)[1].int()
+    num_unique = int(inverse.max()) + 1
+    rows, _, num, unique_rows = test_adamw_rows.case(9, num_unique, num_rows=500)
+    blocks = [torch.randn(60_000, 1, dim, generator=generator) for dim in (8, 1)]
+    cell = torch.arange(60_000, dtype=torch.int32)
+    of_ids = num, unique_rows, test_adamw_rows.HYPER, inverse, cell, [0, 8], [8, 1], blocks
+    results = []
+    for device in ("cpu", *["cuda"] * 20):
+        mine = rows.to(device, copy=True)
+        sum_adamw_rows.sum_adamw_rows_(mine, *on(device, tree_map_only(torch.Tensor, torch.clone, of_ids)))
+        results.append(mine.cpu())
+    assert all(torch.equal(results[1], other) for other in results[2:])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_many_crosses_candidates_and_strings_are_the_cpu_s(seed):
+    rng = random.Random(seed)
+    pool = [*EXTREMES, *(rng.getrandbits(64) - 2**63 for _ in range(10 ** rng.randint(0, 4)))]
+    lists = [[rng.choices(pool, k=rng.randint(0, 6)) for _ in range(SAMPLES)] for _ in range(2)]
+    lists[0][7] = rng.choices(pool, k=5000)
+    x, y = map(ragged, lists)
+    crossed = x.values, x.offsets, None, y.values, y.offsets, None, 400_000
+    words = strings([rng.randbytes(rng.choice((0, 3, 8, 20, 70, 200))) for _ in range(SAMPLES)])
+    of_column = [words.values], [words.offsets]
+    calls = [(cross_lists.cross_lists, crossed), (string_hash.farm_hashes, of_column)]
+    for op, arguments in [*calls, (string_hash.murmur_hashes, of_column)]:
+        for a, b in zip(op(*arguments), op(*on("cuda", arguments)), strict=True):
+            assert torch.equal(a, b.cpu())
+
+    life = Life(admit=at_least(2), candidates=2000)
+    state = table(table_plan([0, 1]), optimizer_slots=2, seed=1, max_rows=64, life=life).init()
+    empty = state.slots, state.ids, state.num_slots, state.salt
+    vocabularies = torch.tensor([0, 1], dtype=torch.int32)
+    stores = [on(device, tree_map_only(torch.Tensor, torch.clone, state.candidates)) for device in ("cpu", "cuda")]
+    for sides in ((x, y), (y, x)):
+        reading = *order_ids.order_ids([s.values for s in sides], [s.offsets for s in sides]), vocabularies
+        a = count_candidates.count_candidates_(*stores[0], *empty, *reading)
+        b = count_candidates.count_candidates_(*stores[1], *on("cuda", (*empty, *reading)))
+        assert torch.equal(a, b.cpu())
+    for name in ("ids", "vocabularies", "counts", "num"):
+        assert torch.equal(getattr(stores[0], name), getattr(stores[1], name).cpu())
+
+
+def test_a_table_on_a_stream_of_its_own():
+    main, other = torch.cuda.current_stream(), torch.cuda.Stream()
+    other.wait_stream(main)
+    with torch.cuda.stream(other):
+        check(random.Random(0), [list(range(3000))] * 3, 4096)
+    main.wait_stream(other)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_table_on_a_device_that_is_not_the_current_one():
+    plan = dataclasses.replace(table_plan([0]), device="cuda:1")
+    t = table(plan, optimizer_slots=2, seed=1, max_rows=100)
+    features = {"f0": on("cuda:1", ragged([[5, 6], [5]]))}
+    state, found = t.insert_(t.init(), features)
+    assert torch.cuda.current_device() == 0
+    assert found.row.tolist() == [0, 1, 0]
+    assert t.find(state, features).row.tolist() == [0, 1, 0]

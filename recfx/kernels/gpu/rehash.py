@@ -17,7 +17,7 @@ FREED = tl.constexpr(op.FREED)
 
 @triton.jit(do_not_specialize=["salt"])
 def place_rows(slots, num_crowded, ids, row_vocabularies, num_rows, num_slots, salt, BLOCK: tl.constexpr):
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # may pass 2**31 in the last block
     vocabulary = tl.load(row_vocabularies + row, mask=row < num_rows, other=FREED)
     live = vocabulary != FREED
     seed = tl.zeros([BLOCK], tl.int64) + salt

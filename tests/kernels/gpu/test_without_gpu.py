@@ -1,5 +1,6 @@
 """What can be known of the Triton kernels without a GPU: what they compute, compile to and take as arguments."""
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -22,6 +23,7 @@ from recfx.kernels import (
     find,
     find_or_insert,
     join,
+    op,
     optimizer_rows,
     order_ids,
     order_lists,
@@ -91,6 +93,44 @@ def test_kernels_compile_for_hopper_as_recorded_without_spills_and_no_operator_r
     assert {(r["kernel"], r["table"]) for r in records} == {(r["kernel"], r["table"]) for r in recorded}
     if f"triton {triton.__version__}," in (bench.RESULTS / "triton_sm90.md").read_text():
         assert records == recorded
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_one_of_everything():
+    """Triton makes a constant of an argument that is 1; the interpreter does not."""
+    pytest.importorskip("triton")
+    bench = importlib.import_module("bench.triton_sm90")
+    for dims in ((1,), (1, 1)):
+        with bench.compiling() as compiled:
+            bench.call_all(dims, sizes=(1, 1, 1, 1, 8))
+        assert len(compiled) > 20
+
+
+def test_cuda_launches_are_on_the_device_of_the_tensors_which_are_contiguous(monkeypatch):
+    """As the dispatcher would call it, on CPU tensors; two devices are for `tests/gpu`."""
+    pytest.importorskip("triton")
+    registered, current = {}, []
+
+    class Library:
+        define = impl = staticmethod(lambda *_, **__: None)
+
+    Library.impl = staticmethod(lambda name, function, key: registered.__setitem__(key, function))
+    monkeypatch.setattr(op, "_LIBRARY", Library)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: current.append(device) or contextlib.nullcontext())
+    monkeypatch.setattr(op, "gpu_function", lambda module, name: lambda *args: (module, name, len(args)))
+    monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)
+    op.define_op(
+        "find(Tensor slots, Tensor ids, Tensor num_slots, Tensor salt, Tensor id_P, Tensor cell_P, Tensor vocabularies)"
+        " -> Tensor",
+        definition=find.definition,
+        fake=find.definition,
+        cuda="find",
+    )
+    tensors = [torch.zeros(2, dtype=torch.int64)] * 7
+    assert registered["CUDA"](*tensors) == ("find", "find", 7)
+    assert current == [torch.device("cpu")]
+    with pytest.raises(AssertionError, match=r"find: got strides \(2,\) of \[2\], expected contiguous"):
+        registered["CUDA"](*tensors[:6], torch.zeros(4)[::2])
 
 
 def test_no_operator_reads_the_host_on_cuda():
