@@ -128,6 +128,7 @@ def _compile(function: Callable) -> Callable:
     options: dict[str, Any] = {
         "guard_filter_fn": lambda guards: [False for _ in guards],
         "post_grad_custom_pre_pass": ShareCommon(),
+        "size_asserts": False,
         "triton.cudagraphs": False,  # `cuda_graph` records the whole step itself
     }
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)

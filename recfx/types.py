@@ -8,7 +8,6 @@ Axis letters, used as name suffixes wherever a function juggles axes:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -91,8 +90,8 @@ class Layout:
     def __hash__(self) -> int:  # kept: a layout is looked up at every step
         return self._hash
 
-    def __getstate__(self) -> dict[str, Any]:  # without what is kept: strings hash differently in every process
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    def __reduce__(self) -> tuple:  # without what is kept: strings hash differently in every process
+        return _layout, (self.fields, self.sections, self.num_bytes)
 
     @functools.cached_property
     def columns(self) -> dict[str, dict[str, Field]]:
@@ -120,7 +119,13 @@ class Layout:
                     start += -(-torch.Size(shape).numel() // items_per_line) * items_per_line
             sections.append((dtype, first_byte, start))
             first_byte += start * dtype.itemsize
-        return Layout(fields=tuple(fields), sections=tuple(sections), num_bytes=first_byte)
+        return _layout(tuple(fields), tuple(sections), first_byte)
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(fields: tuple[Field, ...], sections: tuple[tuple[torch.dtype, int, int], ...], num_bytes: int) -> Layout:
+    """Equal layouts are one object: comparing two takes longer than any other part of a look-up."""
+    return Layout(fields=fields, sections=sections, num_bytes=num_bytes)
 
 
 class Batch(Mapping[str, Any]):

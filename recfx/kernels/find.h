@@ -26,7 +26,7 @@ struct FindBlock {
 
   void see_slots(const Index& index) const {
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t slot = index.slots[hash[i] & index.mask], row = slot == EMPTY ? 0 : slot_row(slot);
+      const int64_t slot = load_slot(index.slots + (hash[i] & index.mask)), row = slot == EMPTY ? 0 : slot_row(slot);
       __builtin_prefetch(&index.ids[row]);
       if (index.touch) __builtin_prefetch(&index.touch[row]);
     }
@@ -40,23 +40,29 @@ struct FindBlock {
   }
 };
 
+// out[k] of the ids [begin, end); after each block, `found(k)` is told that all before k are known.
+template <class F>
+static inline void find_range(const Index& index, const Ids& in, int64_t begin, int64_t end, int32_t* out, F found) {
+  constexpr int64_t SIZE = FindBlock::SIZE;
+  FindBlock blocks[3];
+  blocks[0].hash_ids(index, in, begin, end);
+  blocks[1].hash_ids(index, in, begin + SIZE, end);
+  blocks[0].see_slots(index);
+  for (int64_t k = begin, b = 0; k < end; k += SIZE, ++b) {
+    blocks[(b + 2) % 3].hash_ids(index, in, k + 2 * SIZE, end);
+    blocks[(b + 1) % 3].see_slots(index);
+    blocks[b % 3].find(index, in, out);
+    found(std::min(k + SIZE, end));
+  }
+}
+
 // out[k] for every id k; the padding gets UNKNOWN.
 static inline void find_all(const Index& index, const Ids& in, int32_t* out) {
   const int64_t count = in.count();
 #pragma omp parallel
   {
-    constexpr int64_t SIZE = FindBlock::SIZE;
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-    const int64_t begin = count * me / threads, end = count * (me + 1) / threads;
-    FindBlock blocks[3];
-    blocks[0].hash_ids(index, in, begin, end);
-    blocks[1].hash_ids(index, in, begin + SIZE, end);
-    blocks[0].see_slots(index);
-    for (int64_t k = begin, b = 0; k < end; k += SIZE, ++b) {
-      blocks[(b + 2) % 3].hash_ids(index, in, k + 2 * SIZE, end);
-      blocks[(b + 1) % 3].see_slots(index);
-      blocks[b % 3].find(index, in, out);
-    }
+    find_range(index, in, count * me / threads, count * (me + 1) / threads, out, [](int64_t) {});
   }
   std::fill(out + count, out + in.num_positions, UNKNOWN);
 }

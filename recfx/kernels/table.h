@@ -32,6 +32,10 @@ static inline uint64_t slot_head(uint64_t hash, uint64_t vocabulary) { return (h
 static inline int64_t make_slot(uint64_t head, int64_t row) { return (int64_t)(head << 32 | (uint64_t)row); }
 static inline int64_t slot_row(int64_t slot) { return slot & 0xffffffffLL; }
 
+// A slot may be taken by one thread while others look: whoever sees it also sees the id that was written before.
+static inline int64_t load_slot(const int64_t* slot) { return __atomic_load_n(slot, __ATOMIC_ACQUIRE); }
+static inline void store_slot(int64_t* slot, int64_t value) { __atomic_store_n(slot, value, __ATOMIC_RELEASE); }
+
 // Probing looks at RUN slots in a row, then at RUN from an unrelated place, and so on: keys that all hash to one place
 // cost each other one run, however many they are.
 static inline uint64_t next_run(uint64_t start) { return mix(start + 0x9e3779b97f4a7c15ULL); }
@@ -46,7 +50,7 @@ static inline int64_t probe(const int64_t* slots, const int64_t* ids, uint64_t m
   for (uint64_t start = hash;; start = next_run(start))
     for (uint64_t k = 0; k < RUN; ++k) {
       const uint64_t p = (start + k) & mask;
-      const int64_t slot = slots[p];
+      const int64_t slot = load_slot(slots + p);
       if (slot == EMPTY || ((uint64_t)slot >> 32 == head && ids[slot_row(slot)] == id)) {
         *at = p;
         return slot == EMPTY ? UNKNOWN : slot_row(slot);
