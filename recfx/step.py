@@ -217,7 +217,7 @@ def train_step(
                 for t, s, f, g in zip(tables, states, found, block_grads, strict=True)
             ]
             counted = do.metrics(state.metrics, logit, feats[label], loss_B, valid)
-            aux = Aux(loss_B.sum() / num_samples.clamp(min=1), logit, num_samples, feats.get(COUNTS, {}))
+            aux = Aux(loss_B.sum() / num_samples.clamp(min=1), logit, num_samples.clone(), feats.get(COUNTS, {}))
             return TrainState(params, dense, tuple(states), counted, window), aux
 
         return update
@@ -229,7 +229,7 @@ def train_step(
         _, (logit, loss_B) = total_loss(state.params, blocks, found, feats, valid)
         counts.update_(state.metrics, logit, feats[label], loss_B, valid)
         loss_mean = loss_B.sum() / batch[NUM_SAMPLES].clamp(min=1)
-        return state, Aux(loss_mean, logit, batch[NUM_SAMPLES], feats.get(COUNTS, {}))
+        return state, Aux(loss_mean, logit, batch[NUM_SAMPLES].clone(), feats.get(COUNTS, {}))
 
     def flush_(state: TrainState) -> TrainState:
         due = state.window.num_batches > 0

@@ -97,8 +97,7 @@ def test_pack_copies():
 
 def test_layouts_compare_by_shape():
     a, b = (pack({"x": torch.full((2, 1), v), "c": ragged([[5], [6]])}).layout for v in (1.0, 2.0))
-    assert a == b
-    assert hash(a) == hash(b)
+    assert a is b  # comparing two takes longer than a step's look-up should
     assert a != pack({"x": torch.ones(3, 1), "c": ragged([[5], [6], []])}).layout
     assert a != pack({"y": torch.ones(2, 1), "c": ragged([[5], [6]])}).layout
     assert isinstance(a, Layout)
@@ -116,8 +115,7 @@ def test_a_layout_from_another_process_is_found():
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True, timeout=60)
     layout = pack({"x": torch.ones(2, 1)}).layout
     other = pickle.loads(done.stdout)
-    assert other == layout
-    assert {layout: 1}[other] == 1
+    assert other is layout
 
 
 def test_num_samples_is_kept_when_given():
