@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import xxhash
@@ -28,17 +29,18 @@ class RecordCache:
 
     def __init__(self, folder: str | os.PathLike[str], recipe_key: str) -> None:
         self._folder, self._recipe_key = Path(folder), recipe_key
-        self._lock = threading.Lock()
         self._mapped: dict[tuple[File, int], Decoded] = {}
+
+    def __getstate__(self) -> dict[str, Any]:  # another process maps for itself
+        return {**self.__dict__, "_mapped": {}}
 
     def load(self, file: File, unit: int) -> Decoded | None:
         """The unit's rows, mapped into memory; None when they are not kept."""
         found = self._mapped.get((file, unit))
         if found is None and (found := self._find(file, unit)) is not None:
-            with self._lock:
-                if len(self._mapped) >= MAX_MAPPED:
-                    del self._mapped[next(iter(self._mapped))]
-                self._mapped[file, unit] = found
+            if len(self._mapped) >= MAX_MAPPED:
+                self._mapped = {}
+            self._mapped[file, unit] = found
         return found
 
     def store(self, file: File, unit: int, decoded: Decoded) -> None:

@@ -124,6 +124,8 @@ def conform(batch: pa.RecordBatch, columns: Sequence[Column]) -> pa.RecordBatch:
 
 
 def _conform(array: pa.Array, column: Column) -> pa.Array:
+    if _is_conformed(array, column):
+        return array
     lists = _take_apart(array, column)
     if isinstance(column, FixedLen):
         return _fixed(_without_nulls(lists, column), column)
@@ -136,6 +138,17 @@ def _conform(array: pa.Array, column: Column) -> pa.Array:
     for offsets in reversed(lists.offsets):
         items = pa.ListArray.from_arrays(pa.array(offsets), items)
     return items
+
+
+def _is_conformed(array: pa.Array, column: Column) -> bool:
+    """Whether it is lists of the column's items already, without nulls, and there is nothing to check."""
+    if isinstance(column, FixedLen) or column.valid is not None or column.weighted or column.string_hash is not None:
+        return False
+    for _ in range(column.depth):
+        if not pa.types.is_list(array.type) or array.null_count:
+            return False
+        array = array.values
+    return array.type == column.item and not array.null_count
 
 
 def _without_nulls(lists: _Lists, column: Column) -> _Lists:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from recfx.kernels.pack_columns import PackPlan
 
 __all__ = ["Decoder", "Recipe"]
 
+MAX_OPENED = 4  # files whose footers are kept, or of compressed CSV the text
 ROW = "__recfx_row"  # a column beside the file's while they are filtered
 
 
@@ -70,7 +71,10 @@ class Decoder:
         self._checksums = checksums
         self._verified: set[File] = set()
         self._units: dict[File, list[int]] = {}
-        self._names: dict[File, list[str]] = {}
+        self._opened: dict[File, tuple[Source, list[str]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}
 
     def units(self, file: File) -> list[int]:
         """The units that may hold rows of the recipe.
@@ -78,7 +82,7 @@ class Decoder:
         Raises:   ValueError when the file cannot be opened or lacks a column.
         """
         if file not in self._units:
-            source = self._open(file)
+            source, _ = self._open(file)
             with reading(file, "", "a readable file"):
                 self._units[file] = list(source.matching(self.recipe.filter))
         return self._units[file]
@@ -99,9 +103,8 @@ class Decoder:
         return decoded
 
     def _decode(self, file: File, unit: int) -> Decoded:
-        source, recipe = self._open(file), self.recipe
+        (source, names), recipe = self._open(file), self.recipe
         columns = [replace(c, null="empty") for c in recipe.columns] if source.null_is_missing else recipe.columns
-        names = self._names[file]
         with reading(file, f" in {source.unit_name} {unit}", "a whole file"):
             rows = source.read(unit, names)
         num_bad = self._judge(rows.bad, file, source, unit)
@@ -115,15 +118,21 @@ class Decoder:
                 num_bad += self._judge(found, file, source, unit)
                 rows = _without(rows, bad.rows)
 
-    def _open(self, file: File) -> Source:
-        if self._checksums is not None and file not in self._verified:
-            self._verify(file)
-        types = {column.name: _csv_type(column) for column in self.recipe.columns}
-        source = open_source(file, types, self.recipe.format)
-        if file not in self._names:
+    def _open(self, file: File) -> tuple[Source, list[str]]:
+        """The file, and the columns of it that are read."""
+        file.check_unchanged()
+        opened = self._opened.get(file)
+        if opened is None:
+            if self._checksums is not None and file not in self._verified:
+                self._verify(file)
+            types = {column.name: _csv_type(column) for column in self.recipe.columns}
+            source = open_source(file, types, self.recipe.format)
             check_schema(file.path, source.schema, self.recipe.columns)
-            self._names[file] = _needed(file, source.schema, self.recipe)
-        return source
+            opened = source, _needed(file, source.schema, self.recipe)
+            if len(self._opened) >= MAX_OPENED:
+                self._opened = {}
+            self._opened[file] = opened
+        return opened
 
     def _verify(self, file: File) -> None:
         assert self._checksums is not None

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ MAGIC_CHARACTERS = frozenset("*?[")
 class File:
     """A file as it was found: `size` and `mtime_ns` tell whether it is still the same."""
 
-    filesystem: fs.FileSystem = field(compare=False)
+    filesystem: fs.FileSystem = field(hash=False)
     path: str
     size: int
     mtime_ns: int | None
@@ -32,6 +33,25 @@ class File:
     def name(self) -> str:
         """Without folders."""
         return self.path.rsplit("/", 1)[-1]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError when a local file is not the one that was found. Elsewhere it would cost a request."""
+        if not self.is_local:
+            return
+        now = self.filesystem.get_file_info(self.path)
+        if now.type != fs.FileType.NotFound and (now.size, now.mtime_ns) != (self.size, self.mtime_ns):
+            raise ValueError(
+                f"file '{self.path}': got {now.size} bytes, written at {_time(now.mtime_ns)}, expected {self.size}, "
+                f"written at {_time(self.mtime_ns)}. It was changed while it was read. Build the reader anew."
+            )
+
+
+def _time(ns: int | None) -> str:
+    return "?" if ns is None else datetime.fromtimestamp(ns / 1e9, UTC).isoformat()
 
 
 def match_files(paths: Paths, filesystem: fs.FileSystem | None = None) -> list[File]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from pyarrow import fs
 
-from recfx.data import Csv, fixedlen, hashed, reader, varlen
+from recfx.data import Csv, decode, fixedlen, hashed, reader, varlen
 from recfx.data.csv import CsvSource
 from recfx.data.files import match_files
 from recfx.kernels.string_hash import farm_hashes
@@ -199,3 +201,32 @@ def test_a_file_of_no_bytes_and_a_file_that_went(tmp_path, extension):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=f"file '{path}': got 0 bytes"):
         list(reader(path, columns))
+
+
+@pytest.mark.parametrize("extension", [*FORMATS, "csv"])
+@pytest.mark.parametrize("change", ["rows", "time"])
+def test_a_file_that_changed_while_it_was_read(tmp_path, extension, change):
+    path = Path(write(tmp_path / f"a.{extension}", flat_table(), 7))
+    columns = [varlen("c", torch.int64, null="empty")]
+    how = Csv(block_bytes=60) if extension == "csv" else None
+    it = iter(reader(path, columns, 2, prefetch=0, format=how))
+    next(it)
+    if change == "rows":
+        write(path, flat_table().slice(0, 12), 7)
+    else:
+        os.utime(path, ns=(0, 0))
+    with pytest.raises(
+        ValueError, match=f"file '{path}': got .* bytes, written at .*, expected .*It was changed while"
+    ):
+        list(it)
+    assert len(all_rows(reader(path, columns, 2, format=how))) == (12 if change == "rows" else 40)
+
+
+@pytest.mark.parametrize("extension", FORMATS)
+def test_footers_of_many_files_are_not_kept(tmp_path, extension):
+    for i in range(decode.MAX_OPENED + 2):
+        write(tmp_path / f"{i}.{extension}", flat_table(), 7)
+    batches = reader(tmp_path, [varlen("c", torch.int64, null="empty")], 10)
+    assert len(all_rows(batches)) == 40 * (decode.MAX_OPENED + 2)
+    assert len(batches.plan.decoder._opened) <= decode.MAX_OPENED
+    assert len(all_rows(pickle.loads(pickle.dumps(batches)))) == 40 * (decode.MAX_OPENED + 2)
