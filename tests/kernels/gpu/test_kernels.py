@@ -40,6 +40,7 @@ from tests.reference import (
     ragged,
     random_lists,
     reading_of,
+    table_plan,
 )
 from tests.reference_features import strings
 
@@ -241,6 +242,30 @@ def test_sum_and_adamw_in_one_have_the_bytes_of_the_two(num):
     on_device(add_row_grads.add_row_grads_)(grads.zero_(), *of_ids)
     on_device(optimizer_rows.adamw_rows_)(rows, grads, num_unique, unique_rows, hyper, torch.tensor(True))
     assert torch.equal(fused, rows)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="reserves 9 GB, of which a CPU takes what is written")
+def test_rows_behind_two_to_the_31_floats():
+    """Offsets in a table of 2**26 rows do not fit 32 bits: rows are created there, pooled, and updated both ways."""
+    last = 2**26 + 90
+    state = test_initial.table(table_plan([0], (8, 1)), optimizer_slots=2, seed=1, max_rows=last).init()
+    assert state.rows.stride(0) * last > 2**31
+    state.num_rows.fill_(last), state.num_free.fill_(last - 9)
+    state.free_rows[last - 11 : last - 9] = torch.tensor([last - 2, last - 3])
+    reading, keys = reading_of([[[5], [7], [5]]], [0]), test_initial.initializer_tensors(table_plan([0], (8, 1)), 1)
+    found = test_find_or_insert.insert(find_or_insert.find_or_insert_, state, reading, keys)
+    assert found == ([last - 3, last - 2, last - 3], [0, 1, 0])
+    row_P, inverse_P = (torch.tensor(numbers, dtype=torch.int32) for numbers in found)
+    before = state.rows[last - 3 :].clone()
+    assert before[:2, 0].any(dim=1).all()
+    pooled = gpu_pool.pool(state.rows, row_P, *reading, 3, *keys, [0, 8], [8, 1])
+    assert torch.equal(torch.cat(pooled, dim=2)[:, 0], before[[0, 1, 0], 0])
+    blocks, hyper, due = [torch.ones(3, 1, 8), torch.ones(3, 1, 1)], test_adamw_rows.HYPER, torch.tensor(True)
+    of_ids = inverse_P, reading.cell, [0, 8], [8, 1], blocks
+    sum_adamw_rows.sum_adamw_rows_(state.rows, state.num_unique, state.unique_rows, hyper, *of_ids)
+    optimizer_rows.adamw_rows_(state.rows, torch.ones(2, 9), torch.tensor(2), state.unique_rows, hyper, due)
+    assert (state.rows[last - 3 : last - 1] != before[:2]).all()
+    assert torch.equal(state.rows[last - 1], before[2])
 
 
 @pytest.mark.parametrize("name", test_optimizer_rows.KERNELS)
