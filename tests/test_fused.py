@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from recfx import optim
 from recfx import step as step_module
@@ -9,6 +10,7 @@ from recfx.capture import trace
 from recfx.embeddings import Embedding
 from recfx.kernels.add_row_grads import add_row_grads_atomic_
 from recfx.policies import Life
+from recfx.types import Batch
 from tests.conftest import FEATURES, deepfm_batches, deepfm_groups, deepfm_step
 from tests.test_step import COMBINED, assert_same_state, fresh, train_against_oracle
 
@@ -65,6 +67,18 @@ def test_it_is_one_operator():
     got = operators()
     assert "recfx.sum_adamw_rows_.default" in got
     assert not {"recfx.add_row_grads_.default", "recfx.adamw_rows_.default"} & got
+
+
+def test_the_empty_batch_of_a_recording_reaches_no_row():
+    """`recfx.cuda_graph` records on it, with `num_batches` at -1: not due, whatever the accumulation."""
+    step, batches = deepfm_step(), deepfm_batches(4)
+    state = fresh(step)
+    for batch in batches:
+        state, _ = step.update_(state, batch)
+    before = [t.clone() for t in tree_leaves(state.tables)]
+    state.window.num_batches.fill_(-1)
+    step.update_(state, Batch(torch.zeros_like(batches[0].buffer), batches[0].layout))
+    assert all(torch.equal(a, b) for a, b in zip(before, tree_leaves(state.tables), strict=True))
 
 
 def replaced(state, scale, due, columns):

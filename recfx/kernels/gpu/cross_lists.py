@@ -101,10 +101,10 @@ def cross_lists(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`recfx.kernels.cross_lists.definition`."""
     num_x, num_lists, num = x.numel(), x_offsets.numel() - 1, x.numel() + y.numel()
-    values, weights = x.new_zeros(capacity), x.new_zeros(capacity, dtype=torch.float32)
-    offsets, overflow = torch.zeros_like(x_offsets), x.new_zeros(())
+    values, weights = x.new_empty(capacity), x.new_empty(capacity, dtype=torch.float32)
+    offsets, overflow = torch.empty_like(x_offsets), x.new_empty(())
     if not (num and num_lists):
-        return values, weights, offsets, overflow
+        return values.zero_(), weights.zero_(), offsets.zero_(), overflow.zero_()
     id_P, flags_P, num_pairs = x.new_empty(num), x.new_empty(num), x.new_empty(num_lists)
     cell_P, place_P, firsts = (x_offsets.new_empty(num) for _ in range(3))
     first_H, steps, block = scratch_table(cell_P), search_steps(num_lists), {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
