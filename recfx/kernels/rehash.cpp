@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int PARTS_LOG2 = 6;
+constexpr int PARTS_LOG2 = 8;
 constexpr int64_t PARTS = 1 << PARTS_LOG2, CHUNK = 1 << 13, BLOCK = 128 * CHUNK, AHEAD = 24;
 
 struct Rows {
