@@ -16,7 +16,7 @@ import torch
 
 from bench.harness import Claim, Claims, Comparison, Loop, compare, rate
 from graphs.many_features import NUM_FEATURES, Features, columns, dicts_of_columns, one_call_per_column
-from recfx.capture import ShareCommon
+from recfx.fx_passes import StepPasses
 from recfx.kernels.string_hash import farm_hashes, murmur_hashes
 from recfx.types import Layout, Ragged, unpack
 
@@ -92,7 +92,7 @@ def measured(features: Features, num: int, *, compiled: bool) -> tuple[float, fl
     if compiled:
         torch._dynamo.reset()
         options = {
-            "post_grad_custom_pre_pass": ShareCommon(),
+            "post_grad_custom_pre_pass": StepPasses(),
             "guard_filter_fn": lambda guards: [False for _ in guards],
         }
         run = torch.compile(run, fullgraph=True, dynamic=False, options=options)

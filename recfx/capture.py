@@ -1,13 +1,12 @@
 """A step captured as one compiled graph, and on a GPU as one CUDA graph.
 
-The only module, with `cuda_graph`, that knows of FX, torch.compile, CUDA graphs and the allocator.
+The only module, with `fx_passes` and `cuda_graph`, that knows of FX, torch.compile, CUDA graphs and the allocator.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import operator
 import re
 import types
 import warnings
@@ -18,19 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.exc import InvalidCxxCompiler
-from torch._ops import OpOverload
-from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import dtype_abbrs
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from recfx.cuda_graph import record, replayed
+from recfx.fx_passes import StepPasses
 from recfx.step import Step
 from recfx.types import Batch, Layout, unpack
 
-__all__ = ["ShareCommon", "capture", "capture_evaluation", "sections_function", "trace"]
+__all__ = ["capture", "capture_evaluation", "sections_function", "trace"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
@@ -127,39 +124,11 @@ def _compile(function: Callable) -> Callable:
         return function
     options: dict[str, Any] = {
         "guard_filter_fn": lambda guards: [False for _ in guards],
-        "post_grad_custom_pre_pass": ShareCommon(),
+        "post_grad_custom_pre_pass": StepPasses(),
         "size_asserts": False,
         "triton.cudagraphs": False,  # `cuda_graph` records the whole step itself
     }
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
-
-
-class ShareCommon(CustomGraphPass):
-    """Inductor's pass that computes each common sub-expression once: two features may hash one column.
-
-    Inductor itself shares within a fused loop only, and never an operator of its user. Its graph is functional here:
-    equal calls give equal results.
-    """
-
-    def __call__(self, graph: Graph) -> None:
-        known: dict[tuple, Node] = {}
-        for node in list(graph.nodes):
-            if _is_pure(node):
-                key = (node.target, repr((node.args, node.kwargs)))  # a node's repr is its name
-                first = known.setdefault(key, node)
-                if first is not node:
-                    node.replace_all_uses_with(first)
-                    graph.erase_node(node)
-
-    def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
-
-
-def _is_pure(node: Node) -> bool:
-    if isinstance(node.target, OpOverload):
-        is_random = torch.Tag.nondeterministic_seeded in node.target.tags
-        return bool(node.all_input_nodes) and not node.target._schema.is_mutable and not is_random
-    return node.target is operator.getitem
 
 
 def _shapes(state: Any) -> tuple:

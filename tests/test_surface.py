@@ -31,7 +31,7 @@ LAYERS = (
     ("embeddings", "table", "optim"),
     ("models",),
     ("step", "dist"),
-    ("cuda_graph", "capture", "checkpoint", "rows"),
+    ("fx_passes", "cuda_graph", "capture", "checkpoint", "rows"),
     ("train",),
     ("examples", "commands"),
     ("cli", "__main__"),
@@ -41,7 +41,8 @@ SEES_ONLY = {
     "data": {"types", "kernels"},
     "checkpoint": {"types", "kernels", "embeddings", "table", "step"},
     "models": {"types", "features", "layers", "losses"},
-    "capture": {"types", "step", "cuda_graph"},
+    "capture": {"types", "step", "fx_passes", "cuda_graph"},
+    "fx_passes": {"kernels"},
     "cuda_graph": {"types"},
 }
 

@@ -64,6 +64,24 @@ std::tuple<Tensor, Tensor> order_ids_op(const Tensors& values, const Tensors& of
   return {id_P, cell_P};
 }
 
+std::tuple<Tensor, Tensor> order_ids_at_op(const Tensors& values, const Tensors& offsets, const Ints& places,
+                                           int64_t num_samples) {
+  const std::vector<int64_t*> all_values = flat<int64_t>(values);
+  const std::vector<int32_t*> all_offsets = flat<int32_t>(offsets);
+  std::vector<const int64_t*> of_values;
+  std::vector<const int32_t*> of_offsets;
+  int64_t positions = 0;
+  for (size_t i = 0; i < places.size(); i += 5) {
+    of_values.push_back(all_values[places[i]] + places[i + 1]);
+    of_offsets.push_back(all_offsets[places[i + 3]] + places[i + 4]);
+    positions += places[i + 2];
+  }
+  Tensor id_P = torch::stable::new_empty(values[0], {positions}), cell_P = torch::stable::new_empty(offsets[0], {positions});
+  order_ids(of_values.data(), of_offsets.data(), of_values.size(), num_samples, positions, flat<int64_t>(id_P),
+            flat<int32_t>(cell_P));
+  return {id_P, cell_P};
+}
+
 Tensor find_op(const Tensor& slots, const Tensor& ids, const Tensor& num_slots, const Tensor& salt, const Tensor& id_P,
                const Tensor& cell_P, const Tensor& vocabularies) {
   Tensor row_P = torch::stable::empty_like(cell_P);
@@ -133,6 +151,7 @@ void add_predictions_op(Tensor histogram, Tensor sums, const Tensor& logit, cons
 
 STABLE_TORCH_LIBRARY_IMPL(recfx, CPU, library) {
   library.impl("order_ids", TORCH_BOX(&order_ids_op));
+  library.impl("order_ids_at", TORCH_BOX(&order_ids_at_op));
   library.impl("find", TORCH_BOX(&find_op));
   library.impl("find_or_insert_", TORCH_BOX(&find_or_insert_op));
   library.impl("pool", TORCH_BOX(&pool_op));

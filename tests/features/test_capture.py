@@ -11,8 +11,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from graphs.dataflow import is_op, is_view
 from recfx import features as ops
-from recfx.capture import ShareCommon, capture
-from recfx.types import COUNTS, Ragged
+from recfx.capture import capture
+from recfx.fx_passes import StepPasses
+from recfx.kernels.order_ids import order_ids
+from recfx.types import COUNTS, Ragged, pack, unpack
 from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
 from tests.reference import ragged
 from tests.reference_features import nested, strings
@@ -109,7 +111,7 @@ def calls_in(function, batch) -> Counter[str]:
         seen.update(n.target._opname for n in graph.nodes if "recfx" in str(n.target))
 
     torch._dynamo.reset()
-    options = {"post_grad_custom_pre_pass": ShareCommon(), "post_grad_custom_post_pass": count}
+    options = {"post_grad_custom_pre_pass": StepPasses(), "post_grad_custom_post_pass": count}
     torch.compile(function, fullgraph=True, dynamic=False, options=options)(batch)
     return seen
 
@@ -123,6 +125,23 @@ def test_a_common_sub_expression_is_computed_once():
         }
 
     assert calls_in(features, BATCH) == {"farm_hashes": 1, "murmur_hashes": 1}
+
+
+def test_ids_are_read_where_they_lie():
+    """Columns of the packed batch by their places, without a view of each; what a feature op made as it is."""
+
+    packed = pack({"a": ragged([[5], [6, 7]], spare=2), "b": ragged([[], [8]]), "c": ragged([[9], [1]], spare=1)})
+
+    def in_order(sections: list) -> tuple:
+        batch = unpack(sections, packed.layout)
+        columns = [batch["a"], ops.mod(batch["b"], 7), batch["c"]]
+        return order_ids([c.values for c in columns], [c.offsets for c in columns])
+
+    expected = in_order(packed.sections)
+    assert calls_in(in_order, packed.sections) == {"order_ids_at": 1}
+    options = {"post_grad_custom_pre_pass": StepPasses()}
+    compiled = torch.compile(in_order, fullgraph=True, dynamic=False, options=options)
+    assert all(map(torch.equal, compiled(packed.sections), expected))
 
 
 def test_counts_reach_aux_captured_or_not():

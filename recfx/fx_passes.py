@@ -1,0 +1,82 @@
+"""What capture changes in a step's graph, as passes of Inductor."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+from recfx.kernels.order_ids import order_ids, order_ids_at
+
+__all__ = ["StepPasses", "name_places", "share_common"]
+
+
+class StepPasses(CustomGraphPass):
+    """All passes, over Inductor's graph as it is lowered: functional, so equal calls give equal results."""
+
+    def __call__(self, graph: Graph) -> None:
+        share_common(graph)
+        name_places(graph)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
+
+
+def share_common(graph: Graph) -> None:
+    """Computes each common sub-expression once: two features may hash one column.
+
+    Inductor itself shares within a fused loop only, and never an operator of its user.
+    """
+    known: dict[tuple, Node] = {}
+    for node in list(graph.nodes):
+        if _is_pure(node):
+            key = (node.target, repr((node.args, node.kwargs)))  # a node's repr is its name
+            first = known.setdefault(key, node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+
+
+def _is_pure(node: Node) -> bool:
+    if isinstance(node.target, OpOverload):
+        is_random = torch.Tag.nondeterministic_seeded in node.target.tags
+        return bool(node.all_input_nodes) and not node.target._schema.is_mutable and not is_random
+    return node.target is operator.getitem
+
+
+def name_places(graph: Graph) -> None:
+    """On a CPU, reads ids where they lie in the packed batch, without a view of each column's values and offsets."""
+    for node in graph.find_nodes(op="call_function", target=order_ids):
+        columns: list[tuple[Node, Node]] = list(zip(*node.args, strict=True))  # type: ignore[arg-type]
+        if _tensor(columns[0][0]).device.type != "cpu":
+            continue
+        values, offsets, places = dict[Node, int](), dict[Node, int](), list[int]()
+        for value, offset in columns:
+            (whole, first), (whole_offsets, first_offset) = _part_of(value), _part_of(offset)
+            places += values.setdefault(whole, len(values)), first, _tensor(value).numel()
+            places += offsets.setdefault(whole_offsets, len(offsets)), first_offset
+        num_samples = _tensor(columns[0][1]).numel() - 1
+        with graph.inserting_before(node):
+            named = graph.call_function(order_ids_at, ([*values], [*offsets], places, num_samples))
+        named.meta.update({k: v for k, v in node.meta.items() if k != "eager_input_vals"})  # those of other arguments
+        node.replace_all_uses_with(named)
+        graph.erase_node(node)
+
+
+def _part_of(node: Node) -> tuple[Node, int]:
+    """The tensor of which `node` is a slice, and its first item there; itself where it is none."""
+    if node.target is torch.ops.aten.slice.Tensor and len(node.args) == 4:
+        whole: Any = node.args[0]
+        if _tensor(whole).dim() == 1 and _tensor(whole).is_contiguous():
+            return whole, int(node.args[2])  # type: ignore[arg-type]
+    return node, 0
+
+
+def _tensor(node: Node) -> Tensor:
+    """Its shape, dtype and device."""
+    return node.meta["val"]
