@@ -31,7 +31,8 @@ def definition(
     gradients.
 
     Shapes:   rows f32 [R, 3, W], num_unique i64 [], unique_rows i32 [U], hyper f64 [8] as in `adamw_rows_`; the others
-              as in `add_row_grads_`, where the slices cover all W columns.
+              as in `add_row_grads_`, where the slices cover all W columns. All unique rows are of this batch, so
+              num_unique is at most P.
     """
     grads = rows.new_zeros(int(num_unique), rows.shape[2])
     add_row_grads.definition(grads, inverse_P, cell_P, firsts, dims, blocks, weight_P)

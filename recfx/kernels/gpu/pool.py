@@ -1,4 +1,8 @@
-"""pool on a GPU: one launch for all slices of the columns, each output written once."""
+"""pool on a GPU: one launch for all slices of the columns, each output written once; another adds what was refused.
+
+The initial value of a refused id takes many registers to compute. It has a kernel of its own, which ends at once where
+no id was refused, a thousand cells at a time, so that more programs can gather rows at once.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ from torch import Tensor
 
 from recfx.kernels import op
 from recfx.kernels.gpu.initial import initial_values
-from recfx.kernels.gpu.launch import columns_of, lower_bound, rows_of, search_steps
+from recfx.kernels.gpu.launch import TILE, columns_of, rows_of
+from recfx.kernels.gpu.runs import run_of, runs_of
 
 __all__ = ["pool"]
 
@@ -19,8 +24,8 @@ REFUSED = tl.constexpr(op.REFUSED)
 
 @triton.jit
 def pool_slice(
-    block, rows, row_P, id_P, weight_P, init_keys, init_params, stride, width, cell, vocabulary, begin, end, num_cells,
-    WEIGHTED: tl.constexpr, FIRST: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, CELLS: tl.constexpr,
+    block, rows, row_P, weight_P, stride, cell, begin, end, num_cells, WEIGHTED: tl.constexpr, FIRST: tl.constexpr,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)[None, :]
     within = column < DIM
@@ -30,12 +35,6 @@ def pool_slice(
         row = tl.load(row_P + begin + j, mask=has, other=-1)
         at = rows + row.to(tl.int64) * stride + FIRST
         value = tl.load(at[:, None] + column, mask=(row >= 0)[:, None] & within, other=0.0)
-        refused = row == REFUSED
-        if tl.max(refused.to(tl.int32), axis=0) > 0:
-            id = tl.load(id_P + begin + j, mask=refused, other=0)[:, None]
-            new = refused[:, None] & within
-            initial = initial_values(init_keys, init_params, width, vocabulary[:, None], id, FIRST + column, new)
-            value = tl.where(new, initial, value)
         if WEIGHTED:
             value *= tl.load(weight_P + begin + j, mask=has, other=0.0)[:, None]
         total += value
@@ -45,36 +44,85 @@ def pool_slice(
 
 @triton.jit
 def pool_cells(
-    blocks, rows, row_P, id_P, cell_P, vocabularies, init_keys, init_params, weight_P, stride, width, num_positions,
-    steps, num_cells, num_lookups, WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr, DIMS: tl.constexpr,
-    COLUMNS: tl.constexpr, CELLS: tl.constexpr,
+    blocks, rows, row_P, weight_P, begins, last_cell, stride, num_cells, WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr,
+    DIMS: tl.constexpr, COLUMNS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
-    # Padding, -1, stands behind all cells as an unsigned number.
-    cells = cell_P.to(tl.pointer_type(tl.uint32))
-    begin = lower_bound(cells, num_positions, steps, cell.to(tl.uint32)).to(tl.int32)
-    end = lower_bound(cells, num_positions, steps, (cell + 1).to(tl.uint32)).to(tl.int32)
-    vocabulary = tl.load(vocabularies + cell % num_lookups)
+    begin, end = run_of(begins, last_cell, cell)
     for s in tl.static_range(len(FIRSTS)):
         pool_slice(
-            blocks[s], rows, row_P, id_P, weight_P, init_keys, init_params, stride, width, cell, vocabulary, begin, end,
-            num_cells, WEIGHTED, FIRSTS[s], DIMS[s], COLUMNS[s], CELLS,
+            blocks[s], rows, row_P, weight_P, stride, cell, begin, end, num_cells, WEIGHTED, FIRSTS[s], DIMS[s],
+            COLUMNS[s], CELLS,
         )  # fmt: skip
+
+
+@triton.jit
+def add_refused_slice(
+    block, row_P, id_P, weight_P, init_keys, init_params, width, cell, vocabulary, begin, end, WEIGHTED: tl.constexpr,
+    FIRST: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros([CELLS, COLUMNS], tl.float32)
+    for j in range(tl.max(end - begin, axis=0)):
+        refused = tl.load(row_P + begin + j, mask=begin + j < end, other=-1) == REFUSED
+        id = tl.load(id_P + begin + j, mask=refused, other=0)[:, None]
+        new = refused[:, None] & (column < DIM)
+        value = initial_values(init_keys, init_params, width, vocabulary[:, None], id, FIRST + column, new)
+        if WEIGHTED:
+            value *= tl.load(weight_P + begin + j, mask=refused, other=0.0)[:, None]
+        total += tl.where(new, value, 0.0)
+    at = block + cell.to(tl.int64)[:, None] * DIM + column
+    within = (begin < end)[:, None] & (column < DIM)
+    tl.store(at, tl.load(at, mask=within, other=0.0) + total, mask=within)
+
+
+@triton.jit
+def has_refused(row_P, begin, end):
+    lowest = begin * 0
+    for j in range(tl.max(end - begin, axis=0)):
+        lowest = tl.minimum(lowest, tl.load(row_P + begin + j, mask=begin + j < end, other=0))
+    return tl.min(lowest, axis=0) == REFUSED
+
+
+@triton.jit
+def add_refused(
+    blocks, row_P, id_P, vocabularies, init_keys, init_params, weight_P, begins, last_cell, width, num_lookups,
+    WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr, CELLS: tl.constexpr,
+    SPAN: tl.constexpr,
+):  # fmt: skip
+    span_begin, span_end = run_of(begins, last_cell, tl.program_id(0) * SPAN + tl.arange(0, SPAN))
+    if has_refused(row_P, span_begin, span_end):
+        for first in range(0, SPAN, CELLS):
+            cell = tl.program_id(0) * SPAN + first + tl.arange(0, CELLS)
+            begin, end = run_of(begins, last_cell, cell)
+            if has_refused(row_P, begin, end):
+                vocabulary = tl.load(vocabularies + cell % num_lookups)
+                for s in tl.static_range(len(FIRSTS)):
+                    add_refused_slice(
+                        blocks[s], row_P, id_P, weight_P, init_keys, init_params, width, cell, vocabulary, begin, end,
+                        WEIGHTED, FIRSTS[s], DIMS[s], COLUMNS[s], CELLS,
+                    )  # fmt: skip
 
 
 def pool(
     rows: Tensor, row_P: Tensor, id_P: Tensor, cell_P: Tensor, vocabularies: Tensor, batch_size: int, init_keys: Tensor,
     init_params: Tensor, firsts: Sequence[int], dims: Sequence[int], weight_P: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """`recfx.kernels.pool.definition`; the rows of a list are added in order."""
-    num_lookups, num = len(vocabularies), cell_P.numel()
+    """`recfx.kernels.pool.definition`; known rows of a list are added in order, and then what was refused."""
+    num_lookups = len(vocabularies)
     blocks = [rows.new_empty(batch_size, num_lookups, dim) for dim in dims]
     num_cells, cells = batch_size * num_lookups, rows_of(max(dims))
     if num_cells:
+        runs, weight = runs_of(cell_P, num_cells), rows if weight_P is None else weight_P
+        static = {
+            "WEIGHTED": weight_P is not None, "FIRSTS": tuple(firsts), "DIMS": tuple(dims),
+            "COLUMNS": tuple(map(columns_of, dims)), "CELLS": cells,
+        }  # fmt: skip
         pool_cells[(triton.cdiv(num_cells, cells),)](
-            tuple(blocks), rows, row_P, id_P, cell_P, vocabularies, init_keys, init_params,
-            rows if weight_P is None else weight_P, rows.stride(0), rows.shape[2], num, search_steps(num), num_cells,
-            num_lookups, WEIGHTED=weight_P is not None, FIRSTS=tuple(firsts), DIMS=tuple(dims),
-            COLUMNS=tuple(map(columns_of, dims)), CELLS=cells,
+            tuple(blocks), rows, row_P, weight, *runs, rows.stride(0), num_cells, **static
+        )
+        add_refused[(triton.cdiv(num_cells, TILE),)](
+            tuple(blocks), row_P, id_P, vocabularies, init_keys, init_params, weight, *runs, rows.shape[2], num_lookups,
+            SPAN=TILE, **static,
         )  # fmt: skip
     return blocks

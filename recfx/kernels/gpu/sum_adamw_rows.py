@@ -9,8 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from recfx.kernels.gpu.add_row_grads import chunk_sums, sum_of_rows
-from recfx.kernels.gpu.launch import lower_bound, programs, rows_of
+from recfx.kernels.gpu.launch import programs, rows_of
 from recfx.kernels.gpu.optimizer_rows import adamw, scalar
+from recfx.kernels.gpu.runs import run_of, runs_of
 
 __all__ = ["sum_adamw_rows_"]
 
@@ -32,15 +33,14 @@ def update_slice(
 
 @triton.jit
 def sum_adamw(
-    rows, num_unique, unique_rows, hyper, stride, partial, number_N, cell_N, weight_N, blocks, num, steps, width,
+    rows, num_unique, unique_rows, hyper, stride, begins, last_number, partial, cell_N, weight_N, blocks, width,
     WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(num_unique).to(tl.int32)
     for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         unique = first + tl.arange(0, ROWS)
-        begin = lower_bound(number_N, num, steps, unique)
-        end = lower_bound(number_N, num, steps, unique + 1)
+        begin, end = run_of(begins, last_number, unique)
         row = tl.load(unique_rows + unique, mask=unique < count, other=0)
         at = rows + row.to(tl.int64)[:, None] * stride
         for s in tl.static_range(len(FIRSTS)):
@@ -55,9 +55,11 @@ def sum_adamw_rows_(
     firsts: Sequence[int], dims: Sequence[int], blocks: Sequence[Tensor], weight_P: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`recfx.kernels.sum_adamw_rows.definition`; the same bytes from run to run."""
+    most, per_program = min(unique_rows.numel(), cell_P.numel()), rows_of(max(dims))
     sources, static = chunk_sums(inverse_P, cell_P, firsts, dims, blocks, weight_P, rows.shape[2])
-    per_program = rows_of(max(dims))
-    sum_adamw[programs(min(unique_rows.numel(), cell_P.numel()), per_program)](
-        rows, num_unique, unique_rows, hyper, rows.stride(0), *sources, ROWS=per_program, **static
-    )
+    partial, number_N, cell_N, weight_N, dense, *_, width = sources
+    sum_adamw[programs(most, per_program)](
+        rows, num_unique, unique_rows, hyper, rows.stride(0), *runs_of(number_N, most), partial, cell_N, weight_N,
+        dense, width, ROWS=per_program, **static,
+    )  # fmt: skip
     num_unique.zero_()

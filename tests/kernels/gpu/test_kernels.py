@@ -57,6 +57,7 @@ from recfx.kernels.gpu import (  # noqa: E402  behind importorskip
     find,
     find_or_insert,
     optimizer_rows,
+    runs,
     select_lists,
     string_hash,
     sum_adamw_rows,
@@ -176,6 +177,33 @@ def test_pool_is_the_cpu_s(lists, dims, weighted):
     arguments = rows, row_P, *reading, batch_size, *init, list(firsts), list(dims), weight_P
     for a, b in zip(on_device(gpu_pool.pool)(*arguments), pool.pool(*arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dims", [(8, 1), (70,)], ids=str)
+def test_pool_of_few_refused_ids_among_many(dims):
+    """A program looks at 1024 of 1200 cells; a long list and empty ones between."""
+    rng = random.Random(0)
+    lists = random_lists(rng, lookups=3, samples=400, longest=1, ids=range(9))
+    lists[1][370] = [rng.randint(0, 9) for _ in range(100)]
+    lists[2][300:350] = [[] for _ in range(50)]
+    rows, row_P, reading, batch_size, init, firsts, dims = test_pool.case(lists, [0, 1, 0], dims, 3)
+    few = torch.arange(len(row_P)) % 151 == 150
+    row_P = torch.where(few, test_pool.REFUSED, row_P.clamp(min=0)).int()
+    arguments = rows, row_P, *reading, batch_size, *init, list(firsts), list(dims)
+    for a, b in zip(on_device(gpu_pool.pool)(*arguments), pool.pool(*arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("items", [[], [-1], [-1, -1], [0], [3], [0, 0, 2, -1, -1], [-1, 0, 0, 5], [1] * 200 + [7]])
+def test_runs_of_rising_items(items):
+    """Behind the others or in front of them stand those that are none."""
+    begins, last = on_device(lambda item_N: runs.runs_of(item_N, 8))(torch.tensor(items, dtype=torch.int32))
+    assert int(last) == max(items, default=-1)
+    for item in range(int(last) + 1):
+        expected = [n for n, i in enumerate(items) if 0 <= i < item]
+        first = expected[-1] + 1 if expected else next(n for n, i in enumerate(items) if i >= 0)
+        assert int(begins[item]) == first
+        assert int(begins[item + 1]) - first == items.count(item)
 
 
 @pytest.mark.parametrize("op", ["add_row_grads_", "add_row_grads_atomic_"])
