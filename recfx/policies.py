@@ -63,10 +63,11 @@ class Life:
               expire: rows to delete.
               score, keep: of what is left, rows are deleted by rising score, then by row number, down to `keep` rows.
               every: optimiser steps between sweeps; a sweep runs after each step number that it divides.
-              at_cap: what to do when a table has `max_rows` rows: "refuse" new ids and count them, or "stop" with an
-              error at the end of the step. To evict instead, give `score` and a `keep` with room to spare.
+              at_cap: what to do when a table has `max_rows` rows: "refuse" new ids and count them, "evict" by a sweep
+              at the end of the step that filled it (of that step's ids those that came too late are refused), or
+              "stop" with an error at the end of the step that had to refuse one.
     Cost:     4 bytes a row and one pass over a step's rows for `num_steps`; a sweep reads every row's columns.
-    Raises:   ValueError on a number out of range, or when only one of `score` and `keep` is given.
+    Raises:   ValueError on a number out of range, when only one of `score` and `keep` is given, or neither to evict by.
     Example:  >>> Life(expire=unseen_for(10_000), score=least_recently_used, keep=900_000).every
               1000
     """
@@ -77,7 +78,7 @@ class Life:
     score: Score | None = None
     keep: int | None = None
     every: int = 1000
-    at_cap: Literal["refuse", "stop"] = "refuse"
+    at_cap: Literal["refuse", "evict", "stop"] = "refuse"
 
     def __post_init__(self) -> None:
         if (self.score is None) != (self.keep is None):
@@ -88,8 +89,10 @@ class Life:
             raise ValueError(f"every: got {self.every}, expected at least 1 step.")
         if not 0 <= self.candidates < 2**31:
             raise ValueError(f"candidates: got {self.candidates}, expected 0 to 2**31 - 1.")
-        if self.at_cap not in ("refuse", "stop"):
-            raise ValueError(f"at_cap: got '{self.at_cap}', expected 'refuse' or 'stop'.")
+        if self.at_cap not in ("refuse", "evict", "stop"):
+            raise ValueError(f"at_cap: got '{self.at_cap}', expected 'refuse', 'evict' or 'stop'.")
+        if self.at_cap == "evict" and self.score is None:
+            raise ValueError("score: got None with at_cap='evict', expected a function. It says which rows go.")
 
 
 # Admission.

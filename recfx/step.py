@@ -15,7 +15,7 @@ from recfx.losses import bce_with_logits
 from recfx.metrics import BinaryCounts, binary_metrics
 from recfx.optim import SparseOptimizer
 from recfx.policies import Life
-from recfx.table import Found, Table, TableState, ids_of, table
+from recfx.table import Found, Table, TableState, ids_of, is_sweep_due, table
 from recfx.table import sweep_ as sweep_table_
 from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
 
@@ -263,7 +263,7 @@ def train_step(
                     f"table {i}: got {int(s.num_refused)} ids without room, expected none. Its cap is "
                     f"{s.ids.numel()} rows. They were not trained. Raise max_rows, or give a Life that evicts."
                 )
-            if number % life.every == 0:
+            if is_sweep_due(s, life, number):
                 sweep_table_(s, life)
         return state
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from recfx import policies
 from recfx.capture import capture, capture_evaluation
 from recfx.policies import Life
-from recfx.table import delete_, num_live, stats, sweep_, table
+from recfx.table import delete_, is_sweep_due, num_live, stats, sweep_, table
 from recfx.train import TrainConfig, train
 from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
 from tests.reference import (
@@ -29,8 +29,9 @@ VOCABULARIES = [0, 1, 0]
 class DictLife(DictTable):
     """What a `Life` does, key by key. `admit`, `expire` and `score` take one key's numbers."""
 
-    def __init__(self, *, admit=None, expire=None, score=None, keep=None, every=1, max_rows=2**31):
+    def __init__(self, *, admit=None, expire=None, score=None, keep=None, every=1, max_rows=2**31, evicts=False):
         super().__init__(max_rows)
+        self.evicts = evicts
         self.admit, self.expire, self.score, self.keep, self.every = admit, expire, score, keep, every
         self.step = 0
         self.last: dict[tuple[int, int], int] = {}
@@ -63,7 +64,7 @@ class DictLife(DictTable):
                 self.last[key] = self.step
                 self.steps[key] += 1
         self.next_step()
-        if self.step % self.every == 0:
+        if self.step % self.every == 0 or (self.evicts and len(self.rows) == self.max_rows):
             self.sweep()
 
     def sweep(self):
@@ -81,7 +82,7 @@ def finish(t, state, life, number):
     state = t.count_steps_(state, torch.tensor(True))
     state.num_unique.zero_()
     state.step.add_(1)
-    return sweep_(state, life) if number % life.every == 0 else state
+    return sweep_(state, life) if is_sweep_due(state, life, number) else state
 
 
 def check_same(state, oracle):
@@ -119,6 +120,10 @@ PAIRS = {
         {"expire": policies.unseen_for(2), "score": lambda columns, step: columns.id % 3, "keep": 4},
         {"expire": lambda d, key: d.step - d.last[key] >= 2, "score": lambda d, key: key[1] % 3, "keep": 4},
     ),
+    "evict at the cap": (
+        {"score": policies.least_recently_used, "keep": 2, "at_cap": "evict"},
+        {"score": lambda d, key: d.last[key], "keep": 2, "evicts": True},
+    ),
     "at_least": ({"admit": policies.at_least(3)}, {"admit": lambda count, key: count >= 3}),
     "with_probability": (
         {"admit": policies.with_probability(0.4, seed=9)},
@@ -150,7 +155,7 @@ def probability(seed, key, count):
 
 @pytest.mark.parametrize("name", PAIRS)
 @given(
-    stream=streams(6), ends=st.lists(st.booleans(), min_size=6, max_size=6), every=st.integers(1, 3),
+    stream=streams(6), ends=st.lists(st.booleans(), min_size=6, max_size=6), every=st.sampled_from([1, 2, 3, 100]),
     max_rows=st.sampled_from([3, 9, 200]),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
@@ -271,7 +276,8 @@ def test_a_policy_of_the_wrong_kind_is_named(name, policy, error):
         ({"score": policies.least_recently_used, "keep": -1}, "keep: got -1, expected at least 0"),
         ({"every": 0}, "every: got 0, expected at least 1"),
         ({"candidates": -1}, "candidates: got -1, expected 0 to"),
-        ({"at_cap": "explode"}, "at_cap: got 'explode', expected 'refuse' or 'stop'"),
+        ({"at_cap": "explode"}, "at_cap: got 'explode', expected 'refuse', 'evict' or 'stop'"),
+        ({"at_cap": "evict"}, "score: got None with at_cap='evict', expected a function"),
     ],
 )
 def test_wrong_settings_are_named(arguments, error):
@@ -423,6 +429,28 @@ def test_at_cap_a_table_refuses_or_stops():
         else:
             with pytest.raises(RuntimeError, match=r"table 0: got \d+ ids without room, expected none. Its cap is 4"):
                 step.sweep_(state, 1)
+
+
+def test_at_cap_a_table_evicts_before_the_next_step(tmp_path):
+    """In the loop, far from the steps at which it sweeps: after a step that filled it there is room again."""
+    life = Life(score=policies.least_recently_used, keep=30, every=1000, at_cap="evict")
+    step, batches, sizes = deepfm_step(life=life, max_rows=60), deepfm_batches(12, ids=tuple(range(150))), []
+
+    def look(event, progress, state):
+        if event == "after_step":
+            sizes.append(num_live(state.tables[0]))
+
+    config = TrainConfig(output_dir=str(tmp_path), log_steps=100, save_steps=100)
+    state, _ = train(step, step.update_, step.init(deepfm_params()), Batches(batches), config, on_event=look)
+    assert max(sizes) < 60
+    assert sizes.count(30) >= 2
+    assert stats(state.tables[0]).evicted >= 60
+
+
+def test_a_table_cannot_evict_at_its_cap_and_keep_as_much():
+    life = Life(score=policies.least_recently_used, keep=60, at_cap="evict")
+    with pytest.raises(ValueError, match="keep: got 60, expected less than the cap, 60 rows"):
+        deepfm_step(life=life, max_rows=60)
 
 
 def test_max_bytes_is_the_most_memory_that_a_table_takes():

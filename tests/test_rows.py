@@ -209,11 +209,15 @@ def test_an_empty_table_and_a_file_of_other_types(tmp_path):
         ({"id": ["x"], "weight": [[1.0] * DIM]}, "column 'id' of string, expected int64"),
         ({"id": [0.5], "weight": [[1.0] * DIM]}, "column 'id' of double, expected int64"),
         ({"id": [1, 1], "weight": [[1.0] * DIM] * 2}, "ids: got 1 more than once"),
+        ({"id": [1, 2, 3, 1], "weight": [[1.0] * DIM] * 4}, "ids: got 1 more than once"),
+        ({"id": [1, 2, 3, 4], "weight": [[1.0] * DIM] * 3 + [[math.nan] * DIM]}, "weight: got values that are not"),
+        ({"id": [*range(9)], "weight": [[1.0] * DIM] * 9}, "table 'emb/a': got 9 new ids, expected at most 8"),
         ({"id": [1], "weight": [[math.inf] * DIM]}, "weight: got values that are not finite"),
     ],
 )
-def test_wrong_files_are_named(tmp_path, columns, error):
-    step = deepfm_step()
+def test_wrong_files_are_named_and_nothing_of_them_is_written(tmp_path, monkeypatch, columns, error):
+    monkeypatch.setattr("recfx.rows.arrow.BATCH_ROWS", 2)  # what is wrong may come after batches that are right
+    step = deepfm_step(max_rows=8)
     state, file = step.init(deepfm_params()), tmp_path / "bad.parquet"
     parquet.write_table(pa.table(columns), file)
     with pytest.raises(ValueError, match=rf"bad.parquet: .*{error}"):

@@ -12,7 +12,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from recfx.rows.place import Rows, live_rows, place_of, taken
-from recfx.rows.surgery import write_
+from recfx.rows.surgery import check_ids, check_values, write_
 from recfx.step import Step, TrainState
 
 __all__ = ["batches", "export_parquet", "import_parquet_"]
@@ -53,23 +53,32 @@ def export_parquet(step: Step, state: TrainState, table: str, path: str | Path) 
 def import_parquet_(step: Step, state: TrainState, table: str, path: str | Path) -> TrainState:
     """`write_` of the columns 'id', 'weight' (lists of D numbers) and, where there are any, of the optimiser's slots.
 
-    Raises:   as `write_`, naming the file; also when a column is missing or holds nulls or lists of another length. The
-              batches before the one that is wrong have then been written.
+    Cost:     reads the file twice: all of it is checked before anything is written. Holds its ids in memory.
+    Raises:   as `write_`, naming the file; also when a column is missing or holds nulls or lists of another length.
+              Nothing is then written.
     """
     place = place_of(step, state, table)
     with parquet.ParquetFile(path, page_checksum_verification=True) as file:
         known = file.schema_arrow.names
-        missing = {"id", "weight"} - set(known)
-        if missing:
+        if {"id", "weight"} - set(known):
             raise ValueError(f"{path}: got columns {known}, expected 'id' and 'weight' among them.")
         names = [name for name in place.views if name in known]
-        for batch in file.iter_batches(BATCH_ROWS, columns=["id", *names]):
-            ids = torch.from_numpy(_column(path, batch, "id", pa.int64()).to_numpy().copy())
-            values = {name: _matrix(path, batch, name, place.views[name].shape[1]) for name in names}
-            try:
-                write_(step, state, table, ids, values.pop("weight"), values)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+
+        def read() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+            for batch in file.iter_batches(BATCH_ROWS, columns=["id", *names]):
+                ids = torch.from_numpy(_column(batch, "id", pa.int64()).to_numpy().copy())
+                yield ids, {name: _matrix(batch, name, place.views[name].shape[1]) for name in names}
+
+        all_ids = [torch.zeros(0, dtype=torch.int64)]
+        try:
+            for ids, values in read():
+                check_values(place, ids, values)
+                all_ids.append(ids)
+            check_ids(place, state, table, torch.cat(all_ids))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        for ids, values in read():
+            write_(step, state, table, ids, values.pop("weight"), values)
     return state
 
 
@@ -83,17 +92,17 @@ def _arrow(rows: Rows) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(columns)
 
 
-def _column(path: str | Path, batch: pa.RecordBatch, name: str, type_: pa.DataType) -> pa.Array:
+def _column(batch: pa.RecordBatch, name: str, type_: pa.DataType) -> pa.Array:
     column = batch.column(name)
     try:
         column = column.cast(type_)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise ValueError(f"{path}: got column '{name}' of {column.type}, expected {type_}.") from None
+        raise ValueError(f"got column '{name}' of {column.type}, expected {type_}.") from None
     if column.null_count or (pa.types.is_fixed_size_list(type_) and column.flatten().null_count):
-        raise ValueError(f"{path}: got nulls in column '{name}', expected none.")
+        raise ValueError(f"got nulls in column '{name}', expected none.")
     return column
 
 
-def _matrix(path: str | Path, batch: pa.RecordBatch, name: str, dim: int) -> Tensor:
-    flat = _column(path, batch, name, pa.list_(pa.float32(), dim)).flatten()
+def _matrix(batch: pa.RecordBatch, name: str, dim: int) -> Tensor:
+    flat = _column(batch, name, pa.list_(pa.float32(), dim)).flatten()
     return torch.from_numpy(flat.to_numpy().copy()).reshape(len(batch), dim)

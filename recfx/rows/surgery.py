@@ -14,7 +14,7 @@ from recfx.step import Step, TrainState
 from recfx.table import delete_ as delete_rows_
 from recfx.table import grow_, initializer_tensors, num_live
 
-__all__ = ["delete_", "read", "write_"]
+__all__ = ["check_ids", "check_values", "delete_", "read", "write_"]
 
 
 def read(step: Step, state: TrainState, table: str, ids: Tensor) -> Rows:
@@ -47,15 +47,10 @@ def write_(
     Raises:   ValueError inside a step, on an unknown table, ids that repeat, a wrong shape, a number that is not
               finite, or too little room for the new ids; TypeError on wrong dtypes. Nothing is then written.
     """
-    place = place_of(step, state, table)
-    _check_between_steps(place, state)
-    values = {"weight": weight, **(slots or {})}
-    known = rows_of(place, ids) != UNKNOWN
-    _check_values(place, ids, values)
+    place, values = place_of(step, state, table), {"weight": weight, **(slots or {})}
+    known = check_ids(place, state, table, ids)
+    check_values(place, ids, values)
     t, num_new = place.table, int((~known).sum())
-    room = t.ids.numel() - num_live(t)
-    if num_new > room:
-        raise ValueError(f"table '{table}': got {num_new} new ids, expected at most {room}. Raise max_rows.")
     grow_(t, num_new)
     row = _insert_(place, step.seed, ids)
     t.born[row[~known]] = t.step.int()
@@ -98,9 +93,21 @@ def _check_between_steps(place: Place, state: TrainState) -> None:
         raise ValueError("state: got a step in progress, expected none. Write rows between optimiser steps.")
 
 
-def _check_values(place: Place, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-    if ids.unique().numel() < ids.numel():
-        raise ValueError(f"ids: got {ids.numel() - ids.unique().numel()} more than once, expected each once.")
+def check_ids(place: Place, state: TrainState, table: str, ids: Tensor) -> Tensor:
+    """bool [N]: which ids have a row. Raises what `write_` raises about ids."""
+    _check_between_steps(place, state)
+    known = rows_of(place, ids) != UNKNOWN
+    num_repeated = ids.numel() - ids.unique().numel()
+    if num_repeated:
+        raise ValueError(f"ids: got {num_repeated} more than once, expected each once.")
+    num_new, room = int((~known).sum()), place.table.ids.numel() - num_live(place.table)
+    if num_new > room:
+        raise ValueError(f"table '{table}': got {num_new} new ids, expected at most {room}. Raise max_rows.")
+    return known
+
+
+def check_values(place: Place, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+    """Raises what `write_` raises about weights and slots."""
     for name, value in values.items():
         if name not in place.views:
             raise ValueError(f"slots: got '{name}', expected some of {list(place.views)[1:]}.")

@@ -17,7 +17,7 @@ from recfx.table.state import (
     num_live,
     num_rows_bytes,
 )
-from recfx.table.sweep import Stats, columns_of, delete_, stats, sweep_
+from recfx.table.sweep import Stats, columns_of, delete_, is_sweep_due, stats, sweep_
 
 __all__ = [
     "CANDIDATE_FIELDS",
@@ -36,6 +36,7 @@ __all__ = [
     "grow_",
     "ids_of",
     "initializer_tensors",
+    "is_sweep_due",
     "num_live",
     "num_rows_bytes",
     "rebuild_",

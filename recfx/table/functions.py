@@ -106,7 +106,8 @@ def table(
               sum_row_grads: see `recfx.step.train_step`.
     Cost:     find and insert read 16 to 32 B per id; insert never syncs; at load 0.75 a row's index and bookkeeping
               take 35 B, 45 B right after a doubling, 8 B more where rows are counted and have been freed.
-    Raises:   ValueError when max_rows is not in [1, 2**31), max_bytes holds no row or max_unique is below 1.
+    Raises:   ValueError when max_rows is not in [1, 2**31), max_bytes holds no row, max_unique is below 1, or a `life`
+              that evicts at the cap keeps as many rows.
     """
     if not 1 <= max_rows < 2**31:
         raise ValueError(f"max_rows: got {max_rows}, expected 1 to 2**31 - 1. Row numbers are 32-bit.")
@@ -115,6 +116,10 @@ def table(
     device, width, num_behind = torch.device(plan.device), plan.width, row_slots * len(plan.dims)
     if max_bytes is not None:
         max_rows = min(max_rows, _rows_in(max_bytes, (width + num_behind) * (1 + optimizer_slots)))
+    if life and life.at_cap == "evict" and life.keep is not None and life.keep >= max_rows:
+        raise ValueError(
+            f"keep: got {life.keep}, expected less than the cap, {max_rows} rows. Nothing could be evicted."
+        )
     num_unique = max_rows if max_unique is None else min(max_rows, max_unique)
     admit = life.admit if life else None
     max_candidates = life.candidates if life and admit else 0

@@ -14,7 +14,13 @@ from recfx.policies import Life, RowColumns
 from recfx.table.index import rebuild_
 from recfx.table.state import TableState, num_live
 
-__all__ = ["Stats", "columns_of", "delete_", "stats", "sweep_"]
+__all__ = ["Stats", "columns_of", "delete_", "is_sweep_due", "stats", "sweep_"]
+
+
+def is_sweep_due(state: TableState, life: Life, number: int) -> bool:
+    """Whether a sweep follows step `number`: where `every` divides it, and where a table that is to evict is full."""
+    full = life.at_cap == "evict" and num_live(state) == state.ids.numel()
+    return full or number % life.every == 0
 
 
 def sweep_(state: TableState, life: Life) -> TableState:
