@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow.compute as pc
 from pyarrow import fs
-from pyarrow import parquet as pq
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from recfx.data.arguments import Filter, check_choice, check_columns, check_numbers, check_transformed, expression_of
 from recfx.data.cache import RecordCache
 from recfx.data.columns import Column
+from recfx.data.csv import Csv
 from recfx.data.decode import Decoder, Recipe
 from recfx.data.files import File, Paths, match_files, read_manifest
 from recfx.data.formats import Format
@@ -29,7 +30,6 @@ __all__ = ["BatchIterator", "Reader", "reader"]
 
 Columns = dict[str, Tensor | Ragged]
 Position = dict[str, Any]
-Filter: TypeAlias = "pc.Expression | list[tuple] | list[list[tuple]]"
 
 
 def reader(
@@ -92,18 +92,14 @@ def reader(
     Example:  >>> batches = reader("train/*.orc", [fixedlen("label", [0.0])])   # doctest: +SKIP
               >>> for batch in batches: print(batch["label"].shape)             # doctest: +SKIP
     """
-    limits = [("batch_size", batch_size, 1), ("threads", threads, 1), ("prefetch", prefetch, 0)]
-    limits += [("shuffle_rows", shuffle_rows, 0), ("seed", seed, 0), ("epochs", 1 if epochs is None else epochs, 1)]
-    for name, value, least in limits:
-        if value < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}.")
-    for name, word, words in [("on_bad", on_bad, ("raise", "skip")), ("shard_by", shard_by, ("file", "unit"))]:
-        if word not in words:
-            raise ValueError(f"{name}: got {word!r}, expected one of {words}.")
-    names = [column.name for column in columns]
-    if not names or len(set(names)) < len(names) or NUM_SAMPLES in names:
-        raise ValueError(f"columns: got {names}, expected distinct names, at least one, none of them '{NUM_SAMPLES}'.")
-    expression = filter if filter is None or isinstance(filter, pc.Expression) else pq.filters_to_expression(filter)
+    check_numbers({"batch_size": batch_size, "epochs": 1 if epochs is None else epochs, "threads": threads}, 1)
+    check_numbers({"shuffle_rows": shuffle_rows, "seed": seed, "prefetch": prefetch}, 0)
+    check_choice("on_bad", on_bad, ("raise", "skip"))
+    check_choice("shard_by", shard_by, ("file", "unit"))
+    if not isinstance(format, Csv):
+        check_choice("format", format, (None, "orc", "parquet", "arrow"))
+    check_columns(columns)
+    expression = expression_of(filter)
     files = match_files(paths, filesystem)
     recipe = Recipe(tuple(columns), expression, split, format, on_bad)
     plan = Plan(
@@ -173,7 +169,9 @@ class Reader(IterableDataset):
         batch = self._packed(segments)
         if self.transform is None:
             return batch
-        return pack({NUM_SAMPLES: batch[NUM_SAMPLES], **self.transform(dict(batch))})
+        columns = self.transform(dict(batch))
+        check_transformed(columns, self.batch_size)
+        return pack({NUM_SAMPLES: batch[NUM_SAMPLES], **columns})
 
     def _packed(self, segments: Sequence[Segment]) -> Batch:
         if not self.plan.decoder.in_records:
@@ -196,7 +194,8 @@ class Reader(IterableDataset):
 
 
 class BatchIterator(Iterator[Batch]):
-    """The rest of some epochs. Its threads end with the data, with an error, on `close()` and when it is let go.
+    """The rest of some epochs. It ends with the data, with an error, on `close()` and when it is let go, and so do its
+    threads: no batch comes after.
 
     Example:  >>> it = iter(batches); next(it); saved = it.position   # doctest: +SKIP
               >>> it = batches.start_at(saved)                        # doctest: +SKIP
@@ -215,7 +214,7 @@ class BatchIterator(Iterator[Batch]):
         self._taken = taken  # rows of the chunk
         self._chunks = chunks(self._plan, place, last_epoch)
         self._num_bad = place.num_bad
-        self._is_over = False
+        self._is_over = self._is_closed = False
         self._epoch_is_empty = taken == 0 and place == Place(place.epoch, num_bad=place.num_bad)
 
     @property
@@ -235,11 +234,11 @@ class BatchIterator(Iterator[Batch]):
 
     def load_state_dict(self, state: Position) -> None:
         """Goes on from a position, see `Reader.start_at`."""
-        state = dict(state)
         try:
-            of, taken = state.pop("of"), state.pop("taken")
-            place = Place(**state)
-        except (KeyError, TypeError):
+            numbers = dict(state)
+            of, taken = numbers.pop("of"), operator.index(numbers.pop("taken"))
+            place = Place(*map(operator.index, Place(**numbers)))
+        except (KeyError, TypeError, ValueError):
             raise ValueError(f"position: got {state}, expected what `BatchIterator.position` gave.") from None
         if of != self._plan.fingerprint or min(*place, taken) < 0:
             raise ValueError(
@@ -251,6 +250,17 @@ class BatchIterator(Iterator[Batch]):
         self._start(place, taken, last_epoch and max(last_epoch, place.epoch + 1))
 
     def __next__(self) -> Batch:
+        try:
+            batch = None if self._is_closed else self._next()
+        except BaseException:
+            self.close()
+            raise
+        if batch is None:
+            self.close()
+            raise StopIteration
+        return batch
+
+    def _next(self) -> Batch | None:
         while True:
             segments, missing = self._cut()
             if segments and not (missing and self._reader.drop_remainder):
@@ -260,12 +270,12 @@ class BatchIterator(Iterator[Batch]):
                 self._num_bad, self._epoch_is_empty = self._chunk.num_bad, False
                 return batch
             if self._is_over or (self._epoch_is_empty and self._last_epoch is None):
-                self.close()
-                raise StopIteration
+                return None
             self._epoch_is_empty = True
 
     def close(self) -> None:
         """Ends the iteration and its threads."""
+        self._is_closed = True
         self._chunks.close()
 
     def _cut(self) -> tuple[list[Segment], int]:

@@ -29,6 +29,10 @@ class RecordCache:
 
     def __init__(self, folder: str | os.PathLike[str], recipe_key: str) -> None:
         self._folder, self._recipe_key = Path(folder), recipe_key
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cache: got '{folder}' ({error}), expected a folder to write to.") from error
         self._mapped: dict[tuple[File, int], Decoded] = {}
 
     def __getstate__(self) -> dict[str, Any]:  # another process maps for itself

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from recfx.data.columns import Column, FixedLen, VarLen
+from recfx.data.columns import Column, FixedLen, Valid, VarLen, finite
 from recfx.kernels.pack_columns import Block, BlockColumn
 
-__all__ = ["BadRows", "block_of", "check_schema", "conform", "is_list", "item_type"]
+__all__ = ["BadRows", "as_list", "block_of", "check_schema", "conform", "is_list", "item_type", "packed_list"]
 
 EXACT_FLOAT = 2**24  # integers up to here are float32 numbers
 
@@ -47,6 +47,8 @@ def check_schema(path: str, schema: pa.Schema, columns: Sequence[Column]) -> Non
     """Raises ValueError, naming file and column, when a column is absent or of another type."""
     types = {field.name: field.type for field in schema}
     for column in columns:
+        if (count := schema.names.count(column.name)) > 1:
+            raise ValueError(f"column '{column.name}' of '{path}': got {count} columns of this name, expected one.")
         if column.name not in types:
             raise ValueError(f"column '{column.name}' of '{path}': got no such column, expected one of {list(types)}.")
         depth, item = _depth(types[column.name])
@@ -80,6 +82,23 @@ def _depth(kind: pa.DataType) -> tuple[int, pa.DataType]:
 def item_type(kind: pa.DataType) -> pa.DataType:
     """Of what such a list holds."""
     return pa.struct([kind.key_field, kind.item_field]) if pa.types.is_map(kind) else kind.value_type
+
+
+def as_list(array: pa.Array) -> pa.ListArray:
+    """The same lists in Arrow's plain way."""
+    kind = array.type
+    if pa.types.is_list(kind):
+        return array
+    if not (pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)):
+        return array.cast(pa.list_(item_type(kind)))
+    return packed_list(array, array.flatten())  # a cast of views loses lists in pyarrow 26
+
+
+def packed_list(array: pa.Array, items: pa.Array) -> pa.ListArray:
+    """Lists as long as those of the array, null where they are, and holding the items, end to end."""
+    lengths = array.value_lengths().fill_null(0).to_numpy()
+    offsets = np.append(np.int32(0), np.cumsum(lengths, dtype=np.int32))
+    return pa.ListArray.from_arrays(pa.array(offsets), items, mask=array.is_null())
 
 
 def _is_read_as(kind: pa.DataType, column: Column) -> bool:
@@ -131,7 +150,7 @@ def _conform(array: pa.Array, column: Column) -> pa.Array:
         return _fixed(_without_nulls(lists, column), column)
     if column.weighted:
         keys, weights = (_without_nulls(lists._replace(items=items), column) for items in lists.items.flatten())
-        fields = [_items(keys, column), _numbers(weights, column.name, pa.float32())]
+        fields = [_items(keys, column), _valid_numbers(weights, column.name, pa.float32(), finite)]
         items = pa.StructArray.from_arrays(fields, ["value", "weight"])
     else:
         items = _items(_without_nulls(lists, column), column)
@@ -161,12 +180,12 @@ def _without_nulls(lists: _Lists, column: Column) -> _Lists:
 def _take_apart(array: pa.Array, column: Column) -> _Lists:
     levels: list[np.ndarray] = []
     if not is_list(array.type):
+        array = _decoded(array)
         present = _present(array, column, "a value")
         offsets = np.append(np.int32(0), np.cumsum(present, dtype=np.int32))
         return _Lists((offsets,), array.drop_null() if array.null_count else array)
     while is_list(array.type):
-        if not pa.types.is_list(array.type):
-            array = array.cast(pa.list_(item_type(array.type)))
+        array = as_list(array)
         offsets, items = array.offsets.to_numpy(), array.values
         if array.null_count and not levels:
             present = _present(array, column, "a list, empty if missing")
@@ -179,7 +198,12 @@ def _take_apart(array: pa.Array, column: Column) -> _Lists:
             items, offsets = items.slice(offsets[0], offsets[-1] - offsets[0]), offsets - offsets[0]
         levels.append(offsets)
         array = items
-    return _Lists(tuple(levels), array)
+    return _Lists(tuple(levels), _decoded(array))
+
+
+def _decoded(array: pa.Array) -> pa.Array:
+    """Without a dictionary, whose entries may be null themselves."""
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 
 def _valid(array: pa.Array) -> np.ndarray:
@@ -231,14 +255,18 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _checked(lists: _Lists, column: Column) -> pa.Array:
+    return _valid_numbers(lists, column.name, column.item, column.valid)
+
+
+def _valid_numbers(lists: _Lists, name: str, kind: pa.DataType, valid: Valid) -> pa.Array:
     """The items as numbers, all of them valid."""
-    numbers = _numbers(lists, column.name, column.item)
-    if column.valid is not None:
+    numbers = _numbers(lists, name, kind)
+    if valid is not None:
         values = numbers.to_numpy()
-        wrong = np.flatnonzero(~column.valid(values))
+        wrong = np.flatnonzero(~valid(values))
         if len(wrong):
             got = f"{values[wrong[0]]}"
-            raise BadRows(column.name, lists.rows_of(wrong), lambda _: got, str(column.valid))
+            raise BadRows(name, lists.rows_of(wrong), lambda _: got, str(valid))
     return numbers
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pyarrow import fs, orc
 from pyarrow import parquet as pq
 
-from recfx.data.conform import is_list, item_type
+from recfx.data.conform import as_list, is_list, item_type, packed_list
 from recfx.data.files import File, Paths, match_files
 from recfx.data.formats import Format, open_source, reading
 
@@ -94,13 +94,20 @@ def _converted(table: pa.Table, file: File, as_lists: bool) -> pa.Table:
     for name, column in zip(table.column_names, table.columns, strict=True):
         array = column.combine_chunks()
         try:
-            array = array.cast(_stored(array.type))
+            array = _as_stored(array)
         except pa.ArrowInvalid as error:
             raise ValueError(
                 f"column '{name}' of '{file.path}': got {array.type}, expected numbers: {error}"
             ) from error
         arrays[name] = _as_lists(array) if as_lists and not pa.types.is_nested(array.type) else array
     return pa.table(arrays)
+
+
+def _as_stored(array: pa.Array) -> pa.Array:
+    if is_list(array.type):
+        lists = as_list(array)
+        return packed_list(lists, _as_stored(lists.flatten()))
+    return array.cast(_stored(array.type))
 
 
 def _stored(kind: pa.DataType) -> pa.DataType:

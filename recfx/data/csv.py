@@ -33,6 +33,14 @@ class Csv:
     list_separator: str | None = None
     block_bytes: int = 16 << 20
 
+    def __post_init__(self) -> None:
+        if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
+            raise ValueError(f"delimiter: got {self.delimiter!r}, expected one character.")
+        if self.list_separator in ("", self.delimiter):
+            raise ValueError(f"list_separator: got {self.list_separator!r}, expected characters, and no delimiter.")
+        if self.block_bytes < 1:
+            raise ValueError(f"block_bytes: got {self.block_bytes}, expected at least 1.")
+
 
 class CsvSource:
     """An open CSV file.
@@ -83,6 +91,7 @@ class CsvSource:
         if not text.strip():
             empty = pa.RecordBatch.from_pydict({name: pa.array([], kind) for name, kind in types.items()})
             return Rows(empty, np.empty(0, np.int64))
+        _check_quotes(text, self._options.delimiter)
         table = pa_csv.read_csv(pa.BufferReader(text), **self._how(len(text), list(types), types, bad))
         arrays = [column.combine_chunks() for column in table.columns]
         batch = pa.RecordBatch.from_arrays(arrays, list(types))
@@ -158,6 +167,21 @@ class CsvSource:
         if not text or text.endswith(b"\n"):
             return text
         return text + self._line_at(begin + num_bytes)
+
+
+def _check_quotes(text: bytes, delimiter: str) -> None:
+    """Raises ArrowInvalid where a quoted cell goes on in the next line: another block may begin there."""
+    if b'"' not in text:
+        return
+    codes = np.frombuffer(text, np.uint8)
+    quotes, ends = np.flatnonzero(codes == ord('"')), np.flatnonzero(codes == ord("\n"))
+    for line in np.flatnonzero(np.bincount(np.searchsorted(ends, quotes)) % 2):
+        begin = ends[line - 1] + 1 if line else 0
+        cells = text[begin : ends[line] if line < len(ends) else len(text)].decode(errors="replace")
+        try:
+            list(csv.reader([cells], delimiter=delimiter, strict=True))
+        except csv.Error as error:
+            raise pa.ArrowInvalid(f"a line break in a quoted cell, {cells[:50]!r}") from error
 
 
 def _cast(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, dict[int, str]]:

@@ -108,15 +108,17 @@ class Decoder:
         with reading(file, f" in {source.unit_name} {unit}", "a whole file"):
             rows = source.read(unit, names)
         num_bad = self._judge(rows.bad, file, source, unit)
-        rows = _chosen(rows, recipe)
+        with reading(file, f" in {source.unit_name} {unit}", "rows that the filter and the split can look at"):
+            rows = _chosen(rows, recipe)
         while True:
-            try:
-                return Decoded(conform(rows.batch, columns), num_bad)
-            except BadRows as bad:
-                numbers = rows.numbers[bad.rows]
-                found = [BadRow(int(number), bad.column, bad.got, bad.expected) for number in numbers]
-                num_bad += self._judge(found, file, source, unit)
-                rows = _without(rows, bad.rows)
+            with reading(file, f" in {source.unit_name} {unit}", "columns that Arrow can convert"):
+                result = _conformed(rows, columns)
+            if not isinstance(result, BadRows):
+                return Decoded(result, num_bad)
+            numbers = rows.numbers[result.rows]
+            found = [BadRow(int(number), result.column, result.got, result.expected) for number in numbers]
+            num_bad += self._judge(found, file, source, unit)
+            rows = _without(rows, result.rows)
 
     def _open(self, file: File) -> tuple[Source, list[str]]:
         """The file, and the columns of it that are read."""
@@ -153,6 +155,13 @@ class Decoder:
         if bad and self.recipe.on_bad == "raise":
             raise bad[0].error(file.path, sum(source.num_rows(earlier) for earlier in range(unit)))
         return len(bad)
+
+
+def _conformed(rows: Rows, columns: Sequence[Column]) -> pa.RecordBatch | BadRows:
+    try:
+        return conform(rows.batch, columns)
+    except BadRows as bad:
+        return bad
 
 
 def _csv_type(column: Column) -> pa.DataType:

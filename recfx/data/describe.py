@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recfx.data.conform import is_list, item_type
+from recfx.data.conform import as_list, is_list, item_type
 from recfx.data.files import File
 from recfx.data.formats import Format, open_source, reading
 
@@ -80,7 +80,7 @@ def describe(files: Sequence[File], *, max_rows: int = 1_000_000, format: Format
 def _describe(name: str, column: pa.ChunkedArray) -> ColumnFacts:
     items, rows = column, np.arange(len(column))
     while is_list(items.type):
-        items = items.cast(pa.list_(item_type(items.type)))
+        items = pa.chunked_array(map(as_list, items.chunks), pa.list_(item_type(items.type)))
         rows = rows[pc.list_parent_indices(items).to_numpy()]
         items = pc.list_flatten(items)
     if pa.types.is_struct(items.type):

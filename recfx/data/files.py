@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from pathlib import PurePath
 
 import pyarrow as pa
 import xxhash
@@ -66,11 +67,14 @@ def match_files(paths: Paths, filesystem: fs.FileSystem | None = None) -> list[F
     if isinstance(paths, str):
         items = [item.strip() for item in paths.split(",") if item.strip()]
     else:
-        items = [os.fspath(path) for path in ([paths] if isinstance(paths, os.PathLike) else paths)]
+        given = [paths] if isinstance(paths, os.PathLike) else list(paths) if isinstance(paths, Iterable) else [paths]
+        if not all(isinstance(path, str | os.PathLike) for path in given):
+            raise TypeError(f"paths: got {paths!r}, expected strings or paths.")
+        items = [os.fspath(path) for path in given]
     if not items:
         raise ValueError(f"paths: got {paths!r}, expected at least one file, folder or glob.")
-    files = {file.path: file for item in items for file in _match(item, filesystem)}
-    return [files[path] for path in sorted(files)]
+    files = dict.fromkeys(file for item in items for file in _match(item, filesystem))
+    return sorted(files, key=lambda file: file.path)
 
 
 def _match(item: str, filesystem: fs.FileSystem | None) -> list[File]:
@@ -80,6 +84,8 @@ def _match(item: str, filesystem: fs.FileSystem | None) -> list[File]:
             filesystem, path = fs.FileSystem.from_uri(item) if "://" in item else (fs.LocalFileSystem(), item)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"paths: got '{item}', expected a URI that pyarrow knows: {error}.") from error
+    if isinstance(filesystem, fs.LocalFileSystem):
+        path = str(PurePath(path))  # one name for a//b, a/./b and a/b
     info = filesystem.get_file_info(path)
     if info.type == fs.FileType.File:
         found = [info]

@@ -1,0 +1,72 @@
+"""What users hand to a reader, checked before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, SupportsIndex, TypeAlias
+
+import pyarrow.compute as pc
+from pyarrow import parquet as pq
+from torch import Tensor
+
+from recfx.data.columns import Column
+from recfx.types import NUM_SAMPLES, Ragged
+
+__all__ = ["Filter", "check_choice", "check_columns", "check_numbers", "check_transformed", "expression_of"]
+
+Filter: TypeAlias = "pc.Expression | list[tuple] | list[list[tuple]]"
+
+
+def check_numbers(arguments: Mapping[str, int], least: int) -> None:
+    """Raises when one is no integer, or below the least."""
+    for name, value in arguments.items():
+        if not isinstance(value, SupportsIndex):
+            raise TypeError(f"{name}: got {value!r}, expected an integer.")
+        if value < least:
+            raise ValueError(f"{name}: got {value}, expected at least {least}.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises when the value is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {choices}{' or Csv(...)' * (name == 'format')}.")
+
+
+def check_columns(columns: Sequence[Column]) -> None:
+    """Raises when they are no columns, none at all, or not distinct."""
+    for column in columns:
+        if not isinstance(column, Column):
+            raise TypeError(f"columns: got {column!r} among them, expected fixedlen, varlen or hashed columns.")
+    names = [column.name for column in columns]
+    if not names or len(set(names)) < len(names) or NUM_SAMPLES in names:
+        raise ValueError(f"columns: got {names}, expected distinct names, at least one, none of them '{NUM_SAMPLES}'.")
+
+
+def expression_of(filter: Filter | None) -> pc.Expression | None:
+    """The filter as an expression, from whichever spelling.
+
+    Raises:   ValueError when it is neither.
+    """
+    if filter is None or isinstance(filter, pc.Expression):
+        return filter
+    try:
+        return pq.filters_to_expression(filter)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"filter: got {filter!r} ({error}), expected an expression of pyarrow.dataset, or a list such as "
+            "[('clicks', '>', 0)]."
+        ) from error
+
+
+def check_transformed(columns: Any, batch_size: int) -> None:
+    """Raises when a transform returned no dict, or rows more or less than it was given."""
+    if not isinstance(columns, dict):
+        raise TypeError(f"transform: got {type(columns).__name__}, expected a dict of tensors by column name.")
+    for name, column in columns.items():
+        if name != NUM_SAMPLES and isinstance(column, Tensor | Ragged):
+            size = column.num_samples if isinstance(column, Ragged) else len(column)
+            if size != batch_size:
+                raise ValueError(
+                    f"transform: got {size} samples in '{name}', expected {batch_size}, as many as it was given. "
+                    "`num_samples` says how many of them are real. To leave rows out, use `filter`."
+                )

@@ -1,0 +1,311 @@
+"""What people do with a reader that nobody planned: odd types, odd arguments, loops that end early."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import fs
+from pyarrow import parquet as pq
+from torch.utils.data import DataLoader
+
+from recfx.data import Csv, Reader, reader, varlen
+from recfx.data.describe import describe
+from recfx.data.files import match_files
+from recfx.types import Batch
+from tests.data.rows import all_rows, write
+
+X = [varlen("x", torch.int64, null="empty")]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """30 rows in 3 files of 3 units each."""
+    for i in range(3):
+        write(tmp_path / "data" / f"{i}.parquet", pa.table({"x": [[10 * i + j] for j in range(10)]}), 4)
+    return tmp_path / "data"
+
+
+def ids_of(batches) -> list[int]:
+    return [row["x"][0] for row in all_rows(batches)]
+
+
+def read(folder: Path, **kwargs) -> Reader:
+    return reader(folder, X, 3, **{"drop_remainder": False, **kwargs})
+
+
+def num_threads() -> int:
+    return sum(thread.name.startswith("recfx-read") for thread in threading.enumerate())
+
+
+VIEWS = [pa.list_view(pa.int64()), pa.large_list_view(pa.int64()), pa.large_list(pa.int64())]
+
+
+@pytest.mark.parametrize("kind", [*VIEWS, pa.list_(pa.int32()), pa.list_(pa.uint8())])
+def test_lists_in_every_way_of_arrow(tmp_path, kind):
+    path = write(tmp_path / "a.arrow", pa.table({"x": pa.array([[1], [2, 3], None, [], [4]], kind)}))
+    assert [row["x"] for row in all_rows(read(path))] == [[1], [2, 3], [], [], [4]]
+    (facts,) = describe(match_files(path)).columns
+    assert (facts.mean_length, facts.max_length, facts.num_distinct) == (0.8, 2, 4)
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_lists_of_lists_in_every_way_of_arrow(tmp_path, kind):
+    lists = pa.array([[[1], [2, 3]], [], [[], [4]]], pa.list_(kind))
+    path = write(tmp_path / "a.arrow", pa.table({"x": lists}))
+    assert [row["x"] for row in all_rows(reader(path, [varlen("x", torch.int64, depth=2)], 3))] == lists.to_pylist()
+
+
+def test_a_null_in_a_dictionary_is_a_null(tmp_path):
+    words = pa.DictionaryArray.from_arrays(pa.array([0, 1]), pa.array(["a", None]))
+    path = write(tmp_path / "a.arrow", pa.table({"x": words}))
+    with pytest.raises(ValueError, match=r"column 'x' of '.*a.arrow', row 1: got null, expected a value"):
+        list(reader(path, [varlen("x", torch.uint8)], 1))
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e39])
+def test_weights_are_finite(tmp_path, weight):
+    kind = pa.list_(pa.struct([("k", pa.int64()), ("v", pa.float64())]))
+    rows = [[{"k": 1, "v": 0.5}], [{"k": 2, "v": weight}]]
+    path = write(tmp_path / "a.parquet", pa.table({"x": pa.array(rows, kind)}))
+    columns = [varlen("x", torch.int64, weighted=True)]
+    with pytest.raises(
+        ValueError, match=r"column 'x' of '.*a.parquet', row 1: got (nan|inf), expected a finite number"
+    ):
+        list(reader(path, columns, 1))
+    assert all_rows(reader(path, columns, 1, on_bad="skip")) == [{"x": [(1, 0.5)]}]
+
+
+@pytest.mark.parametrize("extension", ["orc", "parquet", "arrow"])
+def test_two_columns_of_one_name(tmp_path, extension):
+    table = pa.table([pa.array([[1]]), pa.array([[2]]), pa.array([[3]])], names=["x", "x", "y"])
+    path = write(tmp_path / f"a.{extension}", table)
+    with pytest.raises(ValueError, match=f"column 'x' of '{path}': got 2 columns of this name, expected one"):
+        list(read(path))
+
+
+def test_what_arrow_cannot_convert_names_the_file(tmp_path):
+    path = tmp_path / "a.arrow"
+    words = pa.DictionaryArray.from_arrays(pa.array([0, 7], pa.int8()), pa.array(["a"]), safe=False)
+    with pa.ipc.new_file(str(path), pa.schema([("x", words.type)])) as writer:
+        writer.write_table(pa.table({"x": words}))
+    with pytest.raises(ValueError, match=f"file '{path}': got .* in record batch 0, expected"):
+        list(reader(path, [varlen("x", torch.uint8)], 1))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['x,s\n1,"a\n2,b"\n', 'x,s\n1,q\n2,"a\n3,b"\n4,c\n', 'x,s\n1,"a'],
+)
+def test_a_line_break_in_a_quoted_cell(tmp_path, text):
+    """In a file of several blocks it could not be told from the end of a row."""
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"file '.*a.csv': got 'a line break in a quoted cell, .* in block 0"):
+        list(read(tmp_path / "a.csv"))
+
+
+def test_quotes_within_cells(tmp_path):
+    (tmp_path / "a.csv").write_text('x,s\n1,5" nail\n2,"a ""b"", c"\n3,"x,"""\n')
+    rows = all_rows(reader(tmp_path / "a.csv", [varlen("s", torch.uint8)], 3))
+    assert [row["s"] for row in rows] == [[b'5" nail'], [b'a "b", c'], [b'x,"']]
+
+
+@pytest.mark.parametrize("wrong", [{"delimiter": ""}, {"delimiter": "||"}, {"list_separator": ","}, {"block_bytes": 0}])
+def test_csv_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: got"):
+        Csv(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"batch_size": 2.0}, TypeError, "batch_size: got 2.0, expected an integer"),
+        ({"threads": None}, TypeError, "threads: got None, expected an integer"),
+        ({"columns": ["x"]}, TypeError, "columns: got 'x' among them"),
+        ({"format": "csv"}, ValueError, r"format: got 'csv', expected one of .* or Csv"),
+        ({"filter": "x > 3"}, ValueError, r"filter: got 'x > 3' \(.*\), expected an expression"),
+        ({"filter": ("x", ">", 3)}, ValueError, "filter: got .*, expected an expression"),
+        ({"filter": [("x", "!", 3)]}, ValueError, "filter: got .* not a valid operator"),
+        ({"paths": None}, TypeError, "paths: got None, expected strings or paths"),
+        ({"paths": [3]}, TypeError, "paths: got .*, expected strings or paths"),
+    ],
+)
+def test_arguments_of_other_types(folder, arguments, error, match):
+    with pytest.raises(error, match=match):
+        reader(**{"paths": folder, "columns": X, **arguments})
+
+
+def test_a_cache_where_no_folder_can_be(folder):
+    with pytest.raises(ValueError, match=r"cache: got '.*0.parquet' .*, expected a folder to write to"):
+        read(folder, cache=folder / "0.parquet")
+
+
+def test_one_file_by_several_names(folder, tmp_path, monkeypatch):
+    path = folder / "0.parquet"
+    assert ids_of(read([path, f"{folder}//0.parquet", f"{folder}/./0.parquet", f"{folder}/0*"])) == list(range(10))
+    monkeypatch.chdir(tmp_path)
+    assert ids_of(read("./data/0.parquet,data/*0.parquet")) == list(range(10))
+
+
+def test_equal_paths_of_two_filesystems_are_two_files(folder):
+    shutil.copytree(folder, folder.parent / "other")
+    subtrees = [fs.SubTreeFileSystem(str(folder.parent / name), fs.LocalFileSystem()) for name in ("data", "other")]
+    one, same, other = (match_files("0.parquet", tree)[0] for tree in (subtrees[0], subtrees[0], subtrees[1]))
+    assert one == same
+    assert one != other
+    assert ids_of(read("*.parquet", filesystem=subtrees[1])) == list(range(30))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"shuffle_rows": 5}])
+def test_a_loop_that_ends_early_leaves_no_thread(folder, kwargs):
+    for batch in read(folder, threads=2, prefetch=2, **kwargs):
+        assert batch["x"].num_samples == 3
+        break
+    gc.collect()
+    assert num_threads() == 0
+
+
+def test_nothing_comes_after_close(folder):
+    it = iter(read(folder))
+    next(it)
+    it.close()
+    assert list(it) == []
+    position = it.position
+    it.load_state_dict(position)
+    assert ids_of(it) == list(range(3, 30))
+
+
+def test_an_error_in_the_transform_ends_the_iteration(folder):
+    """Its batch was not seen, so to go on after it would lose rows; the position is still before it."""
+    seen = []
+
+    def transform(columns):
+        if len(seen) == 2:
+            raise RuntimeError("not today")
+        return columns
+
+    it = iter(read(folder, threads=2, transform=transform))
+    seen += [next(it), next(it)]
+    with pytest.raises(RuntimeError, match="not today"):
+        next(it)
+    assert num_threads() == 0
+    assert list(it) == []
+    assert ids_of(read(folder).start_at(it.position)) == list(range(6, 30))
+
+
+@pytest.mark.parametrize(
+    ("transform", "error", "match"),
+    [
+        (lambda columns: None, TypeError, "transform: got NoneType, expected a dict of tensors"),
+        (lambda columns: {"y": np.zeros((3, 1))}, TypeError, "column 'y': got ndarray"),
+        (lambda columns: {"y": torch.zeros(2, 1)}, ValueError, "transform: got 2 samples in 'y', expected 3"),
+        (
+            lambda columns: {**columns, "y": torch.zeros(9, 1)},
+            ValueError,
+            "transform: got 9 samples in 'y', expected 3",
+        ),
+    ],
+)
+def test_transforms_that_return_something_else(folder, transform, error, match):
+    with pytest.raises(error, match=match):
+        next(iter(read(folder, transform=transform)))
+
+
+@pytest.mark.parametrize("change", [{"taken": 1.5}, {"epoch": "0"}, {"file": None}])
+def test_positions_of_other_types(folder, change):
+    position = iter(read(folder)).position
+    for wrong in (None, [1], {**position, **change}):
+        with pytest.raises(ValueError, match=r"position: got .*, expected what"):
+            read(folder).start_at(wrong)
+
+
+def test_a_position_does_not_depend_on_what_does_not_change_the_order(folder, tmp_path):
+    whole = ids_of(read(folder, shuffle_rows=7))
+    it = iter(read(folder, shuffle_rows=7))
+    position = json.loads(json.dumps([next(it), next(it), it.position][-1]))
+    shutil.copytree(folder, tmp_path / "moved")
+    for other in (
+        reader(folder, X, 5, drop_remainder=False, shuffle_rows=7),
+        read(folder, shuffle_rows=7, threads=3, prefetch=0),
+        read(folder, shuffle_rows=7, cache=tmp_path / "cache"),
+        read(tmp_path / "moved", shuffle_rows=7),
+    ):
+        assert ids_of(other.start_at(position)) == whole[6:]
+    write(folder / "3.parquet", pa.table({"x": [[30]]}))
+    with pytest.raises(ValueError, match="Resume needs the files it was taken from"):
+        read(folder, shuffle_rows=7).start_at(position)
+
+
+def as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_data_loader_workers_of_a_reader_that_was_used_before(folder, tmp_path, context):
+    """With threads, a cache and open footers in the parent."""
+    batches = read(folder, threads=2, shuffle_rows=9, cache=tmp_path / "cache")
+    assert sorted(ids_of(batches)) == list(range(30))
+    loader = DataLoader(batches, batch_size=None, collate_fn=as_it_is, num_workers=2, multiprocessing_context=context)
+    for _ in range(2):
+        assert sorted(ids_of(loader)) == list(range(30))
+
+
+def test_a_data_loader_without_collate_fn_gives_dicts(folder):
+    first = next(iter(DataLoader(read(folder), batch_size=None)))
+    assert first["x"].values.tolist() == [0, 1, 2]
+    assert first["num_samples"].item() == 3
+
+
+def test_one_reader_in_many_threads(folder):
+    batches, results = read(folder, shuffle_rows=5, threads=2), []
+    threads = [threading.Thread(target=lambda: results.append(ids_of(batches))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [ids_of(batches)] * 4
+
+
+INTERRUPTED = """
+import torch
+from recfx.data import reader, varlen
+
+batches = reader({paths!r}, [varlen("x", torch.int64)], 3, epochs=None, threads=2, prefetch=2, shuffle_rows={rows})
+for i, _ in enumerate(batches):
+    if i == 10:
+        print("reading", flush=True)
+"""
+
+
+@pytest.mark.parametrize("rows", [0, 7])
+def test_ctrl_c_ends_a_program_at_once(folder, rows):
+    code = INTERRUPTED.format(paths=str(folder), rows=rows)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"reading\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT
+    assert errors.splitlines()[-1] == b"KeyboardInterrupt"
+
+
+def test_a_footer_is_read_once_per_file(folder, monkeypatch):
+    opened, parquet_file = [], pq.ParquetFile
+
+    def counting(*args, metadata=None, **kwargs):
+        opened.append(metadata is None)
+        return parquet_file(*args, metadata=metadata, **kwargs)
+
+    monkeypatch.setattr(pq, "ParquetFile", counting)
+    assert ids_of(read(folder, epochs=2)) == [*range(30)] * 2
+    assert sum(opened) == 3
+    assert len(opened) == 3 + 2 * 9
