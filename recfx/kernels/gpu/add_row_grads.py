@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.launch import columns_of, lower_bound, programs, rows_of, search_steps
+from recfx.kernels.gpu.launch import lower_bound, programs, rows_of, search_steps, slices
 
 __all__ = ["add_row_grads_", "add_row_grads_atomic_", "chunk_sums", "sum_of_rows"]
 
@@ -153,10 +153,6 @@ def sorted_occurrences(inverse_P: Tensor, cell_P: Tensor, weight_P: Tensor | Non
     number_N, order = torch.sort(torch.where(cell_P < 0, -1, inverse_P), stable=True)
     cell_N = cell_P.index_select(0, order)
     return number_N, cell_N, cell_N if weight_P is None else weight_P.index_select(0, order)
-
-
-def slices(firsts: Sequence[int], dims: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    return {"FIRSTS": tuple(firsts), "DIMS": tuple(dims), "COLUMNS": tuple(map(columns_of, dims))}
 
 
 def chunk_sums(

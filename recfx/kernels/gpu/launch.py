@@ -3,10 +3,12 @@ a launch can be part of a CUDA graph; what a batch really holds is read on the d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
-__all__ = ["chosen", "columns_of", "programs", "rows_of", "search_steps"]
+__all__ = ["chosen", "columns_of", "lower_bound", "programs", "rows_of", "search_steps", "slices"]
 
 BLOCK = 128  # positions per program of the kernels that look ids up: one warp, four ids a lane
 NUM_WARPS = 1
@@ -27,6 +29,11 @@ def columns_of(width: int) -> int:
 def rows_of(width: int) -> int:
     """Rows of a tile, so that a tile is about TILE floats."""
     return max(1, TILE // columns_of(width))
+
+
+def slices(firsts: Sequence[int], dims: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Static arguments of a kernel over the logical tables side by side in a row."""
+    return {"FIRSTS": tuple(firsts), "DIMS": tuple(dims), "COLUMNS": tuple(map(columns_of, dims))}
 
 
 def search_steps(num: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recfx.kernels import op
 from recfx.kernels.gpu.initial import initial_values
-from recfx.kernels.gpu.launch import TILE, columns_of, rows_of
+from recfx.kernels.gpu.launch import TILE, rows_of, slices
 from recfx.kernels.gpu.runs import run_of, runs_of
 
 __all__ = ["pool"]
@@ -114,10 +114,7 @@ def pool(
     num_cells, cells = batch_size * num_lookups, rows_of(max(dims))
     if num_cells:
         runs, weight = runs_of(cell_P, num_cells), rows if weight_P is None else weight_P
-        static = {
-            "WEIGHTED": weight_P is not None, "FIRSTS": tuple(firsts), "DIMS": tuple(dims),
-            "COLUMNS": tuple(map(columns_of, dims)), "CELLS": cells,
-        }  # fmt: skip
+        static = {"WEIGHTED": weight_P is not None, **slices(firsts, dims), "CELLS": cells}
         pool_cells[(triton.cdiv(num_cells, cells),)](
             tuple(blocks), rows, row_P, weight, *runs, rows.stride(0), num_cells, **static
         )

@@ -118,6 +118,9 @@ def test_no_number_depends_on_the_order_of_programs(monkeypatch):
     for seed in (0, 1):
         test_table_is_the_dict(seed)
     test_gradients_of_a_frequent_row_are_summed_in_chunks(65)
+    test_sum_and_adamw_in_one_have_the_bytes_of_the_two(200)
+    check_candidates(1000, 1, (9, 60), [0, 1, 0], IDS)
+    test_crossed_lists_are_the_double_loop_s(60, 4, EXTREMES, (True, True))
 
 
 def test_keys_of_one_home_slot_are_told_apart_and_none_is_lost():
