@@ -197,10 +197,12 @@ def test_pool_of_few_refused_ids_among_many(dims):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("items", [[], [-1], [-1, -1], [0], [3], [0, 0, 2, -1, -1], [-1, 0, 0, 5], [1] * 200 + [7]])
+@pytest.mark.parametrize(
+    "items", [[], [-1], [-1, -1], [0], [3], [0, 0, 2, -1, -1], [-1, 0, 0, 5], [1] * 200 + [7], [3, 900, 1029]]
+)
 def test_runs_of_rising_items(items):
     """Behind the others or in front of them stand those that are none."""
-    begins, last = on_device(lambda item_N: runs.runs_of(item_N, 8))(torch.tensor(items, dtype=torch.int32))
+    begins, last = on_device(lambda item_N: runs.runs_of(item_N, 1030))(torch.tensor(items, dtype=torch.int32))
     assert int(last) == max(items, default=-1)
     for item in range(int(last) + 1):
         expected = [n for n, i in enumerate(items) if 0 <= i < item]
