@@ -16,7 +16,18 @@ import torch
 from recfx.data.columns import Column, FixedLen, Valid, VarLen, finite
 from recfx.kernels.pack_columns import Block, BlockColumn
 
-__all__ = ["BadRows", "as_list", "block_of", "check_schema", "conform", "is_list", "item_type", "packed_list"]
+__all__ = [
+    "BadRows",
+    "as_list",
+    "block_of",
+    "check_schema",
+    "conform",
+    "decoded",
+    "is_list",
+    "is_text",
+    "item_type",
+    "packed_list",
+]
 
 EXACT_FLOAT = 2**24  # integers up to here are float32 numbers
 
@@ -109,11 +120,16 @@ def _is_read_as(kind: pa.DataType, column: Column) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash):
-        return any(
-            f(kind) for f in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
-                              pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-        )  # fmt: skip
+        return is_text(kind)
     return pa.types.is_integer(kind) if column.item == pa.int64() else _is_number(kind)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Strings or bytes in any of Arrow's ways."""
+    return any(
+        f(kind) for f in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
+                          pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    )  # fmt: skip
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -180,7 +196,7 @@ def _without_nulls(lists: _Lists, column: Column) -> _Lists:
 def _take_apart(array: pa.Array, column: Column) -> _Lists:
     levels: list[np.ndarray] = []
     if not is_list(array.type):
-        array = _decoded(array)
+        array = decoded(array)
         present = _present(array, column, "a value")
         offsets = np.append(np.int32(0), np.cumsum(present, dtype=np.int32))
         return _Lists((offsets,), array.drop_null() if array.null_count else array)
@@ -198,10 +214,10 @@ def _take_apart(array: pa.Array, column: Column) -> _Lists:
             items, offsets = items.slice(offsets[0], offsets[-1] - offsets[0]), offsets - offsets[0]
         levels.append(offsets)
         array = items
-    return _Lists(tuple(levels), _decoded(array))
+    return _Lists(tuple(levels), decoded(array))
 
 
-def _decoded(array: pa.Array) -> pa.Array:
+def decoded(array: pa.Array) -> pa.Array:
     """Without a dictionary, whose entries may be null themselves."""
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 

@@ -10,15 +10,17 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import fs, orc
 from pyarrow import parquet as pq
 
-from recfx.data.conform import as_list, is_list, item_type, packed_list
+from recfx.data.conform import as_list, decoded, is_list, item_type, packed_list
 from recfx.data.files import File, Paths, match_files
-from recfx.data.formats import Format, open_source, reading
+from recfx.data.formats import EXTENSIONS, Format, open_source, reading
 
 __all__ = ["TYPES", "convert"]
 
+COMPRESSIONS = ("gz", "bz2", "zst", "lz4")
 TYPES: dict[str, pa.DataType] = {"float": pa.float32(), "int": pa.int64(), "string": pa.string()}
 
 
@@ -37,8 +39,9 @@ def convert(
 ) -> list[Path]:
     """Writes one file for each file that the paths name, and returns them.
 
-    Floats become float32, which is what the reader would make of them, and integers int64; lists stay lists and plain
-    values plain ones, null where they are missing. Parquet pages carry checksums, which the reader verifies.
+    Floats and decimals become float32, which is what the reader would make of them, integers int64, and all else but
+    lists and structs strings. Lists stay lists and plain values plain ones, null where they are missing. Parquet pages
+    carry checksums, which the reader verifies.
 
     Args:     columns: their names; None: all.
               types: of columns by name, where the files do not say, as CSV; other columns of CSV are guessed.
@@ -46,18 +49,15 @@ def convert(
               rows_per_unit: rows in an ORC stripe or a Parquet row group: what is decoded, shuffled and shared out.
               compression: of the columns, by the format's own names.
               filesystem, format: see `reader`.
-    Raises:   ValueError when an output file exists, or an input cannot be read. A file is whole or not there.
+    Raises:   ValueError when an output file exists, two inputs would be one, or an input cannot be read or kept. A
+              file is whole or not there.
     """
     if rows_per_unit < 1:
         raise ValueError(f"rows_per_unit: got {rows_per_unit}, expected at least 1.")
-    written = []
-    for file in match_files(paths, filesystem):
-        target = Path(folder) / f"{file.name.split('.')[0]}.{to}"
-        if target.exists():
-            raise ValueError(
-                f"folder: got '{folder}', where '{target.name}' exists, expected nothing to be overwritten."
-            )
-        target.parent.mkdir(parents=True, exist_ok=True)
+    _check_compression(to, compression)
+    targets = _targets(match_files(paths, filesystem), Path(folder), to)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for target, file in targets.items():
         scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             tables = _tables(file, columns, types or {}, format, as_lists)
@@ -65,8 +65,51 @@ def convert(
             os.replace(scratch, target)
         finally:
             scratch.unlink(missing_ok=True)
-        written.append(target)
-    return written
+    return list(targets)
+
+
+def _check_compression(to: str, compression: str) -> None:
+    try:
+        write = orc.ORCWriter if to == "orc" else pq.ParquetWriter
+        schema = () if to == "orc" else (pa.schema([]),)
+        write(pa.BufferOutputStream(), *schema, compression=_codec(to, compression)).close()
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise ValueError(
+            f"compression: got '{compression}' ({error}), expected one that {to} files can have."
+        ) from error
+
+
+def _codec(to: str, compression: str) -> str:
+    return "none" if to == "parquet" and compression == "uncompressed" else compression
+
+
+def _targets(files: Sequence[File], folder: Path, to: str) -> dict[Path, File]:
+    """What is written for which file.
+
+    Raises:   ValueError when one exists already, or would be written twice.
+    """
+    targets: dict[Path, File] = {}
+    for file in files:
+        target = folder / f"{_stem(file.name)}.{to}"
+        if target in targets:
+            raise ValueError(
+                f"paths: got '{targets[target].path}' and '{file.path}', which would both be '{target.name}', "
+                "expected names that differ."
+            )
+        if target.exists():
+            raise ValueError(
+                f"folder: got '{folder}', where '{target.name}' exists, expected nothing to be overwritten."
+            )
+        targets[target] = file
+    return targets
+
+
+def _stem(name: str) -> str:
+    """The name without the extensions that say format and compression."""
+    for known in (COMPRESSIONS, EXTENSIONS):
+        stem, dot, extension = name.rpartition(".")
+        name = stem if dot and stem and extension.lower() in known else name
+    return name
 
 
 def _tables(
@@ -75,7 +118,7 @@ def _tables(
     """The units of a file, converted, and first an empty table, for its schema."""
     source = open_source(file, types, format)
     names = list(columns or source.schema.names)
-    for name in names:
+    for name in (*names, *types):
         if name not in source.schema.names:
             raise ValueError(f"column '{name}' of '{file.path}': got no such column, expected {source.schema.names}.")
     yield _converted(source.schema.empty_table().select(names), file, as_lists)
@@ -97,7 +140,8 @@ def _converted(table: pa.Table, file: File, as_lists: bool) -> pa.Table:
             array = _as_stored(array)
         except pa.ArrowInvalid as error:
             raise ValueError(
-                f"column '{name}' of '{file.path}': got {array.type}, expected numbers: {error}"
+                f"column '{name}' of '{file.path}': got {array.type}, expected what can be kept as "
+                f"{_stored(array.type)}: {error}."
             ) from error
         arrays[name] = _as_lists(array) if as_lists and not pa.types.is_nested(array.type) else array
     return pa.table(arrays)
@@ -107,7 +151,13 @@ def _as_stored(array: pa.Array) -> pa.Array:
     if is_list(array.type):
         lists = as_list(array)
         return packed_list(lists, _as_stored(lists.flatten()))
-    return array.cast(_stored(array.type))
+    kept = decoded(array).cast(_stored(array.type))
+    if (
+        pa.types.is_float32(kept.type)
+        and pc.any(pc.and_not(pc.is_inf(kept), pc.is_inf(array.cast(pa.float64())))).as_py()
+    ):
+        raise pa.ArrowInvalid("a number is too large")
+    return kept
 
 
 def _stored(kind: pa.DataType) -> pa.DataType:
@@ -116,7 +166,9 @@ def _stored(kind: pa.DataType) -> pa.DataType:
         return pa.list_(_stored(item_type(kind)))
     if pa.types.is_struct(kind):
         return pa.struct([(field.name, _stored(field.type)) for field in kind])
-    if pa.types.is_floating(kind) or pa.types.is_null(kind):
+    if pa.types.is_dictionary(kind):
+        return _stored(kind.value_type)
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
         return pa.float32()
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
         return pa.int64()
@@ -151,7 +203,8 @@ def _write_orc(path: Path, tables: Iterator[pa.Table], rows_per_unit: int, compr
 
 def _write_parquet(path: Path, tables: Iterator[pa.Table], rows_per_unit: int, compression: str) -> None:
     empty = next(tables)
-    compression = "none" if compression == "uncompressed" else compression
-    with pq.ParquetWriter(str(path), empty.schema, compression=compression, write_page_checksum=True) as writer:
+    with pq.ParquetWriter(
+        str(path), empty.schema, compression=_codec("parquet", compression), write_page_checksum=True
+    ) as writer:
         for table in _units_of(itertools.chain([empty], tables), rows_per_unit):
             writer.write_table(table, row_group_size=rows_per_unit)

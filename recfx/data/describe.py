@@ -85,11 +85,15 @@ def _describe(name: str, column: pa.ChunkedArray) -> ColumnFacts:
         items = pc.list_flatten(items)
     if pa.types.is_struct(items.type):
         items = pc.struct_field(items, 0)
+    if pa.types.is_dictionary(items.type):
+        items = items.cast(items.type.value_type)
+    if pa.types.is_nested(items.type):  # a struct within a struct: Arrow counts none
+        items = pa.chunked_array([[None if item is None else repr(item) for item in items.to_pylist()]], pa.string())
     present = items.is_valid().to_numpy()
     rows, items = rows[present], items.drop_null()
     lengths = np.bincount(rows, minlength=len(column))
     counts = pc.value_counts(items).field("counts").to_numpy()
-    limits = pc.min_max(items).as_py() if len(items) and not pa.types.is_nested(items.type) else {}
+    limits = _limits(items)
     return ColumnFacts(
         name=name,
         type=str(column.type),
@@ -102,3 +106,10 @@ def _describe(name: str, column: pa.ChunkedArray) -> ColumnFacts:
         low=limits.get("min"),
         high=limits.get("max"),
     )
+
+
+def _limits(items: pa.ChunkedArray) -> dict:
+    try:
+        return pc.min_max(items).as_py()
+    except pa.ArrowNotImplementedError:  # a type without an order
+        return {}

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 import xxhash
 
+from recfx.data.conform import as_list, decoded, is_list, is_text, item_type
 from recfx.data.files import File
 from recfx.kernels.hashing import mix
 
@@ -65,9 +66,11 @@ class Split:
 def check_key(name: str, kind: pa.DataType) -> None:
     """Raises ValueError when the column is none of integers or strings, plain or in lists."""
     item = kind
-    while pa.types.is_list(item):
+    while is_list(item):
+        item = item_type(item)
+    if pa.types.is_dictionary(item):
         item = item.value_type
-    if not any(is_kind(item) for is_kind in (pa.types.is_integer, pa.types.is_string, pa.types.is_binary)):
+    if not (pa.types.is_integer(item) or is_text(item)):
         raise ValueError(f"split: got key '{name}' of {kind}, expected integers or strings. Equal keys must be equal.")
 
 
@@ -75,9 +78,11 @@ def _key_bits(keys: pa.Array) -> np.ndarray:
     """64 bits of each row's key."""
     bits = np.zeros(len(keys), dtype=np.int64)
     rows = np.arange(len(keys))
-    while pa.types.is_list(keys.type):
+    while is_list(keys.type):
+        keys = as_list(keys)
         offsets, lengths = keys.offsets.to_numpy(), keys.value_lengths().fill_null(0).to_numpy()
         rows, keys = rows[lengths > 0], keys.values.take(pa.array(offsets[:-1][lengths > 0]))
+    keys = decoded(keys)
     rows, keys = rows[keys.is_valid().to_numpy(zero_copy_only=False)], keys.drop_null()
     if pa.types.is_integer(keys.type):
         bits[rows] = keys.to_numpy().astype(np.int64)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import math
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -71,9 +75,67 @@ def test_nothing_is_overwritten_and_nothing_is_half_written(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
-    [({"rows_per_unit": 0}, "rows_per_unit: got 0"), ({"columns": ["y"]}, r"column 'y' of '.*': got no such column")],
+    [
+        ({"rows_per_unit": 0}, "rows_per_unit: got 0"),
+        ({"columns": ["y"]}, r"column 'y' of '.*': got no such column"),
+        ({"types": {"z": pa.int64()}}, r"column 'z' of '.*': got no such column"),
+        ({"compression": "rar"}, r"compression: got 'rar' \(.*\), expected one that parquet files can have"),
+        ({"compression": "rar", "to": "orc"}, "compression: got 'rar'"),
+    ],
 )
 def test_arguments_out_of_range(tmp_path, arguments, match):
     write(tmp_path / "a.parquet", FLAT)
     with pytest.raises(ValueError, match=match):
         convert(tmp_path, tmp_path / "out", **arguments)
+
+
+def test_types_that_have_no_place_in_training(tmp_path):
+    table = pa.table(
+        {
+            "price": pa.array([Decimal("1.50"), None], pa.decimal128(9, 2)),
+            "day": pa.array([date(2020, 1, 2), None]),
+            "city": pa.array(["a", None]).dictionary_encode(),
+            "views": pa.array([[1], [2, 3]], pa.list_view(pa.int32())),
+        }
+    )
+    (path,) = convert(write(tmp_path / "a.arrow", table), tmp_path / "out")
+    assert pq.read_schema(path).types == [pa.float32(), pa.string(), pa.string(), pa.list_(pa.int64())]
+    assert pq.read_table(path).to_pylist() == [
+        {"price": 1.5, "day": "2020-01-02", "city": "a", "views": [1]},
+        {"price": None, "day": None, "city": None, "views": [2, 3]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        (
+            pa.array([[1.0], [-1e39]]),
+            r"column 'x' of '.*': got list<.*double>, expected .* float>: a number is too large",
+        ),
+        (pa.array([2**63], pa.uint64()), r"column 'x' of '.*': got uint64, expected what can be kept as int64"),
+    ],
+)
+def test_values_that_would_change_are_an_error(tmp_path, values, match):
+    with pytest.raises(ValueError, match=match):
+        convert(write(tmp_path / "a.parquet", pa.table({"x": values})), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_infinities_stay(tmp_path):
+    (path,) = convert(write(tmp_path / "a.orc", pa.table({"x": [math.inf, -math.inf]})), tmp_path / "out")
+    assert pq.read_table(path)["x"].to_pylist() == [math.inf, -math.inf]
+
+
+def test_names_with_dots(tmp_path):
+    for name in ("2020.01.csv", "2020.02.csv", "b.v1.csv.gz", "c.parquet.d"):
+        (tmp_path / name).write_bytes(gzip.compress(b"x\n1\n") if name.endswith("gz") else b"x\n1\n")
+    written = convert(tmp_path, tmp_path / "out", format=Csv())
+    assert [path.name for path in written] == [f"{n}.parquet" for n in ("2020.01", "2020.02", "b.v1", "c.parquet.d")]
+
+
+def test_two_inputs_of_one_name(tmp_path):
+    paths = [write(tmp_path / folder / "a.parquet", FLAT) for folder in ("one", "two")]
+    with pytest.raises(ValueError, match=r"paths: got '.*one/a.parquet' and '.*two/a.parquet', which would both be"):
+        convert(paths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -47,3 +47,19 @@ def test_plain_nested_and_weighted_columns_of_several_files(tmp_path):
     write(tmp_path / "c.parquet", pa.table({"y": [1]}))
     with pytest.raises(ValueError, match=r"file '.*c.parquet': got columns \['y'\], expected"):
         describe(match_files(tmp_path))
+
+
+def test_types_without_an_order_or_with_a_dictionary(tmp_path):
+    table = pa.table(
+        {
+            "city": pa.array(["b", "a", "b", None]).dictionary_encode(),
+            "pair": pa.array([[{"k": {"deep": 1}, "v": 1.0}], [], None, []]),
+            "raw": pa.array([b"\xff", None, b"", b"a"]),
+            "nothing": pa.nulls(4),
+        }
+    )
+    city, pair, raw, nothing = describe(match_files(write(tmp_path / "a.arrow", table))).columns
+    assert (city.low, city.high, city.num_distinct, city.missing) == ("a", "b", 2, 0.25)
+    assert (pair.missing, pair.num_distinct, pair.low) == (0.75, 1, "{'deep': 1}")
+    assert (raw.low, raw.high) == (b"", b"\xff")
+    assert (nothing.missing, nothing.num_distinct) == (1.0, 0)

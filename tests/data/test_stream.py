@@ -193,6 +193,31 @@ def test_split_by_key_parts_users_and_loses_no_row(folder, key):
     assert sorted(row["id"][0] for rows in parts.values() for row in rows) == list(range(NUM_ROWS))
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.int32(),
+        pa.large_string(),
+        pa.dictionary(pa.int8(), pa.string()),
+        pa.large_list(pa.int64()),
+        pa.list_view(pa.int64()),
+    ],
+)
+def test_a_key_is_the_same_in_any_of_arrows_ways(tmp_path, kind):
+    def validation(name: str, keys: pa.Array) -> list[int]:
+        with pa.ipc.new_file(str(tmp_path / name), pa.schema([("id", pa.int64()), ("key", keys.type)])) as writer:
+            writer.write_table(pa.table({"id": pa.array(range(60), pa.int64()), "key": keys}))
+        return ids_of(reader(tmp_path / name, COLUMNS[:1], 60, drop_remainder=False, split=SPLIT))
+
+    keys = [i % 17 for i in range(60)]
+    plain = [str(key) for key in keys] if "string" in str(kind) else keys
+    wanted = [[key] for key in plain] if "list" in str(kind) else plain
+    assert validation("a.arrow", pa.array(wanted, kind)) == validation("b.arrow", pa.array(plain))
+
+
+SPLIT = Split(part="validation", fraction=0.4, key="key")
+
+
 def test_split_by_key_keeps_to_the_fraction(tmp_path):
     write(tmp_path / "a.parquet", pa.table({"id": pa.array(range(20_000), pa.int64())}))
     split = Split(part="validation", fraction=0.1, key="id")
