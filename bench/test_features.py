@@ -17,6 +17,7 @@ import torch
 from bench.harness import Claim, Claims, Comparison, Loop, compare, rate
 from graphs.many_features import NUM_FEATURES, Features, columns, dicts_of_columns, one_call_per_column
 from recfx.fx_passes import StepPasses
+from recfx.kernels.order_ids import order_ids
 from recfx.kernels.string_hash import farm_hashes, murmur_hashes
 from recfx.types import Layout, Ragged, unpack
 
@@ -75,10 +76,12 @@ def in_strings(result: Comparison, name: str, baseline_name: str) -> Claim:
     return result.claim(name, baseline_name, batch_size=NUM_STRINGS, target=None)
 
 
-def checksum(tree: dict[str, Any]) -> torch.Tensor:
-    """Something that needs every value: what a step would consume is not an output either."""
-    parts = [v.values if isinstance(v, Ragged) else v for v in tree.values()]
-    return torch.stack([p.sum().double() for p in parts]).sum()
+def consumed(features: dict[str, Any]) -> list[torch.Tensor]:
+    """What a step makes of them: ids of all lists in the table's order, numbers side by side."""
+    ids = [v for v in features.values() if isinstance(v, Ragged)]
+    numbers = [v for v in features.values() if not isinstance(v, Ragged)]
+    in_order = order_ids([v.values for v in ids], [v.offsets for v in ids]) if ids else ()
+    return [*in_order, *([torch.cat(numbers, dim=1)] if numbers else [])]
 
 
 def measured(features: Features, num: int, *, compiled: bool) -> tuple[float, float, float]:
@@ -86,8 +89,8 @@ def measured(features: Features, num: int, *, compiled: bool) -> tuple[float, fl
     batch = columns(num, BATCH_SIZE)
     layout: Layout = batch.layout
 
-    def run(sections: list[torch.Tensor]) -> dict[str, Any]:
-        return features(unpack(sections, layout), num)
+    def run(sections: list[torch.Tensor]) -> list[torch.Tensor]:
+        return consumed(features(unpack(sections, layout), num))
 
     if compiled:
         torch._dynamo.reset()
@@ -98,7 +101,7 @@ def measured(features: Features, num: int, *, compiled: bool) -> tuple[float, fl
         run = torch.compile(run, fullgraph=True, dynamic=False, options=options)
     with torch.no_grad():
         begin = time.perf_counter()
-        total = float(checksum(run(batch.sections)))
+        total = sum(float(t.double().sum()) for t in run(batch.sections))
         first_s = time.perf_counter() - begin
         return statistics.median(rate(Loop(run, [batch.sections]), blocks=3)), first_s, total
 
