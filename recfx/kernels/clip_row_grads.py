@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from recfx.kernels.op import address, c_function, define_op, int64s
+from recfx.kernels.op import define_op
 
 __all__ = ["clip_row_grads_", "clipped", "squared_norm"]
 
@@ -36,22 +35,10 @@ def definition(
         grads[:num] = clipped(grads[:num], scale, dims, limit, max_norm)
 
 
-_clip_row_grads = c_function("clip_row_grads", "ppi" + "pp" + "ipp")
-
-
-def _cpu(grads, num_unique, scale, due, dims, limit, max_norm):  # type: ignore[no-untyped-def]
-    _clip_row_grads(
-        *(grads.data_ptr(), address(num_unique), grads.stride(0)),
-        *(address(scale), address(due)),
-        *(len(dims), int64s(dims), (ctypes.c_double * 2)(limit, max_norm)),
-    )
-
-
 clip_row_grads_ = define_op(
     "clip_row_grads_(Tensor(a!) grads, Tensor num_unique, Tensor scale, Tensor due, int[] dims, float limit,"
     " float max_norm) -> ()",
     definition=definition,
-    cpu=_cpu,
     cuda="clip_row_grads",
     fake=lambda *_: None,
 )
@@ -62,19 +49,9 @@ def squared_norm_definition(grads: Tensor, num_unique: Tensor) -> Tensor:
     return grads[: int(num_unique)].double().square().sum()
 
 
-_squared_norm = c_function("squared_norm", "ppii" + "p")
-
-
-def _squared_norm_cpu(grads, num_unique):  # type: ignore[no-untyped-def]
-    out = grads.new_empty((), dtype=torch.float64)
-    _squared_norm(grads.data_ptr(), address(num_unique), grads.stride(0), grads.shape[1], out.data_ptr())
-    return out
-
-
 squared_norm = define_op(
     "squared_norm(Tensor grads, Tensor num_unique) -> Tensor",
     definition=squared_norm_definition,
-    cpu=_squared_norm_cpu,
     cuda="clip_row_grads",
     fake=lambda grads, num_unique: grads.new_empty((), dtype=torch.float64),
 )

@@ -32,6 +32,17 @@ void add_row_grads(float*, int64_t, const int32_t*, const int32_t*, int64_t, int
 void add_predictions(int64_t*, double*, const float*, const float*, const float*, const bool*, int64_t, int64_t,
                      double);
 void adamw_rows(float*, float*, int64_t*, const int32_t*, int64_t, int64_t, int64_t, const double*, const bool*);
+void order_lists(const int64_t* const*, const int32_t* const*, const float* const*, const int64_t*, int64_t, int64_t,
+                 int64_t, int64_t*, int32_t*, float*);
+void list_sums(const float*, const int32_t*, int64_t, float*);
+void select_lists(const float* const*, const int32_t* const*, int64_t, int64_t, int64_t, const float*, float*);
+void clip_row_grads(float*, const int64_t*, int64_t, const float*, const bool*, int64_t, const int64_t*, const double*);
+void squared_norm(const float*, const int64_t*, int64_t, int64_t, double*);
+void sgd_rows(const StepRows*);
+void adagrad_rows(const StepRows*);
+void rowwise_adagrad_rows(const StepRows*);
+void adamw_rows_by_column(const StepRows*);
+void ftrl_rows(const StepRows*);
 }
 
 namespace {
@@ -147,6 +158,60 @@ void add_predictions_op(Tensor histogram, Tensor sums, const Tensor& logit, cons
                   flat<float>(loss), flat<bool>(valid), logit.numel(), histogram.size(1), logit_range);
 }
 
+std::tuple<Tensor, Tensor, Tensor> order_lists_op(const Tensors& values, const Tensors& offsets,
+                                                  const std::vector<std::optional<Tensor>>& weights,
+                                                  const Ints& lengths) {
+  int64_t positions = 0;
+  for (const Tensor& t : values) positions += t.numel();
+  std::vector<const float*> of_weights;
+  for (const std::optional<Tensor>& t : weights) of_weights.push_back(t ? flat<const float>(*t) : nullptr);
+  Tensor id_P = torch::stable::new_empty(values[0], {positions}), cell_P = torch::stable::new_empty(offsets[0], {positions});
+  Tensor weight_P = torch::stable::new_empty(values[0], {positions}, torch::headeronly::ScalarType::Float);
+  order_lists(flat<const int64_t>(values).data(), flat<const int32_t>(offsets).data(), of_weights.data(), lengths.data(),
+              values.size(), offsets[0].numel() - 1, positions, flat<int64_t>(id_P), flat<int32_t>(cell_P),
+              flat<float>(weight_P));
+  return {id_P, cell_P, weight_P};
+}
+
+Tensor list_sums_op(const Tensor& values, const Tensor& offsets) {
+  Tensor sums = torch::stable::new_empty(values, {offsets.numel() - 1});
+  list_sums(flat<float>(values), flat<int32_t>(offsets), sums.numel(), flat<float>(sums));
+  return sums;
+}
+
+Tensor select_lists_op(const Tensors& values, const Tensors& offsets, int64_t dim, double fill) {
+  const int64_t num_lists = offsets[0].numel() - 1, num_columns = values.size();
+  const float number = fill;
+  Tensor out = torch::stable::new_empty(values[0], {num_lists, num_columns * dim});
+  select_lists(flat<const float>(values).data(), flat<const int32_t>(offsets).data(), num_columns, num_lists, dim,
+               &number, flat<float>(out));
+  return out;
+}
+
+void clip_row_grads_op(Tensor grads, const Tensor& num_unique, const Tensor& scale, const Tensor& due, const Ints& dims,
+                       double limit, double max_norm) {
+  const double limits[] = {limit, max_norm};
+  clip_row_grads(strided<float>(grads), flat<int64_t>(num_unique), grads.stride(0), flat<float>(scale), flat<bool>(due),
+                 dims.size(), dims.data(), limits);
+}
+
+Tensor squared_norm_op(const Tensor& grads, const Tensor& num_unique) {
+  Tensor norm = torch::stable::new_empty(grads, {}, torch::headeronly::ScalarType::Double);
+  squared_norm(strided<float>(grads), flat<int64_t>(num_unique), grads.stride(0), grads.size(1), flat<double>(norm));
+  return norm;
+}
+
+template <void (*update)(const StepRows*)>
+void optimizer_rows_op(Tensor rows, Tensor grads, Tensor num_unique, const Tensor& unique_rows,
+                       const Tensor& row_vocabularies, const Tensor& hyper, const Tensor& due, const Ints& dims,
+                       std::optional<Tensor> rates) {
+  const StepRows step{strided<float>(rows), strided<float>(grads), flat<int64_t>(num_unique), flat<int32_t>(unique_rows),
+                      flat<int32_t>(row_vocabularies), rows.stride(0), grads.stride(0), grads.size(1),
+                      flat<double>(hyper), rates ? flat<float>(*rates) : nullptr, flat<bool>(due),
+                      (int64_t)dims.size(), dims.data()};
+  update(&step);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(recfx, CPU, library) {
@@ -158,4 +223,14 @@ STABLE_TORCH_LIBRARY_IMPL(recfx, CPU, library) {
   library.impl("add_row_grads_", TORCH_BOX(&add_row_grads_op));
   library.impl("adamw_rows_", TORCH_BOX(&adamw_rows_op));
   library.impl("add_predictions_", TORCH_BOX(&add_predictions_op));
+  library.impl("order_lists", TORCH_BOX(&order_lists_op));
+  library.impl("list_sums", TORCH_BOX(&list_sums_op));
+  library.impl("select_lists", TORCH_BOX(&select_lists_op));
+  library.impl("clip_row_grads_", TORCH_BOX(&clip_row_grads_op));
+  library.impl("squared_norm", TORCH_BOX(&squared_norm_op));
+  library.impl("sgd_rows_", TORCH_BOX(&optimizer_rows_op<sgd_rows>));
+  library.impl("adagrad_rows_", TORCH_BOX(&optimizer_rows_op<adagrad_rows>));
+  library.impl("rowwise_adagrad_rows_", TORCH_BOX(&optimizer_rows_op<rowwise_adagrad_rows>));
+  library.impl("adamw_rows_by_column_", TORCH_BOX(&optimizer_rows_op<adamw_rows_by_column>));
+  library.impl("ftrl_rows_", TORCH_BOX(&optimizer_rows_op<ftrl_rows>));
 }

@@ -4,20 +4,6 @@
 
 #include "table.h"
 
-struct StepRows {
-  float* rows;
-  float* grads_UW;
-  int64_t* num_unique;
-  const int32_t* unique_rows;
-  const int32_t* vocabularies;  // of each row
-  int64_t row_stride, grad_stride, width;
-  const double* hyper;  // decay, rate, scale, then the formula's own
-  const float* rates;   // [vocabularies, 2, width]: decay and rate of each weight; null: hyper's for all
-  const bool* due;
-  int64_t num_tables;
-  const int64_t* dims;  // of the logical tables side by side
-};
-
 // Calls formula(w, g, decay, rate, dim) per row: its first weight, its scaled gradients, decay and rate per weight.
 template <class Formula>
 static void update_rows(const StepRows& s, Formula formula) {

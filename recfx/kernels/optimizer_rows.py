@@ -6,7 +6,6 @@ is the same for all.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor
 
 from recfx.kernels.adamw_rows import adamw_update
-from recfx.kernels.build import library
-from recfx.kernels.op import address, define_op, int64s
+from recfx.kernels.op import define_op
 
 __all__ = [
     "RowOptimizer",
@@ -102,18 +100,6 @@ def _ftrl(rows: Tensor, g: Tensor, decay: Tensor, rate: Tensor, own: Own, dims: 
     return torch.stack([torch.where((rate > 0) & (now > 0), new, w), z, n], dim=1)
 
 
-class _StepRows(ctypes.Structure):
-    """StepRows of the C++ file."""
-
-    _fields_ = [
-        (name, ctypes.c_int64 if name in ("row_stride", "grad_stride", "width", "num_tables") else ctypes.c_void_p)
-        for name in (
-            *("rows", "grads", "num_unique", "unique_rows", "vocabularies", "row_stride", "grad_stride", "width"),
-            *("hyper", "rates", "due", "num_tables", "dims"),
-        )
-    ]
-
-
 def updated_rows(
     formula: Formula,
     rows: Tensor,
@@ -162,22 +148,10 @@ def _define(name: str, formula: Formula) -> RowOptimizer:
         grads[:num] = 0
         num_unique.zero_()
 
-    def cpu(rows, grads, num_unique, unique_rows, row_vocabularies, hyper, due, dims, rates=None):  # type: ignore[no-untyped-def]
-        widths = int64s(dims)
-        step = _StepRows(
-            *(rows.data_ptr(), grads.data_ptr()),
-            *map(address, (num_unique, unique_rows, row_vocabularies)),
-            *(rows.stride(0), grads.stride(0), grads.shape[1]),
-            *(address(hyper), None if rates is None else address(rates), address(due)),
-            *(len(dims), ctypes.cast(widths, ctypes.c_void_p)),
-        )
-        getattr(library(), name)(ctypes.byref(step))
-
     op_ = define_op(
         f"{name}_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) num_unique, Tensor unique_rows,"
         " Tensor row_vocabularies, Tensor hyper, Tensor due, int[] dims, Tensor? rates=None) -> ()",
         definition=definition,
-        cpu=cpu,
         cuda="optimizer_rows",
         fake=lambda *_: None,
     )

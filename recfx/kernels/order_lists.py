@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from recfx.kernels.op import address, addresses, c_function, define_op, int64s
+from recfx.kernels.op import define_op
 from recfx.kernels.take_lists import list_of
 
 __all__ = ["list_sums", "order_lists"]
@@ -46,27 +45,15 @@ def definition(
     return id_P, cell_P, weight_P
 
 
-_order_lists = c_function("order_lists", "pppp" + "iii" + "ppp")
-
-
 def _fake(values, offsets, weights, lengths):  # type: ignore[no-untyped-def]
     num_positions = sum(v.numel() for v in values)
     weight_P = values[0].new_empty(num_positions, dtype=torch.float32)
     return values[0].new_empty(num_positions), offsets[0].new_empty(num_positions), weight_P
 
 
-def _cpu(values, offsets, weights, lengths):  # type: ignore[no-untyped-def]
-    out = _fake(values, offsets, weights, lengths)
-    of_weights = (ctypes.c_void_p * len(weights))(*[None if w is None else address(w) for w in weights])
-    sizes = len(values), offsets[0].numel() - 1, out[0].numel()
-    _order_lists(addresses(values), addresses(offsets), of_weights, int64s(lengths), *sizes, *map(address, out))
-    return out
-
-
 order_lists = define_op(
     "order_lists(Tensor[] values, Tensor[] offsets, Tensor?[] weights, int[] lengths) -> (Tensor, Tensor, Tensor)",
     definition=definition,
-    cpu=_cpu,
     cuda="order_lists",
     fake=_fake,
 )
@@ -79,23 +66,13 @@ def list_sums_definition(values: Tensor, offsets: Tensor) -> Tensor:
     return sums[:num_lists]
 
 
-_list_sums = c_function("list_sums", "ppip")
-
-
 def _list_sums_fake(values, offsets):  # type: ignore[no-untyped-def]
     return values.new_empty(offsets.numel() - 1)
-
-
-def _list_sums_cpu(values, offsets):  # type: ignore[no-untyped-def]
-    out = _list_sums_fake(values, offsets)
-    _list_sums(address(values), address(offsets), out.numel(), address(out))
-    return out
 
 
 list_sums = define_op(
     "list_sums(Tensor values, Tensor offsets) -> Tensor",
     definition=list_sums_definition,
-    cpu=_list_sums_cpu,
     cuda="order_lists",
     fake=_list_sums_fake,
 )

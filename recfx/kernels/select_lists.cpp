@@ -10,6 +10,7 @@ EXPORT void select_lists(const float* const* values, const int32_t* const* offse
       for (int64_t l = begin; l < std::min(begin + LISTS, num_lists); ++l) {
         const int32_t first = offsets[c][l];
         float* to = out + (l * num_columns + c) * dim;
-        for (int64_t k = 0; k < dim; ++k) to[k] = first + k < offsets[c][l + 1] ? values[c][first + k] : *fill;
+        for (int64_t k = 0; k < dim; ++k)  // an address is chosen, not a branch, which no predictor would guess
+          to[k] = *(first + k < offsets[c][l + 1] ? values[c] + first + k : fill);
       }
 }

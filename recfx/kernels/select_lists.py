@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recfx.kernels.op import address, addresses, c_function, define_op
+from recfx.kernels.op import define_op
 
 __all__ = ["select_lists"]
 
@@ -26,25 +26,13 @@ def definition(values: Sequence[Tensor], offsets: Sequence[Tensor], dim: int, fi
     return torch.cat(out, dim=1)
 
 
-_select_lists = c_function("select_lists", "ppiiipp")
-
-
 def _fake(values: Sequence[Tensor], offsets: Sequence[Tensor], dim: int, fill: float) -> Tensor:
     return values[0].new_empty(offsets[0].shape[0] - 1, len(values) * dim)
-
-
-def _cpu(values: Sequence[Tensor], offsets: Sequence[Tensor], dim: int, fill: float) -> Tensor:
-    out = _fake(values, offsets, dim, fill)
-    filled = torch.tensor(fill, dtype=torch.float32)
-    sizes = len(values), out.shape[0], dim
-    _select_lists(addresses(values), addresses(offsets), *sizes, address(filled), address(out))
-    return out
 
 
 select_lists = define_op(
     "select_lists(Tensor[] values, Tensor[] offsets, int dim, float fill) -> Tensor",
     definition=definition,
-    cpu=_cpu,
     cuda="select_lists",
     fake=_fake,
 )

@@ -161,6 +161,21 @@ struct Ids {
   int32_t vocabulary(int64_t k) const { return vocabularies[lookup(k)]; }
 };
 
+// What an optimiser needs to update the rows of one step.
+struct StepRows {
+  float* rows;
+  float* grads_UW;
+  int64_t* num_unique;
+  const int32_t* unique_rows;
+  const int32_t* vocabularies;  // of each row
+  int64_t row_stride, grad_stride, width;
+  const double* hyper;  // decay, rate, scale, then the formula's own
+  const float* rates;   // [vocabularies, 2, width]: decay and rate of each weight; null: hyper's for all
+  const bool* due;
+  int64_t num_tables;
+  const int64_t* dims;  // of the logical tables side by side
+};
+
 // Calls f(dim) with the usual widths as compile-time constants, so that loops over them become a few vector instructions.
 template <class F>
 static inline void with_dim(int64_t dim, F f) {
