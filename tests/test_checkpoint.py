@@ -6,10 +6,13 @@ import errno
 import hashlib
 import json
 import os
+import random
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import xxhash
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from recfx.checkpoint import contents, latest, load, save
+from recfx.checkpoint import contents, files, latest, load, save
 from recfx.checkpoint.files import MANIFEST, STATE, digest_of, write_file
 from recfx.embeddings import Embedding
 from recfx.optim import sparse_adamw
@@ -269,8 +272,36 @@ def test_saving_at_the_same_number_again(step, saved, same):
     assert int(loaded.dense.step) == int(state.dense.step)
 
 
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def no_space(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("direct", [files.DIRECT, 0, 2**30])
+@pytest.mark.parametrize("size", [1, 8191, 8192, 8193, 3 * 8192 + 5])
+def test_a_file_is_what_was_written_whatever_the_file_system_can(tmp_path, monkeypatch, direct, size):
+    monkeypatch.setattr(files, "CHUNK_BYTES", 8192)
+    monkeypatch.setattr(files, "DIRECT", direct)
+    content = random.Random(size).randbytes(size)
+    chunks = [content[first : first + 3000] for first in range(0, size, 3000)]
+    assert write_file(tmp_path / "file", chunks) == xxhash.xxh3_128_hexdigest(content)
+    assert (tmp_path / "file").read_bytes() == content
+
+
+@pytest.mark.parametrize("limit", [8192 + 4096, 8192 + 100, 3 * 8192 + 1])
+def test_a_disk_that_fills_up_within_a_block_is_told(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(files, "CHUNK_BYTES", 8192)
+    with file_size_limit(limit), pytest.raises(OSError, match="File too large"):
+        write_file(tmp_path / "file", [bytes(3 * 8192 + 5)])
 
 
 @pytest.mark.parametrize("failing", ["contents.os.replace", "files.os.fsync", "contents.write_tensors"])
@@ -289,14 +320,10 @@ def test_the_previous_checkpoint_survives_a_write_that_fails(step, saved, monkey
 
 
 def test_a_file_the_system_refuses(step, saved):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     state = some_state(step, 6)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"File too large. The checkpoints before this one are whole") as error:
-            save(saved.parent, step, state, number=9, loop=LOOP, max_to_keep=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    expected = pytest.raises(OSError, match=r"File too large. The checkpoints before this one are whole")
+    with file_size_limit(4096), expected as error:
+        save(saved.parent, step, state, number=9, loop=LOOP, max_to_keep=1)
     assert error.value.errno == errno.EFBIG
     assert steps(saved.parent) == [saved]
     assert latest(saved.parent) == saved
