@@ -47,7 +47,7 @@ def run(folder: Path, in_background: bool, full_every: int, slow: random.Random 
     torch.set_num_threads(1)
     if slow is not None:
         fsync = os.fsync
-        os.fsync = lambda file: (time.sleep(slow.uniform(0, 0.004)), fsync(file))[1]  # type: ignore[assignment]
+        os.fsync = lambda file: (time.sleep(slow.uniform(0, 0.012)), fsync(file))[1]  # type: ignore[assignment]
     step = deepfm_step(accumulation=2)
     reader = MemoryReader(deepfm_batches(NUM_BATCHES + 1, seed=5, ids=tuple(range(150)), short_last=True))
     config = TrainConfig(
