@@ -16,10 +16,14 @@ __all__ = ["as_records", "records_of"]
 
 def as_records(plan: PackPlan, batch: pa.RecordBatch) -> pa.RecordBatch:
     """The rows of a conformed batch as one column of `write_records`."""
-    starts, records = write_records(plan, block_of(batch))
+    starts, records = write_records(plan, block_of(batch), _from_arrows_pool)
     buffers = [None, pa.py_buffer(starts), pa.py_buffer(records)]
     array = pa.LargeBinaryArray.from_buffers(pa.large_binary(), batch.num_rows, buffers)
     return pa.RecordBatch.from_arrays([array], ["record"])
+
+
+def _from_arrows_pool(number: int) -> np.ndarray:
+    return np.frombuffer(pa.allocate_buffer(number), np.uint8)
 
 
 def records_of(batches: Sequence[pa.RecordBatch]) -> Records:

@@ -67,18 +67,23 @@ uint8_t* write_other(const Source& source, int64_t row, uint8_t* to) {
     return to + num_bytes + weight_bytes;
 }
 
+// Writes what is in the lists of some rows, and moves `at`, where each row's record goes on.
+//
 // One item is copied whether there is one or not: where lists hold 0 or 1 items at random, a branch would be mispredicted.
+// It may fall on the first 8 bytes of the next record, whose lengths and fixed values are therefore written last.
 template <class Item>
-uint8_t* write_plain(const std::vector<Source>& sources, int64_t row, int64_t num_rows, uint8_t* lengths, uint8_t* to) {
+void write_plain(const std::vector<Source>& sources, int64_t first_row, int64_t n, int64_t num_rows, uint8_t** at) {
     for (const Source& source : sources) {
-        const int32_t *offsets = source.offsets[0], begin = offsets[row], length = offsets[row + 1] - begin;
-        const uint8_t* from = source.values + begin * sizeof(Item);
-        if (begin < offsets[num_rows]) std::memcpy(to, from, sizeof(Item));
-        if (length > 1) std::memcpy(to, from, length * sizeof(Item));
-        std::memcpy(lengths, &length, 4);
-        lengths += 4, to += length * sizeof(Item);
+        const int32_t* offsets = source.offsets[0] + first_row;
+        const int32_t last = source.offsets[0][num_rows];
+        for (int64_t i = 0; i < n; ++i) {
+            const int32_t begin = offsets[i], length = offsets[i + 1] - begin;
+            const uint8_t* from = source.values + begin * sizeof(Item);
+            if (begin < last) std::memcpy(at[i], from, sizeof(Item));
+            if (length > 1) std::memcpy(at[i], from, length * sizeof(Item));
+            at[i] += length * sizeof(Item);
+        }
     }
-    return to;
 }
 
 // Target of a column's rows while a batch is filled. Of a column without room only the items are counted.
@@ -203,6 +208,7 @@ struct Filling {
     }
 };
 
+constexpr int64_t PIECE = 256;           // rows that are written column by column, in the processor's cache
 constexpr int64_t AHEAD = 4;             // records
 constexpr int64_t MAX_PREFETCHED = 1024;  // bytes of a record; what follows comes by itself
 
@@ -231,25 +237,38 @@ void recfx_record_starts(const int64_t* sources, const Target* targets, int64_t 
 
 void recfx_write_records(const int64_t* sources, const Target* targets, int64_t num_columns, int64_t num_rows,
                          const int64_t* starts, uint8_t* records) {
-    std::vector<Source> columns[NUM_KINDS];
+    std::vector<Source> columns[NUM_KINDS], lists;
+    int64_t fixed_bytes = 0;
     for (const Kind kind : {FIXED, WIDE, NARROW, OTHER}) {
         columns[kind] = sources_of(kind, sources, targets, num_columns);
+        if (kind != FIXED) lists.insert(lists.end(), columns[kind].begin(), columns[kind].end());
     }
-    const int64_t num_wide = columns[WIDE].size(), num_narrow = columns[NARROW].size();
-    const int64_t num_lists = num_wide + num_narrow + columns[OTHER].size();
-    for (int64_t row = 0; row < num_rows; ++row) {
-        uint8_t *lengths = records + starts[row], *to = lengths + 4 * num_lists;
-        for (const Source& fixed : columns[FIXED]) {
-            std::memcpy(to, fixed.values + row * fixed.itemsize, fixed.itemsize);
-            to += fixed.itemsize;
-        }
-        to = write_plain<int64_t>(columns[WIDE], row, num_rows, lengths, to);
-        to = write_plain<int32_t>(columns[NARROW], row, num_rows, lengths + 4 * num_wide, to);
-        lengths += 4 * (num_wide + num_narrow);
+    for (const Source& fixed : columns[FIXED]) fixed_bytes += fixed.itemsize;
+    const int64_t header_bytes = 4 * lists.size() + fixed_bytes;
+    uint8_t* at[PIECE];
+    for (int64_t first = 0; first < num_rows; first += PIECE) {
+        const int64_t n = std::min(PIECE, num_rows - first);
+        for (int64_t i = 0; i < n; ++i) at[i] = records + starts[first + i] + header_bytes;
+        write_plain<int64_t>(columns[WIDE], first, n, num_rows, at);
+        write_plain<int32_t>(columns[NARROW], first, n, num_rows, at);
         for (const Source& other : columns[OTHER]) {
-            const int32_t length = other.offsets[0][row + 1] - other.offsets[0][row];
-            std::memcpy(lengths, &length, 4);
-            lengths += 4, to = write_other(other, row, to);
+            for (int64_t i = 0; i < n; ++i) at[i] = write_other(other, first + i, at[i]);
+        }
+        for (int64_t i = 0; i < n; ++i) at[i] = records + starts[first + i];
+        for (const Source& list : lists) {
+            const int32_t* offsets = list.offsets[0] + first;
+            for (int64_t i = 0; i < n; ++i) {
+                const int32_t length = offsets[i + 1] - offsets[i];
+                std::memcpy(at[i], &length, 4);
+                at[i] += 4;
+            }
+        }
+        for (const Source& fixed : columns[FIXED]) {
+            const uint8_t* from = fixed.values + first * fixed.itemsize;
+            for (int64_t i = 0; i < n; ++i) {
+                std::memcpy(at[i], from + i * fixed.itemsize, fixed.itemsize);
+                at[i] += fixed.itemsize;
+            }
         }
     }
     if (num_rows) std::memset(records + starts[num_rows] - 8, 0, 8);

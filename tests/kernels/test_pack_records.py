@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recfx.kernels import pack_records as module
-from recfx.kernels.pack_columns import Block, PackPlan, Segment, count_items, pack_columns_reference
+from recfx.kernels.pack_columns import (
+    Block,
+    BlockColumn,
+    PackedColumn,
+    PackPlan,
+    Segment,
+    count_items,
+    pack_columns_reference,
+)
 from recfx.kernels.pack_records import Records, pack_records, write_records, write_records_reference
 from tests.kernels.blocks import COLUMNS, blocks, plan_for, simple_block
 
@@ -33,6 +41,21 @@ def test_records_are_the_very_bytes_of_the_reference(block):
     )
     assert starts.tolist() == starts_by_definition.tolist()
     assert records.tobytes() == by_definition.tobytes()
+
+
+@pytest.mark.parametrize("kinds", [[torch.int64], [torch.float32], [torch.int64, torch.float32], [torch.int64] * 3])
+def test_many_rows_of_few_columns(kinds):
+    """Rows are written in pieces, and an item more than there is may fall on the next record's first bytes."""
+    rng, num_rows = np.random.default_rng(0), 600
+    columns, sources = [], []
+    for i, kind in enumerate(kinds):
+        offsets = np.append(0, rng.integers(0, 3, num_rows).cumsum()).astype(np.int32)
+        values = rng.integers(1, 100, offsets[-1]).astype(np.int64 if kind == torch.int64 else np.float32)
+        columns.append(PackedColumn(f"c{i}", kind))
+        sources.append(BlockColumn(values, (offsets,)))
+    plan, block = PackPlan.of(1, columns), Block.of(num_rows, sources)
+    written, by_definition = write_records(plan, block), write_records_reference(plan, block)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(written, by_definition, strict=True))
 
 
 @given(
