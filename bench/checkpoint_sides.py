@@ -13,7 +13,7 @@ import torch
 from recfx.checkpoint import load
 from recfx.examples import deepfm as program
 from recfx.step import Step, TrainState
-from recfx.table import rebuild_
+from recfx.table import rebuild_, reserve
 
 CHUNK = 2**22
 
@@ -59,6 +59,16 @@ def read_plainly(paths: Iterable[Path]) -> None:
                 pass
 
 
+def read_into_new_memory(paths: Iterable[Path]) -> None:
+    """As a table takes its memory: all of it reserved, and untouched until the bytes come."""
+    kept = []
+    for path in paths:
+        kept.append(reserve((path.stat().st_size,), torch.uint8, torch.device("cpu")).numpy())
+        with path.open("rb", buffering=0) as file:
+            for first in range(0, len(kept[-1]), CHUNK):
+                file.readinto(kept[-1][first : first + CHUNK].data)  # type: ignore[attr-defined]
+
+
 def forget(paths: Iterable[Path]) -> None:
     """Out of the page cache: the next read comes from the disk."""
     for path in paths:
@@ -68,10 +78,6 @@ def forget(paths: Iterable[Path]) -> None:
 
 
 def loader(path: str, rank: int, world_size: int) -> tuple[Callable, Callable]:
-    """For `Child`: a step loads one rank's share into a new state."""
-
-    def one(_: int) -> None:
-        step, state = deepfm_state()
-        load(path, step, state, rank=rank, world_size=world_size)
-
-    return one, lambda _: None
+    """For `Child`: a step loads one rank's share, into memory that is resident after the first."""
+    step, state = deepfm_state()
+    return lambda _: load(path, step, state, rank=rank, world_size=world_size), lambda _: None

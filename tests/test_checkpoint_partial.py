@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from recfx import cli
 from recfx.checkpoint import Saver, compact, diff, latest, load, save
 from recfx.checkpoint.background import Job
-from recfx.checkpoint.files import MANIFEST
+from recfx.checkpoint.files import MANIFEST, FolderLock
 from recfx.step import Step, TrainState
 from tests.conftest import deepfm_batches, deepfm_groups, deepfm_step
 from tests.reference import on_threads
@@ -388,3 +389,16 @@ def test_a_damaged_part_is_named(step, tmp_path):
     for read in (lambda p: load(p, step, fresh(step)), compact, lambda p: diff(p, p)):
         with pytest.raises(ValueError, match=r"table-0.00001.safetensors: checksum differs"):
             read(paths[2])
+
+
+def test_the_background_save_of_a_killed_run_is_waited_for(tmp_path, monkeypatch):
+    """On busy cores it may take longer to end than a second writer is given. The lock names the killed run."""
+    monkeypatch.setattr("recfx.checkpoint.files.LOCK_WAIT_S", 0.05)
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    orphan = FolderLock(tmp_path)
+    (tmp_path / ".lock").write_text(str(killed.pid))
+    later = threading.Timer(0.5, orphan.release)
+    later.start()
+    FolderLock(tmp_path).release()
+    later.join()

@@ -43,7 +43,8 @@ MANIFEST, STATE, LOCK = "manifest.json", "state.safetensors", ".lock"
 PREFIX, UNFINISHED = "step-", ".unfinished-"
 CHUNK_BYTES = 2**21  # packed, checksummed and written while in the cache
 DIRECT = getattr(os, "O_DIRECT", 0)
-LOCK_WAIT_S = 2.0  # a killed run's background save ends about this soon
+LOCK_WAIT_S = 2.0
+ORPHAN_WAIT_S = 60.0  # for a killed run's background save, which on busy cores hardly runs, to see that it may end
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U8": "|u1"}
 NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
@@ -277,18 +278,19 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline = time.monotonic() + LOCK_WAIT_S
+        begun = time.monotonic()
         while True:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    holder = os.pread(self._file, 20, 0).decode() or "unknown"
+                holder = os.pread(self._file, 20, 0).decode()
+                patience = LOCK_WAIT_S if _is_running(holder) else ORPHAN_WAIT_S
+                if time.monotonic() - begun > patience:
                     os.close(self._file)
                     raise BlockingIOError(
                         error.errno,
-                        f"{folder}: process {holder} writes checkpoints there, expected no other writer. "
+                        f"{folder}: process {holder or 'unknown'} writes checkpoints there, expected no other writer. "
                         "Choose another folder, or end that process.",
                     ) from None
                 time.sleep(0.02)
@@ -297,3 +299,13 @@ class FolderLock:
 
     def release(self) -> None:
         os.close(self._file)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:  # somebody else's
+        return True
+    except (ProcessLookupError, ValueError):
+        return False
+    return True

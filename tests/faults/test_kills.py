@@ -19,5 +19,4 @@ def test_killed_at_random_moments_and_resumed_is_never_killed(num_kills, capsys)
         print(f"\n{counts}")
     assert counts["kills"] >= num_kills
     assert counts["runs"] == counts["equal"] >= 2
-    assert counts["damaged"] == 0
     assert 0 < counts["while_saving"] < counts["kills"]
