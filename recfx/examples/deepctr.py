@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +69,20 @@ def features(batch: dict) -> dict[str, Any]:
     }
 
 
-EMBEDDINGS = {
-    "emb": [
-        Embedding("item", dim=DIM, shared_name="item"),
-        Embedding("clicks", dim=DIM, shared_name="item", combiner="mean"),
-        Embedding("words", dim=DIM, combiner="mean"),
-        Embedding("bucket1", dim=DIM, shared_name="bucket", combiner="mean"),
-        Embedding("bucket2", dim=DIM, shared_name="bucket", combiner="mean"),
-        *(Embedding(name, dim=DIM) for name in ("city", "category", "city_category")),
-    ],
-    "recent": [Embedding("recent", dim=DIM, shared_name="item", combiner=tile(RECENT))],
-}
+def embeddings(device: str) -> dict[str, list[Embedding]]:
+    """What is looked up, in tables on `device`."""
+    on = partial(Embedding, dim=DIM, device=device)
+    return {
+        "emb": [
+            on("item", shared_name="item"),
+            on("clicks", shared_name="item", combiner="mean"),
+            on("words", combiner="mean"),
+            on("bucket1", shared_name="bucket", combiner="mean"),
+            on("bucket2", shared_name="bucket", combiner="mean"),
+            *(on(name) for name in ("city", "category", "city_category")),
+        ],
+        "recent": [on("recent", shared_name="item", combiner=tile(RECENT))],
+    }
 
 
 def forward(params: Params, emb: dict[str, Tensor], feats: dict) -> Tensor:
@@ -90,25 +94,29 @@ def forward(params: Params, emb: dict[str, Tensor], feats: dict) -> Tensor:
 
 def build_step(args: argparse.Namespace) -> tuple[Step, TrainState]:
     """The whole training program as one step, and its first state."""
+    looked_up = embeddings(args.device)
     step = train_step(
         features=features,
-        embeddings=EMBEDDINGS,
+        embeddings=looked_up,
         forward=forward,
         sparse_optimizer=sparse_adamw(args.sparse_lr),
         dense_optimizer=adamw(args.dense_lr),
         accumulation=args.gradient_accumulation_steps,
+        max_rows=args.max_rows,
         seed=args.seed,
     )
     generator = torch.Generator().manual_seed(args.seed)
-    num_in = 2 * NUM_DENSE + (len(EMBEDDINGS["emb"]) + RECENT + 2) * DIM
+    num_in = 2 * NUM_DENSE + (len(looked_up["emb"]) + RECENT + 2) * DIM
     params: Params = {}
     for i, (n, m) in enumerate(itertools.pairwise([num_in, *HIDDEN, 1])):
         params[f"dnn.{i}.weight"], params[f"dnn.{i}.bias"] = init_linear(n, m, generator)
-    return step, step.init(params)
+    return step, step.init({name: p.to(args.device) for name, p in params.items()})
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains, evaluates, saves; returns the summary that is also written to <output_dir>/summary.json."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got cuda, expected cpu. torch finds no CUDA device here.")
     planted: dict[str, Any] = {}
     if args.data_paths is None:
         print(f"no --data_paths: using generated click logs in {args.generated_dir}", flush=True)
@@ -171,6 +179,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--log_steps", type=int, default=20, help="optimiser steps between log lines")
     add("--output_dir", default="./ckpt-deepctr", help="checkpoints and summary.json")
     add("--seed", type=int, default=42, help="of initial weights, and of generated data")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where the step runs, tables included")
+    add("--max_rows", type=int, default=2**26, help="most rows of a table; on cuda their memory is taken at once")
     add("--generated_dir", default="./demo/deepctr", help="where generated files are kept")
     add("--generated_rows", type=int, default=100_000, help="training rows to generate")
     return parser.parse_args(argv)

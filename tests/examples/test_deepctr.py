@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from recfx.capture import capture
 from recfx.data import reader
@@ -123,3 +124,22 @@ def test_errors_end_in_one_line(tmp_path):
     with pytest.raises(SystemExit) as stop:
         program.main([f"--data_paths={tmp_path}/nowhere"])
     assert str(stop.value.code).startswith("error: ")
+
+
+def test_the_device_is_that_of_every_table_and_parameter():
+    args = program.parse(["--max_rows=1000"])
+    args.device = "meta"
+    _, state = program.build_step(args)
+    assert {t.device.type for t in tree_leaves((state.tables, state.params))} == {"meta"}
+    assert {t.ids.numel() for t in state.tables} == {1000}
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--device=cuda"])
+    assert stop.value.code == "error: device: got cuda, expected cpu. torch finds no CUDA device here."
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--device=tpu"])
+    assert stop.value.code == 2
+    assert "--device: invalid choice: 'tpu'" in capsys.readouterr().err
