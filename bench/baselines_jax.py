@@ -264,6 +264,11 @@ LOSSES = {"jax": loss_fn, "jax_textbook": textbook_loss}
 # --- in a child process: see harness.Child ---------------------------------------------------------------------------
 
 
+def child_backend() -> str:
+    """Where JAX computes: "cpu", "gpu". For harness.call_in_child."""
+    return jax.default_backend()
+
+
 def child_loop(
     variant: str, num_batches: int, batch_size: int, table_rows: int, seed: int
 ) -> tuple[Callable[[int], Any], Callable[[Any], Any]]:

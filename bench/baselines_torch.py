@@ -1,4 +1,4 @@
-"""DeepFM in plain torch, four ways: what recfx is measured against. No recfx kernel is used here.
+"""DeepFM in plain torch, five ways: what recfx is measured against. No recfx kernel is used here.
 
 Each builder takes the first weights (workload.init_weights) and returns a Baseline whose `step(batch)` trains on one
 DenseBatch and returns the loss. AdamW: lr 1e-3, weight decay 0.01, torch's formula.
@@ -51,6 +51,15 @@ class DeepFM(nn.Module):
         return {name: w.detach() for name, w in named.items()}
 
 
+class UniqueDeepFM(DeepFM):
+    """The same with each distinct row looked up once: gradients reach the tables without duplicates."""
+
+    def forward(self, index_BF: Tensor, num_BN: Tensor) -> Tensor:
+        index_U, of_BF = torch.unique(index_BF, return_inverse=True)
+        emb, bias = (self.tables[name](index_U)[of_BF] for name in TABLES)
+        return textbook_logit(self.dense, emb, bias, num_BN)
+
+
 def textbook_logit(p: Mapping[str, Tensor], emb_BFD: Tensor, bias_BF1: Tensor, num_BN: Tensor) -> Tensor:
     """The seed's formula, line by line."""
     batch_size = len(num_BN)
@@ -85,7 +94,15 @@ def eager_dense(weights: dict[str, Tensor]) -> Baseline:
 
 def eager_sparse(weights: dict[str, Tensor]) -> Baseline:
     """Sparse gradients and SparseAdam (which knows no decay) for the tables, fused AdamW for the rest."""
-    model = DeepFM(weights, sparse=True)
+    return eager_with_sparse_adam(DeepFM(weights, sparse=True))
+
+
+def eager_unique(weights: dict[str, Tensor]) -> Baseline:
+    """`eager_sparse` after torch.unique over the batch's ids."""
+    return eager_with_sparse_adam(UniqueDeepFM(weights, sparse=True))
+
+
+def eager_with_sparse_adam(model: DeepFM) -> Baseline:
     return eager(
         model,
         torch.optim.SparseAdam(model.tables.parameters(), lr=LR),
@@ -243,6 +260,7 @@ def child_loop(
     build = {
         "eager_dense": eager_dense,
         "eager_sparse": eager_sparse,
+        "eager_unique": eager_unique,
         "functional_compiled": partial(functional_compiled, max_distinct=max(work.num_distinct) + 1),
         "functional_textbook": partial(functional_textbook, max_distinct=max(work.num_distinct) + 1),
     }

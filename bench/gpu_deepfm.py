@@ -1,70 +1,84 @@
-"""The DeepFM example's captured step on a GPU, beside plain torch, and over tables of growing size.
+"""The DeepFM example's captured step on a GPU, beside plain torch and JAX in the same run.
 
-`python -m bench.gpu_deepfm RECORDS [--small]`; small: sizes for a first look and for a check of this file.
+`python -m bench.gpu_deepfm [--small]`; small: sizes for a first look, printed and not kept.
 """
 
 from __future__ import annotations
 
-import sys
+import importlib.util
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.baselines_torch import LR, WEIGHT_DECAY, DeepFM, eager_sparse
-from bench.gpu_timing import add, need_device, times_ms
-from bench.workload import CATEGORICAL, DenseBatch, Workload, init_weights, make_batches
+from bench.baselines_torch import LR, WEIGHT_DECAY, DeepFM, eager_sparse, eager_unique
+from bench.gpu_timing import Results, results, times_ms
+from bench.harness import Child, call_in_child
+from bench.workload import CATEGORICAL, DIM, DenseBatch, Workload, column_rows, init_weights, make_batches, raw_ids
 from recfx.capture import capture
 from recfx.examples import deepfm as program
+from recfx.optim import SparseOptimizer, sparse_adamw
 from recfx.step import Step, TrainState
 from recfx.table import grow_, table
 from recfx.types import Batch, Ragged
 
 CHUNK = 2**20
 TARGETS = {1000: "H200: 8 M/s", 65_536: "H200: 30 M/s"}
+NUM_BATCHES = {1000: 16, 65_536: 8}
+BLOCKS, BLOCK_STEPS = 5, 50
 
 
-def example(table_rows: int, device: str) -> tuple[Step, TrainState]:
-    """The step of `python -m recfx.examples.deepfm`."""
-    rows = ["--max_rows", str(table_rows + CHUNK)]
-    arguments = ["--data_paths", "", "--gradient_accumulation_steps", "1", "--numeric", "raw", "--device", device]
-    return program.build_step(program.parse([*arguments, *rows]))
-
-
-def fill(step: Step, state: TrainState, work: Workload) -> None:
-    """Every id of the workload gets its row."""
+def fill(step: Step, state: TrainState, table_rows: int, optimizer: SparseOptimizer) -> None:
+    """Every id of a workload of so many rows gets its row."""
     (plan,), (rows,) = step.plan.tables, state.tables
-    inserter = table(plan, optimizer_slots=2, seed=42, max_rows=rows.ids.numel())
-    device = rows.ids.device
+    slots = {"optimizer_slots": len(optimizer.slots), "row_slots": len(optimizer.row_slots)}
+    inserter = table(plan, **slots, seed=42, max_rows=rows.ids.numel(), max_unique=rows.unique_rows.numel())
+    device, first = rows.ids.device, 0
     empty = Ragged(torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(2, dtype=torch.int32, device=device))
-    grow_(rows, work.table_rows)
-    for name in CATEGORICAL:
-        for ids in work.universe[name].split(CHUNK):
+    grow_(rows, table_rows)
+    for name, count in zip(CATEGORICAL, column_rows(table_rows).tolist(), strict=True):
+        for ids in torch.arange(first, first + count, device=device).split(CHUNK):
             offsets = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
-            features = dict.fromkeys(CATEGORICAL, empty) | {name: Ragged(ids.to(device), offsets)}
+            features = dict.fromkeys(CATEGORICAL, empty) | {name: Ragged(raw_ids(ids), offsets)}
             inserter.insert_(rows, features)
             rows.num_unique.zero_()
             rows.step.add_(1)
-    assert int(rows.num_rows) == work.table_rows
+        first += count
+    assert int(rows.num_rows) == table_rows
 
 
 def captured(work: Workload, device: str) -> Callable[[Batch], Any]:
-    step, state = example(work.table_rows, device)
-    fill(step, state, work)
+    """The step of `python -m recfx.examples.deepfm`, over a table that holds the workload's ids."""
+    rows = ["--max_rows", str(work.table_rows + CHUNK)]
+    arguments = ["--data_paths", "", "--gradient_accumulation_steps", "1", "--numeric", "raw", "--device", device]
+    args = program.parse([*arguments, *rows])
+    optimizer = sparse_adamw(args.sparse_lr, weight_decay=0.01)
+    step, state = program.build_step(args, sparse_optimizer=optimizer)
+    fill(step, state, work.table_rows, optimizer)
     run = capture(step, state, work.batches[0])
     return lambda batch: run(state, batch)
+
+
+def moved_bytes(batch: Batch, num_lookups: int, num_distinct: int) -> int:
+    """What a step cannot but move: its batch once to where it is read, rows and gradients of 9 floats.
+
+    Per look-up 8 bytes of id, 32 of the index, a row read, a gradient written and read; per distinct row its weights
+    and both moments, read and written.
+    """
+    row = 4 * (DIM + 1)
+    return 3 * batch.buffer.numel() + num_lookups * (8 + 32 + 3 * row) + num_distinct * 6 * row
 
 
 def on(device: str, batch: DenseBatch) -> DenseBatch:
     return DenseBatch(*(t.to(device) for t in batch))
 
 
-def reduce_overhead(weights: dict[str, Tensor], device: str) -> Callable[[DenseBatch], Tensor]:
+def reduce_overhead(weights: dict[str, Tensor]) -> Callable[[DenseBatch], Tensor]:
     """torch.compile(mode="reduce-overhead") over dense tables, with torch's fused AdamW over everything."""
-    model = DeepFM(weights).to(device)
+    model = DeepFM(weights)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
 
     @torch.compile(mode="reduce-overhead")
@@ -81,56 +95,67 @@ def reduce_overhead(weights: dict[str, Tensor], device: str) -> Callable[[DenseB
     return step
 
 
-def compare(records: Path, batch_size: int, *, num_batches: int, device: str) -> None:
+PEERS: dict[str, Callable[[dict[str, Tensor]], Callable[[DenseBatch], Tensor]]] = {
+    "torch eager, sparse gradients, SparseAdam": lambda weights: eager_sparse(weights).step,
+    "the same after torch.unique": lambda weights: eager_unique(weights).step,
+    "torch.compile reduce-overhead, dense AdamW": reduce_overhead,
+}
+
+
+def compare(to: Results, batch_size: int, *, num_batches: int, device: str) -> None:
     """recfx from a batch on the device, from pinned memory, and the plain-torch peers in the same run."""
     work = make_batches(num_batches, batch_size)
     say, rate = f"DeepFM, batch {batch_size:,}: ", {"items": batch_size, "unit": "samples/s"}
-    run = captured(work, device)
-    here = [Batch(b.buffer.to(device), b.layout) for b in work.batches]
-    ms = times_ms(run, here)
-    add(records, say + "recfx, batch on the device", ms, **rate, target=TARGETS.get(batch_size, ""))
-    pinned = [Batch(b.buffer.pin_memory(), b.layout) for b in work.batches] if device == "cuda" else work.batches
-    add(records, say + "recfx, batch in pinned memory", times_ms(run, pinned), **rate)
-    weights = {name: w.to(device) for name, w in init_weights(work.table_rows).items()}
-    dense = [on(device, batch) for batch in work.dense]
-    sparse = eager_sparse(weights)
-    add(records, say + "torch eager, sparse gradients, SparseAdam", times_ms(sparse.step, dense), **rate)
-    peer = reduce_overhead(weights, device)
-    add(records, say + "torch.compile reduce-overhead, dense AdamW", times_ms(peer, dense), **rate)
-
-
-def sizes(records: Path, table_rows: list[int], *, batch_size: int, device: str) -> None:
-    """The same number of distinct ids per batch, whatever the table's size."""
-    for rows in table_rows:
-        work = make_batches(8, batch_size, table_rows=rows)
+    with to.attempt(say + "recfx"):
         run = captured(work, device)
         here = [Batch(b.buffer.to(device), b.layout) for b in work.batches]
-        ms = times_ms(run, here)
-        target = "within 1.5x of the smallest"
-        add(
-            records,
-            f"DeepFM, batch {batch_size:,}, {rows:,} rows",
-            ms,
-            items=batch_size,
-            unit="samples/s",
-            target=target,
-        )
-        del run, here, work
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        num_lookups = int((work.dense[0].row < work.table_rows).sum())
+        num_bytes = moved_bytes(work.batches[0], num_lookups, work.num_distinct[0])
+        target = TARGETS.get(batch_size, "")
+        to.add(say + "recfx, batch on the device", times_ms(run, here), num_bytes=num_bytes, target=target, **rate)
+        pinned = [Batch(b.buffer.pin_memory(), b.layout) for b in work.batches] if device == "cuda" else work.batches
+        to.add(say + "recfx, batch in pinned memory", times_ms(run, pinned), **rate)
+    dense = [on(device, batch) for batch in work.dense]
+    for name, build in PEERS.items():
+        with to.attempt(say + name):
+            step = build({name: w.to(device) for name, w in init_weights(work.table_rows).items()})
+            to.add(say + name, times_ms(step, dense), **rate)
+
+
+def jax_cannot(backend: str) -> str:
+    """Why JAX is not compared on `backend`; empty where it is."""
+    if importlib.util.find_spec("jax") is None:
+        return "jax is not installed"
+    found = call_in_child("bench.baselines_jax:child_backend")
+    return "" if found == backend else f"jax finds no {backend} and computes on {found}"
+
+
+def beside_jax(to: Results, sizes: dict[int, int], *, backend: str = "gpu") -> None:
+    """JAX jit, dense tables in donated buffers, AdamW on touched rows; sizes: batch size to number of batches.
+
+    In a process of its own, which sees batches on its device. JAX has no device events: wall time of blocks of steps.
+    """
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # or it takes three quarters of the memory
+    if reason := jax_cannot(backend):
+        to.note(f"JAX: skipped, {reason}.")
+        return
+    for batch_size, num_batches in sizes.items():
+        name = f"DeepFM, batch {batch_size:,}: JAX jit, dense tables (wall time of {BLOCK_STEPS} steps)"
+        work = {"num_batches": num_batches, "batch_size": batch_size, "table_rows": 200_000, "seed": 0}
+        with to.attempt(name), Child("bench.baselines_jax:child_loop", variant="jax", **work) as child:
+            child.run(num_batches)  # compiles
+            ms = [child.run(BLOCK_STEPS) / BLOCK_STEPS * 1e3 for _ in range(BLOCKS)]
+            to.add(name, ms, items=batch_size, unit="samples/s")
 
 
 def main() -> None:
-    need_device("bench.gpu_deepfm")
-    records, small = Path(sys.argv[1]), "--small" in sys.argv
-    for batch_size in (64, 256) if small else TARGETS:
-        compare(records, batch_size, num_batches=4 if small else 16, device="cuda")
-    sizes(
-        records,
-        [10_000, 20_000] if small else [2**20, 10 * 2**20, 100 * 2**20],
-        batch_size=256 if small else 65_536,
-        device="cuda",
-    )
+    to, small = results("deepfm")
+    sizes = {64: 4, 256: 4} if small else NUM_BATCHES
+    for batch_size, num_batches in sizes.items():
+        compare(to, batch_size, num_batches=num_batches, device="cuda")
+    torch.cuda.empty_cache()
+    beside_jax(to, sizes)
+    to.end()
 
 
 if __name__ == "__main__":

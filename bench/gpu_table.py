@@ -1,18 +1,16 @@
 """The table's operators on a GPU: dynamicemb's published case, and find and find_or_insert over 128 M slots.
 
-`python -m bench.gpu_table RECORDS [--small]`; small: sizes for a first look and for a check of this file.
+`python -m bench.gpu_table [--small]`; small: sizes for a first look, printed and not kept.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.gpu_timing import add, need_device, times_ms
+from bench.gpu_timing import Results, results, times_ms
 from recfx.embeddings import Embedding, plan_tables
 from recfx.kernels import find
 from recfx.kernels.add_row_grads import add_row_grads_, add_row_grads_atomic_
@@ -72,7 +70,7 @@ def replaying(function: Callable[[list[Tensor]], None], ids: list[Tensor]) -> Ca
     return run
 
 
-def dynamicemb(records: Path, *, rows: int, lookups: int, pool: int, device: str, graph: bool = True) -> None:
+def dynamicemb(to: Results, *, rows: int, lookups: int, pool: int, device: str, graph: bool = True) -> None:
     """10 tables, 1,048,570 lookups, about 350 k unique, D = 128 fp32, Adam, unpooled, all ids present.
 
     Training three times: as a step runs it, gradients summed and rows updated by one kernel; by two; and by two with
@@ -124,13 +122,13 @@ def dynamicemb(records: Path, *, rows: int, lookups: int, pool: int, device: str
         ("the same, sums in any order", in_two(add_row_grads_atomic_), updates + unique * 4 * row),
     ):
         target = "H200: 0.95 ms" if train is fused else ""
-        add(records, f"{name}: {how}", times_ms(wrap(train, batches[0]), batches), num_bytes=forwards + moved,
+        to.add(f"{name}: {how}", times_ms(wrap(train, batches[0]), batches), num_bytes=forwards + moved,
             target=target)  # fmt: skip
     ms = times_ms(wrap(evaluate, batches[0]), batches)
-    add(records, f"{name}: evaluation", ms, num_bytes=num * (32 + 80 + 2 * row), target="H200: 0.35 ms")
+    to.add(f"{name}: evaluation", ms, num_bytes=num * (32 + 80 + 2 * row), target="H200: 0.35 ms")
 
 
-def look_ups(records: Path, *, num_slots: int, keys: int, device: str) -> None:
+def look_ups(to: Results, *, num_slots: int, keys: int, device: str) -> None:
     """find and find_or_insert of ids that are there, and of new ones."""
     t, state = make(1, 1, num_slots // 8 * 7, slots=0, device=device)
     assert int(state.num_slots) == num_slots
@@ -152,27 +150,28 @@ def look_ups(records: Path, *, num_slots: int, keys: int, device: str) -> None:
             end_step(state)
 
         say = f"load {load}, {num_slots:,} slots, {keys:,} keys: "
-        add(records, say + "find", times_ms(look, present), items=keys, unit="keys/s", target="H200: 6 G/s")
+        to.add(say + "find", times_ms(look, present), items=keys, unit="keys/s", target="H200: 6 G/s")
         ms = times_ms(insert, present)
-        add(records, say + "insert, all present", ms, items=keys, unit="keys/s", target="H200: 3 G/s")
+        to.add(say + "insert, all present", ms, items=keys, unit="keys/s", target="H200: 3 G/s")
         ms = times_ms(insert, new, repeats=1, warm_up=0)
-        add(records, say + "insert, all new", ms, items=keys, unit="keys/s", target="H200: 3 G/s")
+        to.add(say + "insert, all new", ms, items=keys, unit="keys/s", target="H200: 3 G/s")
         assert int(state.num_rows) == filled
         assert int(state.num_refused) == 0
 
 
 def main() -> None:
-    need_device("bench.gpu_table")
-    records, small = Path(sys.argv[1]), "--small" in sys.argv
-    dynamicemb(
-        records,
-        rows=2**14 if small else 400_000,
-        lookups=2**10 if small else 104_857,
-        pool=369 if small else 36_900,
-        device="cuda",
+    to, small = results("table")
+    sizes = (
+        {"rows": 2**14, "lookups": 2**10, "pool": 369}
+        if small
+        else {"rows": 400_000, "lookups": 104_857, "pool": 36_900}
     )
+    with to.attempt("10 tables"):
+        dynamicemb(to, **sizes, device="cuda")
     torch.cuda.empty_cache()
-    look_ups(records, num_slots=2**20 if small else 2**27, keys=2**14 if small else 2**20, device="cuda")
+    with to.attempt("look-ups"):
+        look_ups(to, num_slots=2**20 if small else 2**27, keys=2**14 if small else 2**20, device="cuda")
+    to.end()
 
 
 if __name__ == "__main__":

@@ -86,12 +86,12 @@ def column_rows(table_rows: int) -> np.ndarray:
     return fixed + np.diff(ends, prepend=0)
 
 
-def raw_ids(row: np.ndarray) -> np.ndarray:
+def raw_ids(row: Tensor) -> Tensor:
     """A fixed bijection of [0, 2^40): distinct rows get distinct ids, scattered as hashes are."""
-    mask = np.uint64((1 << 40) - 1)
-    x = (row.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) & mask
-    x = ((x ^ (x >> np.uint64(20))) * np.uint64(0xBF58476D1CE4E5B9)) & mask
-    return (x ^ (x >> np.uint64(20))).astype(np.int64)
+    mask = (1 << 40) - 1
+    x = (row * -7046029254386353131) & mask
+    x = ((x ^ (x >> 20)) * -4658895280553007687) & mask
+    return x ^ (x >> 20)
 
 
 def draw_ranks(column: Column, cardinality: int, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -136,13 +136,19 @@ def ragged(value_B: Tensor, present_B: Tensor) -> Ragged:
     return Ragged(values, torch.cat([torch.zeros(1, dtype=torch.int32), present_B.cumsum(0, dtype=torch.int32)]))
 
 
-def recfx_batch(dense: DenseBatch, id_of_row: Tensor) -> Batch:
+def recfx_batch(dense: DenseBatch, table_rows: int) -> Batch:
     columns: dict[str, Tensor | Ragged] = {"label": dense.label}
     columns |= {name: ragged(x, x != 0) for name, x in zip(NUMERIC, dense.num.unbind(1), strict=True)}
     for name, row in zip(CATEGORICAL, dense.row.unbind(0), strict=True):
-        present = row < len(id_of_row)
-        columns[name] = ragged(id_of_row[row.clamp(max=len(id_of_row) - 1)], present)
+        columns[name] = ragged(raw_ids(row), row < table_rows)
     return pack(columns)
+
+
+def draw_batches(num_batches: int, batch_size: int, *, table_rows: int, seed: int = 0) -> list[DenseBatch]:
+    """Different batches over a table of `table_rows` ids, of which nothing is made: see `make_batches`."""
+    rows = column_rows(table_rows)
+    shape_rng, place_rng = (np.random.default_rng([seed, stream]) for stream in (0, 1))
+    return [dense_batch(batch_size, rows, shape_rng, place_rng) for _ in range(num_batches)]
 
 
 def make_batches(num_batches: int, batch_size: int, *, table_rows: int = 200_000, seed: int = 0) -> Workload:
@@ -159,13 +165,11 @@ def make_batches(num_batches: int, batch_size: int, *, table_rows: int = 200_000
               >>> len(w.batches), w.batches[0]["c1"].num_samples, w.dense[0].row.shape
               (2, 8, torch.Size([26, 8]))
     """
-    rows = column_rows(table_rows)
-    shape_rng, place_rng = (np.random.default_rng([seed, stream]) for stream in (0, 1))
-    id_of_row = torch.from_numpy(raw_ids(np.arange(table_rows)))
-    dense = [dense_batch(batch_size, rows, shape_rng, place_rng) for _ in range(num_batches)]
-    universe = dict(zip(CATEGORICAL, id_of_row.split(rows.tolist()), strict=True))
+    dense = draw_batches(num_batches, batch_size, table_rows=table_rows, seed=seed)
+    ids = raw_ids(torch.arange(table_rows)).split(column_rows(table_rows).tolist())
     num_distinct = [int((d.row.unique() < table_rows).sum()) for d in dense]
-    return Workload([recfx_batch(d, id_of_row) for d in dense], dense, universe, table_rows, num_distinct)
+    batches = [recfx_batch(d, table_rows) for d in dense]
+    return Workload(batches, dense, dict(zip(CATEGORICAL, ids, strict=True)), table_rows, num_distinct)
 
 
 def init_weights(table_rows: int, *, seed: int = 0) -> dict[str, Tensor]:

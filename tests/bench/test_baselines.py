@@ -102,6 +102,13 @@ def test_eager_sparse_starts_alike_and_moves_touched_rows_only():
         assert torch.equal(moved, touched)
 
 
+def test_eager_unique_is_eager_sparse():
+    batches = small_batches(4, 0.4)
+    plain, unique = baselines_torch.eager_sparse(small_weights()), baselines_torch.eager_unique(small_weights())
+    expected = [plain.step(batch).item() for batch in batches]
+    check_against((expected, plain.weights()), [unique.step(batch).item() for batch in batches], unique.weights())
+
+
 @pytest.mark.parametrize("variant", ["jax", "jax_textbook"])
 def test_jax_is_the_module_with_adamw_on_touched_rows(variant):
     """In a process of its own: JAX's threads do not go with tests that fork."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,55 +12,134 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_deepfm, gpu_table, gpu_timing
+from bench import gpu_deepfm, gpu_files, gpu_sizes, gpu_table, gpu_timing
+from bench.gpu_timing import Results
+from bench.workload import draw_batches, make_batches, recfx_batch
+from recfx.data.criteo_synthetic import generate
 
 ROOT = Path(gpu_timing.__file__).parents[1]
+SCRIPT = ROOT / "bench" / "gpu.sh"
+THEMES = ["table", "deepfm", "sizes", "files"]
 
 
 @pytest.fixture
-def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where records go; calls are made and not timed."""
+def to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
+    """Where results go; calls are made and not timed."""
 
     def times_ms(function, inputs, *, repeats=3, warm_up=3):
         for x in inputs:
             function(x)
         return [1.0, 2.0, 4.0]
 
-    for part in (gpu_table, gpu_deepfm):
+    for part in (gpu_table, gpu_deepfm, gpu_sizes):
         monkeypatch.setattr(part, "times_ms", times_ms)
     monkeypatch.setattr(gpu_timing, "copy_bytes_per_s", lambda: 1e12)
-    return tmp_path / "records"
+    monkeypatch.setattr(gpu_timing, "device_name", lambda: "NVIDIA H000 80GB")
+    return Results("theme", tmp_path)
 
 
-def read(records: Path) -> list[dict]:
-    return [json.loads(text) for text in records.read_text().splitlines()]
+def written(to: Results, suffix: str, theme: str = "theme") -> str:
+    (path,) = to.folder.glob(f"{theme}_*{suffix}")
+    assert re.fullmatch(rf"{theme}_h00080gb_\d{{6}}{suffix}", path.name)
+    return path.read_text()
+
+
+@pytest.mark.parametrize("part", [gpu_table, gpu_deepfm, gpu_sizes, gpu_files])
+def test_a_part_without_a_device_says_so(part, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=rf"^{part.__name__}: needs a CUDA device, .* Nothing was measured\.$"):
+        part.main()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-@pytest.mark.parametrize("part", ["gpu_timing", "gpu_table", "gpu_deepfm"])
-def test_a_part_without_a_device_says_so(part, tmp_path):
-    command = [sys.executable, "-m", f"bench.{part}", str(tmp_path / "records")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+def test_the_script_without_a_device_says_so_in_one_line():
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 1
-    assert done.stderr.startswith(f"bench.{part}: needs a CUDA device")
+    assert done.stderr.startswith("bench/gpu.sh: needs a CUDA device")
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_script_is_bash_and_its_parts_together_take_less_than_nine_minutes():
-    script = ROOT / "bench" / "gpu.sh"
-    subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
-    parts = [text.split() for text in script.read_text().splitlines() if text.startswith("part ")]
-    assert sum(int(seconds) for _, _, seconds, *_ in parts) < 540
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True, timeout=20)
+    parts = [text.split() for text in SCRIPT.read_text().splitlines() if text.startswith("part ")]
+    limits = sum(int(seconds) for _, _, seconds, *_ in parts)
+    assert f"Limits add up to {limits} s" in SCRIPT.read_text()
+    assert limits + 2 + 15 < 540  # the last one's grace, and the page of outcomes
     modules = {words[5] for words in parts if words[4] == "-m"} - {"pytest"}
-    assert modules == {"bench.gpu_table", "bench.gpu_deepfm", "bench.gpu_timing"}
+    assert modules == {f"bench.gpu_{theme}" for theme in THEMES}
     paths = [word for words in parts for word in words if word.startswith("tests/")]
     assert len(paths) == 3
     assert all((ROOT / path).exists() for path in paths)
 
 
-def test_dynamicemb_s_case(records):
-    gpu_table.dynamicemb(records, rows=200, lookups=50, pool=20, device="cpu", graph=False)
-    training, in_two, in_any_order, evaluation = read(records)
+FAKE_PYTHON = r"""#!/bin/bash
+case "$*" in
+    -c*) exit 0 ;;
+    *tests/kernels/gpu*) echo begun; sleep 30 ;;
+    *bench.gpu_deepfm*) printf 'first\nit\tbroke\n'; exit 3 ;;
+    *bench.gpu_timing*) cat "$3" >"$KEPT" ;;
+    *) echo well ;;
+esac
+"""
+
+
+def test_the_script_goes_on_after_a_part_that_hangs_or_fails(tmp_path):
+    (tmp_path / "bench").mkdir()
+    copy, python, kept = tmp_path / "bench" / "gpu.sh", tmp_path / "python", tmp_path / "kept"
+    copy.write_text(re.sub(r"^(part \w+) \d+", r"\1 1", SCRIPT.read_text(), flags=re.MULTILINE))
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "KEPT": str(kept)}
+    done = subprocess.run(["bash", str(copy)], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    rows = [text.split("\t") for text in kept.read_text().splitlines()]
+    assert [(row[0], *row[3:]) for row in rows] == [
+        ("kernels", "124", "begun"),
+        ("races", "0", "well"),
+        ("captured", "0", "well"),
+        ("table", "0", "well"),
+        ("deepfm", "3", "it broke"),
+        ("sizes", "0", "well"),
+        ("files", "0", "well"),
+    ]
+    limits = [int(row[1]) for row in rows]
+    assert limits[0] == 1
+    assert limits[-1] > 2  # time that earlier ones left
+
+
+def test_how_parts_ended_becomes_a_page(to, tmp_path):
+    (tmp_path / "outcomes").write_text("kernels\t160\t99\t0\t12 passed\nraces\t101\t40\t124\ta | b\n")
+    gpu_timing.write_outcomes(tmp_path / "outcomes", tmp_path)
+    assert "| races | 101 | 40 | 124 | a / b |" in written(to, ".md", "parts")
+    first, _ = json.loads(written(to, ".json", "parts"))
+    assert first == {"part": "kernels", "limit_s": "160", "seconds": "99", "exit_code": "0", "last_line": "12 passed"}
+
+
+def test_the_page_has_a_row_for_each_record_as_soon_as_it_is_there(to):
+    to.add("one", [1.0])
+    assert "| one | 1.0000 | 0.0000 |  |  |  |  |  |" in written(to, ".md")
+    to.add("two", [1.0, 2.0, 3.0], num_bytes=2_000_000, items=10, unit="keys/s", target="5")
+    assert "| one | 1.0000 | 0.0000 |  |  |  |  |  |" in written(to, ".md")
+    assert "| two | 2.0000 | 2.0000 | 2,000,000 | 1 | 0 % | 5e+03 keys/s | 5 |" in written(to, ".md")
+    assert [r["name"] for r in json.loads(written(to, ".json"))["records"]] == ["one", "two"]
+
+
+def test_what_fails_is_noted_and_the_rest_measured(to):
+    with to.attempt("the first"):
+        raise RuntimeError("out of memory\nand more")
+    to.add("second", [1.0])
+    assert "- the first: failed: RuntimeError: out of memory\n" in written(to, ".md")
+    assert "| second |" in written(to, ".md")
+    with pytest.raises(SystemExit, match="theme: failed: the first"):
+        to.end()
+
+
+def test_dynamicemb_s_case(to):
+    gpu_table.dynamicemb(to, rows=200, lookups=50, pool=20, device="cpu", graph=False)
+    training, in_two, in_any_order, evaluation = to.records
     assert training["name"].startswith("10 tables, 500 lookups, ")
     assert training["median_ms"] == 2.0
     assert evaluation["bytes"] < training["bytes"] < in_two["bytes"]
@@ -66,24 +147,115 @@ def test_dynamicemb_s_case(records):
     assert training["percent_of_copy"] == pytest.approx(100 * training["bytes"] / 2e-3 / 1e12)
 
 
-def test_look_ups_at_each_load(records):
-    gpu_table.look_ups(records, num_slots=2**14, keys=2**8, device="cpu")
-    assert [r["rate"] for r in read(records)] == [2**8 / 2e-3] * 9
+def test_look_ups_at_each_load(to):
+    gpu_table.look_ups(to, num_slots=2**14, keys=2**8, device="cpu")
+    assert [r["rate"] for r in to.records] == [2**8 / 2e-3] * 9
     assert all(
-        f"load {load}" in r["name"] for load, r in zip([0.5] * 3 + [0.75] * 3 + [0.87] * 3, read(records), strict=True)
+        f"load {load}" in r["name"] for load, r in zip([0.5] * 3 + [0.75] * 3 + [0.87] * 3, to.records, strict=True)
     )
 
 
-def test_the_page_has_a_row_for_each_record(records):
-    gpu_timing.add(records, "one", [1.0])
-    gpu_timing.add(records, "two", [1.0, 2.0, 3.0], num_bytes=2_000_000, items=10, unit="keys/s", target="5")
-    page = gpu_timing.page(read(records), "a device")
-    assert "| one | 1.0000 | 0.0000 |  |  |  |  |  |" in page
-    assert "| two | 2.0000 | 2.0000 | 2,000,000 | 1 | 0 % | 5e+03 keys/s | 5 |" in page
+def test_batches_are_the_same_without_the_table_s_ids():
+    work = make_batches(2, 16, table_rows=1000, seed=3)
+    drawn = [recfx_batch(d, 1000) for d in draw_batches(2, 16, table_rows=1000, seed=3)]
+    assert all(torch.equal(a.buffer, b.buffer) for a, b in zip(drawn, work.batches, strict=True))
+    known = torch.cat(list(work.universe.values()))
+    assert len(known.unique()) == 1000
+    for batch, dense in zip(work.batches, work.dense, strict=True):
+        for name, row in zip(gpu_deepfm.CATEGORICAL, dense.row, strict=True):
+            ids = known[row[row < 1000]]
+            assert torch.equal(batch[name].values[: len(ids)], ids)
+
+
+@pytest.mark.parametrize("name", list(gpu_sizes.OPTIMIZERS))
+def test_a_filled_table_has_a_row_for_every_id_of_its_batches(name):
+    optimizer = gpu_sizes.OPTIMIZERS[name]
+    step, state = gpu_sizes.build(1000, optimizer, batch_size=8, device="cpu")
+    gpu_deepfm.fill(step, state, 1000, optimizer)
+    for batch in draw_batches(2, 8, table_rows=1000):
+        state, aux = step.update_(state, recfx_batch(batch, 1000))
+        assert torch.isfinite(aux.loss)
+    assert int(state.tables[0].num_rows) == 1000
+
+
+def test_memory_is_predicted_before_it_is_taken():
+    per_row = {
+        name: (gpu_sizes.predicted_bytes(500_000_000, optimizer, batch_size=65_536) - 2**31 - 2**33) / 500_000_000
+        for name, optimizer in gpu_sizes.OPTIMIZERS.items()
+    }
+    assert per_row == pytest.approx({"AdamW": 128 + 32, "row-wise Adagrad": 44 + 32}, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "chosen", "measured"),
+    [(2**40, "AdamW", 3), (10**10, "row-wise Adagrad", 2), (10**6, "row-wise Adagrad", 0)],
+)
+def test_sizes_that_do_not_fit_are_skipped_and_said(to, monkeypatch, free_bytes, chosen, measured):
+    monkeypatch.setattr(gpu_sizes, "step_ms", lambda rows, *_, **__: [rows / 1e7])
+    rows = [10_000_000, 20_000_000, 200_000_000]
+    gpu_sizes.sizes(to, rows, batch_size=1000, device="cpu", free_bytes=free_bytes)
+    assert [r["median_ms"] for r in to.records] == [1.0, 2.0, 20.0][:measured]
+    assert all(chosen in r["name"] for r in to.records)
+    assert sum("skipped, predicted " in note for note in to.notes) == 3 - measured
+    assert to.notes[0].endswith(f"{free_bytes:,} free. All sizes with {chosen}.")
+    if measured:
+        ratio = "20.00" if measured == 3 else "2.00"
+        assert f"rows take {ratio}x the time of 10,000,000; target 1.5: MISSED." in to.notes[-1]
+
+
+def test_jax_is_skipped_with_a_reason_where_it_has_no_gpu(to, monkeypatch):
+    monkeypatch.setattr(gpu_deepfm, "jax_cannot", lambda backend: f"jax finds no {backend} and computes on cpu")
+    gpu_deepfm.beside_jax(to, {1000: 16})
+    assert to.notes == ["JAX: skipped, jax finds no gpu and computes on cpu."]
+    assert not to.records
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu_deepfm.importlib.util, "find_spec", lambda name: None)
+    assert gpu_deepfm.jax_cannot("gpu") == "jax is not installed"
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ((1e6, 8e6, 0.95e6), "the reader limits"),
+        ((8e6, 1e6, 0.9e6), "the step limits"),
+        ((8e6, 1e6, 0.5e6), "neither alone limits: they share the host, the step is the slower"),
+        ((1e6, 1.1e6, 0.6e6), "neither alone limits: they share the host, the reader is the slower"),
+    ],
+)
+def test_the_limiting_part_is_named(rates, said):
+    assert gpu_files.limit(*rates) == said
 
 
 @pytest.mark.slow
-def test_deepfm_beside_its_peers_and_over_table_sizes(records):
-    gpu_deepfm.compare(records, 32, num_batches=2, device="cpu")
-    gpu_deepfm.sizes(records, [10_000, 20_000], batch_size=32, device="cpu")
-    assert len(read(records)) == 6
+def test_deepfm_beside_its_peers(to):
+    gpu_deepfm.compare(to, 32, num_batches=2, device="cpu")
+    assert len(to.records) == 5
+    to.end()
+
+
+@pytest.mark.slow
+def test_deepfm_beside_jax(to):
+    gpu_deepfm.beside_jax(to, {32: 2}, backend="cpu")
+    if gpu_deepfm.jax_cannot("cpu"):
+        assert to.notes[0].startswith("JAX: skipped, ")
+    else:
+        assert "JAX jit, dense tables" in to.records[0]["name"]
+        assert to.records[0]["rate"] > 0
+    to.end()
+
+
+@pytest.mark.slow
+def test_deepfm_over_table_sizes(to):
+    gpu_sizes.sizes(to, [10_000, 20_000], batch_size=32, device="cpu", free_bytes=2**40)
+    assert [r["median_ms"] for r in to.records] == [2.0, 2.0]
+    assert to.notes[-1].endswith("target 1.5: met.")
+    to.end()
+
+
+@pytest.mark.slow
+def test_from_files(to, tmp_path):
+    generate(tmp_path / "data", rows_per_file=500, train_files=2, eval_files=1, seed=0)
+    gpu_files.from_files(to, tmp_path / "data" / "train", 100, threads=1, max_rows=2**17, device="cpu")
+    assert len(to.records) == 3
+    assert all(r["rate"] > 0 for r in to.records)
+    assert "samples/s: " in to.notes[-1]
