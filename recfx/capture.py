@@ -11,7 +11,8 @@ import re
 import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def _captured(step: Step, update_: Callable, grow_: Callable) -> Callable[[Any, 
             graphs[key] = _compile(sections_function(update_, batch.layout)), step.ids_in(batch)
         function, ids = graphs[key]
         if state.dense.step.is_cuda:
-            replay = replay or replayed(grow_, functools.partial(record, pool=torch.cuda.graph_pool_handle()))
+            replay = replay or replayed(grow_, _recorder(step.precision))
             return replay(state, batch, function, ids)
         state = grow_(state, ids)
         with torch.no_grad():
@@ -129,6 +130,30 @@ def _compile(function: Callable) -> Callable:
         "triton.cudagraphs": False,  # `cuda_graph` records the whole step itself
     }
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+
+
+def _recorder(precision: str) -> Callable[..., Any]:
+    pool = torch.cuda.graph_pool_handle()
+
+    def record_in_precision(function: Callable, state: Any, layout: Layout) -> Any:
+        with _f32_products(precision):
+            return record(function, state, layout, pool=pool)
+
+    return record_in_precision
+
+
+@contextmanager
+def _f32_products(precision: str) -> Iterator[None]:
+    """Lets cuBLAS use tf32 where a step asks for it. Inductor reads this when it compiles and cuBLAS when it is called,
+    so a recording keeps what held while it was made."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if precision == "tf32":
+        matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _shapes(state: Any) -> tuple:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recfx.types import Params
 
-__all__ = ["init_linear", "linear", "mlp", "mlp_from_first"]
+__all__ = ["full_matmul", "in_bf16", "init_linear", "linear", "mlp", "mlp_from_first"]
+
+Forward = Callable[[Params, Any, Any], Tensor]
 
 
 def init_linear(num_in: int, num_out: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -20,8 +24,13 @@ def init_linear(num_in: int, num_out: int, generator: torch.Generator) -> tuple[
 
 
 def linear(params: Params, name: str, x: Tensor) -> Tensor:
-    """x @ W + b with W = params['<name>.weight'] [num_in, num_out], b = params['<name>.bias']."""
-    return x @ params[f"{name}.weight"] + params[f"{name}.bias"]
+    """x @ W + b with W = params['<name>.weight'] [num_in, num_out], b = params['<name>.bias'].
+
+    A single output, such as a logit, is f32 under `in_bf16` too: eight bits would tie scores, and it is no GEMM.
+    """
+    weight = params[f"{name}.weight"]
+    product = full_matmul(x, weight) if weight.shape[1] == 1 else x @ weight
+    return product + params[f"{name}.bias"]
 
 
 def mlp(params: Params, name: str, x: Tensor, *, num_hidden: int) -> Tensor:
@@ -34,3 +43,30 @@ def mlp_from_first(params: Params, name: str, x: Tensor, *, num_hidden: int) -> 
     for i in range(1, num_hidden + 1):
         x = linear(params, f"{name}.{i}", torch.relu(x))
     return x
+
+
+def in_bf16(forward: Forward) -> Forward:
+    """`forward` with its products of matrices, and those of its gradients, in bf16; the result and gradients are f32.
+
+    By torch.autocast: parameters stay f32 and are rounded where they are multiplied, sums are kept in f32 and their
+    results rounded. `full_matmul` is left alone.
+
+    Args:     forward: (params, embeddings by group, features) -> logit.
+    Example:  >>> params = {"fc.weight": torch.full((3, 2), 1.01), "fc.bias": torch.zeros(2)}
+              >>> forward = lambda params, emb, feats: linear(params, "fc", feats)
+              >>> forward(params, {}, torch.ones(1, 3)), in_bf16(forward)(params, {}, torch.ones(1, 3))
+              (tensor([[3.0300, 3.0300]]), tensor([[3.0312, 3.0312]]))
+    """
+
+    def run(params: Params, emb: Any, feats: Any) -> Tensor:
+        device = next(iter(params.values())).device.type
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            return forward(params, emb, feats).float()
+
+    return run
+
+
+def full_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight in the dtype of weight, under `in_bf16` too: for products too narrow to gain by bf16."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x.to(weight.dtype) @ weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from recfx.embeddings import Embedding, Plan, Tile, plan_tables
 from recfx.kernels.add_row_grads import add_row_grads_
 from recfx.kernels.order_lists import list_sums
+from recfx.layers import in_bf16
 from recfx.losses import bce_with_logits
 from recfx.metrics import BinaryCounts, binary_metrics
 from recfx.optim import SparseOptimizer
@@ -22,6 +23,7 @@ from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
 __all__ = ["Aux", "Step", "TrainState", "Window", "train_step"]
 
 FUSED_ON = ("cuda",)  # devices on which `SparseOptimizer.fused` is faster than the two kernels it replaces
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 class Window(NamedTuple):
@@ -67,6 +69,7 @@ class Step(NamedTuple):
     accumulation: micro-batches per optimiser step.
     seed: of the tables' initial weights.
     slots: what the sparse optimiser keeps beside a weight and, then, per row.
+    precision: of the dense part's products, as `train_step` was asked.
     """
 
     init: Callable[[Params], TrainState]
@@ -81,6 +84,7 @@ class Step(NamedTuple):
     accumulation: int
     seed: int
     slots: tuple[str, ...]
+    precision: Precision
 
 
 class _Spelling(NamedTuple):
@@ -113,6 +117,7 @@ def train_step(
     metrics: Transform | None = None,
     clip: Callable[[Params, Sequence[TableState], Tensor], Tensor] | None = None,
     sum_row_grads: Callable[..., None] = add_row_grads_,
+    precision: Precision = "fp32",
 ) -> Step:
     """Composes feature function, embeddings, model and optimisers into one step.
 
@@ -130,11 +135,16 @@ def train_step(
               sum_row_grads: how the gradients of a row are summed. The default adds occurrences in order, the same
               bytes from run to run; on a GPU, where nothing comes between the sum and the optimiser, the two are one
               kernel. `recfx.kernels.add_row_grads.add_row_grads_atomic_` adds them as they come on a GPU.
-    Raises:   ValueError when accumulation is below 1.
+              precision: of the products of matrices in `forward` and its gradients; all else is f32. "bf16": see
+              `recfx.layers.in_bf16`. "tf32": on CUDA, in captured steps, operands keep 10 bits of their mantissa.
+    Raises:   ValueError when accumulation is below 1 or precision is another word.
     """
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision: got {precision!r}, expected one of {get_args(Precision)}.")
     if accumulation < 1:
         raise ValueError(f"accumulation: got {accumulation}, expected at least 1.")
     plan = plan_tables(embeddings)
+    forward = in_bf16(forward) if precision == "bf16" else forward
     settings: dict[str, Any] = {
         "optimizer_slots": len(sparse_optimizer.slots),
         "row_slots": len(sparse_optimizer.row_slots),
@@ -269,7 +279,7 @@ def train_step(
 
     functions = init, spell(pure), spell(in_place), evaluate_, flush_, ids_in, grow_, sweep_
     kept = (*sparse_optimizer.slots, *sparse_optimizer.row_slots)
-    return Step(*functions, plan, accumulation, seed, kept)
+    return Step(*functions, plan, accumulation, seed, kept, precision)
 
 
 def _valid(batch: dict, label: str) -> Tensor:

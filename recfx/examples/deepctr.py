@@ -104,6 +104,7 @@ def build_step(args: argparse.Namespace) -> tuple[Step, TrainState]:
         accumulation=args.gradient_accumulation_steps,
         max_rows=args.max_rows,
         seed=args.seed,
+        precision=args.precision,
     )
     generator = torch.Generator().manual_seed(args.seed)
     num_in = 2 * NUM_DENSE + (len(looked_up["emb"]) + RECENT + 2) * DIM
@@ -176,6 +177,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--train_epoch", type=int, default=1, help="passes over the data")
     add("--sparse_lr", type=float, default=1e-2, help="learning rate of the embedding rows")
     add("--dense_lr", type=float, default=3e-3, help="learning rate of the dense parameters")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of products of matrices")
     add("--log_steps", type=int, default=20, help="optimiser steps between log lines")
     add("--output_dir", default="./ckpt-deepctr", help="checkpoints and summary.json")
     add("--seed", type=int, default=42, help="of initial weights, and of generated data")

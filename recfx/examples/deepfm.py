@@ -73,6 +73,7 @@ def build_step(args: argparse.Namespace, *, sparse_optimizer: SparseOptimizer | 
         accumulation=args.gradient_accumulation_steps,
         max_rows=args.max_rows,
         seed=args.seed,
+        precision=args.precision,
     )
     config = deepfm.DeepFMConfig(num_numeric=13, num_sparse=26, dim=EMBEDDING_DIM, hidden=HIDDEN)
     params = deepfm.init(config, torch.Generator().manual_seed(args.seed))
@@ -218,6 +219,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=42, help="of initial weights, and of generated data")
     add("--resume", type=_flag, nargs="?", const=True, default=False, help="go on from the newest checkpoint")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the step runs, tables included")
+    add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of products of matrices; tf32: on cuda")
     add("--max_rows", type=int, default=2**26, help="most embedding rows; on cuda their memory is taken at once")
     add("--numeric", choices=["log1p", "raw"], default="log1p", help="log(1 + max(x, 0)), or the seed's own raw inputs")
     add("--num_threads", type=int, default=None, help="threads of the step; default: torch's")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recfx.layers import init_linear, mlp_from_first
+from recfx.layers import full_matmul, init_linear, mlp_from_first
 from recfx.types import Params
 
 __all__ = ["DeepFMConfig", "forward", "init"]
@@ -62,7 +62,7 @@ def forward(params: Params, emb: dict[str, Tensor], numeric_BN: Tensor) -> Tenso
     # Numeric terms in one product: first order, sums, and squares that come from the squared values alone.
     linear = torch.cat([params["numeric_bias"], numeric_emb], dim=1)
     squares = (numeric_emb**2).sum(1, keepdim=True)
-    numeric_product = torch.cat([numeric_BN, numeric_BN**2], dim=1) @ torch.block_diag(linear, squares)
+    numeric_product = full_matmul(torch.cat([numeric_BN, numeric_BN**2], dim=1), torch.block_diag(linear, squares))
     numeric_first_B, numeric_sum_BD, numeric_squares_B = numeric_product.split([1, dim, 1], dim=1)
     first_order = emb["bias"].sum(1) + numeric_first_B
 

@@ -1,0 +1,167 @@
+"""Products in bf16: near the fp32 step, not equal to it, captured as eager, and no worse at learning."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from recfx import layers
+from recfx.capture import _f32_products, capture, capture_evaluation, trace
+from recfx.metrics import auc, binary_metrics
+from recfx.step import Step
+from recfx.types import Batch
+from tests.conftest import FEATURES, NUM_NUMERIC, SMALL_IDS, deepfm_batches, deepfm_params, deepfm_step
+from tests.reference import pack_samples, random_samples
+from tests.test_step import assert_same_state
+
+ROUNDING = 2.0**-8  # of a number to bf16, relative
+
+
+@pytest.fixture(scope="module")
+def bf16() -> Step:
+    return deepfm_step(precision="bf16")
+
+
+def fresh(step: Step) -> Any:
+    return step.init({name: p.clone() for name, p in deepfm_params().items()})
+
+
+def run(function: Any, step: Step, batches: list[Batch]) -> tuple[Any, list[torch.Tensor], list[torch.Tensor]]:
+    state, losses, logits = step.grow_(fresh(step), (1000,)), [], []
+    for batch in batches:
+        state, aux = function(state, batch)
+        losses.append(aux.loss.clone())
+        logits.append(aux.logit.clone())
+    return state, losses, logits
+
+
+def test_bf16_is_near_fp32_and_not_equal(bf16):
+    """The first step, as later ones compare different weights; Adam's normalised steps keep those near all the same."""
+    batches = deepfm_batches(20)
+    fp32 = deepfm_step()
+    state, losses, logits = run(bf16.update_, bf16, batches)
+    expected, expected_losses, expected_logits = run(fp32.update_, fp32, batches)
+    torch.testing.assert_close(logits[0], expected_logits[0], rtol=4 * ROUNDING, atol=4 * ROUNDING)
+    assert not torch.equal(logits[0], expected_logits[0])
+    torch.testing.assert_close(torch.stack(losses), torch.stack(expected_losses), rtol=0.05, atol=0.02)
+    assert torch.equal(state.tables[0].ids, expected.tables[0].ids)
+
+
+def test_all_but_products_stays_f32(bf16):
+    """Gradients, rows, optimiser states, metrics, loss and logit; every product but the narrow ones is bf16."""
+    state, batch = fresh(bf16), deepfm_batches(1)[0]
+    after, aux = bf16.update_(bf16.grow_(fresh(bf16), bf16.ids_in(batch)), batch)
+    assert aux.logit.dtype == aux.loss.dtype == torch.float32
+    assert [t.dtype for t in tree_leaves(after)] == [t.dtype for t in tree_leaves(state)]
+    assert all(t.dtype != torch.bfloat16 for t in tree_leaves(after))
+    graph = trace(bf16.update_, state, batch).graph
+    products = graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    dtypes = [node.meta["val"].dtype for node in products]
+    assert dtypes.count(torch.bfloat16) == 6  # two wide layers, each with two gradients
+    assert dtypes.count(torch.float32) == 5  # the last layer, and the numeric terms, whose input has no gradient
+
+
+def test_gradients_are_those_of_the_formula():
+    """Of one linear layer: operands rounded to bf16, multiplied exactly, rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=generator) for shape in ((16, 8), (8, 3)))
+    grad = torch.randn(16, 3, generator=generator)
+    forward = layers.in_bf16(lambda params, emb, feats: feats @ params["w"])
+    out, vjp = torch.func.vjp(lambda w, x: forward({"w": w}, {}, x), weight, x)
+    by_weight, by_x = vjp(grad)
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a.bfloat16().double() @ b.bfloat16().double()
+
+    for got, expected in ((out, product(x, weight)), (by_weight, product(x.T, grad)), (by_x, product(grad, weight.T))):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), expected, rtol=ROUNDING, atol=1e-5)
+
+
+def test_a_single_output_is_not_rounded():
+    params = {"w.weight": torch.randn(8, 1), "w.bias": torch.randn(1)}
+    x = torch.randn(16, 8)
+    forward = layers.in_bf16(lambda params, emb, feats: layers.linear(params, "w", feats))
+    assert torch.equal(forward(params, {}, x), layers.linear(params, "w", x))
+
+
+def test_captured_is_eager(bf16):
+    batches = deepfm_batches(6, short_last=True)
+    call = capture(bf16, fresh(bf16), batches[0])
+    captured, losses, logits = run(call, bf16, batches)
+    eager, eager_losses, eager_logits = run(bf16.update_, bf16, batches)
+    assert torch.equal(captured.tables[0].ids, eager.tables[0].ids)
+    # The compiler may leave out a rounding to bf16 between a product and what follows.
+    torch.testing.assert_close(torch.stack(losses), torch.stack(eager_losses), rtol=0.02, atol=0.01)
+    torch.testing.assert_close(logits[0], eager_logits[0], rtol=4 * ROUNDING, atol=4 * ROUNDING)
+    again, losses_again, _ = run(call, bf16, batches)
+    assert_same_state(captured, again)
+    assert torch.equal(torch.stack(losses), torch.stack(losses_again))
+
+
+def test_evaluation_is_in_the_precision_of_training(bf16):
+    batch = deepfm_batches(1)[0]
+    state = fresh(bf16)
+    _, aux = capture_evaluation(bf16, state, batch)(state, batch)
+    _, expected = bf16.evaluate_(fresh(bf16), batch)
+    torch.testing.assert_close(aux.logit, expected.logit, rtol=4 * ROUNDING, atol=4 * ROUNDING)
+    _, other = deepfm_step().evaluate_(fresh(bf16), batch)
+    assert not torch.equal(expected.logit, other.logit)
+
+
+def test_tf32_holds_while_recording_alone():
+    """And is put back when recording fails."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    with _f32_products("tf32"):
+        assert matmul.fp32_precision == "tf32"
+    assert matmul.fp32_precision == before
+    with pytest.raises(RuntimeError, match="out of memory"), _f32_products("tf32"):
+        raise RuntimeError("out of memory")
+    assert matmul.fp32_precision == before
+    for other in ("fp32", "bf16"):
+        with _f32_products(other):
+            assert matmul.fp32_precision == before
+
+
+def test_tf32_changes_nothing_on_a_cpu():
+    batches = deepfm_batches(3)
+    fp32, tf32 = deepfm_step(), deepfm_step(precision="tf32")
+    a, b = run(fp32.update_, fp32, batches), run(tf32.update_, tf32, batches)
+    assert all(torch.equal(x, y) for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True))
+
+
+def test_another_word_is_an_error():
+    with pytest.raises(ValueError, match=r"precision: got 'fp16', expected one of \('fp32', 'tf32', 'bf16'\)"):
+        deepfm_step(precision="fp16")
+
+
+def planted(num: int, *, seed: int) -> list[Batch]:
+    """Batches of 64 samples whose click is drawn from a logit that their ids and first number decide."""
+    rng, batches = random.Random(seed), []
+    for _ in range(num):
+        samples = random_samples(rng, 64, features=FEATURES, num_numeric=NUM_NUMERIC, ids=SMALL_IDS)
+        logits = [s.numeric[0] + sum(2 * math.sin(id) for name in FEATURES for id in s.ids[name]) for s in samples]
+        clicked = [float(rng.random() < 1 / (1 + math.exp(-x))) for x in logits]
+        samples = [s._replace(label=label) for s, label in zip(samples, clicked, strict=True)]
+        batches.append(pack_samples(samples, 64, capacity=128))
+    return batches
+
+
+def test_bf16_learns_as_well_as_fp32(bf16):
+    """AUC on held-out samples of a planted problem, within 0.005; an untrained model has about 0.5."""
+    aucs = []
+    for step in (deepfm_step(), bf16):
+        state, _, _ = run(step.update_, step, planted(100, seed=1))
+        state = state._replace(metrics=binary_metrics().init())
+        for batch in planted(40, seed=2):
+            state, _ = step.evaluate_(state, batch)
+        aucs.append(auc(state.metrics))
+    assert aucs[0] > 0.8
+    assert abs(aucs[1] - aucs[0]) < 0.005
+    assert aucs[1] != aucs[0]
