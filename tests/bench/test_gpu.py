@@ -167,6 +167,13 @@ def test_batches_are_the_same_without_the_table_s_ids():
             assert torch.equal(batch[name].values[: len(ids)], ids)
 
 
+def test_deepfm_s_batches_and_rows_do_not_fit_the_l2_cache():
+    l2_bytes = 50 * 2**20
+    (batch,) = make_batches(1, 1000, table_rows=1000).batches
+    assert all(batch.buffer.numel() * size // 1000 * count > l2_bytes for size, count in gpu_deepfm.NUM_BATCHES.items())
+    assert l2_bytes < gpu_deepfm.TABLE_ROWS * 128
+
+
 @pytest.mark.parametrize("name", list(gpu_sizes.OPTIMIZERS))
 def test_a_filled_table_has_a_row_for_every_id_of_its_batches(name):
     optimizer = gpu_sizes.OPTIMIZERS[name]
@@ -205,7 +212,7 @@ def test_sizes_that_do_not_fit_are_skipped_and_said(to, monkeypatch, free_bytes,
 
 def test_jax_is_skipped_with_a_reason_where_it_has_no_gpu(to, monkeypatch):
     monkeypatch.setattr(gpu_deepfm, "jax_cannot", lambda backend: f"jax finds no {backend} and computes on cpu")
-    gpu_deepfm.beside_jax(to, {1000: 16})
+    gpu_deepfm.beside_jax(to, {1000: 16}, table_rows=20_000)
     assert to.notes == ["JAX: skipped, jax finds no gpu and computes on cpu."]
     assert not to.records
     monkeypatch.undo()
@@ -228,14 +235,14 @@ def test_the_limiting_part_is_named(rates, said):
 
 @pytest.mark.slow
 def test_deepfm_beside_its_peers(to):
-    gpu_deepfm.compare(to, 32, num_batches=2, device="cpu")
+    gpu_deepfm.compare(to, 32, num_batches=2, table_rows=20_000, device="cpu")
     assert len(to.records) == 5
     to.end()
 
 
 @pytest.mark.slow
 def test_deepfm_beside_jax(to):
-    gpu_deepfm.beside_jax(to, {32: 2}, backend="cpu")
+    gpu_deepfm.beside_jax(to, {32: 2}, table_rows=20_000, backend="cpu")
     if gpu_deepfm.jax_cannot("cpu"):
         assert to.notes[0].startswith("JAX: skipped, ")
     else:
