@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,10 +30,14 @@ from recfx.types import Batch, Layout, unpack
 
 __all__ = ["capture", "capture_evaluation", "sections_function", "trace"]
 
+NewLayout = Literal["capture", "uncaptured", "raise"]
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def capture(step: Step, state: Any, batch: Batch) -> Callable[[Any, Batch], tuple[Any, Any]]:
+def capture(
+    step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "capture"
+) -> Callable[[Any, Batch], tuple[Any, Any]]:
     """The training step compiled as one graph: a callable of the signature of `step.update_`.
 
     The first call of each batch layout compiles (seconds; `batch` itself is not trained on and `state` not changed),
@@ -45,14 +49,19 @@ def capture(step: Step, state: Any, batch: Batch) -> Callable[[Any, Batch], tupl
 
     Donation: the state passed in is written to; use the one that comes back. `aux` is valid until the next call, which
     on a GPU writes over it.
+    Args:     new_layout: what becomes of a batch of another layout than `batch`. "capture": it is compiled for, which a
+              service may not have the seconds for. "uncaptured": it goes through `step.update_` as it is, several
+              times slower. "raise": an error that names the columns, before anything is changed.
     Raises:   TypeError when the batch is not packed; torch's error where a feature op or a model cannot be captured.
     """
-    return _captured(step, step.update_, lambda s, ids: step.grow_(s, ids))
+    return _captured(step, step.update_, lambda s, ids: step.grow_(s, ids), batch, new_layout)
 
 
-def capture_evaluation(step: Step, state: Any, batch: Batch) -> Callable[[Any, Batch], tuple[Any, Any]]:
-    """The evaluation step compiled as one graph: changes the state's metrics alone."""
-    return _captured(step, step.evaluate_, lambda s, ids: s)
+def capture_evaluation(
+    step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "capture"
+) -> Callable[[Any, Batch], tuple[Any, Any]]:
+    """The evaluation step compiled as one graph: changes the state's metrics alone. Otherwise as `capture`."""
+    return _captured(step, step.evaluate_, lambda s, ids: s, batch, new_layout)
 
 
 def sections_function(update_: Callable, layout: Layout) -> Callable[[Any, list[Tensor]], Any]:
@@ -85,8 +94,14 @@ def trace(update_: Callable, state: Any, batch: Batch) -> torch.fx.GraphModule:
     return graph_module
 
 
-def _captured(step: Step, update_: Callable, grow_: Callable) -> Callable[[Any, Batch], tuple[Any, Any]]:
+def _captured(
+    step: Step, update_: Callable, grow_: Callable, first: Batch, new_layout: NewLayout
+) -> Callable[[Any, Batch], tuple[Any, Any]]:
+    if new_layout not in get_args(NewLayout):
+        raise ValueError(f"new_layout: got {new_layout!r}, expected one of {get_args(NewLayout)}.")
+    _check_packed(first)
     _keep_freed_memory()
+    first_layout = first.layout
     compiled: dict[tuple, dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]]] = {}
     replay: Callable[..., tuple[Any, Any]] | None = None
     known_state: Callable[[], Tensor | None] | None = None
@@ -94,8 +109,11 @@ def _captured(step: Step, update_: Callable, grow_: Callable) -> Callable[[Any, 
 
     def run(state: Any, batch: Batch) -> tuple[Any, Any]:
         nonlocal known_state, graphs, replay
-        if not isinstance(batch, Batch):
-            raise TypeError(f"batch: got {type(batch).__name__}, expected recfx.types.Batch. Use recfx.types.pack.")
+        _check_packed(batch)
+        if new_layout != "capture" and batch.layout != first_layout:
+            if new_layout == "raise":
+                raise ValueError(_difference(batch.layout, first_layout))
+            return uncaptured(state, batch)
         # By a weak reference: a state that its owner drops must free its tables.
         if known_state is None or state.dense.step is not known_state():
             known_state, graphs = weakref.ref(state.dense.step), compiled.setdefault(_shapes(state), {})
@@ -110,7 +128,35 @@ def _captured(step: Step, update_: Callable, grow_: Callable) -> Callable[[Any, 
         with torch.no_grad():
             return state, function(state, batch.sections)
 
+    def uncaptured(state: Any, batch: Batch) -> tuple[Any, Any]:
+        state = grow_(state, step.ids_in(batch))
+        with torch.no_grad(), _f32_products(step.precision):
+            return update_(state, Batch(batch.buffer.to(state.dense.step.device), batch.layout))
+
     return run
+
+
+def _check_packed(batch: Any) -> None:
+    if not isinstance(batch, Batch):
+        raise TypeError(f"batch: got {type(batch).__name__}, expected recfx.types.Batch. Use recfx.types.pack.")
+
+
+def _difference(got: Layout, expected: Layout) -> str:
+    """The error for a batch that does not fit: at most three columns whose parts differ in dtype or capacity."""
+
+    def parts(layout: Layout, name: str) -> str:
+        fields = layout.columns.get(name, {}).values()
+        return ", ".join(f"{f.part} {dtype_abbrs[f.dtype]}{list(f.shape)}" for f in fields) or "no such column"
+
+    pairs = {name: (parts(got, name), parts(expected, name)) for name in {**expected.columns, **got.columns}}
+    unequal = [f"feature '{name}': got {a}, expected {b}" for name, (a, b) in pairs.items() if a != b]
+    if not unequal:
+        unequal = [f"columns: got them in the order {list(got.columns)}, expected {list(expected.columns)}"]
+    more = f" and {len(unequal) - 3} more" if len(unequal) > 3 else ""
+    return (
+        f"{'; '.join(unequal[:3])}{more}. The step was captured for another layout and new_layout is 'raise'. Pack "
+        "batches with the same columns and capacities."
+    )
 
 
 def _compile(function: Callable) -> Callable:
