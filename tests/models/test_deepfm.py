@@ -17,7 +17,10 @@ def case(num_numeric, num_sparse, dim, hidden, *, batch=16, seed=0, scale=300.0)
     return params, emb, torch.randn(batch, num_numeric, generator=g)
 
 
-SHAPES = [(13, 26, 8, (64, 16)), (2, 3, 4, (8, 4)), (1, 1, 1, (3,)), (3, 5, 2, (4, 3, 2)), (4, 2, 3, ())]
+SHAPES = [
+    (13, 26, 8, (64, 16)), (2, 3, 4, (8, 4)), (1, 1, 1, (3,)), (3, 5, 2, (4, 3, 2)), (4, 2, 3, ()), (2, 5, 8, (3,)),
+    (1, 17, 1, (3,)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
