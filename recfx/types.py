@@ -176,10 +176,11 @@ def _column(parts: Mapping[str, Field], sections: Mapping[torch.dtype, Tensor]) 
     return views["dense"] if "dense" in views else Ragged.of_parts(views)
 
 
-def pack(columns: Mapping[str, Tensor | Ragged]) -> Batch:
+def pack(columns: Mapping[str, Tensor | Ragged], *, pin_memory: bool = False) -> Batch:
     """Copies a dict of tensors into one buffer. NUM_SAMPLES is added when absent: every sample is real.
 
     Args:     columns: `Tensor` [B, d] or `Ragged` by name; all with the same B.
+              pin_memory: as of torch.empty: a copy to a GPU then needs no other on the host.
     Raises:   ValueError when two columns disagree on B, TypeError when a column is neither kind.
     """
     for name, column in columns.items():
@@ -201,7 +202,8 @@ def pack(columns: Mapping[str, Tensor | Ragged]) -> Batch:
         tensors[NUM_SAMPLES, "dense"] = torch.tensor(batch_size, dtype=torch.int32)
     layout = Layout.of({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})
     device = next(iter(tensors.values())).device
-    batch = Batch(torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device), layout)
+    zeros = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device, pin_memory=pin_memory)
+    batch = Batch(zeros, layout)
     for (name, part), t in tensors.items():
         target = batch[name] if part == "dense" else batch[name].parts[part]
         target.copy_(t)

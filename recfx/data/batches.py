@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pyarrow import fs
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -54,6 +55,7 @@ def reader(
     checksums: str | os.PathLike[str] | None = None,
     filesystem: fs.FileSystem | None = None,
     format: Format | None = None,
+    pin_memory: bool = False,
 ) -> Reader:
     """Batches of the rows of ORC, Parquet, Arrow IPC or CSV files, in the order of the sorted file names.
 
@@ -85,6 +87,8 @@ def reader(
                   there any number of shuffle_rows costs about the same.
               checksums: a manifest of `recfx inspect --checksums`; every file is compared with it when first opened.
               filesystem, format: where the paths are and what the files are, instead of what paths and files say.
+              pin_memory: batches lie in pinned memory, from which a captured step on a GPU copies them without another
+                  copy on the host. Torch keeps such memory and uses it again once the copies from it have ended.
     Cost:     memory of threads * (prefetch + 1) decoded units, and of two windows of shuffle_rows where they are not
                   mapped; one pass over the values to pack a batch, and one before to shuffle or keep them.
     Raises:   ValueError when paths match nothing or an argument is out of range; from the iterator when a file cannot
@@ -98,6 +102,8 @@ def reader(
     check_choice("shard_by", shard_by, ("file", "unit"))
     if not isinstance(format, Csv):
         check_choice("format", format, (None, "orc", "parquet", "arrow"))
+    if pin_memory and not torch.cuda.is_available():
+        raise ValueError("pin_memory: got True, expected False. torch finds no CUDA device here.")
     check_columns(columns)
     expression = expression_of(filter)
     files = match_files(paths, filesystem)
@@ -118,7 +124,7 @@ def reader(
         threads=threads,
         prefetch=prefetch,
     )
-    return Reader(plan, batch_size, epochs, drop_remainder, transform)
+    return Reader(plan, batch_size, epochs, drop_remainder, transform, pin_memory)
 
 
 @dataclass(eq=False)
@@ -136,6 +142,7 @@ class Reader(IterableDataset):
     epochs: int | None
     drop_remainder: bool
     transform: Callable[[Columns], Columns] | None
+    pin_memory: bool
     packing: PackPlan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -166,21 +173,21 @@ class Reader(IterableDataset):
 
     def batch(self, segments: Sequence[Segment]) -> Batch:
         """Packs the rows of the segments into one batch, after the transform."""
-        batch = self._packed(segments)
         if self.transform is None:
-            return batch
+            return self._packed(segments, self.pin_memory)
+        batch = self._packed(segments, False)
         columns = self.transform(dict(batch))
         check_transformed(columns, self.batch_size)
-        return pack({NUM_SAMPLES: batch[NUM_SAMPLES], **columns})
+        return pack({NUM_SAMPLES: batch[NUM_SAMPLES], **columns}, pin_memory=self.pin_memory)
 
-    def _packed(self, segments: Sequence[Segment]) -> Batch:
+    def _packed(self, segments: Sequence[Segment], pin_memory: bool) -> Batch:
         if not self.plan.decoder.in_records:
             plan = self._plan_for(count_items(self.packing, segments))
-            return Batch(pack_columns(plan, segments), plan.layout)
+            return Batch(pack_columns(plan, segments, pin_memory=pin_memory), plan.layout)
         plan = self.packing
-        buffer, counts = pack_records(plan, segments)
+        buffer, counts = pack_records(plan, segments, pin_memory=pin_memory)
         if (larger := self._plan_for(counts)) is not plan:
-            buffer, _ = pack_records(larger, segments)
+            buffer, _ = pack_records(larger, segments, pin_memory=pin_memory)
         return Batch(buffer, larger.layout)
 
     def _plan_for(self, counts: np.ndarray) -> PackPlan:
@@ -203,6 +210,8 @@ class BatchIterator(Iterator[Batch]):
 
     def __init__(self, reader: Reader, place: Place, taken: int, last_epoch: int | None) -> None:
         worker = get_worker_info()
+        if worker is not None and reader.pin_memory:
+            raise ValueError("pin_memory: got True, expected False in a DataLoader's worker. It cannot use the GPU.")
         self._reader = reader
         self._plan = reader.plan if worker is None else reader.plan.share(worker.id, worker.num_workers)
         self._start(place, taken, last_epoch)

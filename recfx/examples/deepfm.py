@@ -91,6 +91,7 @@ def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reade
         prefetch=args.prefetch,
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        pin_memory=args.device == "cuda",
     )
 
 

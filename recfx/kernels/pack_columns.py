@@ -183,7 +183,7 @@ def _items(column: BlockColumn, begin: int, end: int) -> list[int]:
     return counts
 
 
-def pack_columns(plan: PackPlan, segments: Sequence[Segment[Block]]) -> Tensor:
+def pack_columns(plan: PackPlan, segments: Sequence[Segment[Block]], *, pin_memory: bool = False) -> Tensor:
     """The rows of the segments, end to end, as a fresh buffer of `plan.layout`: u8 [num_bytes].
 
     Ragged values are followed by zeros, offsets stay flat and fixed-length rows are zero beyond the last row.
@@ -194,8 +194,9 @@ def pack_columns(plan: PackPlan, segments: Sequence[Segment[Block]]) -> Tensor:
     _check_room(plan, segments)
     kernels = _kernels()
     if kernels is None:
-        return pack_columns_reference(plan, segments)
-    buffer = torch.empty(plan.layout.num_bytes, dtype=torch.uint8)
+        buffer = pack_columns_reference(plan, segments)
+        return buffer.pin_memory() if pin_memory else buffer
+    buffer = torch.empty(plan.layout.num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
     table = _segment_table(segments)
     kernels.recfx_pack_columns(
         buffer.data_ptr(),

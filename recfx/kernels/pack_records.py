@@ -66,7 +66,9 @@ def write_records(
     return starts, records
 
 
-def pack_records(plan: PackPlan, segments: Sequence[Segment[Records]]) -> tuple[Tensor, np.ndarray]:
+def pack_records(
+    plan: PackPlan, segments: Sequence[Segment[Records]], *, pin_memory: bool = False
+) -> tuple[Tensor, np.ndarray]:
     """The rows of the segments, end to end, as a fresh buffer of `plan.layout`, and their `count_items`.
 
     Where there are more items than the plan has room for, the buffer is of no use: pack again by a larger plan. To
@@ -84,8 +86,9 @@ def pack_records(plan: PackPlan, segments: Sequence[Segment[Records]]) -> tuple[
         )
     kernels = _kernels()
     if kernels is None:
-        return pack_records_reference(plan, addresses)
-    buffer = torch.empty(plan.layout.num_bytes, dtype=torch.uint8)
+        buffer, counts = pack_records_reference(plan, addresses)
+        return buffer.pin_memory() if pin_memory else buffer, counts
+    buffer = torch.empty(plan.layout.num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
     counts = np.empty(len(plan.capacities), dtype=np.int64)
     kernels.recfx_pack_records(
         buffer.data_ptr(),
