@@ -67,7 +67,8 @@ class Life:
               at the end of the step that filled it (of that step's ids those that came too late are refused), or
               "stop" with an error at the end of the step that had to refuse one.
     Cost:     4 bytes a row and one pass over a step's rows for `num_steps`; a sweep reads every row's columns.
-    Raises:   ValueError on a number out of range, when only one of `score` and `keep` is given, or neither to evict by.
+    Raises:   ValueError on a number out of range, when only one of `score` and `keep` is given, or neither to evict by;
+              TypeError on what is no int or no function.
     Example:  >>> Life(expire=unseen_for(10_000), score=least_recently_used, keep=900_000).every
               1000
     """
@@ -83,6 +84,14 @@ class Life:
     def __post_init__(self) -> None:
         if (self.score is None) != (self.keep is None):
             raise ValueError(f"keep: got {self.keep} with score {self.score}, expected both or neither.")
+        for name in ("keep", "every", "candidates"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise TypeError(f"{name}: got {value!r}, expected an int.")
+        for name in ("admit", "expire", "score"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise TypeError(f"{name}: got {value!r}, expected a function.")
         if self.keep is not None and self.keep < 0:
             raise ValueError(f"keep: got {self.keep}, expected at least 0 rows.")
         if self.every < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -59,8 +60,15 @@ def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since
     """Views of the state, taken without copying a row (on a CPU); dense tensors are copied.
 
     Args:     since: by table, the step from which on a touched row is saved; None: every live row is.
-    Raises:   ValueError inside a gradient accumulation window.
+    Raises:   ValueError inside a gradient accumulation window, or on a number that no folder can have; TypeError when
+              `loop` is no dict that JSON can hold.
     """
+    if type(number) is not int or not 0 <= number < 10**9:
+        raise ValueError(f"number: got {number!r}, expected an int, 0 to 10**9 - 1. Checkpoints are ordered by it.")
+    try:
+        json.dumps({**loop, "step": number}, allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"loop: got {loop!r}, expected a dict that JSON can hold: {error}.") from error
     if int(state.window.num_batches):
         raise ValueError("state: got an open accumulation window, expected none. Save between optimiser steps.")
     tables, small = [], {d.name: d.tensor for d in dense_tensors(state)}
@@ -173,7 +181,7 @@ def _write_files(scratch: Path, contents: Contents, base: Path | None, before_fi
     parts = [list(part) for part in before["parts"]]
     shards: dict[str, tuple[dict[str, np.ndarray], np.ndarray]] = {}
     for i, (columns, live) in enumerate(contents.tables):
-        size = max(1, SHARD_BYTES // sum(column[:1].nbytes for column in columns.values()))
+        size = max(1, SHARD_BYTES // max(1, sum(column[:1].nbytes for column in columns.values())))
         first = sum(map(len, parts[i]))
         names = [f"table-{i}.{first + k:05d}.safetensors" for k in range(-(-len(live) // size))]
         shards |= {name: (columns, live[k * size : (k + 1) * size]) for k, name in enumerate(names)}

@@ -46,6 +46,7 @@ DIRECT = getattr(os, "O_DIRECT", 0)
 LOCK_WAIT_S = 2.0
 ORPHAN_WAIT_S = 60.0  # for a killed run's background save, which on busy cores hardly runs, to see that it may end
 
+KEYS = {"files": dict, "parts": list, "tables": list, "slots": list, "loop": dict, "seed": int}  # of a manifest
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U8": "|u1"}
 NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
 
@@ -209,7 +210,9 @@ def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        version = int(manifest["format"])
+        version = manifest["format"]
+        if type(version) is not int:
+            raise TypeError(f"format {version!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or no text
         raise ValueError(f"{path}: {error!r}, expected a checkpoint's manifest.") from error
     if version != FORMAT:
@@ -217,7 +220,31 @@ def read_manifest(folder: Path) -> dict:
         raise ValueError(f"{path}: got format {version}, expected {FORMAT}. {advice}")
     if manifest.pop("manifest_xxh3_128", None) != digest_of(manifest):
         raise ValueError(f"{path}: checksum differs. The file is damaged; use an older checkpoint.")
+    _check_parts(path, manifest)
     return manifest
+
+
+def _check_parts(path: Path, manifest: dict) -> None:
+    """What was edited by hand, checksum included, names no file twice and none outside its folder."""
+    for key, kind in KEYS.items():
+        if not isinstance(manifest.get(key), kind):
+            got = type(manifest[key]).__name__ if key in manifest else "nothing"
+            raise ValueError(f"{path}: got {got} as '{key}', expected {kind.__name__}. Use an older checkpoint.")
+    files = manifest["files"]
+    try:
+        shards = [name for table in manifest["parts"] for part in table for name in part]
+        columns = [(str, int, int) == (*map(type, c),) for t in manifest["tables"] for v in t for c in v]
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}, expected lists in 'parts' and 'tables'. Use an older checkpoint.") from None
+    outside = [name for name in files if name != Path(name).name]
+    if outside:
+        raise ValueError(f"{path}: got file {outside[0]!r}, expected names of files beside it.")
+    if sorted(map(str, (*shards, STATE))) != sorted(files):
+        raise ValueError(f"{path}: got 'parts' of {shards}, expected each of 'files' once, and {STATE} beside them.")
+    if len(manifest["parts"]) != len(manifest["tables"]) or not all(columns):
+        raise ValueError(f"{path}: got tables {manifest['tables']}, expected [name, column, width]s, one list a part.")
+    if type(manifest["loop"].get("step")) is not int:
+        raise ValueError(f"{path}: got loop {manifest['loop']}, expected the number of its step in it.")
 
 
 # Folders: a checkpoint is there when its manifest is, and hidden while it is made or deleted.
@@ -237,6 +264,9 @@ def latest(folder: str | Path) -> Path | None:
 def clear_unfinished(folder: Path) -> None:
     """Deletes what a killed save left behind. What lacks nothing but its rename is given it."""
     for leftover in folder.glob(f"{UNFINISHED}*"):
+        if leftover.is_symlink() or not leftover.is_dir():
+            leftover.unlink()
+            continue
         target = folder / (PREFIX + leftover.name.removeprefix(UNFINISHED))
         if not target.exists() and not leftover.name.startswith(UNFINISHED + PREFIX) and _is_whole(leftover):
             os.replace(leftover, target)

@@ -113,11 +113,12 @@ def load(
               rank, world_size: take the rows that `recfx.kernels.hashing.owner` gives to this rank.
     Cost:     reads every byte once, one pass; rebuilds the index.
     Raises:   ValueError naming the file when it is missing, damaged, or newer than this version; naming the table or
-              parameter when the checkpoint lacks it, has it in another shape, or was made with another seed. `state`
-              is then of no further use.
+              parameter when the checkpoint lacks it, has it in another shape, or was made with another seed; when
+              `state` has rows already. `state` is then as it was.
     """
-    sources = [Source.open(p) for p in ([path] if isinstance(path, str | Path) else path)]
-    names = dict(names or {})
+    paths = [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
+    _check_arguments(paths, state, rank, world_size)
+    sources, names = [Source.open(p) for p in paths], dict(names or {})
     for source in sources:
         if source.manifest["seed"] != step.seed:
             raise ValueError(
@@ -129,22 +130,54 @@ def load(
                 f"{source.path}: got an optimiser that keeps {source.manifest['slots']} beside the weights, expected "
                 f"{list(step.slots)}. Use the optimiser that it was saved with."
             )
-    _load_dense_(state, sources[0], dense, names)
-    _check_names("tables", tables, {c.name for t in step.plan.tables for v in t.vocabularies for c in v})
+    known = {c.name for t in step.plan.tables for v in t.vocabularies for c in v}
+    _check_names("tables", tables, known)
+    _check_names("names", names.keys(), known | state.params.keys())
+    dense_pairs, table_moves = _dense_pairs(state, sources[0], dense, names), []
     for number, (plan, table) in enumerate(zip(step.plan.tables, state.tables, strict=True)):
         moves = [move for s in sources for move in _moves(plan, s, tables, names, (rank, world_size))]
-        _load_table_(table, number, plan, moves, step.seed)
+        table_moves.append(TableMoves(table, plan, moves, *_places(moves)))
+        if (num := table_moves[-1].num_rows) > (most := table.ids.numel()):
+            raise ValueError(f"table {number}: got {num} rows, expected at most {most}. Raise max_rows.")
+    try:
+        for table_move in table_moves:
+            _put_rows_(table_move, step.seed)
+    except BaseException:
+        for table_move in table_moves:
+            for field in ROW_FIELDS:
+                getattr(table_move.table, field)[: table_move.num_rows] = 0
+        raise
+    for table_move in table_moves:
+        _restore_(table_move)
+    for target, saved in dense_pairs:
+        target.copy_(saved)
     return state, sources[0].manifest["loop"]
 
 
+def _check_arguments(paths: list[Path], state: TrainState, rank: int, world_size: int) -> None:
+    if not paths or len({p.resolve() for p in paths}) < len(paths):
+        raise ValueError(f"path: got {list(map(str, paths))}, expected one folder or more, each once.")
+    if type(rank) is not int or type(world_size) is not int or not 0 <= rank < world_size:
+        raise ValueError(f"rank: got {rank!r} of world_size {world_size!r}, expected ints, 0 <= rank < world_size.")
+    num_rows = sum(int(t.num_rows) for t in state.tables)
+    if num_rows:
+        raise ValueError(f"state: got one with {num_rows} rows, expected a new one. They would be lost. Use step.init.")
+
+
 def _check_names(argument: str, got: Collection[str] | None, known: Collection[str]) -> None:
+    if isinstance(got, str):
+        raise TypeError(f"{argument}: got the str '{got}', expected a list of names.")
     unknown = sorted(set(got or ()) - set(known))
     if unknown:
         raise ValueError(f"{argument}: got {unknown}, expected some of {sorted(known)}.")
 
 
-def _load_dense_(state: TrainState, source: Source, taken: Collection[str] | None, names: dict[str, str]) -> None:
+def _dense_pairs(
+    state: TrainState, source: Source, taken: Collection[str] | None, names: dict[str, str]
+) -> list[tuple[Tensor, Tensor]]:
+    """Tensors of the state, and what they are to become."""
     _check_names("dense", taken, state.params)
+    pairs = []
     for part, param, target in dense_tensors(state):
         if taken is not None and (param not in taken if param is not None else not taken):
             continue
@@ -155,7 +188,8 @@ def _load_dense_(state: TrainState, source: Source, taken: Collection[str] | Non
                 f"{source.path / STATE}: no tensor '{name}' of shape {list(target.shape)}. Another model's; name what "
                 "to take in `dense`."
             )
-        target.copy_(saved)
+        pairs.append((target, saved))
+    return pairs
 
 
 def _moves(
@@ -200,29 +234,43 @@ def _moves(
     ]
 
 
-def _load_table_(table: TableState, number: int, plan: TablePlan, moves: list[Move], seed: int) -> None:
-    places, num_rows, free = _places(moves)
-    if num_rows > table.ids.numel():
-        raise ValueError(f"table {number}: got {num_rows} rows, expected at most {table.ids.numel()}. Raise max_rows.")
-    for move, place in zip(moves, places, strict=True):
+class TableMoves(NamedTuple):
+    """All that becomes one table of the model."""
+
+    table: TableState
+    plan: TablePlan
+    moves: list[Move]
+    places: list[np.ndarray]  # by move: row here of each row there, -1: not taken
+    num_rows: int
+    free: np.ndarray
+
+
+def _put_rows_(of: TableMoves, seed: int) -> None:
+    """Fills rows, which are not in use yet."""
+    for move, place in zip(of.moves, of.places, strict=True):
         workers = threading.local()  # each with a reader of its own
 
         def put(name: str, move: Move = move, place: np.ndarray = place, workers: threading.local = workers) -> None:
             if not hasattr(workers, "reader"):
                 workers.reader = ShardReader()
             shard = workers.reader.read(move.source.path / name, move.source.manifest["files"][name])
-            _put_(table, plan, seed, move, place, shard)
+            _put_(of.table, of.plan, seed, move, place, shard)
 
         with ThreadPoolExecutor(WORKERS) as pool:
             for names in move.source.manifest["parts"][move.table]:  # laid over each other, so one after the other
                 list(pool.map(put, names))
+
+
+def _restore_(of: TableMoves) -> None:
+    """Takes the rows into use, with the table's counters and candidates."""
+    table, moves = of.table, of.moves
     for name in COUNTERS:
         saved = [move.source.small[f"table.{move.table}.{name}"] for move in moves]
         if name == "step":
             table.step.fill_(max(map(int, saved), default=0))
         elif moves and moves[0].rank == 0:  # counted once, however many ranks there are
             getattr(table, name).copy_(torch.stack(saved).sum(0))
-    restore_(table, num_rows, torch.from_numpy(free), _candidates(moves))
+    restore_(table, of.num_rows, torch.from_numpy(of.free), _candidates(moves))
 
 
 def _candidates(moves: list[Move]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from recfx.checkpoint.contents import Contents, Rows, write
-from recfx.checkpoint.files import STATE, FolderLock, ShardReader, clear_unfinished, finished
+from recfx.checkpoint.files import PREFIX, STATE, FolderLock, ShardReader, clear_unfinished, finished
 from recfx.checkpoint.loading import Source
 
 __all__ = ["compact", "diff", "merged"]
@@ -41,9 +41,15 @@ def compact(path: str | Path) -> Path:
     """Makes a checkpoint that was laid over others a full one, in its place: the bytes of a full save.
 
     Cost:     holds all rows in memory.
-    Raises:   ValueError when it is damaged; BlockingIOError when a process saves in its folder.
+    Raises:   ValueError when it is damaged or its folder renamed; BlockingIOError when a process saves beside it.
     """
-    path, contents = Path(path), merged(path)
+    path = Path(path).resolve()
+    contents = merged(path)
+    name = f"{PREFIX}{contents.number:09d}"
+    if path.name != name:
+        raise ValueError(
+            f"{path}: got a renamed checkpoint, expected {name}. Another one may be there. Rename it back."
+        )
     lock = FolderLock(path.parent)
     try:
         clear_unfinished(path.parent)

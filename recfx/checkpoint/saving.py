@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,27 @@ class Saver:
               the save before and link its files; the first of a process is full. `compact` makes any of them full.
     Cost:     a save writes W (1 + slots) floats and 20 B per row. In the background it stops the caller for a fork
               (10 ms a 1 GB table), then takes up to the table's size in memory where the caller writes meanwhile.
-    Raises:   ValueError on a count below 1; BlockingIOError when another process saves there.
+    Raises:   ValueError on a count below 1; NotADirectoryError when `folder` is a file; BlockingIOError when another
+              process saves there.
     """
 
     def __init__(self, folder: str | Path, step: Step, *, max_to_keep: int = 5, full_every: int = 1) -> None:
         for name, value in (("max_to_keep", max_to_keep), ("full_every", full_every)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1.")
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: got {value!r}, expected at least 1, an int.")
         self._folder, self._step, self._max_to_keep, self._full_every = Path(folder), step, max_to_keep, full_every
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise NotADirectoryError(
+                errno.ENOTDIR, f"folder: got {folder}, a file or below one, expected a folder. Choose another path."
+            ) from error
         self._lock = FolderLock(self._folder)
-        clear_unfinished(self._folder)
+        try:
+            clear_unfinished(self._folder)
+        except BaseException:
+            self._lock.release()
+            raise
         self._job: Job | None = None
         self._num_saved = 0
         self._last: tuple[Path, tuple[int, ...]] | None = None  # what a partial save is laid over, its tables' steps
@@ -44,7 +55,8 @@ class Saver:
         """Writes <folder>/step-<number>, then deletes all but the newest.
 
         Args:     number: optimiser steps taken.  loop: small JSON-able dict, given back by `load`.
-        Raises:   ValueError inside a gradient accumulation window; OSError when the disk is full or not writable.
+        Raises:   ValueError in a gradient accumulation window, or when `number` is not 0 to 10**9 - 1; TypeError when
+                  JSON cannot hold `loop`; nothing is then written. OSError when the disk is full or not writable.
         """
         contents, base = self._prepare(state, number, loop)
         write(self._folder, contents, base=base, max_to_keep=self._max_to_keep)

@@ -54,14 +54,18 @@ def import_parquet_(step: Step, state: TrainState, table: str, path: str | Path)
     """`write_` of the columns 'id', 'weight' (lists of D numbers) and, where there are any, of the optimiser's slots.
 
     Cost:     reads the file twice: all of it is checked before anything is written. Holds its ids in memory.
-    Raises:   as `write_`, naming the file; also when a column is missing or holds nulls or lists of another length.
-              Nothing is then written.
+    Raises:   as `write_`, naming the file; ValueError also when a column is missing or holds nulls or lists of
+              another length; OSError when the file cannot be read or is damaged. Nothing is then written.
     """
     place = place_of(step, state, table)
-    with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+    try:
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: {error} Expected a Parquet file.") from error
+    with file:
         known = file.schema_arrow.names
-        if {"id", "weight"} - set(known):
-            raise ValueError(f"{path}: got columns {known}, expected 'id' and 'weight' among them.")
+        if {"id", "weight"} - set(known) or len(set(known)) < len(known):
+            raise ValueError(f"{path}: got columns {known}, expected 'id' and 'weight' among them, each once.")
         names = [name for name in place.views if name in known]
 
         def read() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -77,6 +81,8 @@ def import_parquet_(step: Step, state: TrainState, table: str, path: str | Path)
             check_ids(place, state, table, torch.cat(all_ids))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        except OSError as error:
+            raise OSError(f"{path}: {error}. The file is damaged; export it again.") from error
         for ids, values in read():
             write_(step, state, table, ids, values.pop("weight"), values)
     return state

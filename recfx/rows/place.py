@@ -38,7 +38,10 @@ class Place(NamedTuple):
 
 
 def place_of(step: Step, state: TrainState, table: str) -> Place:
-    """Raises: ValueError on an unknown table."""
+    """Raises: ValueError on an unknown table, or a state of another step."""
+    widths = [t.width for t in step.plan.tables], [t.grads.shape[1] for t in state.tables]
+    if widths[0] != widths[1]:
+        raise ValueError(f"state: got tables of widths {widths[1]}, expected {widths[0]}. Use the state of this step.")
     names = []
     for plan, t in zip(step.plan.tables, state.tables, strict=True):
         for v, columns in enumerate(plan.vocabularies):

@@ -47,7 +47,11 @@ def write_(
     Raises:   ValueError inside a step, on an unknown table, ids that repeat, a wrong shape, a number that is not
               finite, or too little room for the new ids; TypeError on wrong dtypes. Nothing is then written.
     """
-    place, values = place_of(step, state, table), {"weight": weight, **(slots or {})}
+    place = place_of(step, state, table)
+    if slots is not None and (not isinstance(slots, Mapping) or "weight" in slots):
+        got = list(slots) if isinstance(slots, Mapping) else type(slots).__name__
+        raise ValueError(f"slots: got {got}, expected tensors by some of the names {list(place.views)[1:]}.")
+    values = {"weight": weight, **(slots or {})}
     known = check_ids(place, state, table, ids)
     check_values(place, ids, values)
     t, num_new = place.table, int((~known).sum())
@@ -56,7 +60,7 @@ def write_(
     t.born[row[~known]] = t.step.int()
     t.seen[row] = t.step << 32
     for name, view in place.views.items():
-        view[row] = values[name] if name in values else torch.zeros_like(view[row])
+        view[row] = values[name].detach() if name in values else torch.zeros_like(view[row])
     return state
 
 
@@ -112,8 +116,9 @@ def check_values(place: Place, ids: Tensor, values: Mapping[str, Tensor]) -> Non
         if name not in place.views:
             raise ValueError(f"slots: got '{name}', expected some of {list(place.views)[1:]}.")
         shape = [ids.numel(), place.views[name].shape[1]]
-        if value.dtype != torch.float32:
-            raise TypeError(f"{name}: got {value.dtype}, expected torch.float32.")
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}: got {got}, expected torch.float32 {shape}.")
         if list(value.shape) != shape:
             raise ValueError(f"{name}: got {list(value.shape)}, expected {shape}.")
         if not bool(value.isfinite().all()):
