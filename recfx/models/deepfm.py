@@ -90,4 +90,5 @@ def sum_over_fields(emb_BFD: Tensor) -> Tensor:
     sums = emb_BFD[:, :whole].reshape(num_samples, whole // together, together * dim).sum(1)
     if whole < num_fields:
         sums = torch.cat([sums, emb_BFD[:, whole:].flatten(1)], dim=1)
-    return sums @ torch.eye(dim, device=sums.device, dtype=sums.dtype).repeat(sums.shape[1] // dim, 1)
+    identities = torch.eye(dim, device=sums.device, dtype=sums.dtype).repeat(sums.shape[1] // dim, 1)
+    return full_matmul(sums, identities)
