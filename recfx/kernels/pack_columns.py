@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
@@ -13,12 +11,16 @@ import torch
 from torch import Tensor
 
 from recfx.kernels.build import library
+from recfx.kernels.op import c_function
 from recfx.types import NUM_SAMPLES, Layout, Ragged, pack
 
 __all__ = [
     "Block", "BlockColumn", "PackPlan", "PackedColumn", "Segment", "count_items", "pack_columns",
     "pack_columns_reference",
 ]  # fmt: skip
+
+_count_items = c_function("recfx_count_items", "pi" + "pi" + "p")
+_pack_columns = c_function("recfx_pack_columns", "ppi" + "pi" + "pp" + "ii")
 
 
 class PackedColumn(NamedTuple):
@@ -163,15 +165,13 @@ def _tables(
 
 def count_items(plan: PackPlan, segments: Sequence[Segment[Block]]) -> np.ndarray:
     """How many items the lists of each level hold in the segments: i64, as `PackPlan.capacities`."""
-    kernels, counts = _kernels(), np.zeros(len(plan.capacities), dtype=np.int64)
-    if kernels is None:
+    counts = np.zeros(len(plan.capacities), dtype=np.int64)
+    if library() is None:
         for s in segments:
             counts += [n for column in s.block.columns for n in _items(column, s.begin, s.end)]
         return counts
     table = _segment_table(segments)
-    kernels.recfx_count_items(
-        table.ctypes.data, len(table), plan.targets.ctypes.data, len(plan.targets), counts.ctypes.data
-    )
+    _count_items(table.ctypes.data, len(table), plan.targets.ctypes.data, len(plan.targets), counts.ctypes.data)
     return counts
 
 
@@ -192,13 +192,12 @@ def pack_columns(plan: PackPlan, segments: Sequence[Segment[Block]], *, pin_memo
     Raises:   ValueError when the segments hold more rows or items than the plan has room for.
     """
     _check_room(plan, segments)
-    kernels = _kernels()
-    if kernels is None:
+    if library() is None:
         buffer = pack_columns_reference(plan, segments)
         return buffer.pin_memory() if pin_memory else buffer
     buffer = torch.empty(plan.layout.num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
     table = _segment_table(segments)
-    kernels.recfx_pack_columns(
+    _pack_columns(
         buffer.data_ptr(),
         table.ctypes.data,
         len(table),
@@ -255,17 +254,3 @@ def _check_room(plan: PackPlan, segments: Sequence[Segment[Block]]) -> None:
 
 def _segment_table(segments: Sequence[Segment[Block]]) -> np.ndarray:
     return np.array([(s.block.sources.ctypes.data, s.begin, s.end) for s in segments], dtype=np.int64)
-
-
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    kernels = library()
-    if kernels is not None:
-        address, number = ctypes.c_void_p, ctypes.c_int64
-        kernels.recfx_count_items.argtypes = [address, number, address, number, address]
-        kernels.recfx_count_items.restype = None
-        kernels.recfx_pack_columns.argtypes = [
-            address, address, number, address, number, address, address, number, number
-        ]  # fmt: skip
-        kernels.recfx_pack_columns.restype = None
-    return kernels

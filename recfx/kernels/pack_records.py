@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recfx.kernels.build import library
+from recfx.kernels.op import c_function
 from recfx.kernels.pack_columns import (
     Block,
     BlockColumn,
@@ -23,6 +23,10 @@ from recfx.kernels.pack_columns import (
 )
 
 __all__ = ["Records", "pack_records", "pack_records_reference", "write_records", "write_records_reference"]
+
+_record_starts = c_function("recfx_record_starts", "ppii" + "p")
+_write_records = c_function("recfx_write_records", "ppii" + "pp")
+_pack_records = c_function("recfx_pack_records", "ppii" + "pi" + "ppp" + "ii")
 
 SLACK = b"\0" * 8  # behind the last record: the kernel reads an item where there may be none
 
@@ -55,14 +59,13 @@ def write_records(
     Args:     allocate: u8 [n] of a number of bytes. Fresh memory of the system takes longer than writing it.
     Cost:     two passes over the values, one thread, without the GIL; about 150 ns a row of 40 columns.
     """
-    kernels = _kernels()
-    if kernels is None:
+    if library() is None:
         return write_records_reference(plan, block)
     starts = np.empty(block.num_rows + 1, dtype=np.int64)
     columns = block.sources.ctypes.data, plan.targets.ctypes.data, len(plan.targets), block.num_rows
-    kernels.recfx_record_starts(*columns, starts.ctypes.data)
+    _record_starts(*columns, starts.ctypes.data)
     records = allocate(int(starts[-1]))
-    kernels.recfx_write_records(*columns, starts.ctypes.data, records.ctypes.data)
+    _write_records(*columns, starts.ctypes.data, records.ctypes.data)
     return starts, records
 
 
@@ -84,13 +87,12 @@ def pack_records(
         raise ValueError(
             f"segments: got {len(addresses)} rows, expected at most {plan.batch_size}, the plan's batch size."
         )
-    kernels = _kernels()
-    if kernels is None:
+    if library() is None:
         buffer, counts = pack_records_reference(plan, addresses)
         return buffer.pin_memory() if pin_memory else buffer, counts
     buffer = torch.empty(plan.layout.num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
     counts = np.empty(len(plan.capacities), dtype=np.int64)
-    kernels.recfx_pack_records(
+    _pack_records(
         buffer.data_ptr(),
         addresses.ctypes.data,
         len(addresses),
@@ -191,18 +193,3 @@ def _parts(columns: Sequence[PackedColumn], address: int) -> list[list[np.ndarra
         if columns[i].weighted:
             parts[i].append(read(len(parts[i][-1]), np.float32))
     return [parts[i] for i in range(len(columns))]
-
-
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    kernels = library()
-    if kernels is not None:
-        address, number = ctypes.c_void_p, ctypes.c_int64
-        kernels.recfx_record_starts.argtypes = [address, address, number, number, address]
-        kernels.recfx_write_records.argtypes = [address, address, number, number, address, address]
-        kernels.recfx_pack_records.argtypes = [
-            address, address, number, number, address, number, address, address, address, number, number
-        ]  # fmt: skip
-        for function in (kernels.recfx_record_starts, kernels.recfx_write_records, kernels.recfx_pack_records):
-            function.restype = None
-    return kernels
