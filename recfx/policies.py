@@ -86,8 +86,8 @@ class Life:
             raise ValueError(f"keep: got {self.keep} with score {self.score}, expected both or neither.")
         for name in ("keep", "every", "candidates"):
             value = getattr(self, name)
-            if value is not None and type(value) is not int:
-                raise TypeError(f"{name}: got {value!r}, expected an int.")
+            if value is not None:
+                _check_int(name, value)
         for name in ("admit", "expire", "score"):
             value = getattr(self, name)
             if value is not None and not callable(value):
@@ -104,15 +104,22 @@ class Life:
             raise ValueError("score: got None with at_cap='evict', expected a function. It says which rows go.")
 
 
+def _check_int(name: str, value: object) -> None:
+    if type(value) is not int:
+        raise TypeError(f"{name}: got {value!r}, expected an int.")
+
+
 # Admission.
 
 
 def at_least(n: int) -> Admit:
     """A row is created at an id's n-th occurrence.
 
+    Raises:   TypeError when n is no int, ValueError when it is below 1.
     Example:  >>> at_least(3)(torch.tensor([1, 2, 3, 4]), None, None, None).tolist()
               [False, False, True, True]
     """
+    _check_int("n", n)
     if n < 1:
         raise ValueError(f"n: got {n}, expected at least 1 occurrence.")
     return lambda count, id, vocabulary, step: count >= n
@@ -121,11 +128,17 @@ def at_least(n: int) -> Admit:
 def with_probability(p: float, *, seed: int) -> Admit:
     """Each occurrence of an id without a row creates one with probability p, drawn from (seed, vocabulary, id, count).
 
+    Raises:   TypeError when p is no number or seed no int; ValueError when p is not 0 to 1, or seed has over 64 bits.
     Example:  >>> with_probability(1.0, seed=0)(torch.tensor([1]), torch.tensor([7]), torch.tensor([0]), None).tolist()
               [True]
     """
+    if type(p) not in (int, float):
+        raise TypeError(f"p: got {p!r}, expected a float.")
     if not 0 <= p <= 1:
         raise ValueError(f"p: got {p}, expected 0 to 1.")
+    _check_int("seed", seed)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: got {seed}, expected 64 bits, signed.")
 
     def admit(count: Tensor, id: Tensor, vocabulary: Tensor, step: Tensor) -> Tensor:
         key = mix(id + (vocabulary.long() + 1) * GOLDEN) ^ seed
@@ -145,10 +158,12 @@ def read_only(count: Tensor, id: Tensor, vocabulary: Tensor, step: Tensor) -> Te
 def unseen_for(steps: int) -> Expire:
     """A row last seen at step s is deleted at the check after step t if t - s >= steps.
 
+    Raises:   TypeError when steps is no int, ValueError when it is below 1.
     Example:  >>> rows = RowColumns(None, None, torch.tensor([1, 5, 6]), None, None, None)
               >>> unseen_for(5)(rows, 10).tolist()
               [True, True, False]
     """
+    _check_int("steps", steps)
     if steps < 1:
         raise ValueError(f"steps: got {steps}, expected at least 1. A row seen in this very step would go.")
     return lambda columns, step: step - columns.last_step >= steps
@@ -156,6 +171,7 @@ def unseen_for(steps: int) -> Expire:
 
 def created_before(steps: int) -> Expire:
     """Time to live: a row created at step s is deleted at the check after step t if t - s >= steps, seen or not."""
+    _check_int("steps", steps)
     if steps < 1:
         raise ValueError(f"steps: got {steps}, expected at least 1. A row created in this very step would go.")
     return lambda columns, step: step - columns.first_step >= steps

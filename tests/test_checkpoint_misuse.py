@@ -14,8 +14,9 @@ import pytest
 import safetensors.torch
 import torch
 from pyarrow import parquet
+from torch.utils._pytree import tree_leaves
 
-from recfx import rows
+from recfx import optim, rows
 from recfx.checkpoint import Saver, compact, diff, latest, load, save
 from recfx.checkpoint.files import MANIFEST, STATE, write_file
 from recfx.cli import main
@@ -178,6 +179,34 @@ def test_an_optimiser_with_other_slots(saved):
         load(saved, other, fresh(other))
 
 
+@pytest.mark.parametrize(
+    ("kept", "model", "message"),
+    [
+        (
+            optim.adamw(0.1),
+            optim.sgd(0.1),
+            r"keeps 'dense.m.\S+', expected one that keeps \['dense.step'\] and no more",
+        ),
+        (
+            optim.adamw(0.1),
+            optim.adagrad(0.1),
+            r"keeps 'dense.m.\S+', expected one that keeps \['dense.step', 'dense.su",
+        ),
+        (optim.sgd(0.1), optim.adamw(0.1), r"no tensor 'dense.m.\S+' of shape .*Another model's or optimiser's"),
+    ],
+)
+def test_another_dense_optimiser(tmp_path, kept, model, message):
+    path = save(tmp_path, step := deepfm_step(dense_optimizer=kept), some_state(step), number=8, loop=LOOP)
+    other = deepfm_step(dense_optimizer=model)
+    for dense in (None, ["dnn.0.bias"]):
+        new = fresh(other)
+        before = [t.clone() for t in tree_leaves((new.params, new.dense, new.tables))]
+        with pytest.raises(ValueError, match=rf"step-000000008/{STATE}: .*{message}"):
+            load(path, other, new, dense=dense)
+        assert all(map(torch.equal, tree_leaves((new.params, new.dense, new.tables)), before))
+    load(path, other, fresh(other), dense=())
+
+
 def test_a_state_file_that_lacks_a_tensor(step, saved):
     tensors = safetensors.torch.load_file(saved / STATE)
     del tensors["dense.v.dnn.0.bias"]
@@ -305,6 +334,18 @@ def test_a_folder_that_is_a_file(step, state, tmp_path):
         with pytest.raises(NotADirectoryError, match=rf"folder: got {folder}, a file or below one"):
             save(folder, step, state, number=1, loop={})
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_save_over_a_damaged_one_leaves_nothing_behind(step, state, tmp_path):
+    with Saver(tmp_path, step, full_every=2) as saver:
+        path = saver.save(state, number=1, loop={})
+        flip(path / MANIFEST, 100)
+        with pytest.raises(ValueError, match=r"manifest.json"):
+            saver.save(state, number=2, loop={})
+        saver.save_in_background(state, number=2, loop={})
+        with pytest.raises(RuntimeError, match=r"background save: ValueError.*manifest.json"):
+            saver.finish()
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", path.name]
 
 
 def test_leftovers_that_are_no_folders(step, state, tmp_path):

@@ -1,6 +1,8 @@
 """Admission and eviction: the table's life against a dict with the same rules written out."""
 
+import math
 import random
+import re
 
 import pytest
 import torch
@@ -292,11 +294,34 @@ def test_wrong_settings_are_named(arguments, error):
         (lambda: policies.with_probability(1.5, seed=0), "p: got 1.5, expected 0 to 1"),
         (lambda: policies.unseen_for(0), "steps: got 0, expected at least 1"),
         (lambda: policies.created_before(-2), "steps: got -2, expected at least 1"),
+        (lambda: policies.with_probability(math.nan, seed=0), "p: got nan, expected 0 to 1"),
+        (lambda: policies.with_probability(0.5, seed=2**63), f"seed: got {2**63}, expected 64 bits"),
     ],
 )
 def test_wrong_numbers_of_policies_are_named(make, error):
     with pytest.raises(ValueError, match=error):
         make()
+
+
+@pytest.mark.parametrize("wrong", [1.5, "1", True, None, torch.tensor(1)])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (policies.at_least, "n"),
+        (policies.unseen_for, "steps"),
+        (policies.created_before, "steps"),
+        (lambda seed: policies.with_probability(0.5, seed=seed), "seed"),
+    ],
+)
+def test_what_is_no_int_is_named(make, name, wrong):
+    with pytest.raises(TypeError, match=rf"{name}: got {re.escape(repr(wrong))}, expected an int"):
+        make(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["1", True, None, torch.tensor(0.5)])
+def test_a_probability_that_is_no_number_is_named(wrong):
+    with pytest.raises(TypeError, match=rf"p: got {re.escape(repr(wrong))}, expected a float"):
+        policies.with_probability(wrong, seed=0)
 
 
 def test_with_probability_admits_its_share():

@@ -3,6 +3,7 @@
 import math
 import random
 import statistics as exact
+from datetime import datetime
 
 import numpy as np
 import pyarrow as pa
@@ -207,6 +208,12 @@ def test_an_empty_table_and_a_file_of_other_types(tmp_path):
         ({"id": [1], "weight": [[None] * DIM]}, "nulls in column 'weight'"),
         ({"id": [None, 1], "weight": [[1.0] * DIM] * 2}, "nulls in column 'id'"),
         ({"id": ["x"], "weight": [[1.0] * DIM]}, "column 'id' of string, expected int64"),
+        ({"id": [b"7"], "weight": [[1.0] * DIM]}, "column 'id' of binary, expected int64"),
+        ({"id": ["7"], "weight": [[1.0] * DIM]}, "column 'id' of string, expected int64"),
+        ({"id": [True], "weight": [[1.0] * DIM]}, "column 'id' of bool, expected int64"),
+        ({"id": [7.0], "weight": [[1.0] * DIM]}, "column 'id' of double, expected int64"),
+        ({"id": [datetime(2026, 1, 1)], "weight": [[1.0] * DIM]}, r"column 'id' of timestamp\[us\], expected int64"),
+        ({"id": [1], "weight": [["1"] * DIM]}, "column 'weight' of list<.*string>, expected fixed_size_list"),
         ({"id": [0.5], "weight": [[1.0] * DIM]}, "column 'id' of double, expected int64"),
         ({"id": [1, 1], "weight": [[1.0] * DIM] * 2}, "ids: got 1 more than once"),
         ({"id": [1, 2, 3, 1], "weight": [[1.0] * DIM] * 4}, "ids: got 1 more than once"),
@@ -223,6 +230,22 @@ def test_wrong_files_are_named_and_nothing_of_them_is_written(tmp_path, monkeypa
     with pytest.raises(ValueError, match=rf"bad.parquet: .*{error}"):
         rows.import_parquet_(step, state, "emb/a", file)
     assert as_dict(step, state, "emb/a") == {}
+
+
+def test_an_export_names_the_path_that_it_was_given(tmp_path):
+    step = deepfm_step()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    state = step.init(deepfm_params())
+    for path, error in (
+        (tmp_path / "nowhere" / "a.parquet", FileNotFoundError),
+        (tmp_path / "file" / "a.parquet", NotADirectoryError),
+        (tmp_path / "folder", IsADirectoryError),
+    ):
+        with pytest.raises(error, match=rf"path: got {path}, expected a file that can be written") as raised:
+            rows.export_parquet(step, state, "emb/a", path)
+        assert "unfinished" not in str(raised.value)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
 
 
 @pytest.mark.parametrize(

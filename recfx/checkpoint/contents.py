@@ -151,7 +151,8 @@ def write(
     Args:     base: the checkpoint that the rows in `contents` are to be laid over. Its files are linked, not copied,
               so each folder is complete and the older one may go. None: `contents` holds every live row.
               before_file: called before each file of rows; may raise OSError to give up.
-    Raises:   OSError naming the folder when the disk is full or not writable; nothing is left of the attempt.
+    Raises:   OSError naming the folder when the disk is full or not writable; ValueError when `base` is damaged.
+              Whatever is raised, nothing is left of the attempt.
     """
     scratch = folder / f"{UNFINISHED}{contents.number:09d}"
     try:
@@ -162,8 +163,10 @@ def write(
         target = folder / f"{PREFIX}{contents.number:09d}"
         _publish(scratch, target, manifest)
         sync_folder(folder)
-    except OSError as error:
+    except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         whole = "The checkpoints before this one are whole."
         raise OSError(error.errno, f"{scratch}: {error.strerror or error}. {whole}") from error
     others = [path for path in finished(folder) if path != target]

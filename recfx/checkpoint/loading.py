@@ -113,8 +113,8 @@ def load(
               rank, world_size: take the rows that `recfx.kernels.hashing.owner` gives to this rank.
     Cost:     reads every byte once, one pass; rebuilds the index.
     Raises:   ValueError naming the file when it is missing, damaged, or newer than this version; naming the table or
-              parameter when the checkpoint lacks it, has it in another shape, or was made with another seed; when
-              `state` has rows already. `state` is then as it was.
+              parameter when the checkpoint lacks it, has it in another shape, or was made with another seed or
+              optimiser; when `state` has rows already. `state` is then as it was.
     """
     paths = [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
     _check_arguments(paths, state, rank, world_size)
@@ -177,6 +177,8 @@ def _dense_pairs(
 ) -> list[tuple[Tensor, Tensor]]:
     """Tensors of the state, and what they are to become."""
     _check_names("dense", taken, state.params)
+    if taken is None or taken:
+        _check_optimizer(state, source)
     pairs = []
     for part, param, target in dense_tensors(state):
         if taken is not None and (param not in taken if param is not None else not taken):
@@ -185,11 +187,25 @@ def _dense_pairs(
         saved = source.small.get(name)
         if saved is None or saved.shape != target.shape:
             raise ValueError(
-                f"{source.path / STATE}: no tensor '{name}' of shape {list(target.shape)}. Another model's; name what "
-                "to take in `dense`."
+                f"{source.path / STATE}: no tensor '{name}' of shape {list(target.shape)}. Another model's or "
+                "optimiser's; name what to take in `dense`."
             )
         pairs.append((target, saved))
     return pairs
+
+
+def _check_optimizer(state: TrainState, source: Source) -> None:
+    """A dense optimiser that kept more cannot go on as this one: what it kept would be lost without notice."""
+    params = [name.removeprefix("params.") for name in source.small if name.startswith("params.")]
+    kept = [(part, param) for part, param, _ in dense_tensors(state) if part != "params"]
+    known = {part if param is None else f"{part}.{p}" for part, param in kept for p in params}
+    more = sorted(name for name in source.small if name.startswith("dense.") and name not in known)
+    if more:
+        parts = sorted({part for part, _ in kept})
+        raise ValueError(
+            f"{source.path / STATE}: got an optimiser that keeps '{more[0]}', expected one that keeps {parts} and no "
+            "more. Use the optimiser that it was saved with."
+        )
 
 
 def _moves(

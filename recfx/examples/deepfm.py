@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from recfx import features as ops
 from recfx.capture import capture, capture_evaluation
-from recfx.data import Column, Reader, fixedlen, reader, varlen
+from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
 from recfx.data.criteo_synthetic import generate
 from recfx.embeddings import Embedding, truncated_normal
 from recfx.models import deepfm
@@ -34,7 +34,7 @@ __all__ = ["build_step", "main", "parse", "read", "run"]
 NUMERIC = [f"i{i}" for i in range(1, 14)]
 CATEGORICAL = [f"c{i}" for i in range(1, 27)]
 COLUMNS: list[Column] = [
-    fixedlen("label", [0.0]),
+    fixedlen("label", [0.0], valid=OneOf(0, 1)),
     *(varlen(name, torch.float32) for name in NUMERIC),
     *(varlen(name, torch.int64) for name in CATEGORICAL),
 ]
@@ -116,7 +116,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     first = next(iter(batches), None)
     if first is None:
         raise ValueError(f"data_paths: got fewer than {args.batch_size} rows, expected a full batch at least.")
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
 
     evaluate_with = None
     if args.eval_paths is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ def batches(step: Step, state: TrainState, table: str, *, num_rows: int = BATCH_
 def export_parquet(step: Step, state: TrainState, table: str, path: str | Path) -> None:
     """Writes `batches` to one Parquet file, which appears when it is whole.
 
-    Raises:   ValueError on an unknown table; OSError when the disk is full or not writable.
+    Raises:   ValueError on an unknown table; OSError naming `path` when the disk is full or not writable.
     """
     path, place = Path(path), place_of(step, state, table)
     scratch = path.with_name(f".{path.name}.unfinished")
@@ -46,8 +47,12 @@ def export_parquet(step: Step, state: TrainState, table: str, path: str | Path) 
             for batch in batches(step, state, table):
                 writer.write_batch(batch)
         os.replace(scratch, path)
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else error  # Arrow's text names the scratch file
+        raise OSError(error.errno, f"path: got {path}, expected a file that can be written. {why}.") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()
 
 
 def import_parquet_(step: Step, state: TrainState, table: str, path: str | Path) -> TrainState:
@@ -100,10 +105,15 @@ def _arrow(rows: Rows) -> pa.RecordBatch:
 
 def _column(batch: pa.RecordBatch, name: str, type_: pa.DataType) -> pa.Array:
     column = batch.column(name)
+    wrong = f"got column '{name}' of {column.type}, expected {type_}."
+    item = getattr(column.type, "value_type", column.type)
+    is_number = pa.types.is_integer(item) or (pa.types.is_floating(item) and pa.types.is_nested(type_))
+    if not is_number and not pa.types.is_null(item):  # times, text and flags can be cast to numbers too
+        raise ValueError(wrong)
     try:
         column = column.cast(type_)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise ValueError(f"got column '{name}' of {column.type}, expected {type_}.") from None
+        raise ValueError(wrong) from None
     if column.null_count or (pa.types.is_fixed_size_list(type_) and column.flatten().null_count):
         raise ValueError(f"got nulls in column '{name}', expected none.")
     return column

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import orc
 
 from recfx import checkpoint
 from recfx.data import criteo_synthetic
@@ -312,7 +314,10 @@ def test_arguments_that_cannot_be_read(argv, message, capsys):
         (["--data_paths={data}/train", "--gradient_accumulation_steps=0"], r"accumulation: got 0, expected at least 1"),
         (["--data_paths={data}/train", "--train_steps=0"], r"train_steps: got 0, expected at least 1"),
         (["--data_paths={data}/train", "--sparse_lr=-1"], r"lr: got -1.0, expected 0"),
-        (["--data_paths={data}/train", "--output_dir={data}/info.json"], r"File exists: .*info.json"),
+        (
+            ["--data_paths={data}/train", "--output_dir={data}/info.json"],
+            r"folder: got .*info.json, a file or below one, expected",
+        ),
         (["--generated_rows=5", "--generated_dir=made"], r"rows_per_file: got 0, expected at least 1"),
     ],
 )
@@ -321,6 +326,16 @@ def test_errors_are_one_line(data, eager, argv, message):
     assert got.startswith("error: ")
     assert "\n" not in got
     assert re.search(message, got), got
+
+
+def test_a_label_that_is_no_click_is_named(data, eager):
+    table = orc.read_table(data / "train" / "part-00001.orc")
+    labels = table["label"].to_pylist()
+    labels[1007] = [2.0]
+    Path("bad").mkdir()
+    orc.write_table(table.set_column(table.column_names.index("label"), "label", pa.array(labels)), "bad/part.orc")
+    got = refused("--data_paths=bad", "--batch_size=100", "--output_dir=out")
+    assert got == "error: column 'label' of 'bad/part.orc', row 1007: got 2.0, expected one of 0, 1."
 
 
 def test_cuda_is_refused_where_it_cannot_be(monkeypatch):
