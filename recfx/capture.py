@@ -8,10 +8,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import sys
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -21,23 +22,25 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import dtype_abbrs
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
-from recfx.cuda_graph import record, replayed
+from recfx.cuda_graph import check_sweep, record, replayed
 from recfx.fx_passes import StepPasses
 from recfx.step import Step
 from recfx.types import Batch, Layout, unpack
 
-__all__ = ["capture", "capture_evaluation", "sections_function", "trace"]
+__all__ = ["capture", "capture_evaluation", "capture_steps", "sections_function", "trace"]
 
 NewLayout = Literal["capture", "uncaptured", "raise"]
+Run = Callable[[Any, Batch], tuple[Any, Any]]
+RunSteps = Callable[[Any, Sequence[Batch]], tuple[Any, list[Any]]]
+
+RECORDED_ON = ("cuda",)  # devices whose steps are recorded and replayed
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def capture(
-    step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "capture"
-) -> Callable[[Any, Batch], tuple[Any, Any]]:
+def capture(step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "capture") -> Run:
     """The training step compiled as one graph: a callable of the signature of `step.update_`.
 
     The first call of each batch layout compiles (seconds; `batch` itself is not trained on and `state` not changed),
@@ -54,14 +57,37 @@ def capture(
               times slower. "raise": an error that names the columns, before anything is changed.
     Raises:   TypeError when the batch is not packed; torch's error where a feature op or a model cannot be captured.
     """
-    return _captured(step, step.update_, lambda s, ids: step.grow_(s, ids), batch, new_layout)
+    return _Captured(step, step.update_, step.grow_, batch, new_layout).one
 
 
-def capture_evaluation(
-    step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "capture"
-) -> Callable[[Any, Batch], tuple[Any, Any]]:
+def capture_evaluation(step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "capture") -> Run:
     """The evaluation step compiled as one graph: changes the state's metrics alone. Otherwise as `capture`."""
-    return _captured(step, step.evaluate_, lambda s, ids: s, batch, new_layout)
+    return _Captured(step, step.evaluate_, lambda s, ids: s, batch, new_layout).one
+
+
+def capture_steps(
+    step: Step, state: Any, batch: Batch, *, steps_per_replay: int, new_layout: NewLayout = "capture"
+) -> RunSteps:
+    """`capture` for small batches on a GPU: (state, batches) -> (state, aux of each), several steps by one launch.
+
+    The results are those of `capture`, batch after batch. `steps_per_replay` batches of one layout are one replay, and
+    their copies are as many. A call with fewer, or with different layouts, replays single steps, which are recorded
+    when first needed; on a CPU every call runs its steps one after another. Accumulation windows may begin and end
+    anywhere.
+
+    Every aux is valid until the next call. Rows are not swept in the midst of a call, so none may go past a step after
+    which `step.sweep_` has work: those that `step.sweep_every` divides. `recfx.train.train` cuts there by itself, and
+    where it logs, saves or stops.
+    Args:     steps_per_replay: most batches of a call. Each has a static buffer, and twice a stage.
+    Raises:   ValueError, before anything is changed, for no batch, for more, or when they go past a sweep; when
+              steps_per_replay is below 1. Otherwise as `capture`.
+    Example:  >>> while some := list(itertools.islice(batches, 4)):  # doctest: +SKIP
+              ...     state, auxes = run(state, some)
+    """
+    if steps_per_replay < 1:
+        raise ValueError(f"steps_per_replay: got {steps_per_replay}, expected at least 1.")
+    knobs: dict[str, Any] = {"to_sweep": functools.partial(_batches_to_sweep, step), "most": steps_per_replay}
+    return _Captured(step, step.update_, step.grow_, batch, new_layout, **knobs).several
 
 
 def sections_function(update_: Callable, layout: Layout) -> Callable[[Any, list[Tensor]], Any]:
@@ -94,46 +120,93 @@ def trace(update_: Callable, state: Any, batch: Batch) -> torch.fx.GraphModule:
     return graph_module
 
 
-def _captured(
-    step: Step, update_: Callable, grow_: Callable, first: Batch, new_layout: NewLayout
-) -> Callable[[Any, Batch], tuple[Any, Any]]:
-    if new_layout not in get_args(NewLayout):
-        raise ValueError(f"new_layout: got {new_layout!r}, expected one of {get_args(NewLayout)}.")
-    _check_packed(first)
-    _keep_freed_memory()
-    first_layout = first.layout
-    compiled: dict[tuple, dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]]] = {}
-    replay: Callable[..., tuple[Any, Any]] | None = None
-    known_state: Callable[[], Tensor | None] | None = None
-    graphs: dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]] = {}  # of states shaped like the known one
+class _Captured:
+    """What `capture` and its relatives return: `one` batch, or `several`.
 
-    def run(state: Any, batch: Batch) -> tuple[Any, Any]:
-        nonlocal known_state, graphs, replay
-        _check_packed(batch)
-        if new_layout != "capture" and batch.layout != first_layout:
-            if new_layout == "raise":
-                raise ValueError(_difference(batch.layout, first_layout))
-            return uncaptured(state, batch)
-        # By a weak reference: a state that its owner drops must free its tables.
-        if known_state is None or state.dense.step is not known_state():
-            known_state, graphs = weakref.ref(state.dense.step), compiled.setdefault(_shapes(state), {})
-        key = batch.layout, torch.get_num_threads()
-        if key not in graphs:
-            graphs[key] = _compile(sections_function(update_, batch.layout)), step.ids_in(batch)
-        function, ids = graphs[key]
-        if state.dense.step.is_cuda:
-            replay = replay or replayed(grow_, _recorder(step.precision))
-            return replay(state, batch, function, ids)
-        state = grow_(state, ids)
+    Args:     to_sweep: (state) -> batches until rows are swept.  most: batches that `several` takes.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        update_: Callable,
+        grow_: Callable,
+        first: Batch,
+        new_layout: NewLayout,
+        *,
+        to_sweep: Callable[[Any], int] = lambda state: sys.maxsize,
+        most: int = 1,
+    ) -> None:
+        if new_layout not in get_args(NewLayout):
+            raise ValueError(f"new_layout: got {new_layout!r}, expected one of {get_args(NewLayout)}.")
+        _check_packed(first)
+        _keep_freed_memory()
+        self.step, self.update_, self.grow_, self.to_sweep, self.most = step, update_, grow_, to_sweep, most
+        self.first_layout, self.new_layout = first.layout, new_layout
+        self.compiled: dict[tuple, dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]]] = {}
+        self.known_state: Callable[[], Tensor | None] | None = None
+        self.graphs: dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]] = {}  # of states shaped like that one
+
+    def one(self, state: Any, batch: Batch) -> tuple[Any, Any]:
+        self._check(batch)
+        if self.new_layout == "uncaptured" and batch.layout != self.first_layout:
+            return self._uncaptured(state, batch)
+        if state.dense.step.device.type in RECORDED_ON:
+            state, (aux,) = self._replay(state, [batch], *self._function_for(state, batch))
+            return state, aux
+        function, ids = self._function_for(state, batch)
+        state = self.grow_(state, ids)
         with torch.no_grad():
             return state, function(state, batch.sections)
 
-    def uncaptured(state: Any, batch: Batch) -> tuple[Any, Any]:
-        state = grow_(state, step.ids_in(batch))
-        with torch.no_grad(), _f32_products(step.precision):
-            return update_(state, Batch(batch.buffer.to(state.dense.step.device), batch.layout))
+    def several(self, state: Any, batches: Sequence[Batch]) -> tuple[Any, list[Any]]:
+        if not 1 <= len(batches) <= self.most:
+            raise ValueError(f"batches: got {len(batches)}, expected 1 to {self.most}, the steps_per_replay.")
+        for batch in batches:
+            self._check(batch)
+        is_recorded = state.dense.step.device.type in RECORDED_ON
+        layout = batches[0].layout if self.new_layout == "capture" else self.first_layout
+        if is_recorded and len(batches) == self.most and all(batch.layout == layout for batch in batches):
+            return self._replay(state, batches, *self._function_for(state, batches[0]))
+        check_sweep(len(batches), self.to_sweep(state))
+        auxes = []
+        for batch in batches:
+            state, aux = self.one(state, batch)
+            auxes.append(tree_map(torch.clone, aux) if is_recorded else aux)  # the next replay writes over it
+        return state, auxes
 
-    return run
+    def _check(self, batch: Batch) -> None:
+        _check_packed(batch)
+        if self.new_layout == "raise" and batch.layout != self.first_layout:
+            raise ValueError(_difference(batch.layout, self.first_layout))
+
+    def _function_for(self, state: Any, batch: Batch) -> tuple[Callable, tuple[int, ...]]:
+        """The step for the batch's layout, and the most ids per table that it holds."""
+        # By a weak reference: a state that its owner drops must free its tables.
+        if self.known_state is None or state.dense.step is not self.known_state():
+            self.known_state = weakref.ref(state.dense.step)
+            self.graphs = self.compiled.setdefault(_shapes(state), {})
+        key = batch.layout, torch.get_num_threads()
+        if key not in self.graphs:
+            self.graphs[key] = _compile(sections_function(self.update_, batch.layout)), self.step.ids_in(batch)
+        return self.graphs[key]
+
+    @functools.cached_property
+    def _replay(self) -> Callable[..., tuple[Any, list[Any]]]:
+        return replayed(self.grow_, self.to_sweep, _recorder(self.step.precision))
+
+    def _uncaptured(self, state: Any, batch: Batch) -> tuple[Any, Any]:
+        state = self.grow_(state, self.step.ids_in(batch))
+        with torch.no_grad(), _f32_products(self.step.precision):
+            return self.update_(state, Batch(batch.buffer.to(state.dense.step.device), batch.layout))
+
+
+def _batches_to_sweep(step: Step, state: Any) -> int:
+    """Micro-batches until `step.sweep_` has work, read from the device."""
+    if not step.sweep_every:
+        return sys.maxsize
+    period = step.sweep_every * step.accumulation
+    return period - (int(state.dense.step) * step.accumulation + int(state.window.num_batches)) % period
 
 
 def _check_packed(batch: Any) -> None:
@@ -181,9 +254,9 @@ def _compile(function: Callable) -> Callable:
 def _recorder(precision: str) -> Callable[..., Any]:
     pool = torch.cuda.graph_pool_handle()
 
-    def record_in_precision(function: Callable, state: Any, layout: Layout) -> Any:
+    def record_in_precision(function: Callable, state: Any, layout: Layout, num: int) -> Any:
         with _f32_products(precision):
-            return record(function, state, layout, pool=pool)
+            return record(function, state, layout, num, pool=pool)
 
     return record_in_precision
 

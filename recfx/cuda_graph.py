@@ -1,11 +1,12 @@
-"""A step recorded as CUDA graphs, one per batch layout, and fed while the one before runs. Part of `recfx.capture`."""
+"""Steps recorded as CUDA graphs, one per batch layout, and fed while the one before runs. Part of `recfx.capture`."""
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from recfx.types import Batch, Layout
 
-__all__ = ["Feed", "record", "replayed", "untouched"]
+__all__ = ["Feed", "check_sweep", "record", "replayed", "untouched"]
 
 Function = Callable[[Any, list[Tensor]], Any]  # (state, sections of a batch) -> aux, writes into the state
-Replay = Callable[[Tensor], Any]  # (buffer of a batch) -> aux
+Replay = Callable[[Sequence[Tensor]], list[Any]]  # (buffers of the batches) -> aux of each
 
 MOST_GRAPHS = 8
 STEPS_AHEAD = 64
@@ -25,41 +26,60 @@ WARM_UPS = 2
 
 
 def replayed(
-    grow_: Callable[[Any, Sequence[int]], Any], record: Callable[[Function, Any, Layout], Replay]
-) -> Callable[[Any, Batch, Function, Sequence[int]], tuple[Any, Any]]:
-    """(state, batch, function, most new ids per table) -> (state, aux), by replaying what `record` made of `function`.
+    grow_: Callable[[Any, Sequence[int]], Any],
+    to_sweep: Callable[[Any], int],
+    record: Callable[[Function, Any, Layout, int], Replay],
+) -> Callable[[Any, Sequence[Batch], Function, Sequence[int]], tuple[Any, list[Any]]]:
+    """(state, batches, function, most new ids per table) -> (state, aux of each), by one replay of what `record` made.
 
-    A recording belongs to a layout and to the places of a state's tensors: any other is recorded anew, and of more than
-    MOST_GRAPHS the one that waited longest is dropped. Growth moves no tensor, and a recorded kernel reads how much of
-    an index is in use from the device, so a table that grows needs no new recording.
+    Batches are of one layout, and `function` and the ids are of one batch. A recording belongs to a layout, a number of
+    batches and the places of a state's tensors: any other is recorded anew, and of more than MOST_GRAPHS the one that
+    waited longest is dropped. Growth moves no tensor, and a recorded kernel reads how much of an index is in use from
+    the device, so a table that grows needs no new recording.
 
     Reading how full a table is would stop the host at every step. So room is made for STEPS_AHEAD steps at once, and
     the table is read again when so many ids may have come, or when anything else has written to the state.
+
+    Args:     to_sweep: (state) -> batches until rows are swept, read from the device as rarely.
+    Raises:   ValueError when a sweep would come in the midst of the batches.
     """
     graphs: OrderedDict[tuple, Replay] = OrderedDict()
     known: tuple = ()
-    left: list[int] = []
+    left: list[int] = []  # batches until a sweep, and room for ids per table
 
-    def run(state: Any, batch: Batch, function: Function, ids: Sequence[int]) -> tuple[Any, Any]:
+    def run(state: Any, batches: Sequence[Batch], function: Function, ids: Sequence[int]) -> tuple[Any, list[Any]]:
         nonlocal known, left
-        places = _places(state)
-        if known != (places, _versions(state)) or any(l < n for l, n in zip(left, ids, strict=True)):
-            left = [STEPS_AHEAD * n for n in ids]
-            state = grow_(state, left)
-        left = [l - n for l, n in zip(left, ids, strict=True)]
-        known = ()  # until the step has ended
-        key = places, batch.layout
+        layout, num = batches[0].layout, len(batches)
+        places, needed = _places(state), [num, *(num * n for n in ids)]
+        has_room = known == (places, _versions(state)) and all(l >= n for l, n in zip(left, needed, strict=True))
+        known = ()  # until the steps have ended
+        if not has_room:
+            ahead, until_sweep = max(STEPS_AHEAD, num), to_sweep(state)
+            check_sweep(num, until_sweep)
+            left = [until_sweep, *(ahead * n for n in ids)]
+            state = grow_(state, left[1:])
+        left = [l - n for l, n in zip(left, needed, strict=True)]
+        key = places, layout, num
         if key not in graphs:
-            graphs[key] = record(function, state, batch.layout)
+            graphs[key] = record(function, state, layout, num)
             if len(graphs) > MOST_GRAPHS:
                 graphs.popitem(last=False)
         graphs.move_to_end(key)
-        aux = graphs[key](batch.buffer)
+        aux = graphs[key]([batch.buffer for batch in batches])
         increment_version(state.window.num_samples)  # a replay is a write that autograd does not see
         known = places, _versions(state)
         return state, aux
 
     return run
+
+
+def check_sweep(num: int, most: int) -> None:
+    """Raises where a sweep would come in the midst of `num` batches."""
+    if num > most:
+        raise ValueError(
+            f"batches: got {num}, expected at most {most}. After those rows are swept, which must not wait for the "
+            "others. Cut there and call step.sweep_, as recfx.train.train does."
+        )
 
 
 def _places(state: Any) -> tuple:
@@ -100,75 +120,89 @@ def untouched(state: Any) -> Iterator[None]:
             t.copy_(value)
 
 
-def record(function: Function, state: Any, layout: Layout, *, pool: Any) -> Replay:
-    """`function` as one CUDA graph over a static buffer. Compiles and warms up on the empty batch: zeros.
+def record(function: Function, state: Any, layout: Layout, num: int, *, pool: Any) -> Replay:
+    """`num` calls of `function`, one after another, as one CUDA graph over as many static buffers.
 
+    Compiles and warms up on the empty batch: zeros.
     Args:     pool: memory of the temporaries and of aux, shared by recordings of which one runs at a time.
     """
     device = state.window.num_samples.device
-    empty = Batch(torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device), layout)
+    static = torch.zeros(num, layout.num_bytes, dtype=torch.uint8, device=device)
+    batches = [Batch(buffer, layout) for buffer in static]
     current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     with torch.no_grad():
         stream.wait_stream(current)
         with torch.cuda.stream(stream), untouched(state):
             for _ in range(WARM_UPS):
-                function(state, empty.sections)
+                function(state, batches[0].sections)
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Thread-local: reader threads may pin memory meanwhile.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            aux = function(state, empty.sections)
-    feed = Feed(empty.buffer)
+            aux = [function(state, batch.sections) for batch in batches]
+    feed = Feed(static)
 
-    def replay(buffer: Tensor) -> Any:
-        feed.bring(buffer)
+    def replay(buffers: Sequence[Tensor]) -> list[Any]:
+        feed.bring(buffers)
         graph.replay()
         return aux
 
     return replay
 
 
-class _Stage(NamedTuple):
-    """A batch on its way."""
+class _Stage:
+    """Batches on their way.
 
-    pinned: Tensor
-    staged: Tensor
-    arrived: Any  # event: staged holds the batch
-    taken: Any  # event: staged has been read
+    Args:     arrived, taken: events: `staged` holds the batches; it has been read.
+    """
+
+    def __init__(self, static: Tensor, cuda: Any) -> None:
+        self.staged, self.arrived, self.taken = torch.empty_like(static), cuda.Event(), cuda.Event()
+
+    @functools.cached_property
+    def pinned(self) -> Tensor:
+        """For batches that are not in pinned memory themselves."""
+        return torch.empty(self.staged.shape, dtype=torch.uint8, pin_memory=self.staged.is_cuda)
 
 
 class Feed:
-    """Brings batches into one static buffer on the device, those from the host through two stages in turns.
+    """Brings batches into static buffers on the device, those from the host through two stages in turns.
 
-    While the step reads the static buffer, the next batch is copied to a stage on a stream of its own. From the stage
-    to the static buffer it is one copy within the device, in order with the steps.
+    While the steps read the static buffers, the next batches are copied to a stage on a stream of its own. From the
+    stage to the static buffers it is one copy within the device, in order with the steps. What only batches from the
+    host or from pageable memory need is made when the first one comes.
 
-    Args:     cuda: torch.cuda, or what stands in for it in a test.
+    Args:     static: u8 [batches, bytes].  cuda: torch.cuda, or what stands in for it in a test.
     """
 
     def __init__(self, static: Tensor, cuda: Any = torch.cuda) -> None:
         self.static, self.cuda = static, cuda
         self.stream = cuda.Stream(static.device)
-        self.stream.wait_stream(cuda.current_stream(static.device))  # which may still use the stages' memory
-        self.stages = [self._stage(), self._stage()]
 
-    def _stage(self) -> _Stage:
-        pinned = torch.empty(self.static.shape, dtype=torch.uint8, pin_memory=self.static.is_cuda)
-        return _Stage(pinned, torch.empty_like(self.static), self.cuda.Event(), self.cuda.Event())
+    @functools.cached_property
+    def stages(self) -> list[_Stage]:
+        stages = [_Stage(self.static, self.cuda) for _ in range(2)]
+        self.stream.wait_stream(self.cuda.current_stream(self.static.device))  # which may still use their memory
+        return stages
 
-    def bring(self, buffer: Tensor) -> None:
-        """Queues the copy of a batch's buffer. One in pinned memory is read later, by the device: leave it as it is."""
-        if buffer.is_cuda:
-            self.static.copy_(buffer)
-            return
+    def bring(self, buffers: Sequence[Tensor]) -> None:
+        """Queues the copies. A buffer in pinned memory is read later, by the device: leave it as it is."""
+        if not all(buffer.is_cuda for buffer in buffers):
+            self._bring_from_host({k: buffer for k, buffer in enumerate(buffers) if not buffer.is_cuda})
+        for k, buffer in enumerate(buffers):
+            if buffer.is_cuda:
+                self.static[k].copy_(buffer)
+
+    def _bring_from_host(self, buffers: dict[int, Tensor]) -> None:
         stage = self.stages[0]
         self.stages.reverse()
-        if not buffer.is_pinned():
-            stage.arrived.synchronize()  # the pinned copy of two batches ago has been read
-            buffer = stage.pinned.copy_(buffer)
+        if not all(buffer.is_pinned() for buffer in buffers.values()):
+            stage.arrived.synchronize()  # what was pinned two calls ago has been read
+            buffers = {k: b if b.is_pinned() else stage.pinned[k].copy_(b) for k, b in buffers.items()}
         with self.cuda.stream(self.stream):
             self.stream.wait_event(stage.taken)
-            stage.staged.copy_(buffer, non_blocking=True)
+            for k, buffer in buffers.items():
+                stage.staged[k].copy_(buffer, non_blocking=True)
             stage.arrived.record(self.stream)
         current = self.cuda.current_stream(self.static.device)
         current.wait_event(stage.arrived)

@@ -67,6 +67,8 @@ class Step(NamedTuple):
                 after every optimiser step, with the steps taken so far.
     plan:       the physical tables, one per entry of TrainState.tables.
     accumulation: micro-batches per optimiser step.
+    sweep_every: `sweep_` has work only after step numbers that this divides: 1 where it looks at every step's end, as
+                with a Life that evicts or stops at the cap; 0: never.
     seed: of the tables' initial weights.
     slots: what the sparse optimiser keeps beside a weight and, then, per row.
     precision: of the dense part's products, as `train_step` was asked.
@@ -82,6 +84,7 @@ class Step(NamedTuple):
     sweep_: Callable[[TrainState, int], TrainState]
     plan: Plan
     accumulation: int
+    sweep_every: int
     seed: int
     slots: tuple[str, ...]
     precision: Precision
@@ -279,7 +282,8 @@ def train_step(
 
     functions = init, spell(pure), spell(in_place), evaluate_, flush_, ids_in, grow_, sweep_
     kept = (*sparse_optimizer.slots, *sparse_optimizer.row_slots)
-    return Step(*functions, plan, accumulation, seed, kept, precision)
+    sweep_every = 0 if life is None else life.every if life.at_cap == "refuse" else 1
+    return Step(*functions, plan, accumulation, sweep_every, seed, kept, precision)
 
 
 def _valid(batch: dict, label: str) -> Tensor:

@@ -6,7 +6,7 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -19,6 +19,7 @@ from recfx.types import NUM_SAMPLES, Batch
 __all__ = ["Event", "Progress", "Reader", "TrainConfig", "evaluate", "read_metrics", "reset_metrics_", "train"]
 
 Run = Callable[[TrainState, Batch], tuple[TrainState, Any]]
+RunSteps = Callable[[TrainState, Sequence[Batch]], tuple[TrainState, Any]]
 Event = Literal[
     "before_epoch", "after_epoch", "before_step", "after_step", "log", "before_save", "after_save", "before_evaluation",
     "after_evaluation",
@@ -65,7 +66,7 @@ class Progress:
 
     epoch: int = 0
     step: int = 0
-    num_samples: int = 0  # of this run, the first batch left out: it waits for the compiler
+    num_samples: int = 0  # of this run, the first call left out: it waits for the compiler
     seconds: float = 0.0  # that they took, reading and logging included, saving and evaluating left out
     first_step_s: float = 0.0
     train_s: float = 0.0
@@ -81,11 +82,12 @@ class Progress:
 
 def train(
     step: Step,
-    run: Run,
+    run: Run | RunSteps,
     state: TrainState,
     reader: Reader,
     config: TrainConfig,
     *,
+    steps_per_replay: int = 1,
     resume: bool = False,
     evaluate_with: Callable[[TrainState], dict[str, float]] | None = None,
     on_event: Callable[[Event, Progress, TrainState], None] = lambda *_: None,
@@ -93,6 +95,9 @@ def train(
     """Trains until the data, the epochs or `train_steps` end, or ctrl-C, which finishes the step and saves.
 
     Args:     run: `step.update_` or its capture.  state: freshly initialised.
+              steps_per_replay: above 1, `run` is what `capture_steps` made for as many, and is given so many batches at
+              once; fewer before a sweep, a log line, a checkpoint, the last of `train_steps` and the end of the data.
+              Events of steps then come once a call, and ctrl-C finishes it.
               resume: continue from the newest checkpoint in output_dir, if there is one: the same bytes as never
               having stopped.
               evaluate_with: state -> values by name, called after every epoch and after `train_steps`; a resumed run
@@ -119,8 +124,19 @@ def train(
             saving = False
             on_event("after_save", progress, state)
 
-    def after_step() -> None:
-        progress.step += 1
+    def run_all(state: TrainState, batches: list[Batch]) -> TrainState:
+        return run(state, batches[0] if steps_per_replay == 1 else batches)[0]  # type: ignore[arg-type]
+
+    def most_batches(window: int) -> int:
+        """Batches that may be run before the loop has to look at the state."""
+        intervals = config.log_steps, config.save_steps, step.sweep_every or config.save_steps
+        steps = 1 if interrupted else min(n - progress.step % n for n in intervals)
+        if config.train_steps is not None:
+            steps = min(steps, config.train_steps - progress.step)
+        return min(steps_per_replay, steps * step.accumulation - window)
+
+    def after_steps(num: int) -> None:
+        progress.step += num
         step.sweep_(state, progress.step)
         if progress.step % config.log_steps == 0:
             read_metrics(progress, state)
@@ -154,17 +170,17 @@ def train(
             batches = reader.epoch(progress.epoch) if position is None else reader.start_at(position)
             window = 0  # micro-batches of the open accumulation window
             clock = time.perf_counter()
-            for batch in batches:
-                if window == 0:
+            while some := list(itertools.islice(batches, most_batches(window))):
+                if window == 0 or window + len(some) > step.accumulation:
                     on_event("before_step", progress, state)
-                state, _ = run(state, batch)
-                clock = _count(progress, batch, clock)
-                position, window = batches.position, (window + 1) % step.accumulation
-                if window:
+                state = run_all(state, some)
+                clock = _count(progress, some, clock)
+                position, (num_steps, window) = batches.position, divmod(window + len(some), step.accumulation)
+                if num_steps == 0:
                     continue
-                after_step()
+                after_steps(num_steps)
                 saved()
-                if should_stop():
+                if not window and should_stop():
                     batches.close()
                     break
                 if progress.step % config.save_steps == 0:
@@ -173,7 +189,7 @@ def train(
             else:
                 if window:
                     state = step.flush_(state)
-                    after_step()
+                    after_steps(1)
                 progress.epoch, position = progress.epoch + 1, None
                 on_event("after_epoch", progress, state)
                 if window and not should_stop() and progress.step % config.save_steps == 0:
@@ -220,10 +236,10 @@ def reset_metrics_(state: TrainState) -> None:
         t.zero_()
 
 
-def _count(progress: Progress, batch: Batch, clock: float) -> float:
+def _count(progress: Progress, batches: list[Batch], clock: float) -> float:
     now = time.perf_counter()
     if progress.first_step_s:
-        progress.num_samples += int(batch[NUM_SAMPLES])
+        progress.num_samples += sum(int(batch[NUM_SAMPLES]) for batch in batches)
         progress.seconds += now - clock
     else:
         progress.first_step_s = now - clock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -23,24 +24,27 @@ from tests.test_step import assert_same_state
 
 
 class Recorder:
-    """Like a CUDA graph: bound to the state it was made with, over one static buffer, writing over one aux."""
+    """Like a CUDA graph: bound to the state it was made with, over static buffers, writing over their aux."""
 
     def __init__(self) -> None:
         self.made: list[Any] = []
+        self.nums: list[int] = []  # steps of each
         self.fails = False
 
-    def __call__(self, function: Any, state: Any, layout: Any) -> Any:
-        static = Batch(torch.zeros(layout.num_bytes, dtype=torch.uint8), layout)
+    def __call__(self, function: Any, state: Any, layout: Any, num: int) -> Any:
+        static = [Batch(torch.zeros(layout.num_bytes, dtype=torch.uint8), layout) for _ in range(num)]
         with torch.no_grad(), untouched(state):
-            kept = function(state, static.sections)
+            kept = [function(state, batch.sections) for batch in static]
         if self.fails:
             raise RuntimeError("out of memory")
         self.made.append(layout)
+        self.nums.append(num)
 
-        def replay(buffer: torch.Tensor) -> Any:
-            static.buffer.copy_(buffer)
+        def replay(buffers: list[torch.Tensor]) -> Any:
+            for batch, buffer in zip(static, buffers, strict=True):
+                batch.buffer.copy_(buffer)
             with torch.no_grad():
-                aux = function(state, static.sections)
+                aux = [function(state, batch.sections) for batch in static]
             for target, source in zip(tree_leaves(kept), tree_leaves(aux), strict=True):
                 target.copy_(source)
             return kept
@@ -53,7 +57,7 @@ class Run:
 
     def __init__(self, step: Step) -> None:
         self.step, self.recorder, self.grown = step, Recorder(), []
-        self.replay = replayed(self.grow_, self.recorder)
+        self.replay = replayed(self.grow_, lambda state: sys.maxsize, self.recorder)
 
     def grow_(self, state: Any, ids: Any) -> Any:
         self.grown.append(list(ids))
@@ -61,7 +65,8 @@ class Run:
 
     def __call__(self, state: Any, batch: Batch) -> tuple[Any, Any]:
         function = sections_function(self.step.update_, batch.layout)
-        return self.replay(state, batch, function, self.step.ids_in(batch))
+        state, (aux,) = self.replay(state, [batch], function, self.step.ids_in(batch))
+        return state, aux
 
 
 def fresh(step: Step) -> Any:
@@ -249,17 +254,22 @@ def fake_cuda(log: list) -> Any:
     )  # fmt: skip
 
 
+def byte(n: int) -> torch.Tensor:
+    return torch.full((4,), n, dtype=torch.uint8)
+
+
 def test_batches_take_two_stages_in_turns_and_every_read_waits_for_its_copy():
     log: list[tuple] = []
-    static = torch.zeros(4, dtype=torch.uint8)
+    static = torch.zeros(3, 4, dtype=torch.uint8)
     feed = Feed(static, fake_cuda(log))
-    assert log == [("wait", "copies", "main")]
     for n in range(4):
         log.clear()
-        feed.bring(torch.full((4,), n, dtype=torch.uint8))
-        assert static.tolist() == [n] * 4
+        feed.bring([byte(3 * n + k) for k in range(3)])
+        assert static.tolist() == [[3 * n + k] * 4 for k in range(3)]
         arrived, taken = (f"event{2 * (n % 2) + i}" for i in range(2))
+        made = [("wait", "copies", "main")] * (n == 0)  # its memory may still be in use
         assert log == [
+            *made,
             ("synchronize", arrived),
             ("wait", "copies", taken),
             ("record", "copies", arrived),
@@ -268,4 +278,35 @@ def test_batches_take_two_stages_in_turns_and_every_read_waits_for_its_copy():
         ]
     stages = {stage.staged.data_ptr() for stage in feed.stages}
     assert len(stages) == 2
-    assert [int(stage.staged[0]) for stage in feed.stages] == [2, 3]
+    assert [int(stage.staged[2, 0]) for stage in feed.stages] == [8, 11]
+
+
+class Elsewhere:
+    """A buffer on the CPU that says it is pinned, or on a CUDA device."""
+
+    def __init__(self, buffer: torch.Tensor, where: str) -> None:
+        self.buffer, self.is_cuda, self.is_pinned = buffer, where == "cuda", lambda: where == "pinned"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*(a.buffer if isinstance(a, cls) else a for a in args), **(kwargs or {}))
+
+
+def test_only_pageable_batches_are_copied_into_pinned_memory_and_only_the_host_s_take_a_stage():
+    log: list[tuple] = []
+    feed = Feed(torch.zeros(2, 4, dtype=torch.uint8), fake_cuda(log))
+
+    def bring(*kinds: str) -> list[int]:
+        buffers = [byte(10 * k + len(log) % 7) for k in range(2)]
+        feed.bring([b if k == "pageable" else Elsewhere(b, k) for k, b in zip(kinds, buffers, strict=True)])
+        assert feed.static.tolist() == [b.tolist() for b in buffers]
+        return [stage for stage in vars(feed).get("stages", []) if "pinned" in vars(stage)]
+
+    bring("cuda", "cuda")
+    assert "stages" not in vars(feed)
+    assert not log
+    for kinds in (("pinned", "pinned"), ("cuda", "pinned"), ("pinned", "cuda")):
+        assert bring(*kinds) == []
+    assert not any(entry[0] == "synchronize" for entry in log)
+    assert len(bring("cuda", "pageable")) == 1
+    assert len(bring("pageable", "pinned")) == 2
