@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from recfx import capture as capture_module
-from recfx.capture import capture, capture_evaluation, sections_function
+from recfx.capture import capture, capture_evaluation, capture_steps, sections_function
 from recfx.step import Step
 from recfx.table import functions as table_module
 from recfx.types import Batch, pack
@@ -100,7 +100,7 @@ def test_recording_leaves_every_byte_of_the_state(accumulation):
     batch = deepfm_batches(1)[0]
     for update_ in (step.update_, step.evaluate_):
         function = sections_function(update_, batch.layout)
-        capture_module.record(function, state, batch.layout, pool=torch.cuda.graph_pool_handle())
+        capture_module.record(function, state, batch.layout, 1, pool=torch.cuda.graph_pool_handle())
     torch.cuda.synchronize()
     assert same_bytes(before, host(state))
 
@@ -229,3 +229,35 @@ def test_aux_is_of_the_last_call_and_evaluation_changes_metrics_alone():
     _, expected = step.evaluate_(state, on("cuda", batches[0]))
     torch.testing.assert_close(aux.logit, expected.logit, rtol=1e-5, atol=1e-5)
     assert same_bytes(before, host(state._replace(metrics=())))
+
+
+@pytest.mark.parametrize("where", ["pageable", "pinned", "cuda"])
+@pytest.mark.parametrize(("accumulation", "most"), [(1, 4), (3, 16)])
+def test_several_steps_per_replay_are_steps_one_after_another(where, accumulation, most):
+    """From the second call on, without a wait for the device; the last call is short and replays single steps."""
+    step, plain = make(accumulation=accumulation), stream()
+    state, batches = fresh(step), plain
+    if where != "pageable":
+        batches = [Batch(b.buffer.pin_memory() if where == "pinned" else b.buffer.cuda(), b.layout) for b in plain]
+    run, losses = capture_steps(step, state, batches[0], steps_per_replay=most), []
+    for first in range(0, len(batches), most):
+        torch.cuda.set_sync_debug_mode("error" if first == most else "default")
+        state, auxes = run(state, batches[first : first + most])
+        losses += [aux.loss.clone() for aux in auxes]
+    expected, wanted = fresh(step), []
+    for batch in plain:
+        expected, aux = step.update_(step.grow_(expected, step.ids_in(batch)), on("cuda", batch))
+        wanted.append(aux.loss)
+    assert_same_state(host(state), host(expected))
+    torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_several_steps_per_replay_from_host_and_device_at_once():
+    step, plain = make(), stream()[:16]
+    state, mixed = fresh(step), list(plain)
+    mixed[::3] = [on("cuda", b) for b in plain[::3]]
+    mixed[1::3] = [Batch(b.buffer.pin_memory(), b.layout) for b in plain[1::3]]
+    run = capture_steps(step, state, plain[0], steps_per_replay=4)
+    for first in range(0, 16, 4):
+        state, _ = run(state, mixed[first : first + 4])
+    assert_same_state(host(state), host(eager(step, fresh(step), plain)))
