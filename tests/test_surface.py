@@ -39,7 +39,7 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SEES_ONLY = {
     "data": {"types", "kernels"},
-    "checkpoint": {"types", "kernels", "embeddings", "table", "step"},
+    "checkpoint": {"types", "kernels", "embeddings", "table", "step", "rows"},
     "models": {"types", "features", "layers", "losses"},
     "capture": {"types", "step", "fx_passes", "cuda_graph"},
     "fx_passes": {"kernels"},

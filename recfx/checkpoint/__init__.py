@@ -10,6 +10,7 @@ Nothing of capacity, slots, time or host is written: equal states give equal byt
 from recfx.checkpoint.files import latest
 from recfx.checkpoint.loading import load
 from recfx.checkpoint.merging import compact, diff
+from recfx.checkpoint.recis import load_recis
 from recfx.checkpoint.saving import Saver, save
 
-__all__ = ["Saver", "compact", "diff", "latest", "load", "save"]
+__all__ = ["Saver", "compact", "diff", "latest", "load", "load_recis", "save"]

@@ -23,7 +23,7 @@ from recfx.kernels.initial import initial_values
 from recfx.step import Step, TrainState
 from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState, initializer_tensors, restore_
 
-__all__ = ["Source", "load"]
+__all__ = ["Source", "check_arguments", "check_names", "load"]
 
 PIECE = 2**15  # rows whose owners are computed at once: in the cache, and too few for torch to start threads
 
@@ -117,7 +117,7 @@ def load(
               optimiser; when `state` has rows already. `state` is then as it was.
     """
     paths = [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
-    _check_arguments(paths, state, rank, world_size)
+    check_arguments(paths, state, rank, world_size)
     sources, names = [Source.open(p) for p in paths], dict(names or {})
     for source in sources:
         if source.manifest["seed"] != step.seed:
@@ -131,8 +131,8 @@ def load(
                 f"{list(step.slots)}. Use the optimiser that it was saved with."
             )
     known = {c.name for t in step.plan.tables for v in t.vocabularies for c in v}
-    _check_names("tables", tables, known)
-    _check_names("names", names.keys(), known | state.params.keys())
+    check_names("tables", tables, known)
+    check_names("names", names.keys(), known | state.params.keys())
     dense_pairs, table_moves = _dense_pairs(state, sources[0], dense, names), []
     for number, (plan, table) in enumerate(zip(step.plan.tables, state.tables, strict=True)):
         moves = [move for s in sources for move in _moves(plan, s, tables, names, (rank, world_size))]
@@ -154,7 +154,7 @@ def load(
     return state, sources[0].manifest["loop"]
 
 
-def _check_arguments(paths: list[Path], state: TrainState, rank: int, world_size: int) -> None:
+def check_arguments(paths: list[Path], state: TrainState, rank: int, world_size: int) -> None:
     if not paths or len({p.resolve() for p in paths}) < len(paths):
         raise ValueError(f"path: got {list(map(str, paths))}, expected one folder or more, each once.")
     if type(rank) is not int or type(world_size) is not int or not 0 <= rank < world_size:
@@ -164,7 +164,7 @@ def _check_arguments(paths: list[Path], state: TrainState, rank: int, world_size
         raise ValueError(f"state: got one with {num_rows} rows, expected a new one. They would be lost. Use step.init.")
 
 
-def _check_names(argument: str, got: Collection[str] | None, known: Collection[str]) -> None:
+def check_names(argument: str, got: Collection[str] | None, known: Collection[str]) -> None:
     if isinstance(got, str):
         raise TypeError(f"{argument}: got the str '{got}', expected a list of names.")
     unknown = sorted(set(got or ()) - set(known))
@@ -176,7 +176,7 @@ def _dense_pairs(
     state: TrainState, source: Source, taken: Collection[str] | None, names: dict[str, str]
 ) -> list[tuple[Tensor, Tensor]]:
     """Tensors of the state, and what they are to become."""
-    _check_names("dense", taken, state.params)
+    check_names("dense", taken, state.params)
     if taken is None or taken:
         _check_optimizer(state, source)
     pairs = []
