@@ -155,6 +155,7 @@ def load(
 
 
 def check_arguments(paths: list[Path], state: TrainState, rank: int, world_size: int) -> None:
+    """Raises what `load` raises about its paths, ranks, and a state that has rows."""
     if not paths or len({p.resolve() for p in paths}) < len(paths):
         raise ValueError(f"path: got {list(map(str, paths))}, expected one folder or more, each once.")
     if type(rank) is not int or type(world_size) is not int or not 0 <= rank < world_size:
@@ -165,6 +166,7 @@ def check_arguments(paths: list[Path], state: TrainState, rank: int, world_size:
 
 
 def check_names(argument: str, got: Collection[str] | None, known: Collection[str]) -> None:
+    """Raises: ValueError naming the argument when it holds an unknown name, TypeError when it is a str."""
     if isinstance(got, str):
         raise TypeError(f"{argument}: got the str '{got}', expected a list of names.")
     unknown = sorted(set(got or ()) - set(known))
