@@ -28,6 +28,7 @@ from tests.conftest import BATCH_SIZE, CAPACITY, DIM, FEATURES, NUM_NUMERIC, dee
 from tests.recis_fixture import Saved, rank_of, write_blocks, write_recis
 from tests.reference import EXTREMES, pack_samples, random_samples
 from tests.test_checkpoint import sha256
+from tests.test_readme import README, blocks_of
 
 M, V = "sparse_adamw_tf_exp_avg", "sparse_adamw_tf_exp_avg_sq"
 IDS = st.sampled_from(EXTREMES) | st.integers(-9, 9)
@@ -403,6 +404,35 @@ def test_the_seeds_deepfm_goes_on(tmp_path, key):
     torch_step(optimizer, logit, torch.tensor([[s.label] for s in samples]))
     for name, value in params_of(dict(model.named_parameters())).items():
         assert torch.allclose(state.params[name], value, rtol=1e-5, atol=1e-6), name
+
+
+def test_the_readmes_example(tmp_path, monkeypatch):
+    """Under the names, sizes and optimiser of the seed's program."""
+    (block,) = [b for b in blocks_of(README.read_text()) if "load_recis(" in b.code]
+    sizes = {"num_sparse": 26, "dim": 8, "hidden": (64, 16), "num_numeric": 13}
+    model, optimizer = trained_seed(1, **sizes)
+    groups = {"emb": 8, "bias": 1}
+    tables = {f"c{i}_{g}": Saved(d, some_rows([i, -i], d, seed=i)) for i in range(1, 27) for g, d in groups.items()}
+    for saved in tables.values():
+        for row in saved.rows.values():
+            row |= {"sparse_adamw_exp_avg": row[M], "sparse_adamw_exp_avg_sq": row[V]}
+    slots = ("embedding", "sparse_adamw_exp_avg", "sparse_adamw_exp_avg_sq")
+    how = {"model": model.state_dict(), "extra": {"recis_dense_optim": optimizer.state_dict()}, "num_ranks": 2}
+    write_recis(tmp_path / "ckpt" / "ckpt_0", tables, slots=slots, optimizer="sparse_adamw", **how)
+    (tmp_path / "ckpt" / "checkpoint").write_text("ckpt_0\n")
+    monkeypatch.chdir(tmp_path)
+    ran = {}
+    exec(compile(block.code, "README.md", "exec"), ran)
+    got, model_params = as_dict(ran["step"], ran["state"]), params_of(dict(model.named_parameters()))
+    assert len(got) == 2 * 2 * 26
+    for i in range(1, 27):
+        for group in groups:
+            row = tables[f"c{i}_{group}"].rows[-i]
+            assert got[f"{group}/c{i}", -i][1] == {slot: f32(row[end]) for slot, end in ENDS.items()}
+    assert ran["state"].params.keys() == model_params.keys()
+    assert all(torch.equal(ran["state"].params[name], value) for name, value in model_params.items())
+    assert int(ran["state"].dense.step) == 1
+    assert int(ran["state"].tables[0].step) == 7
 
 
 def test_dense_alone_and_in_part(tmp_path):
