@@ -14,6 +14,7 @@ from bench.gpu_timing import Results, results, times_ms
 from recfx.embeddings import Embedding, plan_tables
 from recfx.kernels import find
 from recfx.kernels.add_row_grads import add_row_grads_, add_row_grads_atomic_
+from recfx.kernels.op import UNKNOWN
 from recfx.optim import sparse_adam
 from recfx.table import Found, Table, TableState, grow_, table
 from recfx.types import Ragged
@@ -74,7 +75,8 @@ def dynamicemb(to: Results, *, rows: int, lookups: int, pool: int, device: str, 
     """10 tables, 1,048,570 lookups, about 350 k unique, D = 128 fp32, Adam, unpooled, all ids present.
 
     Training three times: as a step runs it, gradients summed and rows updated by one kernel; by two; and by two with
-    sums in any order.
+    sums in any order. Before timing, their rows after one step are held against each other, and pooled rows against
+    the table's.
     """
     t, state = make(NUM_TABLES, DIM, NUM_TABLES * rows, slots=2, device=device)
     fill(t, state, NUM_TABLES, 0, rows)
@@ -107,19 +109,36 @@ def dynamicemb(to: Results, *, rows: int, lookups: int, pool: int, device: str, 
 
     def draw() -> list[Tensor]:
         some = torch.randperm(rows, device=device)[:pool]
-        return [ids_of(some[torch.randint(0, pool, (lookups,), device=device)]) for _ in range(NUM_TABLES)]
+        return [some[torch.randint(0, pool, (lookups,), device=device)] for _ in range(NUM_TABLES)]
 
-    batches = [draw() for _ in range(8)]
+    numbers = [draw() for _ in range(8)]
+    batches = [[ids_of(number) for number in drawn] for drawn in numbers]
     unique = sum(len(x.unique()) for x in batches[0])
     num, row = NUM_TABLES * lookups, 4 * DIM
     forwards = num * (32 + 124) + num * 2 * row
     updates = num * row + unique * 6 * row
+    row_of = torch.stack(numbers[0], dim=1) * NUM_TABLES + torch.arange(NUM_TABLES, device=device)
+    (pooled,) = t.pool(state, t.find(state, features(batches[0])))
+    if not torch.equal(pooled, state.rows[row_of, 0]):
+        raise ValueError("evaluation: got other rows than the table's.")
+    to.note("evaluation: checked before timing, pooled rows are the table's.")
+    touched = row_of.unique()
+    before, seen, number, after = state.rows[touched].clone(), state.seen[touched], state.step.clone(), {}
+    ways = {"in one kernel": fused, "in two": in_two(add_row_grads_), "in any order": in_two(add_row_grads_atomic_)}
+    for way, train in ways.items():
+        state.rows[touched], state.seen[touched] = before, seen  # the same step again
+        state.step.copy_(number)
+        train(batches[0])
+        after[way] = state.rows[touched].clone()
+        to.same_rows(f"training {way}", after[way], after["in one kernel"], before)
+    del before, after
     wrap = replaying if graph else lambda function, _: function
     name = f"{NUM_TABLES} tables, {num:,} lookups, {unique:,} unique, D = {DIM}"
-    for how, train, moved in (
-        ("forward, backward, Adam", fused, num * 96 + updates),
-        ("the same, sums written and read", in_two(add_row_grads_), num * 96 + updates + unique * 4 * row),
-        ("the same, sums in any order", in_two(add_row_grads_atomic_), updates + unique * 4 * row),
+    for how, train, moved in zip(
+        ("forward, backward, Adam", "the same, sums written and read", "the same, sums in any order"),
+        ways.values(),
+        (num * 96 + updates, num * 96 + updates + unique * 4 * row, updates + unique * 4 * row),
+        strict=True,
     ):
         target = "H200: 0.95 ms" if train is fused else ""
         to.add(f"{name}: {how}", times_ms(wrap(train, batches[0]), batches), num_bytes=forwards + moved,
@@ -138,18 +157,22 @@ def look_ups(to: Results, *, num_slots: int, keys: int, device: str) -> None:
     for load in LOADS:
         num = int(load * num_slots) - 4 * keys
         fill(t, state, 1, filled, num)
-        present = [ids_of(torch.randint(0, num, (keys,), device=device)) for _ in range(16)]
+        rows = [torch.randint(0, num, (keys,), device=device) for _ in range(16)]
+        present = [ids_of(row) for row in rows]
         new = [ids_of(torch.arange(num + n * keys, num + (n + 1) * keys, device=device)) for n in range(4)]
         filled = num + 4 * keys
 
-        def look(ids: Tensor) -> None:
-            find.find(state.slots, state.ids, state.num_slots, state.salt, ids, cell, vocabulary)
+        def look(ids: Tensor) -> Tensor:
+            return find.find(state.slots, state.ids, state.num_slots, state.salt, ids, cell, vocabulary)
 
         def insert(ids: Tensor) -> None:
             t.insert_(state, {"t0": lists_of_one(ids)})
             end_step(state)
 
         say = f"load {load}, {num_slots:,} slots, {keys:,} keys: "
+        if not (torch.equal(look(present[0]).long(), rows[0]) and bool((look(new[0]) == UNKNOWN).all())):
+            raise ValueError(f"{say}got other rows than ids were given, or rows of ids that have none.")
+        to.note(f"{say}checked before timing, every id is found in its row and no new one is.")
         to.add(say + "find", times_ms(look, present), items=keys, unit="keys/s", target="H200: 6 G/s")
         ms = times_ms(insert, present)
         to.add(say + "insert, all present", ms, items=keys, unit="keys/s", target="H200: 3 G/s")

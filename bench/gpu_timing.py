@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 HEADS = ["what", "median ms", "IQR ms", "bytes", "GB/s", "of copy", "rate", "target"]
+MOST_APART = 0.01
 OUTCOMES = ["part", "limit_s", "seconds", "exit_code", "last_line"]
 
 
@@ -102,6 +104,17 @@ class Results:
         self.notes.append(text)
         print(text, flush=True)
         self.write()
+
+    def same_rows(self, what: str, ours: Tensor, theirs: Tensor, before: Tensor) -> None:
+        """Raises where the rows of two sides differ, after the same step, by more than MOST_APART of the way they went.
+
+        Of the way: AdamW moves weights by the learning rate, whatever the gradient, and turns rounding of a gradient
+        that is nearly 0 into as much.
+        """
+        apart = float((ours - theirs).abs().mean() / (theirs - before).abs().mean())
+        if not apart <= MOST_APART:
+            raise ValueError(f"{what}: got rows {apart:.3g} of their step apart, expected {MOST_APART} at most.")
+        self.note(f"{what}: checked before timing, rows {apart:.1e} of their step apart.")
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.workload import CATEGORICAL, Workload, init_weights
+from bench.workload import CATEGORICAL, DIM, Workload, init_weights
 from recfx.capture import capture
 from recfx.examples import deepfm as program
 from recfx.step import Step, TrainState
@@ -54,8 +54,13 @@ def fill(step: Step, state: TrainState, work: Workload, weights: dict[str, Tenso
     rows.step.zero_()
     rows.seen[: work.table_rows] = -1
     assert int(rows.num_rows) == work.table_rows
-    rows.rows[: work.table_rows, 0, :8] = weights["embedding"][:-1]
-    rows.rows[: work.table_rows, 0, 8:] = weights["bias"][:-1]
+    write_weights_(state, weights)
+
+
+def write_weights_(state: TrainState, weights: dict[str, Tensor]) -> None:
+    """The baselines' weights into a state whose rows have their numbers."""
+    of_rows = state.tables[0].rows[: len(weights["bias"]) - 1, 0]
+    of_rows[:, :DIM], of_rows[:, DIM : DIM + 1] = weights["embedding"][:-1], weights["bias"][:-1]
     names = {"numeric_emb": "numeric_embedding", "numeric_bias": "numeric_bias"}
     names |= {f"dnn.{i}.{part}": f"{part[0]}{i + 1}" for i in range(3) for part in ("weight", "bias")}
     for name, theirs in names.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -144,15 +145,51 @@ def test_dynamicemb_s_case(to):
     assert training["median_ms"] == 2.0
     assert evaluation["bytes"] < training["bytes"] < in_two["bytes"]
     assert in_any_order["bytes"] < in_two["bytes"]
+    assert to.notes[0] == "evaluation: checked before timing, pooled rows are the table's."
+    assert to.notes[1] == "training in one kernel: checked before timing, rows 0.0e+00 of their step apart."
+    assert len(to.notes) == 4
     assert training["percent_of_copy"] == pytest.approx(100 * training["bytes"] / 2e-3 / 1e12)
 
 
 def test_look_ups_at_each_load(to):
     gpu_table.look_ups(to, num_slots=2**14, keys=2**8, device="cpu")
+    assert len(to.notes) == 3
+    assert all("checked before timing" in note for note in to.notes)
     assert [r["rate"] for r in to.records] == [2**8 / 2e-3] * 9
     assert all(
         f"load {load}" in r["name"] for load, r in zip([0.5] * 3 + [0.75] * 3 + [0.87] * 3, to.records, strict=True)
     )
+
+
+def test_a_comparison_of_unlike_sides_fails_before_it_is_timed(to, monkeypatch):
+    """Training without one table's gradients, and a look-up that is one row off."""
+    add = gpu_table.add_row_grads_
+
+    def add_less(grads, inverse, cell, firsts, dims, blocks, weight=None):
+        less = [torch.cat([block[:, :-1], 0 * block[:, -1:]], dim=1) for block in blocks]
+        add(grads, inverse, cell, firsts, dims, less, weight)
+
+    monkeypatch.setattr(gpu_table, "add_row_grads_", add_less)
+    with pytest.raises(
+        ValueError, match=r"training in two: got rows 0\.\d+ of their step apart, expected 0\.01 at most"
+    ):
+        gpu_table.dynamicemb(to, rows=200, lookups=50, pool=20, device="cpu", graph=False)
+    find = gpu_table.find.find
+    monkeypatch.setattr(gpu_table.find, "find", lambda *args: find(*args) + 1)
+    with pytest.raises(ValueError, match=r"load 0\.5, .*got other rows than ids were given"):
+        gpu_table.look_ups(to, num_slots=2**14, keys=2**8, device="cpu")
+    assert not to.records
+
+
+@pytest.mark.parametrize(
+    ("theirs", "apart"), [([0.7, 0.69], 0.0), ([0.7, 0.69005], 7e-5), ([0.7, 0.6902], None), ([0.7, math.nan], None)]
+)
+def test_losses_are_compared(theirs, apart):
+    if apart is None:
+        with pytest.raises(ValueError, match=r"peer: got losses \[0\.7, .*\], expected recfx's \[0\.7, 0\.69\] within"):
+            gpu_deepfm.check_losses("peer", [0.7, 0.69], theirs)
+    else:
+        assert gpu_deepfm.check_losses("peer", [0.7, 0.69], theirs) == pytest.approx(apart, abs=1e-5)
 
 
 def test_batches_are_the_same_without_the_table_s_ids():
@@ -212,7 +249,7 @@ def test_sizes_that_do_not_fit_are_skipped_and_said(to, monkeypatch, free_bytes,
 
 def test_jax_is_skipped_with_a_reason_where_it_has_no_gpu(to, monkeypatch):
     monkeypatch.setattr(gpu_deepfm, "jax_cannot", lambda backend: f"jax finds no {backend} and computes on cpu")
-    gpu_deepfm.beside_jax(to, {1000: 16}, table_rows=20_000)
+    gpu_deepfm.beside_jax(to, {1000: 16}, {}, table_rows=20_000)
     assert to.notes == ["JAX: skipped, jax finds no gpu and computes on cpu."]
     assert not to.records
     monkeypatch.undo()
@@ -233,22 +270,45 @@ def test_the_limiting_part_is_named(rates, said):
     assert gpu_files.limit(*rates) == said
 
 
+def broken_peer(weights):
+    """Learns nothing."""
+    model = gpu_deepfm.DeepFM(weights)
+
+    def step(batch):
+        with torch.no_grad():
+            return torch.nn.functional.binary_cross_entropy_with_logits(model(batch.row.t(), batch.num), batch.label)
+
+    return gpu_deepfm.Baseline(step, model.weights)
+
+
 @pytest.mark.slow
-def test_deepfm_beside_its_peers(to):
-    gpu_deepfm.compare(to, 32, num_batches=2, table_rows=20_000, device="cpu")
-    assert len(to.records) == 5
-    to.end()
+def test_deepfm_beside_its_peers(to, monkeypatch):
+    """Each is checked, and one that computes something else is not timed."""
+    monkeypatch.setattr(gpu_deepfm, "PEERS", {**gpu_deepfm.PEERS, "broken": broken_peer})
+    losses = gpu_deepfm.compare(to, 32, num_batches=4, table_rows=20_000, device="cpu", steps_per_replay=(2, 4))
+    assert len(losses) == 2
+    assert [r["rate"] for r in to.records] == [32 / 2e-3] * 2 + [64 / 2e-3, 128 / 2e-3] + [32 / 2e-3] * 3
+    checked = [note for note in to.notes if "checked before timing" in note]
+    assert len(checked) == 2 * 3
+    assert to.failures == ["DeepFM, batch 32: broken"]
+    assert "broken: failed: ValueError: " in to.notes[-1]
 
 
 @pytest.mark.slow
 def test_deepfm_beside_jax(to):
-    gpu_deepfm.beside_jax(to, {32: 2}, table_rows=20_000, backend="cpu")
+    sizes, table_rows = {32: 2}, 20_000
+    losses = {32: gpu_deepfm.compare(to, 32, num_batches=2, table_rows=table_rows, device="cpu")}
+    to.records.clear()
+    gpu_deepfm.beside_jax(to, sizes, losses, table_rows=table_rows, backend="cpu")
     if gpu_deepfm.jax_cannot("cpu"):
-        assert to.notes[0].startswith("JAX: skipped, ")
-    else:
-        assert "JAX jit, dense tables" in to.records[0]["name"]
-        assert to.records[0]["rate"] > 0
+        assert to.notes[-1].startswith("JAX: skipped, ")
+        return
+    assert "JAX jit, dense tables" in to.records[0]["name"]
+    assert to.records[0]["rate"] > 0
+    assert "losses checked before timing" in to.notes[-1]
     to.end()
+    gpu_deepfm.beside_jax(to, sizes, {32: [0.5, 0.5]}, table_rows=table_rows, backend="cpu")
+    assert "failed: RuntimeError: bench.gpu_deepfm:jax_loop: ValueError: JAX: got losses" in to.notes[-1]
 
 
 @pytest.mark.slow
