@@ -30,7 +30,7 @@ from recfx.types import Params
 __all__ = ["load_recis"]
 
 LIST, INDEX, KEYS = "checkpoint", "index", "tensorkey.json"
-PIECE = 2**15  # rows checked or written at once: in the cache, and too few for torch to start threads
+PIECE = 2**15  # rows checked or written at once, in the cache
 ADAM = {"m": "exp_avg", "v": "exp_avg_sq"}  # what AdamW keeps, and the ends of its slots' names there
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
