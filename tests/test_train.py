@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -452,22 +453,34 @@ def stop_and_resume(folder: Path, make_reader: Callable, how: str, at: int, **co
     return first, second
 
 
+def resumed_reader() -> MemoryReader:
+    return reader_of(10, ids=tuple(range(150)), short_last=True)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Progress, Any]]:
+    """Where a run that nothing stops comes to, and its bytes: trained once for each setting."""
+
+    @functools.cache
+    def run(make_reader: Callable, **config: Any) -> tuple[Progress, Any]:
+        folder = tmp_path_factory.mktemp("whole")
+        return go(folder, make_reader(), **config)[1], last_bytes(folder)
+
+    return run
+
+
 @pytest.mark.parametrize("how", ["train_steps", "interrupted"])
 @pytest.mark.parametrize(
     ("accumulation", "epochs", "at"),
     [(1, 1, 1), (1, 1, 5), (1, 1, 10), (1, 2, 3), (1, 2, 10), (1, 2, 14), (4, 1, 1), (4, 1, 2), (4, 2, 3), (4, 2, 4)],
 )
-def test_resumed_is_never_having_stopped(tmp_path, how, accumulation, epochs, at):
+def test_resumed_is_never_having_stopped(whole_run, tmp_path, how, accumulation, epochs, at):
     """10 batches: 10 steps an epoch, or 3, the last of which is an incomplete window."""
     config = {"accumulation": accumulation, "train_epoch": epochs}
-
-    def make() -> MemoryReader:
-        return reader_of(10, ids=tuple(range(150)), short_last=True)
-
-    _, whole = go(tmp_path / "whole", make(), **config)
-    _, second = stop_and_resume(tmp_path / "parts", make, how, at, **config)
+    whole, whole_bytes = whole_run(resumed_reader, **config)
+    _, second = stop_and_resume(tmp_path, resumed_reader, how, at, **config)
     assert (second.step, second.epoch, second.stopped) == (whole.step, whole.epoch, "")
-    assert last_bytes(tmp_path / "parts") == last_bytes(tmp_path / "whole")
+    assert last_bytes(tmp_path) == whole_bytes
 
 
 def test_resumed_from_an_older_checkpoint(tmp_path):
@@ -544,8 +557,8 @@ def test_the_test_sees_a_lost_batch(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """103 rows in 3 files of several stripes."""
+def file_reader(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Reads 103 rows in 3 files of several stripes."""
     folder, rng = tmp_path_factory.mktemp("orc"), random.Random(8)
     types = {"label": pa.float64(), **dict.fromkeys(("n0", "n1"), pa.float64()), **dict.fromkeys(FEATURES, pa.int64())}
     for i, num_rows in enumerate((40, 17, 46)):
@@ -558,13 +571,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for start in range(0, num_rows, 16):
                 writer.write(table.slice(start, 16))
     assert orc.ORCFile(folder / "part-0.orc").nstripes > 1
-    return folder
-
-
-def file_reader(folder: Path, **kwargs: Any) -> Any:
     columns = [fixedlen("label", [0.0]), *(varlen(name, torch.float32) for name in ("n0", "n1"))]
     columns += [varlen(name, torch.int64) for name in FEATURES]
-    return reader(folder, columns, BATCH_SIZE, drop_remainder=False, **kwargs)
+    return functools.partial(reader, folder, columns, BATCH_SIZE, drop_remainder=False)
 
 
 def file_step(**kwargs: Any) -> Step:
@@ -578,21 +587,22 @@ def file_step(**kwargs: Any) -> Step:
 @pytest.mark.parametrize("how", ["train_steps", "interrupted"])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("accumulation", "epochs", "at"), [(1, 1, 5), (1, 2, 13), (4, 1, 3), (4, 2, 4), (4, 2, 7)])
-def test_resumed_from_files_is_never_having_stopped(files, tmp_path, how, threads, accumulation, epochs, at):
+def test_resumed_from_files_is_never_having_stopped(
+    whole_run, file_reader, tmp_path, how, threads, accumulation, epochs, at
+):
     """13 batches, the last of 7 samples; batches and stripes end in different rows."""
     config = {"accumulation": accumulation, "train_epoch": epochs, "make": file_step}
-    go(tmp_path / "whole", file_reader(files), **config)
-    first, second = stop_and_resume(
-        tmp_path / "parts", lambda: file_reader(files, threads=threads, prefetch=threads - 1), how, at, **config
-    )
+    _, whole_bytes = whole_run(file_reader, **config)
+    make_reader = functools.partial(file_reader, threads=threads, prefetch=threads - 1)
+    first, second = stop_and_resume(tmp_path, make_reader, how, at, **config)
     assert first.step < second.step or (epochs, at) == (1, 13)
     assert second.epoch == epochs
-    assert last_bytes(tmp_path / "parts") == last_bytes(tmp_path / "whole")
+    assert last_bytes(tmp_path) == whole_bytes
     assert not [t for t in threading.enumerate() if t.name.startswith("recfx-read")]
 
 
-def test_the_position_in_the_manifest_is_that_of_the_step(files, tmp_path):
-    go(tmp_path, file_reader(files), accumulation=4, train_steps=2, make=file_step)
+def test_the_position_in_the_manifest_is_that_of_the_step(file_reader, tmp_path):
+    go(tmp_path, file_reader(), accumulation=4, train_steps=2, make=file_step)
     loop = json.loads((checkpoint.latest(tmp_path) / "manifest.json").read_text())["loop"]
     position = {key: loop["position"][key] for key in ("epoch", "file", "unit", "taken")}
     assert (loop["epoch"], loop["step"]) == (0, 2)

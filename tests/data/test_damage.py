@@ -57,7 +57,7 @@ class Child:
         self.process.communicate()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def child():
     child = Child()
     yield child

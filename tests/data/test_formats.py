@@ -50,13 +50,14 @@ def test_flat_columns_with_missing_values(tmp_path, extension, threads):
 @pytest.mark.parametrize("last", [True, False])
 def test_csv_in_blocks_of_any_size(tmp_path, block_bytes, ending, last):
     """Each row is in one block, whatever falls on the border."""
-    text = write(tmp_path / "a.csv", flat_table())
+    rows = ROWS[:20]  # two batches and a short one
+    text = write(tmp_path / "a.csv", flat_table().slice(0, len(rows)))
     lines = Path(text).read_bytes().decode().splitlines()
     Path(text).write_bytes((ending.join(lines) + ending * last).encode())
     batches = reader(tmp_path, COLUMNS, 9, drop_remainder=False, format=Csv(block_bytes=block_bytes))
-    assert all_rows(batches) == ROWS
+    assert all_rows(batches) == rows
     it = batches.start_at(_position_after(batches, 2))
-    assert all_rows(it) == ROWS[18:]
+    assert all_rows(it) == rows[18:]
 
 
 def _position_after(batches, num: int) -> dict:

@@ -151,18 +151,18 @@ def test_freed_rows_are_reused_and_admission_waits(stream, ends, max_rows, max_u
 
 def test_ids_of_one_tag_and_one_home_slot_are_told_apart():
     """Hashes that agree in all the bits the index looks at: only the id itself is left to compare."""
-    ids = [id_of_hash(0xABCD << 48 | k << 24 | 5, 0) for k in range(300)]
-    hashes = hashing.hash_id(torch.tensor(ids), torch.zeros(300), torch.tensor(0))
+    ids = [id_of_hash(0xABCD << 48 | k << 24 | 5, 0) for k in range(150)]
+    hashes = hashing.hash_id(torch.tensor(ids), torch.zeros(150), torch.tensor(0))
     assert len((hashes & 0xFFFF).unique()) == len((hashes >> 48).unique()) == 1
-    stored, absent = reading_of([[[i] for i in ids[:200]]], [0]), reading_of([[[i] for i in ids[200:]]], [0])
+    stored, absent = reading_of([[[i] for i in ids[:100]]], [0]), reading_of([[[i] for i in ids[100:]]], [0])
     for op in OPS.values():
         state, init = empty_table([0], max_rows=2**15)
-        assert insert(op, state, stored, init)[0] == list(range(200))
-        assert insert(op, state, stored, init)[0] == list(range(200))
-        assert int(state.num_crowded) == 200 - hashing.RUN
+        assert insert(op, state, stored, init)[0] == list(range(100))
+        assert insert(op, state, stored, init)[0] == list(range(100))
+        assert int(state.num_crowded) == 100 - hashing.RUN
         for finder in FINDS.values():
-            assert find_with(finder, state, stored) == list(range(200))
-            assert find_with(finder, state, absent) == [-1] * 100
+            assert find_with(finder, state, stored) == list(range(100))
+            assert find_with(finder, state, absent) == [-1] * 50
 
 
 def test_index_refuses_rows_beyond_seven_eighths():
