@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.launch import columns_of, programs, rows_of
+from recfx.kernels.gpu.launch import columns_of, cover_of, programs, rows_of
 
 __all__ = ["clip_row_grads_", "squared_norm"]
 
@@ -17,7 +17,7 @@ __all__ = ["clip_row_grads_", "squared_norm"]
 @triton.jit
 def clip_rows(
     grads, num_unique, scale, due, stride, width, limit, max_norm, DIMS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, COVER: tl.constexpr,
 ):  # fmt: skip
     num = tl.where(tl.load(due), tl.load(num_unique), 0)
     column = tl.arange(0, COLUMNS)[None, :]
@@ -25,9 +25,9 @@ def clip_rows(
     bound = limit / by
     for first_row in range(tl.program_id(0) * ROWS, num, tl.num_programs(0) * ROWS):
         unique = first_row + tl.arange(0, ROWS)[:, None]
-        within = (unique < num) & (column < width)
+        covers = (unique < num) & (column < COVER)  # what lies behind the width is copied back as it is
         at = grads + unique.to(tl.int64) * stride + column
-        g = tl.load(at, mask=within, other=0.0)
+        g = tl.load(at, mask=covers, other=0.0)
         g = tl.where(g > bound, bound, tl.where(g < -bound, -bound, g))
         first = 0
         for t in tl.static_range(len(DIMS)):
@@ -37,19 +37,21 @@ def clip_rows(
             factor = tl.div_rn(tl.zeros_like(norm) + max_norm, tl.where(cut, norm * by, 1.0))
             g = tl.where(mine & cut, g * factor, g)
             first += DIMS[t]
-        tl.store(at, g, mask=within)
+        tl.store(at, g, mask=covers)
 
 
 @triton.jit
-def sum_squares(sums, grads, num_unique, stride, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def sum_squares(
+    sums, grads, num_unique, stride, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COVER: tl.constexpr
+):  # fmt: skip
     num = tl.load(num_unique)
     column = tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float64)
     for first in range(tl.program_id(0) * ROWS, num, tl.num_programs(0) * ROWS):
         unique = first + tl.arange(0, ROWS)[:, None]
-        within = (unique < num) & (column < width)
-        g = tl.load(grads + unique.to(tl.int64) * stride + column, mask=within, other=0.0).to(tl.float64)
-        total += g * g
+        covers = (unique < num) & (column < COVER)
+        g = tl.load(grads + unique.to(tl.int64) * stride + column, mask=covers, other=0.0).to(tl.float64)
+        total += tl.where(column < width, g * g, 0.0)
     tl.store(sums + tl.program_id(0), tl.sum(tl.sum(total, axis=1), axis=0))
 
 
@@ -60,7 +62,7 @@ def clip_row_grads_(
     width = grads.shape[1]
     clip_rows[programs(grads.shape[0], rows_of(width))](
         grads, num_unique, scale, due, grads.stride(0), width, limit, max_norm, DIMS=tuple(dims), ROWS=rows_of(width),
-        COLUMNS=columns_of(width),
+        COLUMNS=columns_of(width), COVER=cover_of(width, grads.stride(0)),
     )  # fmt: skip
 
 
@@ -69,5 +71,8 @@ def squared_norm(grads: Tensor, num_unique: Tensor) -> Tensor:
     num, width = grads.shape
     grid = programs(num, rows_of(width))
     sums = grads.new_empty(grid, dtype=torch.float64)
-    sum_squares[grid](sums, grads, num_unique, grads.stride(0), width, ROWS=rows_of(width), COLUMNS=columns_of(width))
+    sum_squares[grid](
+        sums, grads, num_unique, grads.stride(0), width, ROWS=rows_of(width), COLUMNS=columns_of(width),
+        COVER=cover_of(width, grads.stride(0)),
+    )  # fmt: skip
     return sums.sum()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-__all__ = ["chosen", "columns_of", "lower_bound", "programs", "rows_of", "search_steps", "slices"]
+__all__ = ["chosen", "columns_of", "cover_of", "lower_bound", "programs", "rows_of", "search_steps", "slices"]
 
 BLOCK = 128  # positions per program of the kernels that look ids up: one warp, four ids a lane
 NUM_WARPS = 1
@@ -24,6 +24,12 @@ def programs(num: int, per_program: int) -> tuple[int]:
 def columns_of(width: int) -> int:
     """Columns of a tile that holds whole rows: Triton's sizes are powers of two."""
     return triton.next_power_of_2(width)
+
+
+def cover_of(width: int, *strides: int) -> int:
+    """Columns up to a multiple of 4, if those behind `width` are every row's own: 16 bytes then need one mask alone."""
+    cover = -(-width // 4) * 4
+    return cover if all(stride % 4 == 0 and stride >= cover for stride in strides) else width
 
 
 def rows_of(width: int) -> int:

@@ -1,7 +1,10 @@
 """The row optimisers on a GPU: one walk over a step's unique rows, one formula each.
 
 A formula is called with a tile of rows: addresses of the weights in column 0, scaled gradients, decay and rate. It
-reads and writes the weights and, behind them, its slots.
+reads and writes the weights and, behind them, its slots. Weights may be read where `covers`, up to a multiple of 4.
+
+Where a tile is small, several threads hold copies of an item, each of which reads for itself, and one of them writes.
+So a barrier comes before a slot is written that others are computed from.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.launch import columns_of, programs, rows_of
+from recfx.kernels.gpu.launch import columns_of, cover_of, programs, rows_of
 
 __all__ = [
     "adagrad_rows_",
@@ -30,24 +33,25 @@ def scalar(hyper, nth):
 
 
 @triton.jit
-def sgd(at, column, within, g, decay, rate, own, width, DIMS: tl.constexpr):
-    w = tl.load(at + column, mask=within, other=0.0)
+def sgd(at, column, within, covers, g, decay, rate, own, width, DIMS: tl.constexpr):
+    w = tl.load(at + column, mask=covers, other=0.0)
     tl.store(at + column, decay * w - rate * g, mask=within)
 
 
 @triton.jit
-def adagrad(at, column, within, g, decay, rate, own, width, DIMS: tl.constexpr):
-    w = tl.load(at + column, mask=within, other=0.0)
+def adagrad(at, column, within, covers, g, decay, rate, own, width, DIMS: tl.constexpr):
+    w = tl.load(at + column, mask=covers, other=0.0)
     g += decay * w
     sum = tl.load(at + width + column, mask=within, other=0.0) + g * g
+    tl.debug_barrier()
     tl.store(at + width + column, sum, mask=within)
     root = tl.sqrt_rn(scalar(own, 0) + sum) + scalar(own, 1)
     tl.store(at + column, w - tl.div_rn(rate * g, root), mask=within)
 
 
 @triton.jit
-def rowwise_adagrad(at, column, within, g, decay, rate, own, width, DIMS: tl.constexpr):
-    w = tl.load(at + column, mask=within, other=0.0)
+def rowwise_adagrad(at, column, within, covers, g, decay, rate, own, width, DIMS: tl.constexpr):
+    w = tl.load(at + column, mask=covers, other=0.0)
     g += decay * w
     root = tl.full(g.shape, 1.0, tl.float32)
     has = tl.max(within.to(tl.int32), axis=1)[:, None] > 0
@@ -56,6 +60,7 @@ def rowwise_adagrad(at, column, within, g, decay, rate, own, width, DIMS: tl.con
         mine = (column >= first) & (column < first + DIMS[t])
         sum = tl.load(at + width + t, mask=has, other=0.0)
         sum += tl.sum(tl.where(within & mine, g * g, 0.0), axis=1)[:, None] / DIMS[t]
+        tl.debug_barrier()
         tl.store(at + width + t, sum, mask=has)
         root = tl.where(mine, tl.sqrt_rn(scalar(own, 0) + sum) + scalar(own, 1), root)
         first += DIMS[t]
@@ -63,30 +68,31 @@ def rowwise_adagrad(at, column, within, g, decay, rate, own, width, DIMS: tl.con
 
 
 @triton.jit
-def adamw_tile(at, column, within, g, decay, rate, own, eps, width):
+def adamw_tile(at, column, within, covers, g, decay, rate, own, eps, width):
     m = scalar(own, 0) * tl.load(at + width + column, mask=within, other=0.0) + scalar(own, 1) * g
     v = scalar(own, 2) * tl.load(at + 2 * width + column, mask=within, other=0.0) + scalar(own, 3) * g * g
+    tl.debug_barrier()
     tl.store(at + width + column, m, mask=within)
     tl.store(at + 2 * width + column, v, mask=within)
-    w = decay * tl.load(at + column, mask=within, other=0.0)
+    w = decay * tl.load(at + column, mask=covers, other=0.0)
     tl.store(at + column, w - tl.div_rn(rate * m, tl.sqrt_rn(v) + eps), mask=within)
 
 
 @triton.jit
-def adamw(at, column, within, g, decay, rate, own, width, DIMS: tl.constexpr):
+def adamw(at, column, within, covers, g, decay, rate, own, width, DIMS: tl.constexpr):
     """hyper: decay, b1, c1, b2, c2, alpha, eps, scale."""
-    adamw_tile(at, column, within, g, decay, rate, own, scalar(own, 5), width)
+    adamw_tile(at, column, within, covers, g, decay, rate, own, scalar(own, 5), width)
 
 
 @triton.jit
-def adamw_by_column(at, column, within, g, decay, rate, own, width, DIMS: tl.constexpr):
+def adamw_by_column(at, column, within, covers, g, decay, rate, own, width, DIMS: tl.constexpr):
     """hyper: decay, alpha, scale, b1, c1, b2, c2, eps."""
-    adamw_tile(at, column, within, g, decay, rate, own, scalar(own, 4), width)
+    adamw_tile(at, column, within, covers, g, decay, rate, own, scalar(own, 4), width)
 
 
 @triton.jit
-def ftrl(at, column, within, g, decay, rate, own, width, DIMS: tl.constexpr):
-    w = tl.load(at + column, mask=within, other=0.0)
+def ftrl(at, column, within, covers, g, decay, rate, own, width, DIMS: tl.constexpr):
+    w = tl.load(at + column, mask=covers, other=0.0)
     z = tl.load(at + width + column, mask=within, other=0.0)
     n = tl.load(at + 2 * width + column, mask=within, other=0.0)
     beta = scalar(own, 0)
@@ -106,23 +112,23 @@ def ftrl(at, column, within, g, decay, rate, own, width, DIMS: tl.constexpr):
 def update_rows(
     rows, grads, num_unique, unique_rows, row_vocabularies, hyper, due, rates, row_stride, grad_stride, width,
     DECAY: tl.constexpr, RATE: tl.constexpr, SCALE: tl.constexpr, OWN: tl.constexpr, FORMULA: tl.constexpr,
-    DIMS: tl.constexpr, HAS_RATES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DIMS: tl.constexpr, HAS_RATES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COVER: tl.constexpr,
 ):  # fmt: skip
     num = tl.where(tl.load(due), tl.load(num_unique), 0)
     column = tl.arange(0, COLUMNS)[None, :]
     for first in range(tl.program_id(0) * ROWS, num, tl.num_programs(0) * ROWS):
         unique = first + tl.arange(0, ROWS)[:, None]
-        within = (unique < num) & (column < width)
+        within, covers = (unique < num) & (column < width), (unique < num) & (column < COVER)
         row = tl.load(unique_rows + unique, mask=unique < num, other=0)
         of_unique = grads + unique.to(tl.int64) * grad_stride + column
-        g = tl.load(of_unique, mask=within, other=0.0) * scalar(hyper, SCALE)
+        g = tl.load(of_unique, mask=covers, other=0.0) * scalar(hyper, SCALE)
         decay, rate = scalar(hyper, DECAY), scalar(hyper, RATE)
         if HAS_RATES:
             vocabulary = tl.load(row_vocabularies + row, mask=unique < num, other=0)
             decay = tl.load(rates + vocabulary * 2 * width + column, mask=within, other=0.0)
             rate = tl.load(rates + (vocabulary * 2 + 1) * width + column, mask=within, other=0.0)
-        FORMULA(rows + row.to(tl.int64) * row_stride, column, within, g, decay, rate, hyper + OWN, width, DIMS)
-        tl.store(of_unique, tl.zeros_like(g), mask=within)
+        FORMULA(rows + row.to(tl.int64) * row_stride, column, within, covers, g, decay, rate, hyper + OWN, width, DIMS)
+        tl.store(of_unique, tl.zeros_like(g), mask=covers)
 
 
 @triton.jit
@@ -141,6 +147,7 @@ def update(
         rows, grads, num_unique, unique_rows, row_vocabularies, hyper, due, hyper if rates is None else rates,
         rows.stride(0), grads.stride(0), width, DECAY=decay, RATE=rate, SCALE=scale, OWN=own, FORMULA=formula,
         DIMS=tuple(dims), HAS_RATES=rates is not None, ROWS=rows_of(width), COLUMNS=columns_of(width),
+        COVER=cover_of(width, rows.stride(0), grads.stride(0)),
     )  # fmt: skip
     end_step[(1,)](num_unique, due, num_warps=1)
 

@@ -28,7 +28,7 @@ def update_slice(
     column = tl.arange(0, COLUMNS)[None, :]
     within = valid[:, None] & (column < DIM)
     decay, alpha, scale = scalar(hyper, 0), scalar(hyper, 5), scalar(hyper, 7)
-    adamw(at, FIRST + column, within, total * scale, decay, alpha, hyper + 1, width, ())
+    adamw(at, FIRST + column, within, within, total * scale, decay, alpha, hyper + 1, width, ())
 
 
 @triton.jit

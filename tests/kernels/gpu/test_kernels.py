@@ -56,6 +56,7 @@ from recfx.kernels.gpu import (  # noqa: E402  behind importorskip
     cross_lists,
     find,
     find_or_insert,
+    launch,
     optimizer_rows,
     runs,
     select_lists,
@@ -320,6 +321,48 @@ def test_clipping_is_the_definition(limit, max_norm):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     norm = on_device(clip_row_grads.squared_norm)(grads, torch.tensor(7))
     torch.testing.assert_close(norm, grads[:7].double().square().sum())
+
+
+def spread(t, stride):
+    """`t` as rows that lie `stride` floats apart, NaN between and behind them: (view, its memory)."""
+    if not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    memory = torch.full((len(t) + 1, stride), float("nan"), device="cpu" if INTERPRETED else "cuda")
+    view = memory[: len(t), : t[0].numel()].unflatten(1, t.shape[1:])
+    return view.copy_(t), memory
+
+
+@pytest.mark.parametrize("num_unique", [0, 7, 40])
+@pytest.mark.parametrize(("row_stride", "grad_stride"), [(27, 9), (28, 9), (27, 12), (28, 12), (32, 16), (64, 10)])
+def test_only_what_is_the_row_s_own_is_touched_whatever_lies_between_rows(num_unique, row_stride, grad_stride):
+    """Widths that are no multiple of 4 are read up to the next one where that is theirs; never written but to 0."""
+    rows, grads, num, unique_rows = test_adamw_rows.case(9, num_unique)
+    expected = test_adamw_rows.call(test_adamw_rows.OPS["definition"], rows, grads, num, unique_rows)
+    clipped, scale, due = grads.clone(), torch.tensor(0.5), torch.tensor(True)
+    test_clip_row_grads.OPS["definition"](clipped, num, scale, due, [8, 1], 0.3, 0.4)
+    (a, a_memory), (b, b_memory) = spread(rows, row_stride), spread(grads, grad_stride)
+    c, c_memory = spread(grads, grad_stride)
+    num, unique_rows, scale, due = (t.to(a.device) for t in (num, unique_rows, scale, due))
+    norm = clip_row_grads.squared_norm(c, num)
+    torch.testing.assert_close(norm.cpu(), grads[:num_unique].double().square().sum())
+    clip_row_grads.clip_row_grads_(c, num, scale, due, [8, 1], 0.3, 0.4)
+    torch.testing.assert_close(c.cpu(), clipped, rtol=1e-5, atol=1e-7)
+    optimizer_rows.adamw_rows_(a, b, num, unique_rows, test_adamw_rows.HYPER.to(a.device), due)
+    torch.testing.assert_close(a.cpu(), expected[0], rtol=1e-6, atol=1e-7)
+    assert torch.equal(b.cpu(), expected[1])
+    for memory, width, covered in ((a_memory, 27, 0), (b_memory, 9, num_unique), (c_memory, 9, 0)):
+        between = memory.cpu()[:-1, width:]
+        assert between[covered:].isnan().all()
+        assert (between[:covered, :3].isnan() | (between[:covered, :3] == 0)).all()
+        assert between[:covered, 3:].isnan().all()
+        assert memory[-1].isnan().all()
+
+
+def test_cover_is_the_next_multiple_of_4_where_every_row_owns_it():
+    assert [launch.cover_of(9, *strides) for strides in ((12,), (16, 32), (12, 9), (9,), (11,), (8,), (10,))] == [
+        12, 12, 9, 9, 9, 9, 9,
+    ]  # fmt: skip
+    assert [launch.cover_of(width, 16) for width in (1, 4, 13, 16)] == [4, 4, 16, 16]
 
 
 @pytest.mark.parametrize("same_home", [False, True])
