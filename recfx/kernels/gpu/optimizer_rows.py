@@ -3,8 +3,8 @@
 A formula is called with a tile of rows: addresses of the weights in column 0, scaled gradients, decay and rate. It
 reads and writes the weights and, behind them, its slots. Weights may be read where `covers`, up to a multiple of 4.
 
-Where a tile is small, several threads hold copies of an item, each of which reads for itself, and one of them writes.
-So a barrier comes before a slot is written that others are computed from.
+Of a tile of fewer items than threads, several threads hold a copy each, which each reads for itself and one of them
+writes. So where a tile may be small a barrier comes before a slot is written from which something is computed later.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ def adagrad(at, column, within, covers, g, decay, rate, own, width, DIMS: tl.con
     w = tl.load(at + column, mask=covers, other=0.0)
     g += decay * w
     sum = tl.load(at + width + column, mask=within, other=0.0) + g * g
-    tl.debug_barrier()
     tl.store(at + width + column, sum, mask=within)
     root = tl.sqrt_rn(scalar(own, 0) + sum) + scalar(own, 1)
     tl.store(at + column, w - tl.div_rn(rate * g, root), mask=within)
@@ -128,6 +127,7 @@ def update_rows(
             decay = tl.load(rates + vocabulary * 2 * width + column, mask=within, other=0.0)
             rate = tl.load(rates + (vocabulary * 2 + 1) * width + column, mask=within, other=0.0)
         FORMULA(rows + row.to(tl.int64) * row_stride, column, within, covers, g, decay, rate, hyper + OWN, width, DIMS)
+        tl.debug_barrier()  # the threads that read a gradient need not be those that clear it
         tl.store(of_unique, tl.zeros_like(g), mask=covers)
 
 

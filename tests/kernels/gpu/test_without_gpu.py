@@ -106,6 +106,23 @@ def test_kernels_compile_for_one_of_everything():
         assert len(compiled) > 20
 
 
+@pytest.mark.parametrize("name", ["sgd_rows_", "adagrad_rows_", "rowwise_adagrad_rows_", "ftrl_rows_"])
+@pytest.mark.parametrize(("row_stride", "grad_stride"), [(32, 9), (32, 16)])
+def test_gradients_are_cleared_behind_a_barrier(name, row_stride, grad_stride):
+    """Which threads read a gradient follows from the widest access of the kernel, which clear it from the store."""
+    pytest.importorskip("triton")
+    bench = importlib.import_module("bench.triton_sm90")
+    kernels = importlib.import_module("recfx.kernels.gpu.optimizer_rows")
+    rows, grads = torch.zeros(64, row_stride)[:, :27].unflatten(1, (3, 9)), torch.zeros(64, grad_stride)[:, :9]
+    num, unique_rows, hyper = torch.tensor(0), torch.zeros(64, dtype=torch.int32), torch.zeros(8, dtype=torch.float64)
+    with bench.compiling() as compiled:
+        getattr(kernels, name)(rows, grads, num, unique_rows, unique_rows, hyper, torch.tensor(True), (9,))
+    (kernel,) = (k for n, k in compiled.items() if n.startswith("update_rows/"))
+    code = kernel.asm["ttgir"]
+    read, cleared = code.index("tt.load %of_unique"), code.index("tt.store %of_unique")
+    assert "barrier" in code[read:cleared]
+
+
 def test_cuda_launches_are_on_the_device_of_the_tensors_which_are_contiguous(monkeypatch):
     """As the dispatcher would call it, on CPU tensors; two devices are for `tests/gpu`."""
     pytest.importorskip("triton")
