@@ -36,6 +36,13 @@ def filled(num_rows: int) -> tuple[Step, TrainState]:
     return step, state
 
 
+def load_again(path: str | Path, step: Step, state: TrainState, **share: int) -> None:
+    """Into memory that is resident, once this was called before: `load` takes only a state without rows."""
+    for table in state.tables:
+        table.num_rows.zero_()
+    load(path, step, state, **share)
+
+
 def timed(work: Callable[[], Any]) -> float:
     begun = time.perf_counter()
     work()
@@ -80,4 +87,4 @@ def forget(paths: Iterable[Path]) -> None:
 def loader(path: str, rank: int, world_size: int) -> tuple[Callable, Callable]:
     """For `Child`: a step loads one rank's share, into memory that is resident after the first."""
     step, state = deepfm_state()
-    return lambda _: load(path, step, state, rank=rank, world_size=world_size), lambda _: None
+    return lambda _: load_again(path, step, state, rank=rank, world_size=world_size), lambda _: None

@@ -44,7 +44,7 @@ class Rows(NamedTuple):
     """The rows of one table: columns by their name in TableState, of which `live` are saved."""
 
     columns: dict[str, np.ndarray]  # [R, ...]
-    live: np.ndarray  # i32 [n], rising
+    live: np.ndarray | range  # i32 [n], rising
 
 
 class Contents(NamedTuple):
@@ -91,12 +91,12 @@ def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since
 def _rows(table: TableState, since: int | None) -> Rows:
     columns = {name: getattr(table, name).cpu().numpy() for name in ROW_FIELDS}
     num_rows = int(table.num_rows)
+    if since is None and not int(table.num_free):
+        return Rows(columns, range(num_rows))  # the child makes an array of it, not who waits for the fork
     live = np.arange(num_rows, dtype=np.int32)
     if since is not None:
         live = live[columns["seen"][:num_rows] >= since << 32]
-    if int(table.num_free):
-        live = live[columns["vocabularies"][live] >= 0]
-    return Rows(columns, live)
+    return Rows(columns, live[columns["vocabularies"][live] >= 0])
 
 
 class DenseTensor(NamedTuple):
@@ -182,17 +182,17 @@ def _write_files(scratch: Path, contents: Contents, base: Path | None, before_fi
     for name in files:
         _link(base / name, scratch / name)  # type: ignore[operator]
     parts = [list(part) for part in before["parts"]]
-    shards: dict[str, tuple[dict[str, np.ndarray], np.ndarray]] = {}
+    shards: dict[str, Rows] = {}
     for i, (columns, live) in enumerate(contents.tables):
         size = max(1, SHARD_BYTES // max(1, sum(column[:1].nbytes for column in columns.values())))
         first = sum(map(len, parts[i]))
         names = [f"table-{i}.{first + k:05d}.safetensors" for k in range(-(-len(live) // size))]
-        shards |= {name: (columns, live[k * size : (k + 1) * size]) for k, name in enumerate(names)}
+        shards |= {name: Rows(columns, live[k * size : (k + 1) * size]) for k, name in enumerate(names)}
         parts[i].append(names)
 
     def write_shard(name: str) -> str:
         before_file()
-        return write_tensors(scratch / name, _shard(*shards[name]))
+        return write_tensors(scratch / name, _shard(shards[name]))
 
     with ThreadPoolExecutor(WORKERS) as pool:
         files |= dict(zip(shards, pool.map(write_shard, shards), strict=True))
@@ -208,12 +208,14 @@ def _link(source: Path, target: Path) -> None:
         write_file(target, [source.read_bytes()])
 
 
-def _shard(columns: dict[str, np.ndarray], row: np.ndarray) -> dict[str, np.ndarray]:
-    """Some rows of a table as they are saved: without what is of the step in progress, without gaps."""
+def _shard(rows: Rows) -> dict[str, np.ndarray]:
+    """Some rows of a table as they are saved: without what is of the step in progress."""
+    columns, live = rows
+    row = np.arange(live.start, live.stop, dtype=np.int32) if isinstance(live, range) else live
     shard = {"row": row}
     for name, column in columns.items():
         shard[name] = column[row[0] : row[-1] + 1] if row[-1] - row[0] + 1 == len(row) else column[row]
-    shard["last_seen"] = (shard.pop("seen") >> 32).astype(np.int32)
+    shard["last_seen"] = shard.pop("seen").view("<i4")[1::2]  # the high halves
     return dict(sorted(shard.items(), key=lambda item: (-item[1].itemsize, item[0])))  # so that each is aligned
 
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import itertools
 import json
 import mmap
 import os
 import shutil
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import xxhash
@@ -42,6 +42,7 @@ FORMAT = 2
 MANIFEST, STATE, LOCK = "manifest.json", "state.safetensors", ".lock"
 PREFIX, UNFINISHED = "step-", ".unfinished-"
 CHUNK_BYTES = 2**21  # packed, checksummed and written while in the cache
+ALIGNMENT = 4096  # of what goes past the page cache
 DIRECT = getattr(os, "O_DIRECT", 0)
 LOCK_WAIT_S = 2.0
 ORPHAN_WAIT_S = 60.0  # for a killed run's background save, which on busy cores hardly runs, to see that it may end
@@ -62,37 +63,53 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
         header[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return write_file(path, itertools.chain([len(text).to_bytes(8, "little") + text], *map(_packed, tensors.values())))
+    return write_file(path, [len(text).to_bytes(8, "little") + text, *tensors.values()])
 
 
-def _packed(array: np.ndarray) -> Iterator[Any]:
-    """The array's bytes without gaps, a chunk at a time."""
-    num = max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
-    return (np.ascontiguousarray(array[first : first + num]) for first in range(0, len(array), num))
+def write_file(path: Path, parts: Iterable[bytes | np.ndarray]) -> str:
+    """Writes bytes and arrays one after the other, waits until they are on disk, returns their XXH3 of 128 bits.
 
-
-def write_file(path: Path, chunks: Iterable[Any]) -> str:
-    """Writes buffers one after the other, waits until they are on disk, returns their checksum: XXH3, 128 bits.
-
-    Whole blocks go past the page cache, where the file system can: nobody reads them soon, and filling the cache takes
-    more of a core than all else.
+    Each byte is copied once, to a block of aligned memory that stays in the cache while it is checksummed, and goes
+    past the page cache where the file system can: nobody reads it soon, and filling the cache takes more of a core.
     """
-    digest = xxhash.xxh3_128()
-    with path.open("wb", buffering=0) as file, mmap.mmap(-1, CHUNK_BYTES) as block:  # its memory is aligned
+    block, digest, filled = _own.block[:CHUNK_BYTES], xxhash.xxh3_128(), 0
+    with path.open("wb", buffering=0) as file:
         _set_direct(file, True)
-        filled = 0
-        for chunk in chunks:
-            digest.update(chunk)
-            rest = memoryview(chunk).cast("B")
-            while len(rest):
-                end = min(filled + len(rest), CHUNK_BYTES)
-                block[filled:end], rest, filled = rest[: end - filled], rest[end - filled :], end % CHUNK_BYTES
-                if not filled:
-                    _write_block(file, memoryview(block))
+        for items in map(_items, parts):
+            done = 0
+            while done < len(items):
+                num = min((len(block) - filled) // items.itemsize, len(items) - done)
+                new = block[filled : filled + num * items.itemsize]
+                new.view(items.dtype)[:] = items[done : done + num]
+                digest.update(new)
+                done, filled = done + num, filled + len(new)
+                if done < len(items):
+                    whole = filled // ALIGNMENT * ALIGNMENT
+                    _write_block(file, block[:whole].data)
+                    block[: filled - whole] = block[whole:filled]
+                    filled -= whole
         _set_direct(file, False)
-        _write_all(file, memoryview(block)[:filled])
+        _write_all(file, block[:filled].data)
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+class _Own(threading.local):
+    """What each thread that writes has for itself, made once: new memory costs more than what is done with it."""
+
+    def __init__(self) -> None:
+        self.block = np.frombuffer(mmap.mmap(-1, CHUNK_BYTES), np.uint8)
+
+
+_own = _Own()
+
+
+def _items(part: bytes | np.ndarray) -> np.ndarray:
+    """[n] of as many bytes as lie together: all of a part's bytes, or row by row where there are gaps between them."""
+    array = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part
+    if array.flags.c_contiguous or array[:1].nbytes > CHUNK_BYTES // 2:
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return array.reshape(len(array), -1).view(f"V{array[:1].nbytes}")[:, 0]
 
 
 def _write_block(file: IO[bytes], block: memoryview) -> None:

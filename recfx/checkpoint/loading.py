@@ -18,14 +18,12 @@ from torch import Tensor
 from recfx.checkpoint.contents import WORKERS, dense_tensors
 from recfx.checkpoint.files import STATE, ShardReader, read_checked, read_manifest, read_some
 from recfx.embeddings import Column, TablePlan
-from recfx.kernels.hashing import owner
 from recfx.kernels.initial import initial_values
+from recfx.kernels.owner import owner
 from recfx.step import Step, TrainState
 from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState, initializer_tensors, restore_
 
 __all__ = ["Source", "check_arguments", "check_names", "load"]
-
-PIECE = 2**15  # rows whose owners are computed at once: in the cache, and too few for torch to start threads
 
 
 class Source(NamedTuple):
@@ -328,9 +326,7 @@ def _taken(move: Move) -> np.ndarray:
     def look(name: str) -> None:
         shard = read_some(source.path / name, ("row", "ids", "vocabularies"))
         ids, here = torch.from_numpy(shard["ids"]), torch.from_numpy(move.here[shard["vocabularies"]])
-        pieces = zip(ids.split(PIECE), here.split(PIECE), strict=True)
-        mine = [(v >= 0) & (owner(i, v, move.world_size) == move.rank) for i, v in pieces]
-        taken[shard["row"]] = torch.cat(mine).numpy()
+        taken[shard["row"]] = ((here >= 0) & (owner(ids, here, move.world_size) == move.rank)).numpy()
 
     with ThreadPoolExecutor(WORKERS) as pool:
         for names in source.manifest["parts"][t]:

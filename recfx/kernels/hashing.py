@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["hash_id", "make_slot", "mix", "owner", "probe", "shift_right", "signed"]
+__all__ = ["hash_id", "make_slot", "mix", "probe", "shift_right", "signed"]
 
 EMPTY = -1
 RUN = 64  # slots looked at before probing goes on elsewhere
@@ -84,8 +84,3 @@ def place(slots: Tensor, num_slots: Tensor, salt: Tensor, vocabulary: Tensor, id
 
 def _step(start: Tensor, k: int) -> tuple[Tensor, int]:
     return (start, k + 1) if k + 1 < RUN else (next_run(start), 0)
-
-
-def owner(id: Tensor, vocabulary: Tensor, world_size: int) -> Tensor:
-    """i64: the rank that holds each (vocabulary, id). Independent of where in an index it stands."""
-    return shift_right(hash_id(id, vocabulary, torch.tensor(GOLDEN, device=id.device)), 33) % world_size
