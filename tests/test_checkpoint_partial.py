@@ -311,14 +311,6 @@ def test_ctrl_c_does_not_reach_the_background_save():
     assert job.done
 
 
-def test_the_child_runs_when_others_do_not():
-    reader, writer = os.pipe()
-    Job(lambda: os.write(writer, str(os.sched_getscheduler(0)).encode())).finish()
-    assert int(os.read(reader, 10)) == os.SCHED_IDLE
-    os.close(reader)
-    os.close(writer)
-
-
 ORPHAN = """
 import os, signal, sys, time
 from tests.test_checkpoint_partial import *

@@ -13,7 +13,7 @@ __all__ = ["Job"]
 
 
 class Job:
-    """`work` in a forked child, at the lowest priority: it runs when the parent's threads do not.
+    """`work` in a forked child.
 
     A fork copies page tables, not memory; a page is copied when the parent first writes to it while the child lives.
     The child must be content with this one thread's copy of the process: no torch, whose OpenMP threads it lacks.
@@ -54,8 +54,6 @@ def _run(work: Callable[[], object], pipe: int) -> None:
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         gc.disable()
-        if hasattr(os, "SCHED_IDLE"):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         work()
         status = 0
     except OSError as error:

@@ -45,7 +45,7 @@ CHUNK_BYTES = 2**21  # packed, checksummed and written while in the cache
 ALIGNMENT = 4096  # of what goes past the page cache
 DIRECT = getattr(os, "O_DIRECT", 0)
 LOCK_WAIT_S = 2.0
-ORPHAN_WAIT_S = 60.0  # for a killed run's background save, which on busy cores hardly runs, to see that it may end
+ORPHAN_WAIT_S = 60.0  # for a killed run's background save, between two files, to see that it may end
 
 KEYS = {"files": dict, "parts": list, "tables": list, "slots": list, "loop": dict, "seed": int}  # of a manifest
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U8": "|u1"}
