@@ -18,8 +18,8 @@ from recfx import features as ops
 from recfx import optim
 from recfx.checkpoint import load_recis, save
 from recfx.embeddings import Embedding
-from recfx.kernels.hashing import owner
 from recfx.kernels.initial import initial_values
+from recfx.kernels.owner import owner
 from recfx.rows import read
 from recfx.step import train_step
 from recfx.table import initializer_tensors, stats
@@ -150,7 +150,7 @@ def test_ranks_share_all_rows(tmp_path, world_size):
         mine = as_dict(step, state)
         assert int(state.tables[0].step) == 7
         for name, i in mine:
-            assert owner(torch.tensor(i), torch.tensor(vocabulary[name]), world_size) == rank
+            assert owner(torch.tensor([i]), torch.tensor([vocabulary[name]]).int(), world_size) == rank
         assert [key for key in whole if key in mine] == list(mine)  # in the same order
         merged |= {key: values for key, (_, values) in mine.items()}
     assert merged == {key: values for key, (_, values) in whole.items()}

@@ -46,6 +46,11 @@ class Rows(NamedTuple):
     columns: dict[str, np.ndarray]  # [R, ...]
     live: np.ndarray | range  # i32 [n], rising
 
+    def numbers(self) -> np.ndarray:
+        """`live` as an array."""
+        live = self.live
+        return np.arange(live.start, live.stop, dtype=np.int32) if isinstance(live, range) else live
+
 
 class Contents(NamedTuple):
     """One checkpoint, before it is written."""
@@ -210,10 +215,9 @@ def _link(source: Path, target: Path) -> None:
 
 def _shard(rows: Rows) -> dict[str, np.ndarray]:
     """Some rows of a table as they are saved: without what is of the step in progress."""
-    columns, live = rows
-    row = np.arange(live.start, live.stop, dtype=np.int32) if isinstance(live, range) else live
+    row = rows.numbers()
     shard = {"row": row}
-    for name, column in columns.items():
+    for name, column in rows.columns.items():
         shard[name] = column[row[0] : row[-1] + 1] if row[-1] - row[0] + 1 == len(row) else column[row]
     shard["last_seen"] = shard.pop("seen").view("<i4")[1::2]  # the high halves
     return dict(sorted(shard.items(), key=lambda item: (-item[1].itemsize, item[0])))  # so that each is aligned

@@ -81,7 +81,7 @@ def write_file(path: Path, parts: Iterable[bytes | np.ndarray]) -> str:
                 num = min((len(block) - filled) // items.itemsize, len(items) - done)
                 new = block[filled : filled + num * items.itemsize]
                 new.view(items.dtype)[:] = items[done : done + num]
-                digest.update(new)
+                digest.update(new.data)
                 done, filled = done + num, filled + len(new)
                 if done < len(items):
                     whole = filled // ALIGNMENT * ALIGNMENT

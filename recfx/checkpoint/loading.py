@@ -108,7 +108,7 @@ def load(
               all, () none. Columns of a vocabulary that are not taken are initialised as new rows are.
               dense: dense parameters to take, with their optimiser's state; default all, () none.
               names: name in the checkpoint, of a table or dense parameter that has another one in the model.
-              rank, world_size: take the rows that `recfx.kernels.hashing.owner` gives to this rank.
+              rank, world_size: take the rows that `recfx.kernels.owner.owner` gives to this rank.
     Cost:     reads every byte once, one pass; rebuilds the index.
     Raises:   ValueError naming the file when it is missing, damaged, or newer than this version; naming the table or
               parameter when the checkpoint lacks it, has it in another shape, or was made with another seed or

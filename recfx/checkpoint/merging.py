@@ -89,7 +89,8 @@ Names = tuple[tuple[str, int, int], ...]  # of a vocabulary: logical table, firs
 def _vocabularies(contents: Contents) -> dict[Names, dict[str, np.ndarray]]:
     """The rows of each vocabulary, by id."""
     found = {}
-    for (columns, live), vocabularies in zip(contents.tables, contents.manifest["tables"], strict=True):
+    for table, vocabularies in zip(contents.tables, contents.manifest["tables"], strict=True):
+        columns, live = table.columns, table.numbers()
         for v, names in enumerate(vocabularies):
             row = live[columns["vocabularies"][live] == v] if columns else live
             rows = {name: column[row] for name, column in columns.items()} | {"row": row}

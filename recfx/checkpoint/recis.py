@@ -20,7 +20,7 @@ from torch import Tensor
 
 from recfx.checkpoint.loading import check_arguments, check_names
 from recfx.checkpoint.recis_dense import dense_pairs
-from recfx.kernels.hashing import owner
+from recfx.kernels.owner import owner
 from recfx.rows.place import place_of
 from recfx.rows.surgery import write_
 from recfx.step import Step, TrainState
@@ -67,7 +67,7 @@ def load_recis(
               they begin at 0. The dense part's have numbers there instead of names: what AdamW(model.parameters())
               saves, one group, alike in number, order and shape to model.pt. Of another optimiser take the dense part
               without them in a call before: tables=(), moments=False.
-              rank, world_size: take the rows that `recfx.kernels.hashing.owner` gives to this rank.
+              rank, world_size: take the rows that `recfx.kernels.owner.owner` gives to this rank.
     Cost:     reads every byte twice, first to check it; files are mapped, one table's ids are sorted in memory.
     Differs:  from `load`: the layout has no checksums, so a flipped bit shows where it makes no sense, if anywhere.
               Reader positions, metrics and step filters are not taken.
@@ -241,10 +241,9 @@ def _json(path: Path) -> dict:
 
 def _write_part_(step: Step, state: TrainState, table: str, part: _Part, rank: int, world_size: int) -> None:
     place = place_of(step, state, table)
-    vocabulary = torch.tensor(place.vocabulary)
     pieces = zip(part.ids.split(PIECE), *(value.split(PIECE) for value in part.values.values()), strict=True)
     for ids, *values in pieces:
-        mine = owner(ids, vocabulary, world_size) == rank
+        mine = owner(ids, torch.full_like(ids, place.vocabulary, dtype=torch.int32), world_size) == rank
         ids, *values = (column[mine].to(place.table.ids.device) for column in (ids, *values))
         weight, *slots = (value.float() for value in values)
         write_(step, state, table, ids, weight, dict(zip(list(part.values)[1:], slots, strict=True)))

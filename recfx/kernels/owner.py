@@ -23,6 +23,7 @@ _owner = c_function("owner", "ppiip")
 
 
 def _cpu(ids, vocabularies, world_size):  # type: ignore[no-untyped-def]
+    assert (ids.dtype, vocabularies.dtype, ids.shape) == (torch.int64, torch.int32, vocabularies.shape)
     ranks = torch.empty_like(ids)
     _owner(address(ids), address(vocabularies), len(ids), world_size, address(ranks))
     return ranks
