@@ -145,16 +145,18 @@ class _Captured:
         self.first_layout, self.new_layout = first.layout, new_layout
         self.compiled: dict[tuple, dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]]] = {}
         self.known_state: Callable[[], Tensor | None] | None = None
+        self.is_recorded = False  # of states like that one
         self.graphs: dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]] = {}  # of states shaped like that one
 
     def one(self, state: Any, batch: Batch) -> tuple[Any, Any]:
-        self._check(batch)
-        if self.new_layout == "uncaptured" and batch.layout != self.first_layout:
+        _check_packed(batch)
+        if self.new_layout != "capture" and batch.layout != self.first_layout:
+            self._refuse(batch)
             return self._uncaptured(state, batch)
-        if state.dense.step.device.type in RECORDED_ON:
-            state, (aux,) = self._replay(state, [batch], *self._function_for(state, batch))
-            return state, aux
         function, ids = self._function_for(state, batch)
+        if self.is_recorded:
+            state, (aux,) = self._replay(state, [batch], function, ids)
+            return state, aux
         state = self.grow_(state, ids)
         with torch.no_grad():
             return state, function(state, batch.sections)
@@ -163,8 +165,9 @@ class _Captured:
         if not 1 <= len(batches) <= self.most:
             raise ValueError(f"batches: got {len(batches)}, expected 1 to {self.most}, the steps_per_replay.")
         for batch in batches:
-            self._check(batch)
-        is_recorded = state.dense.step.device.type in RECORDED_ON
+            _check_packed(batch)
+            self._refuse(batch)
+        is_recorded = _is_recorded(state)
         layout = batches[0].layout if self.new_layout == "capture" else self.first_layout
         if is_recorded and len(batches) == self.most and all(batch.layout == layout for batch in batches):
             return self._replay(state, batches, *self._function_for(state, batches[0]))
@@ -175,8 +178,7 @@ class _Captured:
             auxes.append(tree_map(torch.clone, aux) if is_recorded else aux)  # the next replay writes over it
         return state, auxes
 
-    def _check(self, batch: Batch) -> None:
-        _check_packed(batch)
+    def _refuse(self, batch: Batch) -> None:
         if self.new_layout == "raise" and batch.layout != self.first_layout:
             raise ValueError(_difference(batch.layout, self.first_layout))
 
@@ -184,7 +186,7 @@ class _Captured:
         """The step for the batch's layout, and the most ids per table that it holds."""
         # By a weak reference: a state that its owner drops must free its tables.
         if self.known_state is None or state.dense.step is not self.known_state():
-            self.known_state = weakref.ref(state.dense.step)
+            self.known_state, self.is_recorded = weakref.ref(state.dense.step), _is_recorded(state)
             self.graphs = self.compiled.setdefault(_shapes(state), {})
         key = batch.layout, torch.get_num_threads()
         if key not in self.graphs:
@@ -199,6 +201,10 @@ class _Captured:
         state = self.grow_(state, self.step.ids_in(batch))
         with torch.no_grad(), _f32_products(self.step.precision):
             return self.update_(state, Batch(batch.buffer.to(state.dense.step.device), batch.layout))
+
+
+def _is_recorded(state: Any) -> bool:
+    return state.dense.step.device.type in RECORDED_ON
 
 
 def _batches_to_sweep(step: Step, state: Any) -> int:
