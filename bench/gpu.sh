@@ -31,8 +31,8 @@ end() { # also when the script is stopped
 python -c 'import torch; from bench.gpu_timing import need_device; need_device("bench/gpu.sh"); print(torch.__version__,
     torch.cuda.get_device_name())' || exit 1
 trap end EXIT
-part kernels 160 python -m pytest -q -m gpu -p no:cacheprovider -W default tests/kernels/gpu
-part races 40 python -m pytest -q -m gpu -p no:cacheprovider -W default tests/gpu/test_races.py
+part kernels 150 python -m pytest -q -m gpu -p no:cacheprovider -W default tests/kernels/gpu
+part races 50 python -m pytest -q -m gpu -p no:cacheprovider -W default tests/gpu/test_races.py
 part captured 100 python -m pytest -q -m gpu -p no:cacheprovider -W default tests/gpu/test_captured.py
 part table 45 python -m bench.gpu_table
 part deepfm 90 python -m bench.gpu_deepfm

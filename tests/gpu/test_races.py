@@ -10,11 +10,19 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from recfx.kernels import add_row_grads, count_candidates, cross_lists, order_ids, string_hash, sum_adamw_rows
+from recfx.kernels import (
+    add_row_grads,
+    count_candidates,
+    cross_lists,
+    optimizer_rows,
+    order_ids,
+    string_hash,
+    sum_adamw_rows,
+)
 from recfx.policies import Life, at_least
 from recfx.table import Table, TableState, grow_, rebuild_, table
 from recfx.types import Ragged
-from tests.kernels import test_adamw_rows
+from tests.kernels import test_adamw_rows, test_optimizer_rows
 from tests.reference import EXTREMES, assert_same_table, id_of_hash, ragged, table_plan
 from tests.reference_features import strings
 
@@ -103,15 +111,18 @@ def test_sums_of_gradients_have_the_same_bytes_every_time(ids):
     torch.testing.assert_close(sums[0], expected, rtol=1e-4, atol=1e-3)
 
 
-def test_sums_and_adamw_in_one_have_the_same_bytes_every_time():
+@pytest.mark.parametrize("dims", [(8, 1), (128, 4, 1)], ids=str)
+def test_sums_and_adamw_in_one_have_the_same_bytes_every_time(dims):
+    """Slices of few columns beside a wide one have fewer items than a program has threads."""
     generator = torch.Generator().manual_seed(0)
     inverse = torch.randint(0, 400, (60_000,), generator=generator, dtype=torch.int32) ** 2 // 400
     inverse = torch.unique(inverse, return_inverse=True)[1].int()
     num_unique = int(inverse.max()) + 1
-    rows, _, num, unique_rows = test_adamw_rows.case(9, num_unique, num_rows=500)
-    blocks = [torch.randn(60_000, 1, dim, generator=generator) for dim in (8, 1)]
+    rows, _, num, unique_rows = test_adamw_rows.case(sum(dims), num_unique, num_rows=500)
+    blocks = [torch.randn(60_000, 1, dim, generator=generator) for dim in dims]
+    firsts = [sum(dims[:t]) for t in range(len(dims))]
     cell = torch.arange(60_000, dtype=torch.int32)
-    of_ids = num, unique_rows, test_adamw_rows.HYPER, inverse, cell, [0, 8], [8, 1], blocks
+    of_ids = num, unique_rows, test_adamw_rows.HYPER, inverse, cell, firsts, list(dims), blocks
     results = []
     for device in ("cpu", *["cuda"] * 20):
         mine = rows.to(device, copy=True)
@@ -119,6 +130,26 @@ def test_sums_and_adamw_in_one_have_the_same_bytes_every_time():
         results.append(mine.cpu())
     assert all(torch.equal(results[1], other) for other in results[2:])
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+def spread(t: torch.Tensor, stride: int) -> torch.Tensor:
+    """`t` on the device, its rows `stride` floats apart."""
+    memory = torch.zeros(len(t), stride, device="cuda")
+    return memory[:, : t[0].numel()].unflatten(1, t.shape[1:]).copy_(t)
+
+
+@pytest.mark.parametrize("name", test_optimizer_rows.KERNELS)
+@pytest.mark.parametrize(("row_stride", "grad_stride"), [(32, 9), (32, 16), (27, 9)])
+def test_gradients_are_all_read_before_they_are_cleared(name, row_stride, grad_stride):
+    """Where rows and gradients are aligned differently, other threads clear a gradient than read it."""
+    arguments = test_optimizer_rows.case(name, (8, 1), 20_000, num_rows=30_000)
+    kernel = getattr(optimizer_rows, name)
+    rows, grads, *_ = test_optimizer_rows.run(kernel.definition, arguments)
+    for _ in range(20):
+        mine = [spread(arguments[0], row_stride), spread(arguments[1], grad_stride)]
+        kernel.op_(*mine, *on("cuda", tree_map_only(torch.Tensor, torch.clone, arguments[2:])))
+        torch.testing.assert_close(mine[0].cpu(), rows, rtol=1e-4, atol=1e-5)
+        assert torch.equal(mine[1].cpu(), grads)
 
 
 @pytest.mark.parametrize("seed", range(5))
