@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,11 +73,15 @@ def child(*command: str, **env: str) -> str:
 
 
 def test_kernels_compute_what_the_oracles_say_under_the_interpreter():
+    """Each file in a process of its own, at the same time: the interpreter is one thread."""
     pytest.importorskip("triton")
-    tests = str(Path(__file__).with_name("test_kernels.py"))
-    said = child("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, TRITON_INTERPRET="1")
-    assert " passed" in said
-    assert "skipped" not in said
+    tests = sorted(map(str, Path(__file__).parent.glob("test_*_kernels.py")))
+    assert len(tests) == 2
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    with ThreadPoolExecutor(len(tests)) as pool:
+        for said in pool.map(lambda path: child(*command, path, TRITON_INTERPRET="1"), tests):
+            assert " passed" in said
+            assert "skipped" not in said
 
 
 def test_kernels_compile_for_hopper_as_recorded_without_spills_and_no_operator_reads_the_host():

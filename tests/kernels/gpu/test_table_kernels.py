@@ -1,90 +1,54 @@
-"""The Triton kernels against the oracles of the CPU's, on CPU tensors under Triton's interpreter or on a GPU.
+"""The Triton kernels that find, insert and update rows, against the oracles of the CPU's; run as `cases.py` says."""
 
-The interpreter is chosen when triton is imported, so `test_without_gpu.py` runs this file in a process of its own.
-"""
-
-import os
 import random
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map_only
 
 from recfx.kernels import add_row_grads as cpu_add
 from recfx.kernels import count_candidates as cpu_candidates
 from recfx.kernels import count_rows as cpu_count
 from recfx.kernels import find as cpu_find
-from recfx.kernels import hashing, order_lists, pool, rehash
-from recfx.kernels.order_ids import order_ids
+from recfx.kernels import hashing, rehash
 from tests.kernels import (
     test_adamw_rows,
     test_add_row_grads,
     test_clip_row_grads,
     test_counting,
-    test_cross_lists,
     test_find_or_insert,
     test_initial,
     test_optimizer_rows,
-    test_pool,
-    test_select_lists,
-    test_string_hash,
     test_sum_adamw_rows,
-    test_take_lists,
 )
+from tests.kernels.gpu.cases import INTERPRETED, LISTS, MARKS, on_device, programs_backwards
 from tests.reference import (
     EXTREMES,
     MAX_INT64,
     MIN_INT64,
     Stream,
     id_of_hash,
-    ragged,
     random_lists,
     reading_of,
     table_plan,
 )
-from tests.reference_features import strings
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton")
-pytestmark = [] if INTERPRETED else pytest.mark.gpu
+pytestmark = MARKS
 
 from recfx.kernels.gpu import (  # noqa: E402  behind importorskip
     add_row_grads,
     clip_row_grads,
     count_candidates,
     count_rows,
-    cross_lists,
     find,
     find_or_insert,
     launch,
     optimizer_rows,
     runs,
-    select_lists,
-    string_hash,
     sum_adamw_rows,
-    take_lists,
 )
-from recfx.kernels.gpu import order_lists as gpu_order  # noqa: E402
 from recfx.kernels.gpu import pool as gpu_pool  # noqa: E402
 from recfx.kernels.gpu import rehash as gpu_rehash  # noqa: E402
-
-
-def on_device(op):
-    """`op` on copies of its tensors on the GPU, results and writes brought back; as it is under the interpreter."""
-    if INTERPRETED:
-        return op
-
-    def call(*args):
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
-        copies = tree_map_only(torch.Tensor, lambda t: t.cuda(), args)
-        out = op(*copies)
-        for before, after in zip(args, copies, strict=True):
-            if isinstance(before, torch.Tensor):
-                before.copy_(after)
-        return tree_map_only(torch.Tensor, lambda t: t.cpu(), out)
-
-    return call
 
 
 @pytest.fixture(autouse=True)
@@ -112,16 +76,12 @@ def test_table_is_the_dict(seed):
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU has its own order")
 def test_no_number_depends_on_the_order_of_programs(monkeypatch):
     """The last program first: later occurrences claim places before the earlier ones do."""
-    from triton.runtime.interpreter import interpreter_builder as builder
-
-    in_order = builder.set_grid_idx
-    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: in_order(builder.grid_dim[0] - 1 - x, y, z))
+    programs_backwards(monkeypatch)
     for seed in (0, 1):
         test_table_is_the_dict(seed)
     test_gradients_of_a_frequent_row_are_summed_in_chunks(65)
     test_sum_and_adamw_in_one_have_the_bytes_of_the_two(200)
     check_candidates(1000, 1, (9, 60), [0, 1, 0], IDS)
-    test_crossed_lists_are_the_double_loop_s(60, 4, EXTREMES, (True, True))
 
 
 def test_keys_of_one_home_slot_are_told_apart_and_none_is_lost():
@@ -148,54 +108,29 @@ def test_new_rows_start_as_on_a_cpu_whatever_the_memory_held(init):
     assert (state.rows[num:] == 9.0).all()
 
 
-@pytest.mark.parametrize("samples", [0, 1, 70])
-def test_order_is_the_cpu_s(samples):
-    rng = random.Random(samples)
-    lists = [[[rng.getrandbits(64) - 2**63 for _ in range(rng.randint(0, 4))] for _ in range(samples)] for _ in "abc"]
-    features = [ragged(items, spare=spare) for items, spare in zip(lists, (0, 3, 200), strict=True)]
-    values, offsets = [f.values for f in features], [f.offsets for f in features]
-    for a, b in zip(on_device(gpu_order.order_ids)(values, offsets), order_ids(values, offsets), strict=True):
-        assert torch.equal(a, b)
-    weights = [None, torch.randn(values[1].numel()), torch.randn(values[2].numel())]
-    arguments = values, offsets, weights, [0, 2, 0]
-    for a, b in zip(on_device(gpu_order.order_lists)(*arguments), order_lists.order_lists(*arguments), strict=True):
-        assert torch.equal(a, b)
-    sums = on_device(gpu_order.list_sums)(weights[1], offsets[1])
-    torch.testing.assert_close(sums, order_lists.list_sums(weights[1], offsets[1]))
+@pytest.mark.parametrize("same_home", [False, True])
+def test_rehash_places_every_row_but_the_freed(same_home):
+    ids = torch.tensor([id_of_hash(k << 32 | 9, 0) if same_home else k - 150 for k in range(300)])
+    if not same_home:
+        ids[:2] = torch.tensor([MIN_INT64, MAX_INT64])
+    vocabularies = torch.where(torch.arange(300) % 3 == 0, -1, 0).int()
+    live = torch.nonzero(vocabularies == 0)[:, 0]
+    slots, crowded = torch.full((600,), 7), torch.tensor(-5)
+    on_device(gpu_rehash.rehash_)(slots, crowded, ids, vocabularies, 300, 512, -3 if not same_home else 0)
+    salt = torch.tensor(-3 if not same_home else 0)
+    assert (slots[512:] == 7).all()
+    assert torch.equal((slots[:512][slots[:512] != hashing.EMPTY] & 0xFFFFFFFF).sort().values, live)
+    found = cpu_find.find(slots, ids, torch.tensor(512), salt, *reading_of([[ids.tolist()]], [0]))
+    assert torch.equal(found[live], live.int())
+    assert int(crowded) == len(live) - hashing.RUN if same_home else int(crowded) <= 3
 
 
-LISTS = {
-    "no samples": [[], [], []],
-    "no ids": [[[], []], [[], []], [[], []]],
-    "one id": [[[5]], [[]], [[]]],
-    "many": random_lists(random.Random(0), lookups=3, samples=60, longest=4, ids=range(9)),
-}
-
-
-@pytest.mark.parametrize("dims", [(8, 1), (16, 4, 2), (5,)], ids=str)
-@pytest.mark.parametrize("lists", LISTS.values(), ids=LISTS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_pool_is_the_cpu_s(lists, dims, weighted):
-    rows, row_P, reading, batch_size, init, firsts, dims = test_pool.case(lists, [0, 1, 0], dims, 3)
-    weight_P = torch.randn(reading.id.numel()) if weighted else None
-    arguments = rows, row_P, *reading, batch_size, *init, list(firsts), list(dims), weight_P
-    for a, b in zip(on_device(gpu_pool.pool)(*arguments), pool.pool(*arguments), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("dims", [(8, 1), (70,)], ids=str)
-def test_pool_of_few_refused_ids_among_many(dims):
-    """A program looks at 1024 of 1200 cells; a long list and empty ones between."""
-    rng = random.Random(0)
-    lists = random_lists(rng, lookups=3, samples=400, longest=1, ids=range(9))
-    lists[1][370] = [rng.randint(0, 9) for _ in range(100)]
-    lists[2][300:350] = [[] for _ in range(50)]
-    rows, row_P, reading, batch_size, init, firsts, dims = test_pool.case(lists, [0, 1, 0], dims, 3)
-    few = torch.arange(len(row_P)) % 151 == 150
-    row_P = torch.where(few, test_pool.REFUSED, row_P.clamp(min=0)).int()
-    arguments = rows, row_P, *reading, batch_size, *init, list(firsts), list(dims)
-    for a, b in zip(on_device(gpu_pool.pool)(*arguments), pool.pool(*arguments), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+def test_rehash_of_no_rows_empties():
+    slots, crowded = torch.full((16,), 7), torch.tensor(3)
+    on_device(gpu_rehash.rehash_)(slots, crowded, torch.zeros(4, dtype=torch.int64), torch.zeros(4).int(), 0, 8, 0)
+    assert slots.tolist() == [-1] * 8 + [7] * 8
+    assert int(crowded) == 0
+    assert rehash.rehash_ is not gpu_rehash.rehash_
 
 
 @pytest.mark.parametrize(
@@ -363,97 +298,6 @@ def test_cover_is_the_next_multiple_of_4_where_every_row_owns_it():
         12, 12, 9, 9, 9, 9, 9,
     ]  # fmt: skip
     assert [launch.cover_of(width, 16) for width in (1, 4, 13, 16)] == [4, 4, 16, 16]
-
-
-@pytest.mark.parametrize("same_home", [False, True])
-def test_rehash_places_every_row_but_the_freed(same_home):
-    ids = torch.tensor([id_of_hash(k << 32 | 9, 0) if same_home else k - 150 for k in range(300)])
-    if not same_home:
-        ids[:2] = torch.tensor([MIN_INT64, MAX_INT64])
-    vocabularies = torch.where(torch.arange(300) % 3 == 0, -1, 0).int()
-    live = torch.nonzero(vocabularies == 0)[:, 0]
-    slots, crowded = torch.full((600,), 7), torch.tensor(-5)
-    on_device(gpu_rehash.rehash_)(slots, crowded, ids, vocabularies, 300, 512, -3 if not same_home else 0)
-    salt = torch.tensor(-3 if not same_home else 0)
-    assert (slots[512:] == 7).all()
-    assert torch.equal((slots[:512][slots[:512] != hashing.EMPTY] & 0xFFFFFFFF).sort().values, live)
-    found = cpu_find.find(slots, ids, torch.tensor(512), salt, *reading_of([[ids.tolist()]], [0]))
-    assert torch.equal(found[live], live.int())
-    assert int(crowded) == len(live) - hashing.RUN if same_home else int(crowded) <= 3
-
-
-def test_rehash_of_no_rows_empties():
-    slots, crowded = torch.full((16,), 7), torch.tensor(3)
-    on_device(gpu_rehash.rehash_)(slots, crowded, torch.zeros(4, dtype=torch.int64), torch.zeros(4).int(), 0, 8, 0)
-    assert slots.tolist() == [-1] * 8 + [7] * 8
-    assert int(crowded) == 0
-    assert rehash.rehash_ is not gpu_rehash.rehash_
-
-
-@pytest.mark.parametrize("name", test_string_hash.HASHES)
-def test_strings_hash_to_the_golden_values_and_the_oracle_s(name):
-    """Of every length, at every place in a word, between any bytes, in several columns at once."""
-    op = on_device(getattr(string_hash, f"{name}_hashes"))
-    golden, oracle = test_string_hash.GOLDEN[name], test_string_hash.HASHES[name][0]
-    assert test_string_hash.hashed(op, golden) == list(golden.values())
-    items = [*test_string_hash.EVERY_LENGTH, *(bytes([255] * n) for n in range(70))]
-    columns = [strings(items, spare=5), strings([]), strings([b"", b"abc"]), strings([b"\xff" * n for n in range(9)])]
-    values, offsets = [c.values for c in columns], [c.offsets for c in columns]
-    values[0], offsets[0] = values[0][1:], (offsets[0] - 1).clamp(min=0)  # a tensor that begins at an odd address
-    items[1] = b""
-    expected = [items, [], [b"", b"abc"], [b"\xff" * n for n in range(9)]]
-    assert [t.tolist() for t in op(values, offsets)] == [[oracle(s) for s in column] for column in expected]
-    assert [t.numel() for t in op(values[1:2], offsets[1:2])] == [0]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_taken_lists_are_the_loop_s(seed):
-    """Lists that overlap, none, and more than there is room for; columns of three types in one call."""
-    rng, cases = random.Random(seed), []
-    for num_lists, num_values, capacity in ((0, 5, 4), (1, 0, 0), (300, 200, 900), (300, 200, 100), (7, 9, 300)):
-        first = [rng.randint(0, num_values) for _ in range(num_lists)]
-        length = [rng.randint(0, min(9, num_values - f)) for f in first]
-        cases.append((list(range(100, 100 + num_values)), first, length, capacity))
-    rng.shuffle(cases)
-    dtypes = [rng.choice(test_take_lists.DTYPES[:2]) for _ in cases]
-    out = test_take_lists.call(on_device(take_lists.take_lists), cases, dtypes)
-    for case, dtype, values, offsets in zip(cases, dtypes, out[::2], out[1::2], strict=True):
-        assert (values.tolist(), offsets.tolist()) == test_take_lists.loop(*case)
-        assert (values.dtype, offsets.dtype) == (dtype, torch.int32)
-
-
-@pytest.mark.parametrize("samples", [0, 1, 200])
-@pytest.mark.parametrize(("dim", "fill"), [(1, 0.0), (3, float("nan")), (2, float("-inf"))])
-def test_selected_numbers_are_the_definition_s(samples, dim, fill):
-    rng = random.Random(samples)
-    lists = [[[rng.random() for _ in range(rng.randint(0, 4))] for _ in range(samples)] for _ in range(5)]
-    a, b = (
-        test_select_lists.call(op, lists, dim, fill, spare=2)
-        for op in (on_device(select_lists.select_lists), test_select_lists.OPS["definition"])
-    )
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("weighted", [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize(
-    ("samples", "longest", "ids"),
-    [(0, 1, [1]), (1, 1, [7]), (60, 4, EXTREMES), (3, 150, range(9)), (5, 40, range(-9, 10**6)), (9, 0, [1])],
-)
-def test_crossed_lists_are_the_double_loop_s(samples, longest, ids, weighted):
-    """No, short, long and empty lists, of few ids and of many; with room for all pairs, for some and for none."""
-    op, rng = on_device(cross_lists.cross_lists), random.Random(longest)
-    x, y = (random_lists(rng, lookups=1, samples=samples, longest=longest, ids=ids)[0] for _ in range(2))
-    weights = [test_cross_lists.weights_of(side, w) for side, w in zip((x, y), weighted, strict=True)]
-    total = sum(len({*a}) * len({*b}) for a, b in zip(x, y, strict=True))
-    for capacity in {total + 5, total, total // 2, 0}:
-        got = test_cross_lists.call(op, x, y, capacity, weighted=weighted, spare=3)
-        assert tuple(t.tolist() for t in got) == test_cross_lists.loop(x, weights[0], y, weights[1], capacity)
-
-
-def test_crossed_ids_have_the_golden_values():
-    op = on_device(cross_lists.cross_lists)
-    for (x, y), value in test_cross_lists.GOLDEN.items():
-        assert test_cross_lists.call(op, [[x]], [[y]], 1)[0].tolist() == [value]
 
 
 @pytest.mark.parametrize("num", [0, 1, 300])
