@@ -19,9 +19,9 @@ from recfx.table import functions as table_module
 from recfx.train import TrainConfig, train
 from recfx.types import Batch, pack
 from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
+from tests.loop import Log, MemoryReader, eager, interrupt, last_bytes
 from tests.test_cuda_graph import Recorder
 from tests.test_step import assert_same_state
-from tests.test_train import Log, MemoryReader, eager, interrupt, last_bytes
 
 MORE_IDS = tuple(range(1000, 1400))
 

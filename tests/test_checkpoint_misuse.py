@@ -22,7 +22,6 @@ from recfx.checkpoint.files import MANIFEST, STATE, write_file
 from recfx.cli import main
 from recfx.embeddings import Embedding
 from recfx.optim import sparse_adamw
-from recfx.policies import Life, least_recently_used
 from recfx.step import Step, TrainState
 from recfx.table import ROW_FIELDS, num_live
 from tests.conftest import DIM, deepfm_batches, deepfm_groups, deepfm_params, deepfm_step
@@ -384,7 +383,7 @@ def test_a_checkpoint_of_no_rows(step, tmp_path):
     assert num_live(load(path, step, fresh(step))[0].tables[0]) == 0
 
 
-# Rows and policies.
+# Rows.
 
 
 @pytest.mark.parametrize(
@@ -439,18 +438,3 @@ def test_an_import_names_the_file(step, state, tmp_path, how):
     with pytest.raises((ValueError, OSError), match=r"ü x.parquet: "):
         rows.import_parquet_(step, new, "emb/a", path)
     assert num_live(new.tables[0]) == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"every": 1.5}, "every: got 1.5, expected an int"),
-        ({"every": "x"}, "every: got 'x', expected an int"),
-        ({"candidates": 0.5}, "candidates: got 0.5, expected an int"),
-        ({"score": least_recently_used, "keep": 1.5}, "keep: got 1.5, expected an int"),
-        ({"expire": 5}, "expire: got 5, expected a function"),
-    ],
-)
-def test_a_life_of_other_types(arguments, message):
-    with pytest.raises(TypeError, match=message):
-        Life(**arguments)

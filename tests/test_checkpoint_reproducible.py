@@ -20,8 +20,8 @@ from recfx.checkpoint.merging import merged
 from recfx.step import Step
 from recfx.train import TrainConfig, train
 from tests.conftest import deepfm_batches, deepfm_step
+from tests.loop import Log, MemoryReader, eager, fresh, interrupt
 from tests.test_checkpoint import digests
-from tests.test_train import Log, MemoryReader, eager, fresh, interrupt
 
 NUM_BATCHES = 9
 

@@ -10,11 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recfx import policies
-from recfx.capture import capture, capture_evaluation
 from recfx.policies import Life
 from recfx.table import delete_, is_sweep_due, num_live, stats, sweep_, table
-from recfx.train import TrainConfig, train
-from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
 from tests.reference import (
     DictTable,
     features_of,
@@ -303,6 +300,21 @@ def test_wrong_numbers_of_policies_are_named(make, error):
         make()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every": 1.5}, "every: got 1.5, expected an int"),
+        ({"every": "x"}, "every: got 'x', expected an int"),
+        ({"candidates": 0.5}, "candidates: got 0.5, expected an int"),
+        ({"score": policies.least_recently_used, "keep": 1.5}, "keep: got 1.5, expected an int"),
+        ({"expire": 5}, "expire: got 5, expected a function"),
+    ],
+)
+def test_a_life_of_other_types(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        Life(**arguments)
+
+
 @pytest.mark.parametrize("wrong", [1.5, "1", True, None, torch.tensor(1)])
 @pytest.mark.parametrize(
     ("make", "name"),
@@ -334,159 +346,3 @@ def test_with_probability_admits_its_share():
         .ne(policies.with_probability(0.3, seed=2)(torch.ones(1000).int(), id[:1000], torch.zeros(1000).int(), None))
         .any()
     )
-
-
-# In a step and in the loop.
-
-LIFE = Life(
-    admit=policies.at_least(2), candidates=1000, expire=policies.unseen_for(3), score=policies.least_recently_used,
-    keep=40, every=2,
-)  # fmt: skip
-
-
-def equal_tables(a, b):
-    for name in ("ids", "vocabularies", "born", "counts", "num_rows", "num_free", "tally", "num_refused", "step"):
-        assert torch.equal(getattr(a, name), getattr(b, name)), name
-    assert torch.equal(a.free_rows[: int(a.num_free)], b.free_rows[: int(b.num_free)])
-    torch.testing.assert_close(a.rows, b.rows, rtol=1e-4, atol=1e-6)
-
-
-def test_captured_pure_and_in_place_steps_live_alike():
-    step = deepfm_step(life=LIFE, max_rows=60)
-    batches = deepfm_batches(8)
-    captured, in_place, pure = (step.init(deepfm_params()) for _ in range(3))
-    run = capture(step, captured, batches[0])
-    for number, batch in enumerate(batches, start=1):
-        captured, _ = run(captured, batch)
-        in_place, _ = step.update_(in_place, batch)
-        pure, _ = step.update(pure, batch)
-        for state in (captured, in_place, pure):
-            assert step.sweep_(state, number) is state
-        equal_tables(captured.tables[0], in_place.tables[0])
-        equal_tables(pure.tables[0], in_place.tables[0])
-    seen = stats(captured.tables[0])
-    assert seen.evicted > 0
-    assert seen.unadmitted > 0
-    assert seen.size == seen.admitted - seen.evicted
-
-
-def test_evaluation_admits_evicts_and_counts_nothing():
-    step = deepfm_step(life=LIFE, max_rows=60)
-    batches = deepfm_batches(4)
-    state = step.init(deepfm_params())
-    for batch in batches[:3]:
-        state, _ = step.update_(state, batch)
-    before = [t.clone() for t in torch.utils._pytree.tree_leaves(state.tables)]
-    run = capture_evaluation(step, state, batches[3])
-    for _ in range(10):
-        state, _ = run(state, batches[3])
-    after = torch.utils._pytree.tree_leaves(state.tables)
-    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
-
-
-class Batches:
-    """A reader of batches at hand."""
-
-    def __init__(self, batches, first=0):
-        self.batches, self.position, self.first = batches, None, first
-
-    def start_at(self, position):
-        return Batches(self.batches, position["next"])
-
-    def epoch(self, number):
-        return Batches(self.batches)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.first == len(self.batches):
-            raise StopIteration
-        self.first += 1
-        self.position = {"next": self.first}
-        return self.batches[self.first - 1]
-
-    def close(self):
-        pass
-
-
-def test_the_loop_sweeps_after_the_steps_that_every_divides(tmp_path):
-    step, batches = deepfm_step(life=LIFE, max_rows=60), deepfm_batches(7)
-    state, by_hand = step.init(deepfm_params()), step.init(deepfm_params())
-    config = TrainConfig(output_dir=str(tmp_path), log_steps=100, save_steps=100)
-    state, _ = train(step, step.update_, state, Batches(batches), config)
-    for number, batch in enumerate(batches, start=1):
-        by_hand, _ = step.update_(by_hand, batch)
-        if number in (2, 4, 6):
-            sweep_(by_hand.tables[0], LIFE)
-    equal_tables(state.tables[0], by_hand.tables[0])
-    assert torch.equal(state.tables[0].rows, by_hand.tables[0].rows)
-    assert stats(state.tables[0]).evicted > 0
-
-
-def test_interrupted_and_resumed_life_goes_on_to_the_same_bytes(tmp_path):
-    step, batches = deepfm_step(life=LIFE, max_rows=60), deepfm_batches(9)
-    whole = step.init(deepfm_params())
-    for number, batch in enumerate(batches, start=1):
-        whole, _ = step.update_(whole, batch)
-        step.sweep_(whole, number)
-    for steps in (5, None):
-        config = TrainConfig(output_dir=str(tmp_path), log_steps=100, save_steps=100, train_steps=steps)
-        resumed, _ = train(step, step.update_, step.init(deepfm_params()), Batches(batches), config, resume=True)
-    a, b = whole.tables[0], resumed.tables[0]
-    equal_tables(a, b)
-    assert torch.equal(a.rows, b.rows)
-    num = int(a.candidates.num)
-    assert num > 0
-    for name in ("ids", "vocabularies", "counts"):
-        assert torch.equal(getattr(a.candidates, name)[:num], getattr(b.candidates, name)[: int(b.candidates.num)]), (
-            name
-        )
-
-
-def test_at_cap_a_table_refuses_or_stops():
-    refuses, stops = (deepfm_step(life=Life(at_cap=what), max_rows=4) for what in ("refuse", "stop"))
-    for step in (refuses, stops):
-        state, _ = step.update_(step.init(deepfm_params()), deepfm_batches(1)[0])
-        assert int(state.tables[0].num_refused) > 0
-        if step is refuses:
-            step.sweep_(state, 1)
-        else:
-            with pytest.raises(RuntimeError, match=r"table 0: got \d+ ids without room, expected none. Its cap is 4"):
-                step.sweep_(state, 1)
-
-
-def test_at_cap_a_table_evicts_before_the_next_step(tmp_path):
-    """In the loop, far from the steps at which it sweeps: after a step that filled it there is room again."""
-    life = Life(score=policies.least_recently_used, keep=30, every=1000, at_cap="evict")
-    step, batches, sizes = deepfm_step(life=life, max_rows=60), deepfm_batches(12, ids=tuple(range(150))), []
-
-    def look(event, progress, state):
-        if event == "after_step":
-            sizes.append(num_live(state.tables[0]))
-
-    config = TrainConfig(output_dir=str(tmp_path), log_steps=100, save_steps=100)
-    state, _ = train(step, step.update_, step.init(deepfm_params()), Batches(batches), config, on_event=look)
-    assert max(sizes) < 60
-    assert sizes.count(30) >= 2
-    assert stats(state.tables[0]).evicted >= 60
-
-
-def test_a_table_cannot_evict_at_its_cap_and_keep_as_much():
-    life = Life(score=policies.least_recently_used, keep=60, at_cap="evict")
-    with pytest.raises(ValueError, match="keep: got 60, expected less than the cap, 60 rows"):
-        deepfm_step(life=life, max_rows=60)
-
-
-def test_max_bytes_is_the_most_memory_that_a_table_takes():
-    plan = table_plan([0])
-    for max_bytes in (10_000, 123_456, 10**7):
-        state = table(plan, optimizer_slots=2, seed=1, max_bytes=max_bytes).init()
-        rows = state.ids.numel()
-        kept = state.ids, state.vocabularies, state.seen, state.born, state.counts, state.free_rows, state.slots
-        taken = sum(t.numel() * t.element_size() for t in kept) + rows * state.rows.stride(0) * 4
-        assert taken <= max_bytes
-        assert taken > 0.6 * max_bytes  # the index doubles
-    with pytest.raises(ValueError, match=r"max_bytes: got 100, expected at least \d+, the bytes of one row"):
-        table(plan, optimizer_slots=2, seed=1, max_bytes=100)
-    assert table(plan, optimizer_slots=2, seed=1, max_bytes=10**9, max_rows=5).init().ids.numel() == 5

@@ -26,7 +26,7 @@ import torch
 from recfx.checkpoint import compact, diff, latest
 from recfx.train import TrainConfig, train
 from tests.conftest import deepfm_batches, deepfm_step
-from tests.test_train import MemoryReader, eager, fresh
+from tests.loop import MemoryReader, eager, fresh
 
 NUM_BATCHES, EPOCHS, SAVE_STEPS = 14, 2, 3
 MODES = [(in_background, full_every) for in_background in (False, True) for full_every in (1, 3)]
