@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 from pyarrow import fs, orc
 from pyarrow import parquet as pq
 
-from recfx.data.conform import as_list, decoded, is_list, item_type, packed_list
 from recfx.data.files import File, Paths, match_files
 from recfx.data.formats import EXTENSIONS, Format, open_source, reading
+from recfx.data.schema import as_list, decoded, is_list, item_type, packed_list
 
 __all__ = ["TYPES", "convert"]
 

@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 
 from recfx.data.cache import RecordCache
 from recfx.data.columns import Column, VarLen
-from recfx.data.conform import BadRows, check_schema, conform
+from recfx.data.conform import BadRows, conform
 from recfx.data.files import File, checksum
 from recfx.data.formats import Format, Source, open_source, reading
 from recfx.data.records import as_records
 from recfx.data.rows import BadRow, Decoded, Rows
+from recfx.data.schema import check_schema
 from recfx.data.split import Split, check_key
 from recfx.kernels.pack_columns import PackPlan
 

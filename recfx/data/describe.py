@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recfx.data.conform import as_list, is_list, item_type
 from recfx.data.files import File
 from recfx.data.formats import Format, open_source, reading
+from recfx.data.schema import as_list, is_list, item_type
 
 __all__ = ["ColumnFacts", "Facts", "describe"]
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import torch
 import xxhash
 
-from recfx.data.conform import as_list, decoded, is_list, is_text, item_type
 from recfx.data.files import File
+from recfx.data.schema import as_list, decoded, is_list, is_text, item_type
 from recfx.kernels.hashing import mix
 
 __all__ = ["Split", "check_key"]

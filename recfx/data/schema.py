@@ -1,0 +1,111 @@
+"""Which Arrow types a column is read from, and lists in all of Arrow's ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from recfx.data.columns import Column, VarLen
+
+__all__ = ["as_list", "check_schema", "decoded", "is_list", "is_text", "item_type", "packed_list"]
+
+
+def check_schema(path: str, schema: pa.Schema, columns: Sequence[Column]) -> None:
+    """Raises ValueError, naming file and column, when a column is absent or of another type."""
+    types = {field.name: field.type for field in schema}
+    for column in columns:
+        if (count := schema.names.count(column.name)) > 1:
+            raise ValueError(f"column '{column.name}' of '{path}': got {count} columns of this name, expected one.")
+        if column.name not in types:
+            raise ValueError(f"column '{column.name}' of '{path}': got no such column, expected one of {list(types)}.")
+        depth, item = _depth(types[column.name])
+        expected = _expected(column)
+        if not _is_read_as(item, column) or not (depth == column.depth or (depth == 0 and column.depth == 1)):
+            raise ValueError(f"column '{column.name}' of '{path}': got {types[column.name]}, expected {expected}.")
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Lists in any of Arrow's ways, maps among them."""
+    return any(
+        is_kind(kind)
+        for is_kind in (
+            pa.types.is_list,
+            pa.types.is_large_list,
+            pa.types.is_fixed_size_list,
+            pa.types.is_list_view,
+            pa.types.is_large_list_view,
+            pa.types.is_map,
+        )
+    )
+
+
+def _depth(kind: pa.DataType) -> tuple[int, pa.DataType]:
+    depth = 0
+    while is_list(kind):
+        depth, kind = depth + 1, item_type(kind)
+    return depth, kind
+
+
+def item_type(kind: pa.DataType) -> pa.DataType:
+    """Of what such a list holds."""
+    return pa.struct([kind.key_field, kind.item_field]) if pa.types.is_map(kind) else kind.value_type
+
+
+def as_list(array: pa.Array) -> pa.ListArray:
+    """The same lists in Arrow's plain way."""
+    kind = array.type
+    if pa.types.is_list(kind):
+        return array
+    if not (pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)):
+        return array.cast(pa.list_(item_type(kind)))
+    return packed_list(array, array.flatten())  # a cast of views loses lists in pyarrow 26
+
+
+def packed_list(array: pa.Array, items: pa.Array) -> pa.ListArray:
+    """Lists as long as those of the array, null where they are, and holding the items, end to end."""
+    lengths = array.value_lengths().fill_null(0).to_numpy()
+    offsets = np.append(np.int32(0), np.cumsum(lengths, dtype=np.int32))
+    return pa.ListArray.from_arrays(pa.array(offsets), items, mask=array.is_null())
+
+
+def _is_read_as(kind: pa.DataType, column: Column) -> bool:
+    if isinstance(column, VarLen) and column.weighted:
+        if not pa.types.is_struct(kind) or kind.num_fields != 2 or not _is_number(kind.field(1).type):
+            return False
+        kind = kind.field(0).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash):
+        return is_text(kind)
+    return pa.types.is_integer(kind) if column.item == pa.int64() else _is_number(kind)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Strings or bytes in any of Arrow's ways."""
+    return any(
+        f(kind) for f in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
+                          pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    )  # fmt: skip
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+
+
+def _expected(column: Column) -> str:
+    if column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash):
+        item, others = "string", "binary"
+    elif column.item == pa.int64():
+        item, others = "int64", "another integer type. Ids must be exact"
+    else:
+        item, others = "double", "another type of numbers"
+    if isinstance(column, VarLen) and column.weighted:
+        item = f"struct<k: {item}, v: double>"
+    return "list<" * column.depth + item + ">" * column.depth + f" or {others}"
+
+
+def decoded(array: pa.Array) -> pa.Array:
+    """Without a dictionary, whose entries may be null themselves."""
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
