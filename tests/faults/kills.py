@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch._dynamo  # torch imports it when a step first runs: here, once, and not in every child
 
 from recfx.checkpoint import compact, diff, latest
 from recfx.train import TrainConfig, train
