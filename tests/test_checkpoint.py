@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import random
 import resource
 import shutil
@@ -19,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -291,6 +294,49 @@ def test_a_file_is_what_was_written_whatever_the_file_system_can(tmp_path, monke
     chunks = [content[first : first + 3000] for first in range(0, size, 3000)]
     assert write_file(tmp_path / "file", chunks) == xxhash.xxh3_128_hexdigest(content)
     assert (tmp_path / "file").read_bytes() == content
+
+
+@st.composite
+def laid_out(draw) -> np.ndarray:
+    """An array with or without gaps, its axes in this order or the other, forwards or backwards."""
+    shape = (draw(st.integers(0, 3000)), *draw(st.lists(st.integers(0, 4), max_size=2)))
+    whole = np.random.default_rng(draw(st.integers(0, 9))).integers(0, 2**15, [n + 1 for n in shape])
+    array = whole.astype(draw(st.sampled_from(["<f8", "<f4", "<i2", "|u1"])), order=draw(st.sampled_from("CF")))
+    return array[tuple(slice(n) for n in shape)][:: draw(st.sampled_from([1, 2, -1]))]
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(arrays=st.lists(laid_out(), max_size=4), chunk_bytes=st.sampled_from([8192, 3 * 4096, files.CHUNK_BYTES]))
+def test_arrays_are_written_without_their_gaps(tmp_path, arrays, chunk_bytes):
+    content = b"".join(array.tobytes() for array in arrays)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "CHUNK_BYTES", chunk_bytes)
+        assert write_file(tmp_path / "file", arrays) == xxhash.xxh3_128_hexdigest(content)
+    assert (tmp_path / "file").read_bytes() == content
+
+
+@pytest.mark.parametrize("columns", [0, 1025, 5000])
+def test_rows_of_no_bytes_and_wider_than_half_a_block(tmp_path, monkeypatch, columns):
+    monkeypatch.setattr(files, "CHUNK_BYTES", 8192)
+    array = np.arange(7 * (columns + 1), dtype=np.float32).reshape(7, -1)[:, :columns]
+    assert write_file(tmp_path / "file", [b"abc", array]) == xxhash.xxh3_128_hexdigest(b"abc" + array.tobytes())
+    assert (tmp_path / "file").read_bytes() == b"abc" + array.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_that_writes_meanwhile_has_a_block_of_its_own(tmp_path):
+    def parts() -> Iterator[bytes]:
+        yield b"parent"
+        child = os.fork()
+        if child == 0:
+            write_file(tmp_path / "child", [b"-child-"])
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        yield b"parent"
+
+    write_file(tmp_path / "parent", parts())
+    assert (tmp_path / "parent").read_bytes() == b"parentparent"
+    assert (tmp_path / "child").read_bytes() == b"-child-"
 
 
 @pytest.mark.parametrize("limit", [8192 + 4096, 8192 + 100, 3 * 8192 + 1])

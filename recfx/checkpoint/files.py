@@ -95,10 +95,13 @@ def write_file(path: Path, parts: Iterable[bytes | np.ndarray]) -> str:
 
 
 class _Own(threading.local):
-    """What each thread that writes has for itself, made once: new memory costs more than what is done with it."""
+    """What each thread that writes has for itself, made once: new memory costs more than what is done with it.
+
+    Private, as mmap's default is shared: a forked child, which goes on with this thread's, would write into it.
+    """
 
     def __init__(self) -> None:
-        self.block = np.frombuffer(mmap.mmap(-1, CHUNK_BYTES), np.uint8)
+        self.block = np.frombuffer(mmap.mmap(-1, CHUNK_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
 
 
 _own = _Own()
@@ -107,30 +110,28 @@ _own = _Own()
 def _items(part: bytes | np.ndarray) -> np.ndarray:
     """[n] of as many bytes as lie together: all of a part's bytes, or row by row where there are gaps between them."""
     array = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part
-    if array.flags.c_contiguous or array[:1].nbytes > CHUNK_BYTES // 2:
+    if array.flags.c_contiguous or not array[:1].flags.c_contiguous or array[:1].nbytes > CHUNK_BYTES // 2:
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return array.reshape(len(array), -1).view(f"V{array[:1].nbytes}")[:, 0]
 
 
 def _write_block(file: IO[bytes], block: memoryview) -> None:
     """What cannot go past the cache goes through it, as all that follows does; its errors say what is wrong."""
-    with block:
-        try:
-            written = file.write(block)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            written = 0
-        if written < len(block):
-            _set_direct(file, False)
-            _write_all(file, block[written:])
+    try:
+        written = file.write(block)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        written = 0
+    if written < len(block):
+        _set_direct(file, False)
+        _write_all(file, block[written:])
 
 
 def _write_all(file: IO[bytes], view: memoryview) -> None:
-    with view:
-        done = 0
-        while done < len(view):
-            done += file.write(view[done:])
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:])
 
 
 def _set_direct(file: IO[bytes], on: bool) -> None:
