@@ -325,8 +325,9 @@ def _taken(move: Move) -> np.ndarray:
 
     def look(name: str) -> None:
         shard = read_some(source.path / name, ("row", "ids", "vocabularies"))
-        ids, here = torch.from_numpy(shard["ids"]), torch.from_numpy(move.here[shard["vocabularies"]])
-        taken[shard["row"]] = ((here >= 0) & (owner(ids, here, move.world_size) == move.rank)).numpy()
+        here = move.here[shard["vocabularies"]]
+        ranks = owner(torch.from_numpy(shard["ids"]), torch.from_numpy(here), move.world_size).numpy()
+        taken[shard["row"]] = (here >= 0) & (ranks == move.rank)  # torch would start threads of its own
 
     with ThreadPoolExecutor(WORKERS) as pool:
         for names in source.manifest["parts"][t]:

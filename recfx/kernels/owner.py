@@ -24,6 +24,8 @@ _owner = c_function("owner", "ppiip")
 
 def _cpu(ids, vocabularies, world_size):  # type: ignore[no-untyped-def]
     assert (ids.dtype, vocabularies.dtype, ids.shape) == (torch.int64, torch.int32, vocabularies.shape)
+    if world_size < 1:
+        raise ValueError(f"world_size: got {world_size}, expected at least 1 rank.")
     ranks = torch.empty_like(ids)
     _owner(address(ids), address(vocabularies), len(ids), world_size, address(ranks))
     return ranks

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recfx.kernels import owner as module
@@ -26,7 +27,8 @@ def owner_of(id: int, vocabulary: int, world_size: int) -> int:
 keys = st.tuples(st.integers(-(2**63), 2**63 - 1), st.integers(-1, 2**16 - 2))
 
 
-@given(st.lists(keys, max_size=40), st.integers(1, 1000))
+@settings(deadline=None)
+@given(st.lists(keys, max_size=40), st.one_of(st.integers(1, 1000), st.sampled_from([2**31 - 1, 2**31, 2**32, 2**62])))
 def test_kernel_and_definition_are_the_oracle(keys, world_size):
     ids, vocabularies = (
         torch.tensor(column, dtype=torch.int64) for column in ([k[0] for k in keys], [k[1] for k in keys])
@@ -41,6 +43,12 @@ def test_the_owner_of_an_id_is_even_and_fixed():
     ranks = owner(ids, (ids % 7).int(), 8)
     assert (torch.bincount(ranks, minlength=8) - 10_000).abs().max() < 400
     assert owner(torch.tensor([0, 1, -1, 2**63 - 1]), torch.zeros(4).int(), 1).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("world_size", [0, -1])
+def test_no_ranks(world_size):
+    with pytest.raises(ValueError, match=f"world_size: got {world_size}, expected at least 1 rank"):
+        owner(torch.arange(4), torch.zeros(4).int(), world_size)
 
 
 def test_opcheck():
