@@ -29,7 +29,7 @@ from recfx.fx_passes import StepPasses
 from recfx.step import Step
 from recfx.types import Batch, Layout, unpack
 
-__all__ = ["capture", "capture_evaluation", "capture_steps", "sections_function", "trace"]
+__all__ = ["capture", "capture_evaluation", "capture_prediction", "capture_steps", "sections_function", "trace"]
 
 NewLayout = Literal["capture", "uncaptured", "raise"]
 Run = Callable[[Any, Batch], tuple[Any, Any]]
@@ -63,6 +63,24 @@ def capture(step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "ca
 def capture_evaluation(step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "capture") -> Run:
     """The evaluation step compiled as one graph: changes the state's metrics alone. Otherwise as `capture`."""
     return _Captured(step, step.evaluate_, lambda s, ids: s, batch, new_layout).one
+
+
+def capture_prediction(
+    step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "capture"
+) -> Callable[[Any, Batch], Tensor]:
+    """`step.predict` compiled as one graph: (state, batch) -> logit f32 [B, 1], valid until the next call.
+
+    The batch needs no label; torch.sigmoid of the logit is the click rate. The state is only read, so it may go on
+    being trained between calls. Requests of any size share one graph when they are packed to one layout, see
+    `recfx.types.pack`.
+    Args, Raises: as of `capture`.
+    """
+
+    def update_(state: Any, batch: dict) -> tuple[Any, Tensor]:
+        return state, step.predict(state, batch)
+
+    run = _Captured(step, update_, lambda s, ids: s, batch, new_layout).one
+    return lambda state, batch: run(state, batch)[1]
 
 
 def capture_steps(

@@ -60,6 +60,8 @@ class Step(NamedTuple):
     update:     (state, batch) -> (state, aux); pure, plain torch: the specification, for tests and small tables.
     update_:    the same in place: what is captured.
     evaluate_:  (state, batch) -> (state, aux); changes `metrics` alone, inserts nothing.
+    predict:    (state, batch) -> logit f32 [B, 1], of the real samples first; changes and inserts nothing. A batch
+                without the column of the label's name is given zeros for it, so that one feature function will do.
     flush_:     (state) -> state; applies an incomplete accumulation window with its true count.
     ids_in:     (batch) -> most ids per table that batches of this layout hold.
     grow_:      (state, ids) -> state; makes room for that many new ids per table. Runs between steps, on the host.
@@ -78,6 +80,7 @@ class Step(NamedTuple):
     update: Callable[[TrainState, dict], tuple[TrainState, Aux]]
     update_: Callable[[TrainState, dict], tuple[TrainState, Aux]]
     evaluate_: Callable[[TrainState, dict], tuple[TrainState, Aux]]
+    predict: Callable[[TrainState, Mapping[str, Any]], Tensor]
     flush_: Callable[[TrainState], TrainState]
     ids_in: Callable[[Mapping[str, Any]], tuple[int, ...]]
     grow_: Callable[[TrainState, Sequence[int]], TrainState]
@@ -201,7 +204,8 @@ def train_step(
             return sparse_optimizer.fused_for(t.columns) if is_faster else None
 
         def update(state: TrainState, batch: dict) -> tuple[TrainState, Aux]:
-            feats, valid = read(batch), _valid(batch, label)
+            feats = read(batch)
+            valid = _valid(feats, label)
             inserted = [do.insert(t)(s, feats) for t, s in zip(tables, state.tables, strict=True)]
             found = [f for _, f in inserted]
             blocks = [t.pool(s, f) for t, (s, f) in zip(tables, inserted, strict=True)]
@@ -235,14 +239,21 @@ def train_step(
 
         return update
 
-    def evaluate_(state: TrainState, batch: dict) -> tuple[TrainState, Aux]:
-        feats, valid = read(batch), _valid(batch, label)
+    def look_up(state: TrainState, feats: dict) -> tuple[list[list[Tensor]], list[Found]]:
         found = [t.find(s, feats) for t, s in zip(tables, state.tables, strict=True)]
-        blocks = [t.pool(s, f) for t, s, f in zip(tables, state.tables, found, strict=True)]
-        _, (logit, loss_B) = total_loss(state.params, blocks, found, feats, valid)
+        return [t.pool(s, f) for t, s, f in zip(tables, state.tables, found, strict=True)], found
+
+    def evaluate_(state: TrainState, batch: dict) -> tuple[TrainState, Aux]:
+        feats = read(batch)
+        valid = _valid(feats, label)
+        _, (logit, loss_B) = total_loss(state.params, *look_up(state, feats), feats, valid)
         counts.update_(state.metrics, logit, feats[label], loss_B, valid)
         loss_mean = loss_B.sum() / batch[NUM_SAMPLES].clamp(min=1)
         return state, Aux(loss_mean, logit, batch[NUM_SAMPLES].clone(), feats.get(COUNTS, {}))
+
+    def predict(state: TrainState, batch: Mapping[str, Any]) -> Tensor:
+        feats = read(_labelled(batch, label))
+        return forward(state.params, _groups(plan, *look_up(state, feats)), feats)
 
     def flush_(state: TrainState) -> TrainState:
         due = state.window.num_batches > 0
@@ -259,7 +270,7 @@ def train_step(
         return state
 
     def ids_in(batch: Mapping[str, Any]) -> tuple[int, ...]:
-        feats = read(batch)
+        feats = read(_labelled(batch, label))
         return tuple(sum(ids_of(feats, l.feature).values.numel() for l in t.lookups) for t in plan.tables)
 
     def grow_(state: TrainState, ids: Sequence[int]) -> TrainState:
@@ -280,15 +291,22 @@ def train_step(
                 sweep_table_(s, life)
         return state
 
-    functions = init, spell(pure), spell(in_place), evaluate_, flush_, ids_in, grow_, sweep_
+    functions = init, spell(pure), spell(in_place), evaluate_, predict, flush_, ids_in, grow_, sweep_
     kept = (*sparse_optimizer.slots, *sparse_optimizer.row_slots)
     sweep_every = 0 if life is None else life.every if life.at_cap == "refuse" else 1
     return Step(*functions, plan, accumulation, sweep_every, seed, kept, precision)
 
 
-def _valid(batch: dict, label: str) -> Tensor:
+def _valid(feats: dict, label: str) -> Tensor:
     """bool [B, 1]: the samples that are not padding."""
-    return torch.arange(batch[label].shape[0], device=batch[label].device)[:, None] < batch[NUM_SAMPLES]
+    return torch.arange(feats[label].shape[0], device=feats[label].device)[:, None] < feats[NUM_SAMPLES]
+
+
+def _labelled(batch: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """The batch with zeros f32 [B, 1] as its label where it has none, as in a request."""
+    column = next(column for name, column in batch.items() if name != NUM_SAMPLES)
+    num = column.num_samples if isinstance(column, Ragged) else column.shape[0]
+    return {label: torch.zeros(num, 1, device=batch[NUM_SAMPLES].device), **batch}
 
 
 def _groups(plan: Plan, blocks: list[list[Tensor]], found: list[Found]) -> dict[str, Tensor]:

@@ -176,12 +176,20 @@ def _column(parts: Mapping[str, Field], sections: Mapping[torch.dtype, Tensor]) 
     return views["dense"] if "dense" in views else Ragged.of_parts(views)
 
 
-def pack(columns: Mapping[str, Tensor | Ragged], *, pin_memory: bool = False) -> Batch:
+def pack(columns: Mapping[str, Tensor | Ragged], *, layout: Layout | None = None, pin_memory: bool = False) -> Batch:
     """Copies a dict of tensors into one buffer. NUM_SAMPLES is added when absent: every sample is real.
 
     Args:     columns: `Tensor` [B, d] or `Ragged` by name; all with the same B.
+              layout: of another batch with these columns. The new one is padded to it, with zeros and empty lists, so
+              that requests of any size run through one captured graph. None: as large as the columns are.
               pin_memory: as of torch.empty: a copy to a GPU then needs no other on the host.
-    Raises:   ValueError when two columns disagree on B, TypeError when a column is neither kind.
+    Raises:   ValueError when two columns disagree on B, or do not fit into the layout; TypeError when a column is
+              neither kind.
+    Example:  >>> large = pack({"item": Ragged(torch.zeros(8).long(), torch.zeros(5).int())})  # 4 samples, 8 items
+              >>> request = {"item": Ragged(torch.tensor([5, 6]), torch.tensor([0, 2]).int())}
+              >>> batch = pack(request, layout=large.layout)
+              >>> batch["item"].offsets.tolist(), int(batch["num_samples"])
+              ([0, 2, 2, 2, 2], 1)
     """
     for name, column in columns.items():
         if not isinstance(column, Tensor | Ragged):
@@ -200,14 +208,33 @@ def pack(columns: Mapping[str, Tensor | Ragged], *, pin_memory: bool = False) ->
         tensors |= {(name, part): t for part, t in parts.items()}
     if NUM_SAMPLES not in columns:
         tensors[NUM_SAMPLES, "dense"] = torch.tensor(batch_size, dtype=torch.int32)
-    layout = Layout.of({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})
+    if layout is None:
+        layout = Layout.of({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})
+    else:
+        _check_fits(tensors, layout)
     device = next(iter(tensors.values())).device
     zeros = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device, pin_memory=pin_memory)
     batch = Batch(zeros, layout)
     for (name, part), t in tensors.items():
         target = batch[name] if part == "dense" else batch[name].parts[part]
-        target.copy_(t)
+        target[: len(t)].copy_(t) if t.dim() else target.copy_(t)
+        if part == "offsets" or part.startswith(OUTER):
+            target[len(t) :] = t[-1]
     return batch
+
+
+def _check_fits(tensors: Mapping[tuple[str, str], Tensor], layout: Layout) -> None:
+    fields = {(f.name, f.part): f for f in layout.fields}
+    if tensors.keys() != fields.keys():
+        got, expected = ([" ".join(key) for key in sorted(keys)] for keys in (tensors, fields))
+        raise ValueError(f"columns: got {got}, expected {expected}, as in the layout.")
+    for key, t in tensors.items():
+        f = fields[key]
+        if t.dtype != f.dtype or t.shape[1:] != f.shape[1:] or t.shape[:1] > f.shape[:1]:
+            raise ValueError(
+                f"column '{f.name}': got {f.part} {t.dtype} {list(t.shape)}, expected {f.dtype} of at most "
+                f"{list(f.shape)}. That is what the layout holds. Cut the batch up, or use a layout of a larger one."
+            )
 
 
 class Transform(NamedTuple):

@@ -11,9 +11,10 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
-from recfx.capture import capture, capture_evaluation
+from recfx.capture import capture, capture_evaluation, capture_prediction
 from recfx.step import Step
 from recfx.table import functions as table_module
+from recfx.types import Batch, Ragged, pack
 from tests.conftest import BATCH_SIZE, deepfm_batches, deepfm_params, deepfm_step
 from tests.reference import on_threads
 from tests.test_step import assert_same_state
@@ -167,6 +168,37 @@ def test_the_batch_is_only_read(one):
     buffers = [batch.buffer.clone() for batch in batches]
     run(one.call, fresh(one.step), batches)
     assert all(torch.equal(a, batch.buffer) for a, batch in zip(buffers, batches, strict=True))
+
+
+def test_requests_of_any_size_are_predicted_by_one_graph(one):
+    """Without labels, between steps of training."""
+    state, _ = run(one.call, fresh(one.step), stream()[:3])
+    batches = deepfm_batches(3, seed=2)
+    requests = [pack({name: column for name, column in b.items() if name != "label"}) for b in batches]
+    predict = capture_prediction(one.step, state, requests[0])
+    predict(state, requests[0])
+    counters.clear()
+    for batch, size in zip(batches, (1, BATCH_SIZE // 2, BATCH_SIZE), strict=True):
+        state, _ = one.call(state, stream()[4])
+        before = leaves(state)
+        logit = predict(state, pack(first_samples(batch, size), layout=requests[0].layout))
+        assert equal(before, leaves(state))
+        expected = one.step.evaluate_(state, batch)[1].logit
+        torch.testing.assert_close(logit[:size], expected[:size], rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+def first_samples(batch: Batch, size: int) -> dict[str, Any]:
+    """A request: its label left out, its tensors no larger than they must be."""
+    columns: dict[str, Any] = {}
+    for name in batch.keys() - {"label", "num_samples"}:
+        column = batch[name]
+        if isinstance(column, Ragged):
+            offsets = column.offsets[: size + 1]
+            columns[name] = Ragged(column.values[: int(offsets[-1])], offsets)
+        else:
+            columns[name] = column[:size]
+    return columns
 
 
 def test_captured_evaluation_is_eager_and_changes_metrics_alone(one):

@@ -10,6 +10,7 @@ from recfx.embeddings import Embedding, truncated_normal
 from recfx.models import deepfm
 from recfx.optim import adamw, sparse_adamw
 from recfx.table import TableState
+from recfx.types import pack
 from tests.conftest import (
     BATCH_SIZE,
     CAPACITY,
@@ -255,6 +256,37 @@ def test_padding_is_not_seen():
         torch.testing.assert_close(aux_a.logit[:5], aux_b.logit)
         torch.testing.assert_close(aux_a.loss, aux_b.loss)
     assert a.metrics.sums[0] == 15
+
+
+def test_prediction_is_the_logit_of_evaluation_and_changes_nothing():
+    step = deepfm_step(accumulation=2)
+    state = fresh(step)
+    for batch in deepfm_batches(3):
+        state, _ = step.update_(state, batch)
+    batch = batch_of(samples_of(6, seed=1, ids=(*SMALL_IDS, 10**6)))
+    request = pack({name: column for name, column in batch.items() if name != "label"})
+    before = [t.clone() for t in torch.utils._pytree.tree_leaves(state)]
+    logit = step.predict(state, batch)
+    without_label = step.predict(state, request)
+    assert all(map(torch.equal, before, torch.utils._pytree.tree_leaves(state)))
+    assert torch.equal(without_label, logit)
+    assert logit.std() > 0
+    assert torch.equal(logit, step.evaluate_(state, batch)[1].logit)
+    with pytest.raises(KeyError, match="label"):  # zeros are no labels to learn from
+        step.update_(state, request)
+
+
+def test_the_label_is_a_feature():
+    """It may be made of columns of other names."""
+    steps = [deepfm_step(), deepfm_step(label="bought", features=lambda b: {**b, "bought": 1.0 - b["label"]})]
+    batches = deepfm_batches(3, short_last=True)
+    flipped = [pack({**batch, "label": 1.0 - batch["label"]}) for batch in batches]
+    states = [fresh(step) for step in steps]
+    for mine, batch in zip(flipped, batches, strict=True):
+        a, _ = steps[0].update_(states[0], mine)
+        b, _ = steps[1].update_(states[1], batch)
+        states = [a, b]
+    assert_same_state(*states, exact=True)
 
 
 def test_evaluation_changes_metrics_alone_and_gives_zeros_for_unknown_ids():

@@ -123,6 +123,44 @@ def test_num_samples_is_kept_when_given():
     assert int(batch["num_samples"]) == 3
 
 
+@given(given_columns=columns(), more=st.integers(0, 4))
+@settings(max_examples=50, deadline=None)
+def test_pack_pads_to_a_layout(given_columns, more):
+    """What was packed comes first; behind it are empty lists and zeros."""
+    batch = pack(given_columns)
+    num_samples = int(batch["num_samples"])
+    room = {
+        (f.name, f.part): (f.dtype, (f.shape[0] + more, *f.shape[1:]) if f.shape else ()) for f in batch.layout.fields
+    }
+    padded = pack(given_columns, layout=Layout.of(room))
+    assert int(padded["num_samples"]) == num_samples
+    for name, column in given_columns.items():
+        if isinstance(column, Ragged):
+            for part, t in column.parts.items():
+                is_offsets = part not in ("values", "weights")
+                tail = t[-1:].expand(more) if is_offsets else t.new_zeros(more)
+                assert torch.equal(padded[name].parts[part], torch.cat([t, tail]))
+        else:
+            assert torch.equal(padded[name], torch.cat([column, column.new_zeros(more, 3)]))
+
+
+def test_pack_refuses_what_a_layout_does_not_hold():
+    columns = {"x": torch.ones(2, 1), "c": ragged([[5], [6]])}
+    layout = pack(columns).layout
+    for wrong, words in (
+        ({"c": ragged([[5, 6, 7], [8]])}, r"column 'c': got values torch.int64 \[4\], expected torch.int64 of at most"),
+        ({"c": ragged([[5], [6]], dtype=torch.float32)}, r"column 'c': got values torch.float32 \[2\], expected"),
+        (
+            {"x": torch.ones(2, 2)},
+            r"column 'x': got dense torch.float32 \[2, 2\], expected .* \[2, 1\]. .* Cut the batch",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pack(columns | wrong, layout=layout)
+    with pytest.raises(ValueError, match=r"columns: got .'num_samples dense', 'x dense'., expected .'c offsets', "):
+        pack({"x": torch.ones(2, 1)}, layout=layout)
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"columns: got {'x': 2, 'c': 3} samples, expected one number"):
         pack({"x": torch.ones(2, 1), "c": ragged([[], [], []])})
