@@ -25,7 +25,7 @@ from torch.fx.graph import dtype_abbrs
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 from recfx.cuda_graph import check_sweep, record, replayed
-from recfx.fx_passes import StepPasses
+from recfx.fx_passes import StepPasses, UnfuseBias
 from recfx.step import Step
 from recfx.types import Batch, Layout, unpack
 
@@ -269,6 +269,7 @@ def _compile(function: Callable) -> Callable:
     options: dict[str, Any] = {
         "guard_filter_fn": lambda guards: [False for _ in guards],
         "post_grad_custom_pre_pass": StepPasses(),
+        "post_grad_custom_post_pass": UnfuseBias(),
         "size_asserts": False,
         "triton.cudagraphs": False,  # `cuda_graph` records the whole step itself
     }

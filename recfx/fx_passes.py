@@ -13,7 +13,9 @@ from torch.fx import Graph, Node
 
 from recfx.kernels.order_ids import order_ids, order_ids_at
 
-__all__ = ["StepPasses", "name_places", "share_common"]
+__all__ = ["StepPasses", "UnfuseBias", "name_places", "share_common"]
+
+aten = torch.ops.aten
 
 
 class StepPasses(CustomGraphPass):
@@ -22,6 +24,30 @@ class StepPasses(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         share_common(graph)
         name_places(graph)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
+
+
+class UnfuseBias(CustomGraphPass):
+    """After Inductor's own passes: x @ w + b as a product and a sum, which joins the loop that reads it.
+
+    Inductor makes one call of the two. On a CPU that copies b into every row of the result before the product.
+    """
+
+    def __call__(self, graph: Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
+            bias, x, weight = node.args
+            value = _tensor(node)
+            if node.kwargs or value.device.type != "cpu" or value.dtype != torch.float32:  # bf16 would round twice
+                continue
+            with graph.inserting_before(node):
+                product = graph.call_function(aten.mm.default, (x, weight))
+                product.meta["val"] = torch.empty_like(value)
+                total = graph.call_function(aten.add.Tensor, (product, bias))
+            total.meta.update(node.meta)
+            node.replace_all_uses_with(total)
+            graph.erase_node(node)
 
     def uuid(self) -> bytes:
         return get_hash_for_files((__file__,))
@@ -70,7 +96,7 @@ def name_places(graph: Graph) -> None:
 
 def _part_of(node: Node) -> tuple[Node, int]:
     """The tensor of which `node` is a slice, and its first item there; itself where it is none."""
-    if node.target is torch.ops.aten.slice.Tensor and len(node.args) == 4:
+    if node.target is aten.slice.Tensor and len(node.args) == 4:
         whole: Any = node.args[0]
         if _tensor(whole).dim() == 1 and _tensor(whole).is_contiguous():
             return whole, int(node.args[2])  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from graphs.dataflow import is_op, is_view
 from recfx import features as ops
 from recfx.capture import capture
-from recfx.fx_passes import StepPasses
+from recfx.fx_passes import StepPasses, UnfuseBias
 from recfx.kernels.order_ids import order_ids
 from recfx.types import COUNTS, Ragged, pack, unpack
 from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
@@ -103,6 +103,9 @@ def test_a_length_that_is_too_long_is_counted_in_a_capture():
     assert int(make_fx(count, tracing_mode="fake", _allow_non_fake_inputs=True)(column)(column)) == 2
 
 
+PRODUCTS = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.add.Tensor)
+
+
 def calls_in(function, batch) -> Counter[str]:
     """How often each op of recfx runs in the graph that Inductor gets after its own passes."""
     seen: Counter[str] = Counter()
@@ -142,6 +145,27 @@ def test_ids_are_read_where_they_lie():
     options = {"post_grad_custom_pre_pass": StepPasses()}
     compiled = torch.compile(in_order, fullgraph=True, dynamic=False, options=options)
     assert all(map(torch.equal, compiled(packed.sections), expected))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "calls"), [(torch.float32, {"mm": 2, "add": 2}), (torch.bfloat16, {"addmm": 2})], ids=["f32", "bf16"]
+)
+def test_a_bias_is_added_by_the_loop_that_reads_the_product(dtype, calls):
+    seen: Counter[str] = Counter()
+
+    def unfuse(graph: torch.fx.Graph) -> None:
+        UnfuseBias()(graph)
+        seen.update(n.target._opname for n in graph.nodes if n.target in PRODUCTS)
+
+    def layers(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x @ w + b) @ w + x
+
+    generator = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((5, 8), (8, 8), (8,)))
+    torch._dynamo.reset()
+    compiled = torch.compile(layers, fullgraph=True, dynamic=False, options={"post_grad_custom_post_pass": unfuse})
+    torch.testing.assert_close(compiled(x, w, b), layers(x, w, b), rtol=1e-5, atol=10 * torch.finfo(dtype).eps)
+    assert seen == calls
 
 
 def test_counts_reach_aux_captured_or_not():
