@@ -168,7 +168,7 @@ def write(
         target = folder / f"{PREFIX}{contents.number:09d}"
         _publish(scratch, target, manifest)
         sync_folder(folder)
-    except Exception as error:
+    except BaseException as error:  # ctrl-C too
         shutil.rmtree(scratch, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
