@@ -103,6 +103,8 @@ def train(
               evaluate_with: state -> values by name, called after every epoch and after `train_steps`; a resumed run
               that has nothing left to train is evaluated too.  on_event: told of every phase.
     """
+    if steps_per_replay < 1:
+        raise ValueError(f"steps_per_replay: got {steps_per_replay}, expected at least 1.")
     progress, position = Progress(), None
     begun = time.perf_counter()
     saving = False

@@ -104,6 +104,20 @@ def test_counts_out_of_range(name):
         TrainConfig(**{name: 0})
 
 
+def test_no_steps_per_replay(tmp_path):
+    step = deepfm_step()
+    with pytest.raises(ValueError, match="steps_per_replay: got 0, expected at least 1"):
+        train(
+            step,
+            eager(step),
+            fresh(step),
+            reader_of(2),
+            TrainConfig(output_dir=str(tmp_path / "x")),
+            steps_per_replay=0,
+        )
+    assert not (tmp_path / "x").exists()
+
+
 # In which order.
 
 

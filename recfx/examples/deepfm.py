@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from recfx import features as ops
-from recfx.capture import capture, capture_evaluation
+from recfx.capture import capture, capture_evaluation, capture_steps
 from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
 from recfx.data.criteo_synthetic import generate
 from recfx.embeddings import Embedding, truncated_normal
@@ -135,13 +135,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         full_save_every=args.full_save_every,
         save_in_background=args.save_in_background,
     )
+    many = args.steps_per_replay
     with tqdm(unit=" samples", unit_scale=True, dynamic_ncols=True) as bar:
         state, progress = train(
             step,
-            capture(step, state, first),
+            capture(step, state, first) if many == 1 else capture_steps(step, state, first, steps_per_replay=many),
             state,
             batches,
             config,
+            steps_per_replay=many,
             resume=args.resume,
             evaluate_with=evaluate_with,
             on_event=lambda event, progress, state: _show(bar, event, progress),
@@ -219,6 +221,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=42, help="of initial weights, and of generated data")
     add("--resume", type=_flag, nargs="?", const=True, default=False, help="go on from the newest checkpoint")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the step runs, tables included")
+    add("--steps_per_replay", type=int, default=1, help="on a GPU, micro-batches per CUDA graph launch; unmeasured")
     add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of products of matrices; tf32: on cuda")
     add("--max_rows", type=int, default=2**26, help="most embedding rows; on cuda their memory is taken at once")
     add("--numeric", choices=["log1p", "raw"], default="log1p", help="log(1 + max(x, 0)), or the seed's own raw inputs")

@@ -36,7 +36,7 @@ SEED_DEFAULTS = {
     "data_paths": None, "eval_paths": None, "batch_size": 1000, "thread_num": 1, "prefetch": 1, "drop_remainder": True,
     "gradient_accumulation_steps": 4, "output_dir": "./ckpt", "log_steps": 10, "save_steps": 2000, "eval_steps": None,
     "train_steps": None, "train_epoch": 1, "sparse_lr": 1e-3, "dense_lr": 1e-3, "seed": 42, "resume": False,
-    "device": "cpu", "numeric": "log1p",
+    "device": "cpu", "numeric": "log1p", "steps_per_replay": 1,
 }  # fmt: skip
 
 
@@ -207,6 +207,22 @@ def test_resume(data, eager, accumulation):
     assert again["samples_per_s"] is None
 
 
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_several_steps_per_replay_end_in_the_same_bytes(data, monkeypatch, accumulation):
+    """On a CPU one after another: 33 batches, and 9 windows, the last of them incomplete."""
+    monkeypatch.setattr("recfx.capture._compile", lambda function: function)
+    made, several = [], program.capture_steps
+    monkeypatch.setattr(program, "capture_steps", lambda *args, **how: made.append(how) or several(*args, **how))
+    more = [f"--gradient_accumulation_steps={accumulation}", "--log_steps=5"]
+    one = call(data, *more, output="one")
+    assert made == []
+    many = call(data, *more, "--steps_per_replay=7", output="many")
+    assert made == [{"steps_per_replay": 7}]
+    assert newest("many") == newest("one")
+    names = ("auc", "log_loss", "calibration", "rows", "steps")
+    assert [many[name] for name in names] == [one[name] for name in names]
+
+
 def test_ctrl_c(data, eager, monkeypatch, capsys):
     def interrupting(step: Step, state: Any, batch: Any) -> Callable:
         def run(state: Any, batch: Any) -> Any:
@@ -312,6 +328,7 @@ def test_arguments_that_cannot_be_read(argv, message, capsys):
         (["--data_paths={data}/train", "--batch_size=4000"], r"data_paths: got fewer than 4000 rows"),
         (["--data_paths={data}/train", "--thread_num=0"], r"threads: got 0, expected at least 1"),
         (["--data_paths={data}/train", "--gradient_accumulation_steps=0"], r"accumulation: got 0, expected at least 1"),
+        (["--data_paths={data}/train", "--steps_per_replay=0"], r"steps_per_replay: got 0, expected at least 1"),
         (["--data_paths={data}/train", "--train_steps=0"], r"train_steps: got 0, expected at least 1"),
         (["--data_paths={data}/train", "--sparse_lr=-1"], r"lr: got -1.0, expected 0"),
         (
