@@ -61,7 +61,8 @@ class Step(NamedTuple):
     update_:    the same in place: what is captured.
     evaluate_:  (state, batch) -> (state, aux); changes `metrics` alone, inserts nothing.
     predict:    (state, batch) -> logit f32 [B, 1], of the real samples first; changes and inserts nothing. A batch
-                without the column of the label's name is given zeros for it, so that one feature function will do.
+                without columns of the names `label` and `sample_weight` is given zeros for them, so that one feature
+                function will do.
     flush_:     (state) -> state; applies an incomplete accumulation window with its true count.
     ids_in:     (batch) -> most ids per table that batches of this layout hold.
     grow_:      (state, ids) -> state; makes room for that many new ids per table. Runs between steps, on the host.
@@ -114,6 +115,7 @@ def train_step(
     dense_optimizer: Transform,
     loss: Callable[[Tensor, Tensor], Tensor] = bce_with_logits,
     label: str = "label",
+    sample_weight: str | None = None,
     accumulation: int = 1,
     max_rows: int = 2**26,
     max_bytes: int | None = None,
@@ -133,6 +135,8 @@ def train_step(
               n of its cells, or as [B, sum of dims] where its dims differ.
               forward: (params, embeddings by group, features) -> logit f32 [B, 1].
               loss: (logit, label) -> loss per sample [B, 1]; label: name of the feature [B, 1] that holds the target.
+              sample_weight: name of a feature [B, 1] that multiplies each sample's loss. The mean stays one over the
+              number of samples, as with torch's `weight`; metrics show the weighted loss, and AUC without weights.
               accumulation: micro-batches per optimiser step. The step equals one on their concatenation: gradients are
               summed over valid samples and divided by their total.
               max_rows, max_bytes, max_unique, seed: of every physical table, see `recfx.table.table`.
@@ -192,7 +196,10 @@ def train_step(
     def total_loss(params: Params, blocks: list[list[Tensor]], found: list[Found], feats: dict, valid: Tensor) -> Any:
         emb = _groups(plan, blocks, found)
         logit = forward(params, emb, feats)
-        loss_B = torch.where(valid, loss(logit, feats[label]), 0.0)
+        _check_shapes(logit, feats, label, sample_weight)
+        loss_B = loss(logit, feats[label].float())
+        loss_B = loss_B if sample_weight is None else loss_B * feats[sample_weight]
+        loss_B = torch.where(valid, loss_B, 0.0)
         return loss_B.sum(), (logit, loss_B)
 
     gradients = torch.func.grad(total_loss, argnums=(0, 1), has_aux=True)
@@ -252,8 +259,10 @@ def train_step(
         return state, Aux(loss_mean, logit, batch[NUM_SAMPLES].clone(), feats.get(COUNTS, {}))
 
     def predict(state: TrainState, batch: Mapping[str, Any]) -> Tensor:
-        feats = read(_labelled(batch, label))
-        return forward(state.params, _groups(plan, *look_up(state, feats)), feats)
+        feats = read(_filled(batch, label, sample_weight))
+        logit = forward(state.params, _groups(plan, *look_up(state, feats)), feats)
+        _check_shapes(logit, feats, label, None)
+        return logit
 
     def flush_(state: TrainState) -> TrainState:
         due = state.window.num_batches > 0
@@ -270,7 +279,7 @@ def train_step(
         return state
 
     def ids_in(batch: Mapping[str, Any]) -> tuple[int, ...]:
-        feats = read(_labelled(batch, label))
+        feats = read(_filled(batch, label, sample_weight))
         return tuple(sum(ids_of(feats, l.feature).values.numel() for l in t.lookups) for t in plan.tables)
 
     def grow_(state: TrainState, ids: Sequence[int]) -> TrainState:
@@ -302,11 +311,19 @@ def _valid(feats: dict, label: str) -> Tensor:
     return torch.arange(feats[label].shape[0], device=feats[label].device)[:, None] < feats[NUM_SAMPLES]
 
 
-def _labelled(batch: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """The batch with zeros f32 [B, 1] as its label where it has none, as in a request."""
+def _filled(batch: Mapping[str, Any], *names: str | None) -> dict[str, Any]:
+    """The batch with zeros f32 [B, 1] where it lacks a column of that name, as a request lacks its label."""
     column = next(column for name, column in batch.items() if name != NUM_SAMPLES)
     num = column.num_samples if isinstance(column, Ragged) else column.shape[0]
-    return {label: torch.zeros(num, 1, device=batch[NUM_SAMPLES].device), **batch}
+    return {name: torch.zeros(num, 1, device=batch[NUM_SAMPLES].device) for name in names if name} | {**batch}
+
+
+def _check_shapes(logit: Tensor, feats: dict, label: str, sample_weight: str | None) -> None:
+    """Other shapes would be broadcast against each other: a loss that is wrong by a factor of B, and no error."""
+    names = [label] if sample_weight is None else [label, sample_weight]
+    shapes = {"logit": logit.shape} | {name: feats[name].shape for name in names}
+    if set(shapes.values()) != {(feats[label].shape[0], 1)}:
+        raise ValueError(f"forward: got { ({n: list(s) for n, s in shapes.items()}) }, expected [B, 1] for each.")
 
 
 def _groups(plan: Plan, blocks: list[list[Tensor]], found: list[Found]) -> dict[str, Tensor]:

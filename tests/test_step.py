@@ -1,11 +1,14 @@
 """The eager step: pure = in place = a plain nn.Module with a leaf tensor per row."""
 
 import random
+import re
 
 import pytest
 import torch
+from torch._dynamo.exc import Unsupported
 
 from recfx import step as step_module
+from recfx.capture import capture
 from recfx.embeddings import Embedding, truncated_normal
 from recfx.models import deepfm
 from recfx.optim import adamw, sparse_adamw
@@ -287,6 +290,62 @@ def test_the_label_is_a_feature():
         b, _ = steps[1].update_(states[1], batch)
         states = [a, b]
     assert_same_state(*states, exact=True)
+
+
+def test_a_sample_of_weight_two_is_two_samples():
+    """With its own weight the other one's gradient is halved too: the mean is over samples."""
+    weights = torch.tensor([2.0, 0.0, 1.0, 1.0])
+    samples = samples_of(4, seed=1)
+    repeated = [samples[i] for i, n in enumerate(weights.int().tolist()) for _ in range(n)]
+    weighted, plain = deepfm_step(sample_weight="w"), deepfm_step()
+    a, b = fresh(weighted), fresh(plain)
+    batch = batch_of(samples, 4)
+    for _ in range(2):
+        a, aux_a = weighted.update_(a, pack({**batch, "w": weights[:, None]}))
+        b, aux_b = plain.update_(b, batch_of(repeated, 4))
+        torch.testing.assert_close(aux_a.loss, aux_b.loss)
+    for name, p in b.params.items():
+        torch.testing.assert_close(a.params[name], p, rtol=1e-5, atol=1e-6)
+    assert aux_a.logit[1] != 0
+    without = pack({name: column for name, column in batch.items() if name != "label"})
+    assert torch.equal(
+        weighted.predict(a, without), weighted.evaluate_(a, pack({**batch, "w": weights[:, None]}))[1].logit
+    )
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "shapes"),
+    [
+        ({"forward": lambda p, e, f: e["bias"].sum((1, 2))}, {"logit": [BATCH_SIZE], "label": [BATCH_SIZE, 1]}),
+        (
+            {
+                "forward": lambda p, e, f: e["bias"].sum((1, 2)),
+                "features": lambda b: {**b, "label": b["label"].squeeze(1)},
+            },
+            {"logit": [BATCH_SIZE], "label": [BATCH_SIZE]},
+        ),
+        (
+            {"sample_weight": "w", "features": lambda b: {**b, "w": b["label"].squeeze(1)}},
+            {"logit": [BATCH_SIZE, 1], "label": [BATCH_SIZE, 1], "w": [BATCH_SIZE]},
+        ),
+    ],
+)
+def test_shapes_that_would_be_broadcast_are_an_error(arguments, shapes, captured):
+    step, batch = deepfm_step(**arguments), deepfm_batches(1)[0]
+    state = fresh(step)
+    run = capture(step, state, batch) if captured else step.update_
+    with pytest.raises((ValueError, Unsupported), match=re.escape(f"forward: got {shapes}, expected [B, 1] for each.")):
+        run(state, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.float64])
+def test_labels_of_any_type(dtype):
+    step, batch = deepfm_step(), deepfm_batches(1)[0]
+    cast = pack({**batch, "label": (batch["label"] > 0).to(dtype)})
+    expected = pack({**batch, "label": (batch["label"] > 0).float()})
+    (_, a), (_, b) = step.update_(fresh(step), cast), step.update_(fresh(step), expected)
+    assert torch.equal(a.loss, b.loss)
 
 
 def test_evaluation_changes_metrics_alone_and_gives_zeros_for_unknown_ids():
