@@ -170,9 +170,10 @@ def train(
             reset_metrics_(state)
             on_event("before_epoch", progress, state)
             batches = reader.epoch(progress.epoch) if position is None else reader.start_at(position)
+            stream = iter(batches)
             window = 0  # micro-batches of the open accumulation window
             clock = time.perf_counter()
-            while some := list(itertools.islice(batches, most_batches(window))):
+            while some := list(itertools.islice(stream, most_batches(window))):
                 if window == 0 or window + len(some) > step.accumulation:
                     on_event("before_step", progress, state)
                 state = run_all(state, some)

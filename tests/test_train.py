@@ -118,6 +118,31 @@ def test_no_steps_per_replay(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+class Restarts(MemoryReader):
+    """Its epochs are iterables that begin anew whenever they are iterated."""
+
+    def start_at(self, position: dict) -> Any:
+        reader, first = self, position["batch"]
+
+        class Epoch:
+            position = {"batch": first}
+
+            def __iter__(self) -> Iterator[Batch]:
+                for number, batch in enumerate(reader.batches[first:], start=first + 1):
+                    self.position = {"batch": number}
+                    yield batch
+
+        return Epoch()
+
+
+def test_an_epoch_that_is_no_iterator_ends(tmp_path):
+    def stop() -> None:
+        raise OverflowError("a fourth of three batches")
+
+    _, progress = go(tmp_path, Restarts(deepfm_batches(3)), listener=Log(("after_step", 4), stop))
+    assert progress.step == 3
+
+
 # In which order.
 
 
