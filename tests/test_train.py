@@ -125,7 +125,8 @@ class Restarts(MemoryReader):
         reader, first = self, position["batch"]
 
         class Epoch:
-            position = {"batch": first}
+            def __init__(self) -> None:
+                self.position = {"batch": first}
 
             def __iter__(self) -> Iterator[Batch]:
                 for number, batch in enumerate(reader.batches[first:], start=first + 1):
