@@ -225,6 +225,8 @@ def test_diff_of_other_models(step, tmp_path):
     assert "seed: 3 | 4" in lines
     assert "emb/c + bias/c: only in A" in lines
     assert "params.x: only in B" in lines
+    dense = [line for line in lines if line.startswith(("dense.", "params."))]
+    assert dense == sorted(dense)  # not in the order of a hash table
 
 
 def test_diff_of_what_is_no_checkpoint(tmp_path, capsys):

@@ -71,7 +71,7 @@ def diff(a: str | Path, b: str | Path) -> list[str]:
         if one != other:
             lines.append(f"{name}: {one} | {other}")
     one, other = (source.small for source in sources)
-    for name in dict.fromkeys((*one, *other)):
+    for name in sorted(one.keys() | other.keys()):  # safetensors gives them in another order every time
         lines += _diff_tensors(name, *(s[name].numpy() if name in s else None for s in (one, other)))
     tables = [_vocabularies(c) for c in contents]
     for names in dict.fromkeys((*tables[0], *tables[1])):

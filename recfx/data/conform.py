@@ -121,6 +121,7 @@ def _present(array: pa.Array, column: Column, expected: str) -> np.ndarray:
     """Which rows are not null; a bad row where nulls are errors."""
     present = _valid(array)
     if array.null_count and column.null == "error":
+        expected = f"{expected}, or null='empty' for the column"
         raise BadRows(column.name, np.flatnonzero(~present), lambda _: "null", expected)
     return present
 

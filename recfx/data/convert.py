@@ -94,7 +94,7 @@ def _targets(files: Sequence[File], folder: Path, to: str) -> dict[Path, File]:
         if target in targets:
             raise ValueError(
                 f"paths: got '{targets[target].path}' and '{file.path}', which would both be '{target.name}', "
-                "expected names that differ."
+                "expected names that differ. Convert each folder into one of its own."
             )
         if target.exists():
             raise ValueError(

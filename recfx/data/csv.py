@@ -181,7 +181,8 @@ def _check_quotes(text: bytes, delimiter: str) -> None:
         try:
             list(csv.reader([cells], delimiter=delimiter, strict=True))
         except csv.Error as error:
-            raise pa.ArrowInvalid(f"a line break in a quoted cell, {cells[:50]!r}") from error
+            got = f"a line break in a quoted cell, or a quote that is not closed, {cells[:50]!r}"
+            raise pa.ArrowInvalid(got) from error
 
 
 def _cast(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, dict[int, str]]:

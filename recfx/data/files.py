@@ -60,7 +60,8 @@ def match_files(paths: Paths, filesystem: fs.FileSystem | None = None) -> list[F
 
     Args:     paths: a file, glob or folder, a list of them, or one string with commas between; local paths or URIs
                   ("s3://bucket/train/*.orc"). A folder stands for the files directly in it whose names start with
-                  neither '.' nor '_'; "**" in a glob for folders of any depth.
+                  neither '.' nor '_', and a glob that matches folders alone ("logs/dt=2026-11-*") for those in
+                  each; "**" in a glob for folders of any depth.
               filesystem: where the paths are, instead of what they say themselves.
     Raises:   ValueError when a path matches no file.
     """
@@ -87,16 +88,22 @@ def _match(item: str, filesystem: fs.FileSystem | None) -> list[File]:
     if isinstance(filesystem, fs.LocalFileSystem):
         path = str(PurePath(path))  # one name for a//b, a/./b and a/b
     info = filesystem.get_file_info(path)
-    if info.type == fs.FileType.File:
-        found = [info]
-    elif info.type == fs.FileType.Directory:
-        found = [f for f in filesystem.get_file_info(fs.FileSelector(path)) if not f.base_name.startswith((".", "_"))]
-    else:
-        found = _glob(path, filesystem)
+    found = _glob(path, filesystem) if info.type == fs.FileType.NotFound else [info]
+    if all(f.type == fs.FileType.Directory for f in found):
+        found = [f for folder in found for f in _inside(folder, filesystem)]
     files = [File(filesystem, f.path, f.size, f.mtime_ns) for f in found if f.type == fs.FileType.File]
     if not files:
-        raise ValueError(f"paths: got '{item}', which matches no file, expected a file, a folder of files or a glob.")
+        hint = f" It has folders: '{item.rstrip('/')}/*' is the files in them." if found else ""
+        raise ValueError(
+            f"paths: got '{item}', which matches no file, expected a file, a folder of files or a glob.{hint}"
+        )
     return files
+
+
+def _inside(folder: fs.FileInfo, filesystem: fs.FileSystem) -> list[fs.FileInfo]:
+    """What stands directly in a folder and is not hidden."""
+    inside = filesystem.get_file_info(fs.FileSelector(folder.path))
+    return [f for f in inside if not f.base_name.startswith((".", "_"))]
 
 
 def _glob(pattern: str, filesystem: fs.FileSystem) -> list[fs.FileInfo]:

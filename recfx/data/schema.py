@@ -23,7 +23,8 @@ def check_schema(path: str, schema: pa.Schema, columns: Sequence[Column]) -> Non
         depth, item = _depth(types[column.name])
         expected = _expected(column)
         if not _is_read_as(item, column) or not (depth == column.depth or (depth == 0 and column.depth == 1)):
-            raise ValueError(f"column '{column.name}' of '{path}': got {types[column.name]}, expected {expected}.")
+            expected = f"{expected}.{_hint(item, column)}"
+            raise ValueError(f"column '{column.name}' of '{path}': got {types[column.name]}, expected {expected}")
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -80,6 +81,14 @@ def _is_read_as(kind: pa.DataType, column: Column) -> bool:
     if column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash):
         return is_text(kind)
     return pa.types.is_integer(kind) if column.item == pa.int64() else _is_number(kind)
+
+
+def _hint(kind: pa.DataType, column: Column) -> str:
+    """How values of this type are read after all."""
+    if pa.types.is_decimal(kind) or pa.types.is_temporal(kind):
+        return " `recfx convert` makes float32 of decimals and strings of times."
+    is_unhashed = isinstance(column, VarLen) and column.item == pa.int64() and column.string_hash is None
+    return " Strings are read by `hashed`." if is_unhashed and is_text(kind) else ""
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -197,9 +197,11 @@ def _fail(error: ValueError) -> Any:
 
 
 def _no_share(plan: Plan) -> ValueError:
+    by_unit = ", share the files with shard_by='unit'" if plan.shard_by == "file" else ""
     return ValueError(
         f"rank: got {plan.rank} of {plan.world_size} workers for {len(plan.files)} files, expected a {plan.shard_by} "
-        "for each worker. One without rows would leave the others waiting. Start fewer workers or cut the data up."
+        f"for each worker. One without rows would leave the others waiting. Start fewer workers{by_unit} or cut the "
+        "data up."
     )
 
 

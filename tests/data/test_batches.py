@@ -2,6 +2,7 @@ import gc
 import itertools
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -192,6 +193,21 @@ def test_paths(folder):
     assert names([folder, folder / "a.orc"]) == names(folder)
 
 
+def test_folders_that_a_glob_matches(folder):
+    for day in ("dt=1", "dt=2", "dt=10", "_dt=1"):
+        (folder / "days" / day).mkdir(parents=True)
+        shutil.copy(folder / "a.orc", folder / "days" / day / f"{day}.orc")
+    (folder / "days" / "dt=1" / "_SUCCESS").touch()
+
+    def names(paths):
+        return [file.name for file in reader(paths, COLUMNS).files]
+
+    assert names(f"{folder}/days/dt=[12]") == ["dt=1.orc", "dt=2.orc"]
+    assert names(f"{folder}/days/dt=*, {folder}/days/dt=2/*.orc") == ["dt=1.orc", "dt=10.orc", "dt=2.orc"]
+    with pytest.raises(ValueError, match=rf"'{folder}/days/', which .* It has folders: '{folder}/days/.' is the files"):
+        reader(f"{folder}/days/", COLUMNS)
+
+
 @pytest.mark.parametrize("paths", ["{}/nothing-*.orc", "{}/z.orc", "{}/a.orc,{}/z.orc", "{}/void"])
 def test_paths_that_match_nothing(folder, paths):
     (folder / "void").mkdir()
@@ -268,7 +284,7 @@ FAULTS = {
     "large integer": r"column 'x' of '.*e.orc', row 6: got 16777217, which float32 would round, expected an integer",
     "null list": "column 'c' of '.*e.orc', row 6: got null, expected a list",
     "null element": "column 'x' of '.*e.orc', row 6: got a null element",
-    "null number": "column 'c' of '.*e.orc', row 6: got null, expected a value",
+    "null number": "column 'c' of '.*e.orc', row 6: got null, expected a value, or null='empty' for the column.",
     "long label": "column 'label' of '.*e.orc', row 6: got 2 values, expected 1",
     "truncated": "file '.*e.orc': got .*, expected a readable ORC file",
     "damaged": "file '.*e.orc': got .* in stripe 0, expected a whole file",
