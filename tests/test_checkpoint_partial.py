@@ -293,6 +293,25 @@ def test_a_background_save_that_is_killed_is_told(step, tmp_path, monkeypatch):
     assert latest(tmp_path) is None
 
 
+def test_a_system_without_memory_for_a_child_is_told(step, tmp_path, monkeypatch):
+    """And ctrl-C, which waits while the child is made, comes through again."""
+
+    def fork() -> int:
+        raise OSError(12, "Cannot allocate memory")
+
+    state, open_files = some_state(step), "/proc/self/fd"
+    with Saver(tmp_path, step) as saver:
+        before = len(os.listdir(open_files))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fork", fork)
+            with pytest.raises(OSError, match="background save: no child process: Cannot allocate memory"):
+                saver.save_in_background(state, number=8, loop=LOOP)
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        assert len(os.listdir(open_files)) == before
+        saver.save_in_background(state, number=8, loop=LOOP)
+    load(latest(tmp_path), step, fresh(step))
+
+
 def test_an_unforeseen_error_in_the_background_is_told():
     def fail() -> None:
         raise KeyError("surprise")

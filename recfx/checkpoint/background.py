@@ -17,19 +17,26 @@ class Job:
 
     A fork copies page tables, not memory; a page is copied when the parent first writes to it while the child lives.
     The child must be content with this one thread's copy of the process: no torch, whose OpenMP threads it lacks.
-    It ignores ctrl-C, which a terminal sends to it as well, and is told of its parent's end by `orphaned`.
+    It ignores ctrl-C, which a terminal sends to it as well.
+
+    Raises:   OSError when the system has no memory for a child.
     """
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._pipe, theirs = os.pipe()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        with warnings.catch_warnings():  # Python 3.12 warns of any fork beside threads
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._pid = os.fork()
-        if self._pid == 0:
-            _run(work, theirs)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        os.close(theirs)
+        try:
+            with warnings.catch_warnings():  # Python 3.12 warns of any fork beside threads
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._pid = os.fork()
+            if self._pid == 0:
+                _run(work, theirs)
+        except OSError as error:
+            os.close(self._pipe)
+            raise OSError(error.errno, f"background save: no child process: {error.strerror}.") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            os.close(theirs)
 
     @property
     def done(self) -> bool:
