@@ -102,8 +102,8 @@ def capture_steps(
     Example:  >>> while some := list(itertools.islice(batches, 4)):  # doctest: +SKIP
               ...     state, auxes = run(state, some)
     """
-    if steps_per_replay < 1:
-        raise ValueError(f"steps_per_replay: got {steps_per_replay}, expected at least 1.")
+    if type(steps_per_replay) is not int or steps_per_replay < 1:
+        raise ValueError(f"steps_per_replay: got {steps_per_replay!r}, expected at least 1, an int.")
     knobs: dict[str, Any] = {"to_sweep": functools.partial(_batches_to_sweep, step), "most": steps_per_replay}
     return _Captured(step, step.update_, step.grow_, batch, new_layout, **knobs).several
 

@@ -86,7 +86,7 @@ class Life:
             raise ValueError(f"keep: got {self.keep} with score {self.score}, expected both or neither.")
         for name in ("keep", "every", "candidates"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name != "keep":
                 _check_int(name, value)
         for name in ("admit", "expire", "score"):
             value = getattr(self, name)

@@ -56,7 +56,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if type(value) is int and value < 1:
+            if name in ("output_dir", "save_in_background") or (name == "train_steps" and value is None):
+                continue
+            if type(value) is not int:
+                raise TypeError(f"{name}: got {value!r}, expected an int.")
+            if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1.")
 
 
@@ -103,8 +107,8 @@ def train(
               evaluate_with: state -> values by name, called after every epoch and after `train_steps`; a resumed run
               that has nothing left to train is evaluated too.  on_event: told of every phase.
     """
-    if steps_per_replay < 1:
-        raise ValueError(f"steps_per_replay: got {steps_per_replay}, expected at least 1.")
+    if type(steps_per_replay) is not int or steps_per_replay < 1:
+        raise ValueError(f"steps_per_replay: got {steps_per_replay!r}, expected at least 1, an int.")
     progress, position = Progress(), None
     begun = time.perf_counter()
     saving = False

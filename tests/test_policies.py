@@ -304,6 +304,7 @@ def test_wrong_numbers_of_policies_are_named(make, error):
     ("arguments", "message"),
     [
         ({"every": 1.5}, "every: got 1.5, expected an int"),
+        ({"every": None}, "every: got None, expected an int"),
         ({"every": "x"}, "every: got 'x', expected an int"),
         ({"candidates": 0.5}, "candidates: got 0.5, expected an int"),
         ({"score": policies.least_recently_used, "keep": 1.5}, "keep: got 1.5, expected an int"),

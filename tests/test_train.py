@@ -104,17 +104,17 @@ def test_counts_out_of_range(name):
         TrainConfig(**{name: 0})
 
 
-def test_no_steps_per_replay(tmp_path):
-    step = deepfm_step()
-    with pytest.raises(ValueError, match="steps_per_replay: got 0, expected at least 1"):
-        train(
-            step,
-            eager(step),
-            fresh(step),
-            reader_of(2),
-            TrainConfig(output_dir=str(tmp_path / "x")),
-            steps_per_replay=0,
-        )
+@pytest.mark.parametrize("name", ["log_steps", "save_steps", "train_steps", "train_epoch", "max_to_keep"])
+def test_counts_that_are_none(name):
+    with pytest.raises(TypeError, match=f"{name}: got 1000.0, expected an int"):
+        TrainConfig(**{name: 1e3})
+
+
+@pytest.mark.parametrize("num", [0, 1.5])
+def test_no_steps_per_replay(tmp_path, num):
+    step, config = deepfm_step(), TrainConfig(output_dir=str(tmp_path / "x"))
+    with pytest.raises(ValueError, match=f"steps_per_replay: got {num}, expected at least 1, an int"):
+        train(step, eager(step), fresh(step), reader_of(2), config, steps_per_replay=num)
     assert not (tmp_path / "x").exists()
 
 
