@@ -361,6 +361,20 @@ def test_the_previous_checkpoint_survives_a_write_that_fails(step, saved, monkey
     assert steps(saved.parent) == [newer]
 
 
+def test_what_is_to_be_replaced_is_there_when_the_new_one_cannot_take_its_place(step, saved, monkeypatch):
+    real, before = os.replace, digests(saved)
+
+    def refuse(source: Path, target: Path) -> None:
+        no_space() if source.name.startswith(".unfinished-0") else real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(OSError, match=r"No space left on device. The checkpoints before this one are whole"):
+            save(saved.parent, step, some_state(step, 6), number=8, loop=LOOP)
+    assert sorted(p.name for p in saved.parent.iterdir()) == [".lock", saved.name]
+    assert digests(saved) == before
+
+
 def test_a_file_the_system_refuses(step, saved):
     state = some_state(step, 6)
     expected = pytest.raises(OSError, match=r"File too large. The checkpoints before this one are whole")

@@ -347,16 +347,6 @@ def test_a_save_over_a_damaged_one_leaves_nothing_behind(step, state, tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", path.name]
 
 
-def test_a_save_that_ctrl_c_ends_leaves_nothing_behind(step, state, saved, monkeypatch):
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("recfx.checkpoint.contents.write_manifest", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save(saved.parent, step, state, number=9, loop={})
-    assert sorted(p.name for p in saved.parent.iterdir()) == [".lock", saved.name]
-
-
 def test_leftovers_that_are_no_folders(step, state, tmp_path):
     """A link is removed, what it points to is not."""
     (tmp_path / "kept").mkdir()

@@ -22,8 +22,8 @@ from recfx.checkpoint.files import (
     PREFIX,
     STATE,
     UNFINISHED,
-    discard,
     finished,
+    hide,
     read_manifest,
     sync_folder,
     write_file,
@@ -157,7 +157,7 @@ def write(
               so each folder is complete and the older one may go. None: `contents` holds every live row.
               before_file: called before each file of rows; may raise OSError to give up.
     Raises:   OSError naming the folder when the disk is full or not writable; ValueError when `base` is damaged.
-              Whatever is raised, nothing is left of the attempt.
+              Nothing is then left of the attempt; after ctrl-C, as after a kill, the next save clears it away.
     """
     scratch = folder / f"{UNFINISHED}{contents.number:09d}"
     try:
@@ -168,7 +168,7 @@ def write(
         target = folder / f"{PREFIX}{contents.number:09d}"
         _publish(scratch, target, manifest)
         sync_folder(folder)
-    except BaseException as error:  # ctrl-C too
+    except Exception as error:  # not ctrl-C, which may come when nothing else is whole
         shutil.rmtree(scratch, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
@@ -176,7 +176,7 @@ def write(
         raise OSError(error.errno, f"{scratch}: {error.strerror or error}. {whole}") from error
     others = [path for path in finished(folder) if path != target]
     for old in others[: max(len(others) + 1 - max_to_keep, 0)]:
-        discard(old)
+        shutil.rmtree(hide(old))
     return target
 
 
@@ -230,8 +230,15 @@ def _publish(scratch: Path, target: Path, manifest: dict) -> None:
     except ValueError:
         same = False
     if not same:
-        discard(target)
-        os.replace(scratch, target)
+        old = hide(target) if target.exists() else None
+        try:
+            os.replace(scratch, target)
+        except OSError:
+            if old is not None:
+                os.replace(old, target)
+            raise
+        if old is not None:
+            shutil.rmtree(old)
         return
     for name in (*manifest["files"], MANIFEST):
         os.replace(scratch / name, target / name)

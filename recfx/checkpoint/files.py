@@ -26,8 +26,8 @@ __all__ = [
     "ShardReader",
     "clear_unfinished",
     "digest_of",
-    "discard",
     "finished",
+    "hide",
     "latest",
     "read_checked",
     "read_manifest",
@@ -301,12 +301,11 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def discard(path: Path) -> None:
-    """Hidden by one rename first: a folder half deleted must not pass for a checkpoint."""
-    if path.exists():
-        hidden = path.with_name(UNFINISHED + path.name)
-        os.replace(path, hidden)
-        shutil.rmtree(hidden)
+def hide(path: Path) -> Path:
+    """Before it is deleted, by one rename: a folder half deleted must not pass for a checkpoint."""
+    hidden = path.with_name(UNFINISHED + path.name)
+    os.replace(path, hidden)
+    return hidden
 
 
 def sync_folder(folder: Path) -> None:
