@@ -251,6 +251,11 @@ class Plan:
     tables: tuple[TablePlan, ...]
     groups: dict[str, tuple[Cell, ...]]
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """Of the logical tables, by name."""
+        return {c.name: c.dim for t in self.tables for vocabulary in t.vocabularies for c in vocabulary}
+
     def learns(self, cell: Cell) -> bool:
         """Whether a gradient of the cell reaches rows: not through a read-only lookup, nor those of a frozen table."""
         table = self.tables[cell.table]

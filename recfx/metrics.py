@@ -11,7 +11,7 @@ from torch import Tensor
 from recfx.kernels import add_predictions
 from recfx.types import Transform
 
-__all__ = ["BinaryCounts", "auc", "auc_200", "binary_metrics", "calibration", "log_loss", "threshold_auc"]
+__all__ = ["BinaryCounts", "auc", "auc_200", "binary_metrics", "calibration", "gauc", "log_loss", "threshold_auc"]
 
 LOGIT_RANGE = 20.0
 
@@ -58,6 +58,40 @@ def auc(counts: BinaryCounts) -> float:
     below = negative.cumsum(0) - negative
     pairs = negative.sum() * positive.sum()
     return float((positive * (below + negative / 2)).sum() / pairs)
+
+
+def gauc(group: Tensor, score: Tensor, label: Tensor) -> float:
+    """Mean of the AUCs of groups, of a user's samples each, weighted by their sizes; pairs of equal score as half.
+
+    Of predictions collected on the host, in any order, from any number of batches and workers. Groups of one class are
+    left out. NaN where there is no other.
+
+    Shapes:   i64, f32 and label of N elements each; a click is a label above 0.5.
+    Example:  >>> gauc(torch.tensor([1, 1, 2, 2, 2]), torch.tensor([0.1, 0.9, 0.5, 0.5, 0.7]),
+              ...      torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]))
+              0.85
+    """
+    group, score, label = group.flatten(), score.flatten(), label.flatten()
+    order = score.argsort()
+    order = order[group[order].argsort(stable=True)]
+    group, score, click = group[order], score[order], (label[order] > 0.5).double()
+    in_group, in_tie = torch.zeros_like(group), torch.zeros_like(group)
+    in_group[1:] = (group[1:] != group[:-1]).cumsum(0)
+    in_tie[1:] = ((group[1:] != group[:-1]) | (score[1:] != score[:-1])).cumsum(0)
+
+    def sums(values: Tensor, of: Tensor) -> Tensor:
+        return torch.bincount(of, weights=values)[of]  # of the sample's group or tie
+
+    negative, in_same_tie = 1 - click, sums(1 - click, in_tie)
+    positives, negatives = sums(click, in_group), sums(negative, in_group)
+    first_of_tie = torch.searchsorted(in_tie, in_tie)
+    first_of_group = torch.searchsorted(in_group, in_group)
+    before = negative.cumsum(0) - negative
+    below = before[first_of_tie] - before[first_of_group]
+    counted = (positives > 0) & (negatives > 0)
+    wins = click * (below + in_same_tie / 2)
+    auc_by_size = (wins / (positives * negatives) * (positives + negatives))[counted].sum()
+    return float(auc_by_size / counted.sum())
 
 
 def threshold_auc(num_thresholds: int = 200) -> tuple[Callable[[], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recfx.checkpoint import load, save
+from recfx.checkpoint import held, load, save
 from recfx.embeddings import Column, Embedding, TablePlan, uniform
 from recfx.kernels.initial import initial_values
 from recfx.kernels.owner import owner
@@ -210,6 +210,24 @@ def test_a_subset_of_features(step, state, saved):
     assert torch.equal(loaded.params["dnn.0.weight"], params["dnn.0.weight"])
     assert not loaded.dense.m["dnn.0.weight"].any()
     assert int(loaded.tables[0].num_free) == 0
+
+
+def test_what_fits_another_model(saved):
+    """One with a feature more, another one less, and one dense layer of another shape."""
+    groups = {
+        "emb": [Embedding(f, dim=DIM) for f in ("a", "b", "new")],
+        "bias": [Embedding(f, dim=1) for f in ("a", "b", "new")],
+    }
+    step = deepfm_step(embeddings=groups)
+    state = step.init(deepfm_params(len(groups["emb"])) | {"other": torch.zeros(2)})
+    there = held(saved)
+    assert there.tables == {f"{g}/{f}": dim for g, dim in (("emb", DIM), ("bias", 1)) for f in FEATURES}
+    assert there.dense == {name: p.shape for name, p in deepfm_params().items()}
+    dense = [name for name, p in state.params.items() if there.dense.get(name) == p.shape]
+    assert set(state.params) - set(dense) == {"other"}
+    state, _ = load(saved, step, state, tables=there.tables.keys() & step.plan.widths.keys(), dense=dense)
+    assert int(state.tables[0].num_rows) > 0
+    assert {"emb/new", "bias/new"} == step.plan.widths.keys() - there.tables.keys()
 
 
 def test_an_added_feature(step, state, saved):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recfx.losses import bce_with_logits
-from recfx.metrics import auc, auc_200, binary_metrics, calibration, log_loss, threshold_auc
+from recfx.metrics import auc, auc_200, binary_metrics, calibration, gauc, log_loss, threshold_auc
 from tests.reference import exact_auc
 
 LABELS = torch.tensor([0, 0, 1, 0, 0, 0, 1, 0, 1, 1]).float()
@@ -26,6 +26,22 @@ def clicks(num, *, rate, spread, seed=0):
     g = torch.Generator().manual_seed(seed)
     logit = torch.randn(num, generator=g) * spread + math.log(rate / (1 - rate)) - spread**2 / 2
     return logit, (torch.rand(num, generator=g) < logit.sigmoid()).float()
+
+
+@given(
+    rows=st.lists(st.tuples(st.sampled_from([-(2**63), 3, 2**62 + 1]), st.integers(0, 3), st.booleans()), max_size=40)
+)
+@settings(max_examples=100, deadline=None)
+def test_gauc_is_the_mean_of_exact_aucs(rows):
+    total = num = 0.0
+    for group in {g for g, _, _ in rows}:
+        score = torch.tensor([s for g, s, _ in rows if g == group]).float()
+        label = torch.tensor([y for g, _, y in rows if g == group]).float()
+        if 0 < label.sum() < len(label):
+            total, num = total + len(label) * exact_auc(score, label), num + len(label)
+    group = torch.tensor([g for g, _, _ in rows], dtype=torch.int64)
+    score, label = (torch.tensor([row[i] for row in rows]).float() for i in (1, 2))
+    assert gauc(group, score, label) == pytest.approx(total / num if num else math.nan, nan_ok=True)
 
 
 def test_auc_is_exact_at_a_click_rate_of_a_tenth_of_a_percent():

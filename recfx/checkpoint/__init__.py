@@ -8,9 +8,9 @@ Nothing of capacity, slots, time or host is written: equal states give equal byt
 """
 
 from recfx.checkpoint.files import latest
-from recfx.checkpoint.loading import load
+from recfx.checkpoint.loading import held, load
 from recfx.checkpoint.merging import compact, diff
 from recfx.checkpoint.recis import load_recis
 from recfx.checkpoint.saving import Saver, save
 
-__all__ = ["Saver", "compact", "diff", "latest", "load", "load_recis", "save"]
+__all__ = ["Saver", "compact", "diff", "held", "latest", "load", "load_recis", "save"]

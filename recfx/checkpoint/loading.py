@@ -23,7 +23,7 @@ from recfx.kernels.owner import owner
 from recfx.step import Step, TrainState
 from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState, initializer_tensors, restore_
 
-__all__ = ["Source", "check_arguments", "check_names", "load"]
+__all__ = ["Held", "Source", "check_arguments", "check_names", "held", "load"]
 
 
 class Source(NamedTuple):
@@ -41,6 +41,28 @@ class Source(NamedTuple):
         return Source(
             path, manifest, safetensors.torch.load(bytes(read_checked(path / STATE, manifest["files"][STATE])))
         )
+
+
+class Held(NamedTuple):
+    """What a checkpoint holds, by name."""
+
+    tables: dict[str, int]  # width of each logical table
+    dense: dict[str, torch.Size]  # shape of each dense parameter
+
+
+def held(path: str | Path) -> Held:
+    """The tables and dense parameters of a checkpoint, so that a new model can be given what fits it.
+
+    Raises:   ValueError naming the file when it is missing, damaged, or newer than this version.
+    Example:  >>> there = held(path)                                                            # doctest: +SKIP
+              >>> tables = there.tables.keys() & step.plan.widths.keys()                        # doctest: +SKIP
+              >>> dense = [n for n, p in state.params.items() if there.dense.get(n) == p.shape] # doctest: +SKIP
+              >>> state, _ = load(path, step, state, tables=tables, dense=dense)                # doctest: +SKIP
+    """
+    source, prefix = Source.open(path), "params."
+    tables = {name: width for table in source.manifest["tables"] for columns in table for name, _, width in columns}
+    dense = {n.removeprefix(prefix): t.shape for n, t in source.small.items() if n.startswith(prefix)}
+    return Held(tables, dict(sorted(dense.items())))
 
 
 class Piece(NamedTuple):
@@ -126,9 +148,10 @@ def load(
         if source.manifest["slots"] != list(step.slots) and (tables is None or tables):
             raise ValueError(
                 f"{source.path}: got an optimiser that keeps {source.manifest['slots']} beside the weights, expected "
-                f"{list(step.slots)}. Use the optimiser that it was saved with."
+                f"{list(step.slots)}. Use the optimiser that it was saved with, or take weights alone with "
+                "recfx.rows.export_parquet and import_parquet_."
             )
-    known = {c.name for t in step.plan.tables for v in t.vocabularies for c in v}
+    known = step.plan.widths.keys()
     check_names("tables", tables, known)
     check_names("names", names.keys(), known | state.params.keys())
     dense_pairs, table_moves = _dense_pairs(state, sources[0], dense, names), []
@@ -188,7 +211,7 @@ def _dense_pairs(
         if saved is None or saved.shape != target.shape:
             raise ValueError(
                 f"{source.path / STATE}: no tensor '{name}' of shape {list(target.shape)}. Another model's or "
-                "optimiser's; name what to take in `dense`."
+                "optimiser's; name what to take in `dense`, see `held`."
             )
         pairs.append((target, saved))
     return pairs
