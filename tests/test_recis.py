@@ -188,6 +188,13 @@ def test_the_newest_of_a_run(tmp_path):
         load_recis(tmp_path, step, fresh(step), names=NAMES)
 
 
+def test_a_list_that_is_no_text(tmp_path):
+    (tmp_path / "checkpoint").write_bytes(b"ckpt-1\n\xff\xfe")
+    step = tf_step()
+    with pytest.raises(ValueError, match=rf"{tmp_path}/.*index: FileNotFoundError"):
+        load_recis(tmp_path, step, fresh(step), names=NAMES)
+
+
 def test_some_tables(tmp_path):
     step, tables = tf_step(), saved_tables(lambda _: [1, 2])
     folder = write_recis(tmp_path, {"b_bias": tables["b_bias"]})
@@ -593,6 +600,12 @@ DAMAGE = {
     "a part of another world": (
         edit_json("tensorkey.json", lambda c: c.update({"t.id/part_1_3": "t@id^"})),
         r"got parts of ranks \[0, 1\] of \[1, 3\]",
+    ),
+    "a world without end": (
+        edit_json(
+            "tensorkey.json", lambda c: [c.pop(k) for k in [*c]] + [c.update({f"t.id/part_0_{10**12}": "t@id^"})]
+        ),
+        r"got parts of ranks \[0\] of \[1000000000000\]",
     ),
     "no embedding of a part": (
         edit_json("tensorkey.json", lambda c: c.pop(BLOCK)),

@@ -72,8 +72,8 @@ def load_recis(
     Differs:  from `load`: the layout has no checksums, so a flipped bit shows where it makes no sense, if anywhere.
               Reader positions, metrics and step filters are not taken.
     Raises:   ValueError naming file and tensor when one is missing, damaged, of another shape or type, or not finite;
-              when an id is there twice, ranks are missing, or the optimiser keeps something else; when `state` has rows
-              already, or too little room. `state` is then as it was.
+              when an id is there twice, a rank is missing from all tables, or the optimiser keeps something else; when
+              `state` has rows already, or too little room. `state` is then as it was.
     """
     check_arguments([Path(path)], state, rank, world_size)
     columns = {c.name: c for t in step.plan.tables for v in t.vocabularies for c in v}
@@ -135,7 +135,7 @@ class _Folder:
             ranks.add(int(part[1]))
             counts.add(int(part[2]))
             self._tables.setdefault(named[1], {}).setdefault(named[2], {})[int(part[1])] = block
-        if keys and (len(counts) > 1 or ranks != set(range(max(counts)))):
+        if keys and not (len(counts) == 1 and len(ranks) == max(ranks) + 1 == max(counts)):
             raise ValueError(
                 f"{self.path / KEYS}: got parts of ranks {sorted(ranks)} of {sorted(counts)}, expected all of one "
                 "number of ranks. Rows would be lost; use another checkpoint."
@@ -220,7 +220,7 @@ def _newest(path: Path) -> Path:
     """The checkpoint's folder, where `path` may be that of the run."""
     if (path / INDEX).exists() or not (path / LIST).exists():
         return path
-    listed = (path / LIST).read_text().split()
+    listed = (path / LIST).read_text(errors="replace").split()
     if not listed:
         raise ValueError(f"{path / LIST}: got no line, expected names of checkpoints, the newest last.")
     return path / listed[-1]
