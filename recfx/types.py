@@ -202,10 +202,7 @@ def pack(columns: Mapping[str, Tensor | Ragged], *, layout: Layout | None = None
     if len(set(num_samples.values())) != 1:
         raise ValueError(f"columns: got {num_samples} samples, expected one number. A batch is cut by sample.")
     batch_size = next(iter(num_samples.values()))
-    tensors: dict[tuple[str, str], Tensor] = {}
-    for name, column in columns.items():
-        parts = column.parts if isinstance(column, Ragged) else {"dense": column}
-        tensors |= {(name, part): t for part, t in parts.items()}
+    tensors = _parts_of(columns)
     if NUM_SAMPLES not in columns:
         tensors[NUM_SAMPLES, "dense"] = torch.tensor(batch_size, dtype=torch.int32)
     if layout is None:
@@ -215,12 +212,19 @@ def pack(columns: Mapping[str, Tensor | Ragged], *, layout: Layout | None = None
     device = next(iter(tensors.values())).device
     zeros = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device, pin_memory=pin_memory)
     batch = Batch(zeros, layout)
+    views = _parts_of(unpack(batch.sections, layout))
     for (name, part), t in tensors.items():
-        target = batch[name] if part == "dense" else batch[name].parts[part]
+        target = views[name, part]
         target[: len(t)].copy_(t) if t.dim() else target.copy_(t)
         if part == "offsets" or part.startswith(OUTER):
             target[len(t) :] = t[-1]
     return batch
+
+
+def _parts_of(columns: Mapping[str, Tensor | Ragged]) -> dict[tuple[str, str], Tensor]:
+    """Tensors by column name and part."""
+    parts = {name: c.parts if isinstance(c, Ragged) else {"dense": c} for name, c in columns.items()}
+    return {(name, part): t for name, of_column in parts.items() for part, t in of_column.items()}
 
 
 def _check_fits(tensors: Mapping[tuple[str, str], Tensor], layout: Layout) -> None:

@@ -141,7 +141,7 @@ def _converted(table: pa.Table, file: File, as_lists: bool) -> pa.Table:
         except pa.ArrowInvalid as error:
             raise ValueError(
                 f"column '{name}' of '{file.path}': got {array.type}, expected what can be kept as "
-                f"{_stored(array.type)}: {error}."
+                f"{_stored(array.type)}: {error}. Leave it out with `columns`."
             ) from error
         arrays[name] = _as_lists(array) if as_lists and not pa.types.is_nested(array.type) else array
     return pa.table(arrays)

@@ -142,7 +142,9 @@ def write_manifest(path: str | os.PathLike[str], files: Sequence[File]) -> None:
     """
     checksums = {file.name: checksum(file) for file in files}
     if len(checksums) < len(files):
-        raise ValueError(f"paths: got {len(files)} files with {len(checksums)} names, expected distinct names.")
+        raise ValueError(
+            f"paths: got {len(files)} files with {len(checksums)} names, expected distinct names. Write one per folder."
+        )
     scratch = f"{os.fspath(path)}.{os.getpid()}.tmp"
     with open(scratch, "w") as stream:
         json.dump({"algorithm": "xxh3_128", "files": checksums}, stream, indent=1, sort_keys=True)
