@@ -67,11 +67,19 @@ def gauc(group: Tensor, score: Tensor, label: Tensor) -> float:
     left out. NaN where there is no other.
 
     Shapes:   i64, f32 and label of N elements each; a click is a label above 0.5.
+    Raises:   ValueError when one has more elements than another or a score is NaN; TypeError on groups of floats.
     Example:  >>> gauc(torch.tensor([1, 1, 2, 2, 2]), torch.tensor([0.1, 0.9, 0.5, 0.5, 0.7]),
               ...      torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]))
               0.85
     """
     group, score, label = group.flatten(), score.flatten(), label.flatten()
+    if not len(group) == len(score) == len(label):
+        sizes = [len(group), len(score), len(label)]
+        raise ValueError(f"group, score, label: got {sizes} elements, expected as many of each.")
+    if group.is_floating_point():
+        raise TypeError(f"group: got {group.dtype}, expected integers. float32 merges ids above 2**24.")
+    if bool(score.isnan().any()):
+        raise ValueError("score: got NaN, expected numbers. It has no place among the others.")
     order = score.argsort()
     order = order[group[order].argsort(stable=True)]
     group, score, click = group[order], score[order], (label[order] > 0.5).double()

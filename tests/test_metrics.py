@@ -44,6 +44,20 @@ def test_gauc_is_the_mean_of_exact_aucs(rows):
     assert gauc(group, score, label) == pytest.approx(total / num if num else math.nan, nan_ok=True)
 
 
+@pytest.mark.parametrize(
+    ("group", "score", "label", "error", "message"),
+    [
+        ([1, 1], [0.1], [0, 1], ValueError, r"group, score, label: got \[2, 1, 2\] elements, expected as many"),
+        ([1, 1], [0.1, 0.2], [0, 1, 1], ValueError, r"got \[2, 2, 3\] elements"),
+        ([1.0, 1.0], [0.1, 0.2], [0, 1], TypeError, r"group: got torch.float32, expected integers"),
+        ([1, 1], [0.1, math.nan], [0, 1], ValueError, r"score: got NaN, expected numbers"),
+    ],
+)
+def test_gauc_of_what_it_cannot_be(group, score, label, error, message):
+    with pytest.raises(error, match=message):
+        gauc(torch.tensor(group), torch.tensor(score), torch.tensor(label))
+
+
 def test_auc_is_exact_at_a_click_rate_of_a_tenth_of_a_percent():
     logit, label = clicks(1_000_000, rate=1e-3, spread=0.55)
     exact = exact_auc(logit, label)
