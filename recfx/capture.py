@@ -70,8 +70,9 @@ def capture_prediction(
 ) -> Callable[[Any, Batch], Tensor]:
     """`step.predict` compiled as one graph: (state, batch) -> logit f32 [B, 1], valid until the next call.
 
-    The batch needs no label; torch.sigmoid of the logit is the click rate. The state is only read, so it may go on
-    being trained between calls. Requests of any size share one graph when they are packed to one layout, see
+    The batch needs no label where that is a column of the name that `train_step(label=)` says; a feature function that
+    makes it of other columns needs those. torch.sigmoid of the logit is the click rate. The state is only read, so it
+    may go on being trained between calls. Requests of any size share one graph when they are packed to one layout, see
     `recfx.types.pack`.
     Args, Raises: as of `capture`.
     """
