@@ -280,9 +280,11 @@ def test_one_reader_in_many_threads(folder):
 
 
 INTERRUPTED = """
+import signal
 import torch
 from recfx.data import reader, varlen
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may have had it ignored
 batches = reader({paths!r}, [varlen("x", torch.int64)], 3, epochs=None, threads=2, prefetch=2, shuffle_rows={rows})
 for i, _ in enumerate(batches):
     if i == 10:
@@ -296,7 +298,10 @@ def test_ctrl_c_ends_a_program_at_once(folder, rows):
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"reading\n"
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        try:
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == -signal.SIGINT
     assert errors.splitlines()[-1] == b"KeyboardInterrupt"
 
