@@ -89,6 +89,7 @@ def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reade
         drop_remainder=drop_remainder,
         threads=args.thread_num,
         prefetch=args.prefetch,
+        cache=args.cache_dir,
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         pin_memory=args.device == "cuda",
@@ -200,6 +201,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=1000, help="samples per micro-batch")
     add("--thread_num", type=int, default=1, help="units of files (ORC stripes, Parquet row groups) decoded at once")
     add("--prefetch", type=int, default=1, help="units decoded ahead per thread; 0: decode while the step waits")
+    add("--cache_dir", help="keeps decoded rows there, 400 bytes each, for later epochs and runs; default: none")
     add("--drop_remainder", type=_flag, default=True, help="leave out the last rows that do not fill a batch")
     add("--gradient_accumulation_steps", type=int, default=4, help="micro-batches per optimiser step")
     add("--output_dir", default="./ckpt", help="checkpoints and summary.json")

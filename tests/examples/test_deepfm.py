@@ -36,7 +36,7 @@ SEED_DEFAULTS = {
     "data_paths": None, "eval_paths": None, "batch_size": 1000, "thread_num": 1, "prefetch": 1, "drop_remainder": True,
     "gradient_accumulation_steps": 4, "output_dir": "./ckpt", "log_steps": 10, "save_steps": 2000, "eval_steps": None,
     "train_steps": None, "train_epoch": 1, "sparse_lr": 1e-3, "dense_lr": 1e-3, "seed": 42, "resume": False,
-    "device": "cpu", "numeric": "log1p", "steps_per_replay": 1,
+    "device": "cpu", "numeric": "log1p", "steps_per_replay": 1, "cache_dir": None,
 }  # fmt: skip
 
 
@@ -187,6 +187,13 @@ def test_eval_steps(data, eager, monkeypatch):
     call(data, "--train_steps=1", "--eval_steps=3")
     call(data, "--train_epoch=2", output="again")
     assert counted == [300, 1100, 1100]
+
+
+def test_a_cache_changes_no_byte(data, eager):
+    call(data, "--train_epoch=2", output="decoded")
+    call(data, "--train_epoch=2", "--cache_dir=cache", output="cached")
+    assert len([*Path("cache").rglob("*.arrow")]) == ROWS["train_files"] + ROWS["eval_files"]
+    assert newest("cached") == newest("decoded")
 
 
 # Stopping and going on.
