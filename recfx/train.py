@@ -122,6 +122,17 @@ def train(
         saving = True
         saved()
 
+    def save_unless_last(stream: Iterator[Batch], position: dict) -> Iterator[Batch]:
+        """Saves between two batches. Behind the last one the epoch's end saves, with the place of the next epoch."""
+        try:
+            following = list(itertools.islice(stream, 1))
+        except Exception:
+            save(position)
+            raise
+        if following:
+            save(position)
+        return itertools.chain(following, stream)
+
     def saved(*, wait: bool = False) -> None:
         """Tells of a save that is on disk."""
         nonlocal saving
@@ -191,15 +202,21 @@ def train(
                     batches.close()
                     break
                 if progress.step % config.save_steps == 0:
-                    save(position)
+                    stream = save_unless_last(stream, position)
                     clock = time.perf_counter()
             else:
+                if position is None and not progress.first_step_s:
+                    raise ValueError(
+                        f"reader: got no batch from {batches}, expected one at least. Nothing would be trained. Give "
+                        "more rows, a smaller batch_size, or drop_remainder=False."
+                    )
                 if window:
                     state = step.flush_(state)
                     after_steps(1)
                 progress.epoch, position = progress.epoch + 1, None
                 on_event("after_epoch", progress, state)
-                if window and not should_stop() and progress.step % config.save_steps == 0:
+                goes_on = progress.epoch < config.train_epoch
+                if (goes_on or window) and not should_stop() and goes_on and progress.step % config.save_steps == 0:
                     save(position)
             evaluate_now()
         read_metrics(progress, state)
@@ -215,10 +232,17 @@ def evaluate(
     """AUC, log loss, calibration and number of samples of held-out batches; the state's own metrics come out unchanged.
 
     Args:     run: `step.evaluate_` or its capture.  eval_steps: batches to read; None: all.
+    Raises:   ValueError when there is no batch, or eval_steps is below 1.
     """
+    if eval_steps is not None and eval_steps < 1:
+        raise ValueError(f"eval_steps: got {eval_steps}, expected at least 1, or None for all.")
+    stream = iter(batches)
+    first = next(stream, None)
+    if first is None:
+        raise ValueError(f"batches: got none from {stream}, expected one at least. There is nothing to evaluate.")
     kept = state._replace(metrics=BinaryCounts(*(t.clone() for t in state.metrics)))
     reset_metrics_(state)
-    for batch in itertools.islice(batches, eval_steps):
+    for batch in itertools.islice(itertools.chain([first], stream), eval_steps):
         state, _ = run(state, batch)
     counts = state.metrics
     values = {

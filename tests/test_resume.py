@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,20 @@ def test_resumed_from_an_older_checkpoint(tmp_path):
     go(parts, reader_of(9), train_epoch=2, save_steps=4, resume=True)
     assert last_bytes(parts) == last_bytes(whole)
     assert saved(parts) == saved(whole)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_resumed_from_every_checkpoint(tmp_path, accumulation):
+    """Those at an epoch's end among them, after its last full window or after an incomplete one."""
+    config = {"accumulation": accumulation, "train_epoch": 2, "save_steps": 1 if accumulation > 1 else 5}
+    whole = tmp_path / "whole"
+    go(whole, resumed_reader(), **config, max_to_keep=9)
+    for number in saved(whole):
+        part = tmp_path / str(number)
+        shutil.copytree(whole / f"step-{number:09d}", part / f"step-{number:09d}")
+        go(part, resumed_reader(), **config, max_to_keep=9, resume=True)
+        assert last_bytes(part) == last_bytes(whole)
+        assert saved(part) == [n for n in saved(whole) if n >= number]
 
 
 def test_resuming_a_finished_run_trains_nothing(tmp_path):

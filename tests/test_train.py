@@ -17,7 +17,7 @@ from recfx.step import TrainState
 from recfx.train import Progress, TrainConfig, evaluate, train
 from recfx.types import NUM_SAMPLES, Batch
 from tests.conftest import BATCH_SIZE, FEATURES, NUM_NUMERIC, deepfm_batches, deepfm_step
-from tests.loop import Log, MemoryReader, eager, fresh, go, interrupt, last_bytes, reader_of, saved
+from tests.loop import Log, MemoryIterator, MemoryReader, eager, fresh, go, interrupt, last_bytes, reader_of, saved
 from tests.reference import exact_auc, random_samples
 from tests.test_step import assert_same_state, batch_of
 
@@ -46,13 +46,17 @@ def _one_thread() -> None:
         (7, 3, 1, 2, 2, "train_steps"),
         (7, 3, 1, 3, 3, "train_steps"),
         (7, 3, 2, 4, 4, "train_steps"),
-        (0, 1, 2, None, 0, ""),
     ],
 )
 def test_steps(tmp_path, num_batches, accumulation, epochs, train_steps, steps, stopped):
-    log, reader = Log(), reader_of(num_batches) if num_batches else MemoryReader([])
+    log = Log()
     state, progress = go(
-        tmp_path, reader, accumulation=accumulation, train_epoch=epochs, train_steps=train_steps, listener=log
+        tmp_path,
+        reader_of(num_batches),
+        accumulation=accumulation,
+        train_epoch=epochs,
+        train_steps=train_steps,
+        listener=log,
     )
     assert (progress.step, progress.stopped) == (steps, stopped)
     assert int(state.dense.step) == int(state.tables[0].step) == steps
@@ -60,6 +64,16 @@ def test_steps(tmp_path, num_batches, accumulation, epochs, train_steps, steps, 
     assert log.steps("after_step") == list(range(1, steps + 1))
     assert saved(tmp_path) == [steps]
     assert int(state.window.num_batches) == 0
+
+
+def test_no_batch_is_an_error(tmp_path):
+    """Not a run of no steps; of a log of days, the first must hold one."""
+    with pytest.raises(ValueError, match=r"reader: got no batch from .*MemoryIterator.*, expected one at least"):
+        go(tmp_path, MemoryReader([]), train_epoch=2)
+    assert saved(tmp_path) == []
+    days = MemoryReader([])
+    days.epoch = lambda number: (reader_of(2) if number == 0 else days).start_at({"batch": 0})
+    assert go(tmp_path, days, train_epoch=2)[1].step == 2
 
 
 def test_samples_and_times(tmp_path):
@@ -78,19 +92,35 @@ def test_log_steps(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("num_batches", "accumulation", "numbers", "events"),
+    ("num_batches", "accumulation", "numbers"),
     [
-        (5, 1, [2, 4, 6, 8, 10], [2, 4, 6, 8, 10, 10]),
-        (7, 2, [2, 4, 6, 8], [2, 4, 6, 8, 8]),  # every fourth step is an incomplete window
-        (3, 1, [2, 4, 6], [2, 4, 6, 6]),
+        (5, 1, [2, 4, 6, 8, 10]),
+        (5, 2, [2, 4, 6]),
+        (7, 2, [2, 4, 6, 8]),  # every fourth step is an incomplete window
+        (4, 1, [2, 4, 6, 8]),
+        (3, 1, [2, 4, 6]),
     ],
 )
-def test_save_steps_and_the_final_save(tmp_path, num_batches, accumulation, numbers, events):
+def test_save_steps_and_the_final_save(tmp_path, num_batches, accumulation, numbers):
+    """Each step once, the last one too, whatever ends there."""
     log = Log()
     config = {"accumulation": accumulation, "train_epoch": 2, "save_steps": 2}
     go(tmp_path, reader_of(num_batches), listener=log, **config)
-    assert saved(tmp_path) == numbers
-    assert log.steps("before_save") == log.steps("after_save") == events
+    assert saved(tmp_path) == log.steps("before_save") == log.steps("after_save") == numbers
+
+
+def test_what_is_due_is_saved_before_the_reader_fails(tmp_path):
+    class Broken(MemoryIterator):
+        def __next__(self) -> Batch:
+            if self.place == 2:
+                raise ValueError("row 3: got null")
+            return super().__next__()
+
+    reader = reader_of(3)
+    reader.start_at = lambda position: Broken(reader, position["batch"])
+    with pytest.raises(ValueError, match="row 3: got null"):
+        go(tmp_path, reader, save_steps=2)
+    assert saved(tmp_path) == [2]
 
 
 def test_max_to_keep(tmp_path):
@@ -270,6 +300,22 @@ def test_eval_steps(eval_steps):
     reader = reader_of(5)
     values = evaluate(step.evaluate_, fresh(step), reader, eval_steps=eval_steps)
     assert values["num_samples"] == BATCH_SIZE * min(eval_steps, 5)
+
+
+@pytest.mark.parametrize(
+    ("batches", "eval_steps", "message"),
+    [
+        ([], None, "batches: got none from .*, expected one at least. There is nothing to evaluate"),
+        (deepfm_batches(1), 0, "eval_steps: got 0, expected at least 1, or None"),
+    ],
+)
+def test_nothing_to_evaluate(batches, eval_steps, message):
+    step = deepfm_step()
+    state = fresh(step)
+    state.metrics.sums.fill_(3)
+    with pytest.raises(ValueError, match=message):
+        evaluate(step.evaluate_, state, batches, eval_steps=eval_steps)
+    assert state.metrics.sums.tolist() == [3] * 4
 
 
 def test_evaluating_changes_nothing_in_training(tmp_path):

@@ -31,6 +31,7 @@ __all__ = ["BatchIterator", "Reader", "reader"]
 
 Columns = dict[str, Tensor | Ragged]
 Position = dict[str, Any]
+MAX_NAMED = 3  # files in an error
 
 
 def reader(
@@ -171,6 +172,22 @@ class Reader(IterableDataset):
         it.load_state_dict(position)
         return it
 
+    def first(self) -> Batch:
+        """Its first batch: what `capture` wants to see.
+
+        Raises:   ValueError naming the files when they hold none.
+        """
+        it = self.epoch(0)
+        try:
+            return next(it)
+        except StopIteration:
+            raise ValueError(
+                f"paths: got {it}, expected a batch at least. Give more rows, a smaller batch_size, or "
+                "drop_remainder=False."
+            ) from None
+        finally:
+            it.close()
+
     def batch(self, segments: Sequence[Segment]) -> Batch:
         """Packs the rows of the segments into one batch, after the transform."""
         if self.transform is None:
@@ -223,6 +240,7 @@ class BatchIterator(Iterator[Batch]):
         self._taken = taken  # rows of the chunk
         self._chunks = chunks(self._plan, place, last_epoch)
         self._num_bad = place.num_bad
+        self._num_left = 0  # rows since the last batch
         self._is_over = self._is_closed = False
         self._epoch_is_empty = taken == 0 and place == Place(place.epoch, num_bad=place.num_bad)
 
@@ -231,6 +249,15 @@ class BatchIterator(Iterator[Batch]):
         """Where the batch last returned ends: a few numbers that JSON can hold."""
         place, taken = self._position
         return {**place._asdict(), "taken": taken, "of": self._plan.fingerprint}
+
+    def __str__(self) -> str:
+        """Where it reads and the rows that made no batch: what an error says where there was none."""
+        reader, paths = self._reader, [f"'{self._plan.files[i].path}'" for i in self._plan.own_files]
+        named = ", ".join(paths[:MAX_NAMED]) + f" and {len(paths) - MAX_NAMED} more" * (len(paths) > MAX_NAMED)
+        num_bad = self._num_bad if self._chunk is None else self._chunk.num_bad
+        bad = f", {num_bad} bad ones left out" if num_bad else ""
+        options = f"batch_size={reader.batch_size}, drop_remainder={reader.drop_remainder}"
+        return f"{self._num_left} rows in {named} ({options}{bad})"
 
     @property
     def num_bad(self) -> int:
@@ -276,8 +303,9 @@ class BatchIterator(Iterator[Batch]):
                 batch = self._reader.batch(segments)
                 assert self._chunk is not None
                 self._position = (self._chunk.place, self._taken)
-                self._num_bad, self._epoch_is_empty = self._chunk.num_bad, False
+                self._num_bad, self._num_left, self._epoch_is_empty = self._chunk.num_bad, 0, False
                 return batch
+            self._num_left = self._reader.batch_size - missing if segments else self._num_left
             if self._is_over or (self._epoch_is_empty and self._last_epoch is None):
                 return None
             self._epoch_is_empty = True

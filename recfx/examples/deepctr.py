@@ -131,17 +131,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     batches = read(args.data_paths, drop_remainder=True)
     step, state = build_step(args)
-    first = next(iter(batches), None)
-    if first is None:
-        raise ValueError(f"data_paths: got fewer than {args.batch_size} rows, expected a full batch at least.")
-    evaluation, held_out = capture_evaluation(step, state, first), args.eval_paths or args.data_paths
+    first = batches.first()
+    evaluation, held_out = (
+        capture_evaluation(step, state, first),
+        read(args.eval_paths or args.data_paths, drop_remainder=False),
+    )
+    held_out.first()  # where there is none, better said now than after an epoch
     state, progress = train(
         step,
         capture(step, state, first),
         state,
         batches,
         TrainConfig(output_dir=args.output_dir, log_steps=args.log_steps, train_epoch=args.train_epoch),
-        evaluate_with=lambda state: evaluate(evaluation, state, read(held_out, drop_remainder=False)),
+        evaluate_with=lambda state: evaluate(evaluation, state, held_out),
         on_event=_show,
     )
     summary = {

@@ -114,13 +114,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     batches = read(args, args.data_paths, drop_remainder=args.drop_remainder)
     step, state = build_step(args)
-    first = next(iter(batches), None)
-    if first is None:
-        raise ValueError(f"data_paths: got fewer than {args.batch_size} rows, expected a full batch at least.")
+    first = batches.first()
 
     evaluate_with = None
     if args.eval_paths is not None:
         held_out = read(args, args.eval_paths, drop_remainder=False)
+        held_out.first()  # where there is none, better said now than after an epoch
         evaluation = capture_evaluation(step, state, first)
 
         def evaluate_with(state: TrainState) -> dict[str, float]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pyarrow import orc
 
-from recfx.data import fixedlen, reader, varlen
+from recfx.data import Between, fixedlen, reader, varlen
 from recfx.types import NUM_SAMPLES, Ragged
 
 COLUMNS = [fixedlen("label", [0.5]), varlen("x", torch.float32), varlen("c", torch.int64)]
@@ -65,6 +65,24 @@ def num_threads() -> int:
 def test_stripes_of_the_fixture(folder):
     assert orc.ORCFile(folder / "c.orc").nstripes > 1
     assert orc.ORCFile(folder / "b.orc").nrows == 0
+
+
+def test_the_first_batch(folder):
+    batches = reader(folder, COLUMNS, 6, epochs=None)
+    assert torch.equal(batches.first().buffer, next(iter(batches)).buffer)
+    assert not num_threads()
+
+
+@pytest.mark.parametrize("epochs", [1, 2, None])
+def test_no_first_batch_is_an_error_that_counts_rows(folder, epochs):
+    named = r"'.*a.orc', '.*b.orc', '.*c.orc' and 1 more"
+    with pytest.raises(ValueError, match=rf"paths: got 53 rows in {named} \(batch_size=54, drop_remainder=True\), exp"):
+        reader(folder, COLUMNS, 54, epochs=epochs).first()
+    columns = [varlen("x", torch.float32, valid=Between(-1, 0))]
+    with pytest.raises(ValueError, match=r"got 3 rows in '.*a.orc' \(.*, drop_remainder=True, 4 bad ones left out\)"):
+        reader(folder / "a.orc", columns, 54, epochs=epochs, on_bad="skip").first()
+    with pytest.raises(ValueError, match=r"got 0 rows in '.*b.orc' \(batch_size=5, drop_remainder=False\)"):
+        reader(folder / "b.orc", COLUMNS, 5, epochs=epochs, drop_remainder=False).first()
 
 
 @pytest.mark.parametrize("batch_size", [1, 6, 53, 100])

@@ -126,6 +126,14 @@ def test_errors_end_in_one_line(tmp_path):
     assert str(stop.value.code).startswith("error: ")
 
 
+@pytest.mark.parametrize("paths", [["--data_paths={none}"], ["--data_paths={data}/train", "--eval_paths={none}"]])
+def test_files_without_a_batch_are_an_error(data, tmp_path, paths):
+    none = tmp_path / "none.parquet"
+    pq.write_table(pq.read_table(data / "eval").slice(0, 0), none)
+    with pytest.raises(SystemExit, match=r"error: paths: got \d+ rows in '.*' \(batch_size=500, "):
+        program.main([path.format(data=data, none=none) for path in paths])
+
+
 def test_the_device_is_that_of_every_table_and_parameter():
     args = program.parse(["--max_rows=1000"])
     args.device = "meta"
