@@ -197,6 +197,10 @@ def test_an_empty_table_and_a_file_of_other_types(tmp_path):
     parquet.write_table(table, tmp_path / "vectors.parquet")  # lists of float64, ids of 32 bits, a column too many
     state = rows.import_parquet_(step, state, "emb/a", tmp_path / "vectors.parquet")
     assert as_dict(step, state, "emb/a") == {3: [0.5] * DIM, 4: [1.5] * DIM}
+    table = table.set_column(2, "id", pa.array([2**64 - 1, 2**63], pa.uint64()))
+    parquet.write_table(table, tmp_path / "unsigned.parquet")
+    state = rows.import_parquet_(step, state, "emb/a", tmp_path / "unsigned.parquet")
+    assert {-1: [0.5] * DIM, -(2**63): [1.5] * DIM}.items() <= as_dict(step, state, "emb/a").items()
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,8 @@ def varlen(
 ) -> VarLen:
     """A column of lists of values: float32 from numbers, int64 from integers, uint8 from strings, as their bytes.
 
+    Of uint64, int64 has the same 64 bits: 2**63 and above are below 0. As ids all 2**64 stay distinct.
+
     Args:     depth: how deep lists are nested in the file; 1 also reads plain values, as lists of length 1. A string
                   counts as a value: lists of strings become `Ragged(bytes, offsets of strings, outer=(of lists,))`.
               weighted: the innermost lists hold struct{k, v}, or are maps: a value and its weight.

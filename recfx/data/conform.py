@@ -179,20 +179,15 @@ def _valid_numbers(lists: _Lists, name: str, kind: pa.DataType, valid: Valid) ->
 
 
 def _numbers(lists: _Lists, name: str, kind: pa.DataType) -> pa.Array:
-    """The items cast, where that keeps an integer's value."""
+    """The items cast, where that keeps an integer's value, or its 64 bits."""
     items = lists.items
     if pa.types.is_integer(items.type) and items.type.bit_width > 16 and kind == pa.float32():
-        limits, reason = (-EXACT_FLOAT, EXACT_FLOAT), "which float32 would round"
-    elif items.type == pa.uint64():
-        limits, reason = (0, 2**63 - 1), "which is no int64"
-    else:
-        return items.cast(kind)
-    values = items.to_numpy()
-    wrong = np.flatnonzero((values < limits[0]) | (values > limits[1]))
-    if len(wrong):
-        got = f"{values[wrong[0]]}, {reason}"
-        raise BadRows(name, lists.rows_of(wrong), lambda _: got, f"an integer from {limits[0]} to {limits[1]}")
-    return items.cast(kind)
+        values = items.to_numpy()
+        wrong = np.flatnonzero((values < -EXACT_FLOAT) | (values > EXACT_FLOAT))
+        if len(wrong):
+            got, limits = f"{values[wrong[0]]}, which float32 would round", f"from {-EXACT_FLOAT} to {EXACT_FLOAT}"
+            raise BadRows(name, lists.rows_of(wrong), lambda _: got, f"an integer {limits}")
+    return items.view(kind) if (items.type, kind) == (pa.uint64(), pa.int64()) else items.cast(kind)
 
 
 def block_of(batch: pa.RecordBatch) -> Block:

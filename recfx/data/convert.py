@@ -39,9 +39,9 @@ def convert(
 ) -> list[Path]:
     """Writes one file for each file that the paths name, and returns them.
 
-    Floats and decimals become float32, which is what the reader would make of them, integers int64, and all else but
-    lists and structs strings. Lists stay lists and plain values plain ones, null where they are missing. Parquet pages
-    carry checksums, which the reader verifies.
+    Floats and decimals become float32, which is what the reader would make of them, integers int64 (uint64 bit for bit,
+    as `varlen` has it), and all else but lists and structs strings. Lists stay lists and plain values plain ones, null
+    where they are missing. Parquet pages carry checksums, which the reader verifies.
 
     Args:     columns: their names; None: all.
               types: of columns by name, where the files do not say, as CSV; other columns of CSV are guessed.
@@ -151,7 +151,8 @@ def _as_stored(array: pa.Array) -> pa.Array:
     if is_list(array.type):
         lists = as_list(array)
         return packed_list(lists, _as_stored(lists.flatten()))
-    kept = decoded(array).cast(_stored(array.type))
+    array = decoded(array)
+    kept = array.view(pa.int64()) if array.type == pa.uint64() else array.cast(_stored(array.type))
     if (
         pa.types.is_float32(kept.type)
         and pc.any(pc.and_not(pc.is_inf(kept), pc.is_inf(array.cast(pa.float64())))).as_py()

@@ -111,7 +111,8 @@ def _column(batch: pa.RecordBatch, name: str, type_: pa.DataType) -> pa.Array:
     if not is_number and not pa.types.is_null(item):  # times, text and flags can be cast to numbers too
         raise ValueError(wrong)
     try:
-        column = column.cast(type_)
+        is_bits = (column.type, type_) == (pa.uint64(), pa.int64())  # as `recfx.data.varlen` has it
+        column = column.view(type_) if is_bits else column.cast(type_)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise ValueError(wrong) from None
     if column.null_count or (pa.types.is_fixed_size_list(type_) and column.flatten().null_count):

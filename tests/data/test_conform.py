@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from recfx.data import Between, OneOf, fixedlen, hashed, reader, varlen
 from recfx.data.conform import BadRows, block_of, conform
+from recfx.data.convert import convert
 from recfx.data.records import as_records, records_of
 from recfx.kernels.pack_columns import Block, PackPlan, Segment, count_items, pack_columns
 from recfx.kernels.pack_records import pack_records
@@ -175,6 +176,22 @@ def test_integers_of_any_width_keep_their_values(tmp_path, kind, values):
     assert rows_of(batch) == [{"c": [v], "lists": values} for v in values]
 
 
+def test_unsigned_ids_keep_their_bits(tmp_path):
+    values = [0, 2**63 - 1, 2**63, 2**64 - 1]
+    kind, column = pa.uint64(), varlen("c", torch.int64)
+    for i, array in enumerate([pa.array(values, kind), pa.array([values], pa.list_(kind))]):
+        path = write(tmp_path / f"{i}.parquet", pa.table({"c": array}))
+        (converted,) = convert(path, tmp_path / "out")
+        for each in (path, converted):
+            ids = [i for row in all_rows(reader(each, [column], 1)) for i in row["c"]]
+            assert ids == [0, 2**63 - 1, -(2**63), -1]
+    table = pa.table(
+        {"c": pa.array([[{"k": 2**64 - 1, "v": 0.5}]], pa.list_(pa.struct({"k": kind, "v": pa.float32()})))}
+    )
+    path = write(tmp_path / "pairs.arrow", table)
+    assert all_rows(reader(path, [varlen("c", torch.int64, weighted=True)], 1)) == [{"c": [(-1, 0.5)]}]
+
+
 def test_fixed_size_lists_and_maps_and_booleans(tmp_path):
     table = pa.table(
         {
@@ -269,7 +286,7 @@ BAD = {
     "null key": (varlen("x", torch.int64, weighted=True), [PAIR, [{"k": None, "v": 1.0}]], "got a null element"),
     "length": (fixedlen("x", [0, 0]), [[1.0, 2.0], [1.0]], "got 1 values, expected 2"),
     "large integer": (varlen("x", torch.float32), [[2**24], [2**24 + 1]], "got 16777217, which float32"),
-    "large id": (varlen("x", torch.int64), [UNSIGNED, pa.array([2**63], pa.uint64())], "got 9223372036854775808"),
+    "unsigned": (varlen("x", torch.float32), [UNSIGNED, pa.array([2**63], pa.uint64())], "got 9223372036854775808"),
 }  # fmt: skip
 
 
