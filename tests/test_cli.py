@@ -10,8 +10,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from recfx import checkpoint, rows
 from recfx.cli import main
 from recfx.data import reader, varlen
+from tests.conftest import DIM, FEATURES, deepfm_batches, deepfm_params, deepfm_step
 from tests.data.rows import all_rows, write
 
 
@@ -39,6 +41,43 @@ def test_convert_then_inspect(folder, capsys):
 def test_inspect_says_when_it_saw_a_part(folder, capsys):
     main(["inspect", str(folder), "--rows=3", "--delimiter=,"])
     assert "10 rows; columns by the first 3" in capsys.readouterr().out
+
+
+def test_inspect_a_checkpoint(tmp_path, capsys):
+    """Of two saves, the second of what changed, with a row deleted between them."""
+    step = deepfm_step()
+    state = step.init(deepfm_params())
+    with checkpoint.Saver(tmp_path / "ckpt", step, full_every=2) as saver:
+        for number, batch in enumerate(deepfm_batches(2), start=1):
+            state, _ = step.update_(step.grow_(state, step.ids_in(batch)), batch)
+            some = next(rows.batches(step, state, "emb/a"))["id"][:number]
+            state = rows.delete_(step, state, "emb/a", torch.tensor(some.to_pylist()))
+            path = saver.save(state, number=number, loop={"epoch": 0})
+    main(["inspect", str(tmp_path / "ckpt")])
+    said = capsys.readouterr().out
+    main(["inspect", str(path)])
+    assert capsys.readouterr().out == said
+    lines = said.splitlines()
+    total = sum(f.stat().st_size for f in path.iterdir()) - (path / "manifest.json").stat().st_size
+    assert lines[0] == f"{path}: step 2, seed 3, 3 files, {total:,} bytes"
+    assert lines[1] == "optimisers keep m, v of rows, m, step, v of parameters"
+    assert lines[2].startswith("table-0: 2 files of 2 saves, ")
+    for group, dim in (("emb", DIM), ("bias", 1)):
+        for name in FEATURES:
+            num = sum(len(batch["id"]) for batch in rows.batches(step, state, f"{group}/{name}"))
+            assert any(line.split() == [f"{group}/{name}", str(dim), str(num), "table-0"] for line in lines)
+    for name, p in deepfm_params().items():
+        assert f"{name} {list(p.shape)}" in [" ".join(line.split(maxsplit=1)) for line in lines]
+
+
+def test_inspect_checkpoints_and_files_apart(folder, capsys):
+    step = deepfm_step()
+    path = checkpoint.save(folder / "ckpt", step, step.init(deepfm_params()), number=0, loop={})
+    assert main(["inspect", str(path), str(folder)]) == 2
+    assert "expected checkpoints alone, or files alone" in capsys.readouterr().err
+    (path / "state.safetensors").write_bytes(b"")
+    assert main(["inspect", str(path)]) == 2
+    assert "state.safetensors: checksum differs" in capsys.readouterr().err
 
 
 def test_checksums_are_for_the_reader(folder, capsys):

@@ -1,4 +1,4 @@
-"""`recfx inspect`: what stands in files, and a manifest of their checksums."""
+"""`recfx inspect`: what stands in files or a checkpoint, and a manifest of checksums."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from recfx.commands.csv_options import add_csv_options, format_of
+from recfx.commands.text import aligned
 
 if TYPE_CHECKING:
     from recfx.data.describe import ColumnFacts, Facts
@@ -16,7 +17,6 @@ __all__ = ["add_to"]
 HEADER = ("column", "type", "missing", "length", "longest", "distinct", "once", "top", "from", "to")
 MANIFEST = "_checksums.json"  # a folder does not stand for files that begin so
 CHECKSUMS = f"write checksums for the reader to FILE, by default {MANIFEST} beside the files, and nothing else"
-NUM_LEFT = 2  # columns of the table that are aligned to the left
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -25,11 +25,12 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "inspect",
         help="print schema, row counts, missing rates, list lengths, cardinalities and skew",
         description="missing: share of rows without a value; length, longest: items of a row; once: share of the "
-        "distinct values that are seen once; top: share of the most frequent value.",
+        "distinct values that are seen once; top: share of the most frequent value. Of a checkpoint: its tables with "
+        "their rows, parameters, and what the optimisers keep.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("paths", nargs="+", help="files, folders, globs or URIs")
+    add("paths", nargs="+", help="files, folders, globs or URIs; checkpoints, or folders of them for the newest")
     add("--rows", type=int, default=1_000_000, help="rows that columns are described by; all are counted")
     add("--checksums", metavar="FILE", nargs="?", const="", help=CHECKSUMS)
     add_csv_options(parser)
@@ -37,9 +38,18 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from recfx.commands.checkpoints import checkpoint_at, describe_checkpoint
     from recfx.data.describe import describe
     from recfx.data.files import match_files, write_manifest
 
+    checkpoints = [checkpoint_at(path) for path in args.paths]
+    if any(checkpoints):
+        if not all(checkpoints) or args.checksums is not None:
+            raise ValueError(
+                f"paths: got {args.paths}, expected checkpoints alone, or files alone. Checksums are for files."
+            )
+        print("\n\n".join(describe_checkpoint(path) for path in checkpoints if path))
+        return 0
     files = match_files(args.paths)
     if args.checksums is not None:
         manifest = args.checksums or os.path.join(os.path.dirname(files[0].path), MANIFEST)
@@ -54,14 +64,7 @@ def _text(facts: Facts) -> str:
     head = f"{facts.num_files} files, {facts.num_bytes:,} bytes, {facts.num_units} units, {facts.num_rows:,} rows"
     if facts.num_described < facts.num_rows:
         head += f"; columns by the first {facts.num_described:,}"
-    table = [HEADER, *map(_cells, facts.columns)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
-    aligned = [
-        [cell.ljust(widths[i]) if i < NUM_LEFT else cell.rjust(widths[i]) for i, cell in enumerate(row)]
-        for row in table
-    ]
-    lines = ["  ".join(cells) for cells in aligned]
-    return "\n".join([head, *(line.rstrip() for line in lines)])
+    return f"{head}\n{aligned([HEADER, *map(_cells, facts.columns)], num_left=2)}"
 
 
 def _cells(c: ColumnFacts) -> tuple[str, ...]:
