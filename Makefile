@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) -r requirements.txt
-	$(PIP) --no-deps --editable .
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/bench-installed: $(VENV)/installed requirements-bench.txt
@@ -48,4 +48,4 @@ graphs: $(VENV)/installed
 	$(PY) -m pytest tests/test_graphs.py --accept-graphs
 
 clean:
-	rm -rf $(VENV) demo ckpt .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks *.egg-info
+	rm -rf $(VENV) demo ckpt ckpt-deepctr .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks *.egg-info

@@ -138,6 +138,26 @@ def test_commands_exist(block):
             assert (ROOT / script).exists(), command
 
 
+def test_what_make_installs_is_pinned_and_torch_comes_first():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "TORCH := torch==2.13.0\n" in makefile
+    installed = re.findall(r"^\t\$\(PIP\) (.*)", makefile, flags=re.MULTILINE)
+    files = [name for line in installed for name in re.findall(r"-r (\S+)", line)]
+    assert installed[0] == "$(TORCH)"
+    assert files == ["requirements.txt", "requirements-bench.txt"]
+    assert [line for line in installed[1:] if "-r" not in line] == ["--no-deps --no-build-isolation --editable ."]
+    lines = [line for name in files for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    assert not [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line) or line.startswith("torch==")]
+    assert "setuptools" in {line.split("==")[0] for line in lines}  # of the build that is not isolated
+
+
+def test_ci_runs_the_readmes_test_command_on_the_sample():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert script.splitlines()[-1] == "make test"
+    assert re.search(r"export RECFX_CRITEO_SAMPLE=", script)
+
+
 @pytest.mark.skipif(not README.exists(), reason="no README.md")
 def test_files_that_are_linked_exist():
     text = re.sub(r"```.*?```", "", README.read_text(), flags=re.DOTALL)

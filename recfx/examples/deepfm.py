@@ -39,6 +39,7 @@ COLUMNS: list[Column] = [
     *(varlen(name, torch.int64) for name in CATEGORICAL),
 ]
 EMBEDDING_DIM, HIDDEN = 8, (64, 16)
+NUM_GENERATED_FILES = 10
 
 
 def log1p_features(batch: dict) -> dict[str, Any]:
@@ -90,22 +91,24 @@ def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reade
         threads=args.thread_num,
         prefetch=args.prefetch,
         cache=args.cache_dir,
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        rank=_from_torchrun("RANK", "0"),
+        world_size=_from_torchrun("WORLD_SIZE", "1"),
         pin_memory=args.device == "cuda",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains, evaluates, saves; returns the summary that is also written to <output_dir>/summary.json."""
-    _check_device(args)
+    _check(args)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
     planted: dict[str, Any] = {}
     if args.data_paths is None:
         print(f"no --data_paths: using generated click logs in {args.generated_dir}", flush=True)
         planted = generate(
             args.generated_dir,
-            rows_per_file=args.generated_rows // 10,
-            train_files=10,
+            rows_per_file=args.generated_rows // NUM_GENERATED_FILES,
+            train_files=NUM_GENERATED_FILES,
             eval_files=1,
             seed=args.seed,
         )
@@ -169,7 +172,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
-def _check_device(args: argparse.Namespace) -> None:
+def _from_torchrun(name: str, alone: str) -> int:
+    word = os.environ.get(name, alone)
+    if not word.isdecimal():
+        raise ValueError(
+            f"{name}: got '{word}', expected a whole number. torchrun sets it; for one process leave it unset."
+        )
+    return int(word)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What nothing that is called first would name by its argument."""
+    for name, least in (("num_threads", 1), ("eval_steps", 1), ("generated_rows", NUM_GENERATED_FILES)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}: got {value}, expected at least {least}.")
+    if args.eval_paths is not None and args.data_paths is None:
+        raise ValueError(
+            f"eval_paths: got {args.eval_paths} without data_paths, expected both or neither. Generated clicks have "
+            "held-out files of their own."
+        )
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got cuda, expected cpu. torch finds no CUDA device here.")
     if args.device == "cuda" and args.save_in_background:
@@ -195,18 +217,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--data_paths", help="files, folders, globs or URIs to train on, with commas between; default: generate some")
-    add("--eval_paths", help="held-out files, evaluated after every epoch; default: none, or the generated ones")
+    add("--data_paths", help="files, folders, globs or URIs to train on, with commas between; None: generated ones")
+    add("--eval_paths", help="held-out files, evaluated after every epoch; None: no evaluation, or the generated ones")
     add("--batch_size", type=int, default=1000, help="samples per micro-batch")
     add("--thread_num", type=int, default=1, help="units of files (ORC stripes, Parquet row groups) decoded at once")
     add("--prefetch", type=int, default=1, help="units decoded ahead per thread; 0: decode while the step waits")
-    add("--cache_dir", help="keeps decoded rows there, 400 bytes each, for later epochs and runs; default: none")
+    add("--cache_dir", help="keeps decoded rows there, 400 bytes each, for later epochs and runs; None: nowhere")
     add("--drop_remainder", type=_flag, default=True, help="leave out the last rows that do not fill a batch")
     add("--gradient_accumulation_steps", type=int, default=4, help="micro-batches per optimiser step")
     add("--output_dir", default="./ckpt", help="checkpoints and summary.json")
     add("--log_steps", type=int, default=10, help="optimiser steps between log lines")
     add("--save_steps", type=int, default=2000, help="optimiser steps between checkpoints; one more at the end")
-    add("--eval_steps", type=int, default=None, help="batches per evaluation; default: all")
+    add("--eval_steps", type=int, default=None, help="batches per evaluation; None: all")
     add("--max_to_keep", type=int, default=5, help="checkpoints kept")
     add(
         "--full_save_every",
@@ -215,7 +237,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="of so many checkpoints one is full, the others hold what changed",
     )
     add("--save_in_background", type=_flag, nargs="?", const=True, default=False, help="train on while saving")
-    add("--train_steps", type=int, default=None, help="stop after so many optimiser steps; default: after the data")
+    add("--train_steps", type=int, default=None, help="stop after so many optimiser steps; None: after the data")
     add("--train_epoch", type=int, default=1, help="passes over the data")
     add("--sparse_lr", type=float, default=1e-3, help="learning rate of the embedding rows")
     add("--dense_lr", type=float, default=1e-3, help="learning rate of the dense parameters")
@@ -226,9 +248,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of products of matrices; tf32: on cuda")
     add("--max_rows", type=int, default=2**26, help="most embedding rows; on cuda their memory is taken at once")
     add("--numeric", choices=["log1p", "raw"], default="log1p", help="log(1 + max(x, 0)), or the seed's own raw inputs")
-    add("--num_threads", type=int, default=None, help="threads of the step; default: torch's")
+    add("--num_threads", type=int, default=None, help="threads of the step; None: torch's own number")
     add("--generated_dir", default="./demo/data", help="where generated files are kept")
-    add("--generated_rows", type=int, default=2_000_000, help="training rows to generate")
+    add("--generated_rows", type=int, default=2_000_000, help="training rows to generate, in 10 files")
     return parser.parse_args(argv)
 
 
@@ -241,8 +263,6 @@ def _flag(word: str) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `python -m recfx.examples.deepfm`."""
     args = parse(argv)
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
     try:
         summary = run(args)
     except (ValueError, OSError) as error:

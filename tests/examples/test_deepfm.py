@@ -276,6 +276,9 @@ def test_workers_read_their_own_files(data, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
         names.append([Path(f.path).name for f in program.read(args, args.data_paths, drop_remainder=True).files])
     assert names == [["part-00000.orc", "part-00002.orc"], ["part-00001.orc"]]
+    monkeypatch.setenv("RANK", "one")
+    got = refused(f"--data_paths={data}/train")
+    assert got == "error: RANK: got 'one', expected a whole number. torchrun sets it; for one process leave it unset."
 
 
 # Arguments and errors.
@@ -307,6 +310,8 @@ def test_help_explains_every_argument(capsys):
         assert len(explained[1].split("default")[0]) > 10, name
         if value is not None:
             assert f"(default: {value})" in explained[1], name
+        else:
+            assert re.search(r"; None: \w.* \(default: None\)$", explained[1]), name
 
 
 @pytest.mark.parametrize(
@@ -348,7 +353,10 @@ def test_arguments_that_cannot_be_read(argv, message, capsys):
             ["--data_paths={data}/train", "--output_dir={data}/info.json"],
             r"folder: got .*info.json, a file or below one, expected",
         ),
-        (["--generated_rows=5", "--generated_dir=made"], r"rows_per_file: got 0, expected at least 1"),
+        (["--generated_rows=5", "--generated_dir=made"], r"generated_rows: got 5, expected at least 10"),
+        (["--num_threads=0"], r"num_threads: got 0, expected at least 1"),
+        (["--eval_paths={data}/eval"], r"eval_paths: got .*/eval without data_paths, expected both or neither"),
+        (["--data_paths={data}/train", "--eval_steps=0"], r"eval_steps: got 0, expected at least 1"),
     ],
 )
 def test_errors_are_one_line(data, eager, argv, message):
