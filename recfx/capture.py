@@ -278,11 +278,11 @@ def _compile(function: Callable) -> Callable:
 
 
 def _recorder(precision: str) -> Callable[..., Any]:
-    pool = torch.cuda.graph_pool_handle()
+    pool, stream_on = torch.cuda.graph_pool_handle(), functools.cache(torch.cuda.Stream)
 
     def record_in_precision(function: Callable, state: Any, layout: Layout, num: int) -> Any:
         with _f32_products(precision):
-            return record(function, state, layout, num, pool=pool)
+            return record(function, state, layout, num, pool=pool, stream=stream_on(state.dense.step.device))
 
     return record_in_precision
 

@@ -120,23 +120,27 @@ def untouched(state: Any) -> Iterator[None]:
             t.copy_(value)
 
 
-def record(function: Function, state: Any, layout: Layout, num: int, *, pool: Any) -> Replay:
+def record(function: Function, state: Any, layout: Layout, num: int, *, pool: Any, stream: Any) -> Replay:
     """`num` calls of `function`, one after another, as one CUDA graph over as many static buffers.
 
     Compiles and warms up on the empty batch: zeros.
     Args:     pool: memory of the temporaries and of aux, shared by recordings of which one runs at a time.
+              stream: on the state's device, to record on. The allocator gives memory of a pool back to the stream that
+              it was taken on alone: recordings that share the pool share this too.
     """
     device = state.window.num_samples.device
     static = torch.zeros(num, layout.num_bytes, dtype=torch.uint8, device=device)
     batches = [Batch(buffer, layout) for buffer in static]
-    current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    with torch.no_grad():
+    current, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
+    # The outer context ends the use of the stream where that of a recording which failed does not.
+    with torch.no_grad(), torch.cuda.stream(stream):
         stream.wait_stream(current)
-        with torch.cuda.stream(stream), untouched(state):
-            for _ in range(WARM_UPS):
-                function(state, batches[0].sections)
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        try:
+            with untouched(state):
+                for _ in range(WARM_UPS):
+                    function(state, batches[0].sections)
+        finally:
+            current.wait_stream(stream)
         # Thread-local: reader threads may pin memory meanwhile.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             aux = [function(state, batch.sections) for batch in batches]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from recfx import capture as capture_module
 from recfx import cuda_graph, rows
 from recfx.capture import sections_function
-from recfx.cuda_graph import Feed, replayed, untouched
+from recfx.cuda_graph import Feed, record, replayed, untouched
 from recfx.optim import clip_global_norm
 from recfx.policies import Life, at_least
 from recfx.step import Step
@@ -252,6 +254,61 @@ def fake_cuda(log: list) -> Any:
     return SimpleNamespace(
         Stream=Stream, Event=Event, stream=lambda _: nullcontext(), current_stream=lambda _: main,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_recording_that_fails_ends_its_use_of_the_stream_and_is_waited_for(run, monkeypatch, fails_at):
+    """In both runs on the empty batch and in the recording itself, which CUDA may then refuse to end."""
+    log: list[tuple] = []
+    cuda, current, calls = fake_cuda(log), ["main"], []
+
+    @contextmanager
+    def stream(one: Any) -> Iterator[None]:
+        before = current[:]
+        current.append(one.name)
+        try:
+            yield
+        finally:
+            current[:] = before
+
+    @contextmanager
+    def graph(_: Any, *, stream: Any, **__: Any) -> Iterator[None]:
+        current.append(stream.name)
+        yield  # torch's stays on its stream where the recording cannot be ended
+        current.pop()
+
+    def function(state: Any, sections: list) -> None:
+        assert current[-1] == "copies"
+        calls.append(step(state, sections))
+        if len(calls) == fails_at:
+            raise RuntimeError("out of memory")
+
+    for name, value in (vars(cuda) | {"stream": stream, "graph": graph, "CUDAGraph": object}).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    state, layout = eager(run.step, fresh(run.step), deepfm_batches(2)), deepfm_batches(1)[0].layout
+    step, before = sections_function(run.step.update_, layout), all_bytes(state)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        record(function, state, layout, 1, pool=None, stream=cuda.Stream())
+    assert current == ["main"]
+    assert log == [("wait", "copies", "main"), ("wait", "main", "copies")]
+    if fails_at < 3:  # the stand-in computes what a recording would not
+        assert all(torch.equal(a, b) for a, b in zip(before, all_bytes(state), strict=True))
+
+
+def test_recordings_that_share_a_pool_share_a_stream(monkeypatch):
+    """Memory of a pool serves the stream alone that it was taken on."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(capture_module, "record", lambda *_, pool, stream: used.append((pool, stream)))
+    states = [SimpleNamespace(dense=SimpleNamespace(step=torch.zeros((), device=on))) for on in ("cpu", "meta", "cpu")]
+    record_ = capture_module._recorder("fp32")
+    for state in states:
+        record_(None, state, None, 1)
+    one, other, again = used
+    assert one == again
+    assert one[0] is other[0]
+    assert [stream.device.type for _, stream in (one, other)] == ["cpu", "meta"]
 
 
 def byte(n: int) -> torch.Tensor:
