@@ -4,6 +4,7 @@ import math
 import random
 import statistics as exact
 from datetime import datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from recfx import optim, policies, rows
 from recfx.checkpoint import Saver, load
 from recfx.embeddings import Embedding
 from recfx.policies import Life
+from recfx.rows import arrow
 from recfx.table import stats
 from tests.conftest import DIM, deepfm_batches, deepfm_params, deepfm_step
 from tests.reference import EXTREMES, MAX_INT64, MIN_INT64
@@ -236,6 +238,18 @@ def test_wrong_files_are_named_and_nothing_of_them_is_written(tmp_path, monkeypa
     assert as_dict(step, state, "emb/a") == {}
 
 
+def test_an_import_takes_a_file_to_where_the_table_is(tmp_path, monkeypatch):
+    parquet.write_table(pa.table({"id": [1, 2], "weight": [[0.5] * DIM] * 2}), tmp_path / "a.parquet")
+    elsewhere, seen = torch.zeros(0, DIM, dtype=torch.int64, device="meta"), []
+    place = SimpleNamespace(table=SimpleNamespace(ids=elsewhere), views={"weight": elsewhere})
+    monkeypatch.setattr(arrow, "place_of", lambda *_: place)
+    monkeypatch.setattr(arrow, "check_values", lambda _, ids, values: seen.extend([ids, *values.values()]))
+    monkeypatch.setattr(arrow, "check_ids", lambda *given: seen.append(given[-1]))
+    monkeypatch.setattr(arrow, "write_", lambda *given: seen.extend(given[-3:-1]))
+    rows.import_parquet_(None, None, "emb/a", tmp_path / "a.parquet")
+    assert [(t.device.type, len(t)) for t in seen] == [("meta", 2)] * 5
+
+
 def test_an_export_names_the_path_that_it_was_given(tmp_path):
     step = deepfm_step()
     (tmp_path / "file").write_text("mine")
@@ -264,6 +278,12 @@ def test_an_export_names_the_path_that_it_was_given(tmp_path):
         (("emb/a", [1], torch.zeros(1, DIM)), TypeError, "ids: got list, expected torch.int64"),
         (("emb/a", torch.tensor([1]), torch.zeros(1, 3)), ValueError, rf"weight: got \[1, 3\], expected \[1, {DIM}\]"),
         (("emb/a", torch.tensor([1]), torch.zeros(1, DIM).double()), TypeError, "weight: got torch.float64"),
+        (
+            ("emb/a", torch.tensor([1], device="meta"), torch.zeros(1, DIM)),
+            ValueError,
+            "ids: got a tensor on meta, expected cpu, where the table is",
+        ),
+        (("emb/a", torch.tensor([1]), torch.zeros(1, DIM, device="meta")), ValueError, "weight: got a tensor on meta"),
         (
             ("emb/a", torch.tensor([1]), torch.zeros(1, DIM), {"x": torch.zeros(1, DIM)}),
             ValueError,

@@ -76,9 +76,11 @@ def import_parquet_(step: Step, state: TrainState, table: str, path: str | Path)
         def read() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
             for batch in file.iter_batches(BATCH_ROWS, columns=["id", *names]):
                 ids = torch.from_numpy(_column(batch, "id", pa.int64()).to_numpy().copy())
-                yield ids, {name: _matrix(batch, name, place.views[name].shape[1]) for name in names}
+                values = {name: _matrix(batch, name, place.views[name].shape[1]) for name in names}
+                yield ids.to(device), {name: value.to(device) for name, value in values.items()}
 
-        all_ids = [torch.zeros(0, dtype=torch.int64)]
+        device = place.table.ids.device
+        all_ids = [torch.zeros(0, dtype=torch.int64, device=device)]
         try:
             for ids, values in read():
                 check_values(place, ids, values)

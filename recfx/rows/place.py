@@ -13,7 +13,7 @@ from recfx.kernels.op import UNKNOWN
 from recfx.step import Step, TrainState
 from recfx.table import TableState
 
-__all__ = ["Place", "Rows", "live_rows", "place_of", "reading", "rows_of", "taken"]
+__all__ = ["Place", "Rows", "check_device", "live_rows", "place_of", "reading", "rows_of", "taken"]
 
 
 class Rows(NamedTuple):
@@ -61,8 +61,16 @@ def rows_of(place: Place, ids: Tensor) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1:
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids: got {got}, expected torch.int64 [N]. float32 merges ids above 2**24.")
+    check_device("ids", place, ids)
     t = place.table
     return find(t.slots, t.ids, t.num_slots, t.salt, *reading(place, ids)).long()
+
+
+def check_device(name: str, place: Place, t: Tensor) -> None:
+    """Raises ValueError when a tensor is not where the table is."""
+    expected = place.table.ids.device
+    if t.device != expected:
+        raise ValueError(f"{name}: got a tensor on {t.device}, expected {expected}, where the table is. Move it there.")
 
 
 def reading(place: Place, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

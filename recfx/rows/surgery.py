@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recfx.kernels.find_or_insert import LOOKED_UP, find_or_insert_
 from recfx.kernels.op import UNKNOWN
-from recfx.rows.place import Place, Rows, place_of, reading, rows_of, taken
+from recfx.rows.place import Place, Rows, check_device, place_of, reading, rows_of, taken
 from recfx.step import Step, TrainState
 from recfx.table import delete_ as delete_rows_
 from recfx.table import grow_, initializer_tensors, num_live
@@ -20,7 +20,7 @@ __all__ = ["check_ids", "check_values", "delete_", "read", "write_"]
 def read(step: Step, state: TrainState, table: str, ids: Tensor) -> Rows:
     """The rows of `ids` i64 [N], in their order. Creates none.
 
-    Raises:   ValueError on an unknown table, TypeError on ids that are not i64 [N].
+    Raises:   ValueError on an unknown table or ids on another device, TypeError on ids that are not i64 [N].
     Example:  >>> from recfx import optim
               >>> from recfx.embeddings import Embedding
               >>> from recfx.step import train_step
@@ -44,8 +44,9 @@ def write_(
     weights; in a new row they have their initial ones. No policy is asked, and a row's age and count stay.
 
     Args:     ids: i64 [N], distinct.  weight: f32 [N, D].  slots: as in `Rows`, some of them.
-    Raises:   ValueError inside a step, on an unknown table, ids that repeat, a wrong shape, a number that is not
-              finite, or too little room for the new ids; TypeError on wrong dtypes. Nothing is then written.
+    Raises:   ValueError inside a step, on an unknown table, another device than the table's, ids that repeat, a wrong
+              shape, a number that is not finite, or too little room for the new ids; TypeError on wrong dtypes. Nothing
+              is then written.
     """
     place = place_of(step, state, table)
     if slots is not None and (not isinstance(slots, Mapping) or "weight" in slots):
@@ -121,5 +122,6 @@ def check_values(place: Place, ids: Tensor, values: Mapping[str, Tensor]) -> Non
             raise TypeError(f"{name}: got {got}, expected torch.float32 {shape}.")
         if list(value.shape) != shape:
             raise ValueError(f"{name}: got {list(value.shape)}, expected {shape}.")
+        check_device(name, place, value)
         if not bool(value.isfinite().all()):
             raise ValueError(f"{name}: got values that are not finite, expected numbers. Training would spread them.")
