@@ -168,6 +168,15 @@ def test_reserve_is_zeros_and_takes_memory_only_where_written():
     assert torch.equal(reserve((3, 0), torch.int64, torch.device("cpu")), torch.zeros(3, 0, dtype=torch.int64))
 
 
+def test_a_device_without_the_memory_is_an_error_that_names_the_size(monkeypatch):
+    def zeros(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(MemoryError, match=r"max_rows: could not reserve 64 bytes for a table tensor \[8\]"):
+        reserve((8,), torch.int64, torch.device("meta"))
+
+
 def test_num_rows_bytes():
     t = make([0])
     state, _ = t.insert_(t.init(), features_of([[[i] for i in range(10)]]))

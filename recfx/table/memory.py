@@ -19,15 +19,14 @@ MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros whose memory, on a CPU, is taken page by page when first written.
 
-    Raises:   MemoryError naming the size when the system will not reserve that much.
+    Raises:   MemoryError naming the size when the system, or the device, will not reserve that much.
     """
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    if num_bytes == 0 or device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     try:
-        memory = mmap.mmap(-1, num_bytes, flags=flags)
-    except OSError as error:
+        if num_bytes == 0 or device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
+            return torch.zeros(shape, dtype=dtype, device=device)
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    except (OSError, torch.OutOfMemoryError) as error:
         raise MemoryError(
             f"max_rows: could not reserve {num_bytes} bytes for a table tensor {list(shape)}. Lower max_rows."
         ) from error
