@@ -166,6 +166,15 @@ def test_saving_changes_no_byte_of_the_state(step, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, leaves, strict=True))
 
 
+def test_only_rows_in_use_are_brought_to_the_host(step):
+    """On a GPU a copy of all that is reserved could take gigabytes, of the device too."""
+    state = some_state(step)
+    for table, held in zip(
+        state.tables, contents.contents_of(step, state, number=1, loop={}, since=None).tables, strict=True
+    ):
+        assert {len(column) for column in held.columns.values()} == {int(table.num_rows)}
+
+
 def test_nothing_of_capacity_is_in_the_file(monkeypatch, tmp_path):
     """A table that grew from 8 slots and one reserved far larger: the same rows, the same bytes."""
     paths, num_slots = [], []

@@ -94,13 +94,13 @@ def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since
 
 
 def _rows(table: TableState, since: int | None) -> Rows:
-    columns = {name: getattr(table, name).cpu().numpy() for name in ROW_FIELDS}
     num_rows = int(table.num_rows)
+    columns = {name: getattr(table, name)[:num_rows].cpu().numpy() for name in ROW_FIELDS}
     if since is None and not int(table.num_free):
         return Rows(columns, range(num_rows))  # the child makes an array of it, not who waits for the fork
     live = np.arange(num_rows, dtype=np.int32)
     if since is not None:
-        live = live[columns["seen"][:num_rows] >= since << 32]
+        live = live[columns["seen"] >= since << 32]
     return Rows(columns, live[columns["vocabularies"][live] >= 0])
 
 
