@@ -118,7 +118,7 @@ def reduce_overhead(weights: dict[str, Tensor]) -> Baseline:
         loss = loss_of(*batch)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()  # to None: a gradient is memory of a graph, which the next replay writes over
         return loss.detach()
 
     return Baseline(step, model.weights)

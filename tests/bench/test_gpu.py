@@ -89,7 +89,7 @@ esac
 
 def test_the_script_goes_on_after_a_part_that_hangs_or_fails(tmp_path):
     (tmp_path / "bench").mkdir()
-    copy, python, kept = tmp_path / "bench" / "gpu.sh", tmp_path / "python", tmp_path / "kept"
+    copy, python, kept = tmp_path / "bench" / "gpu.sh", tmp_path / "python3", tmp_path / "kept"
     copy.write_text(re.sub(r"^(part \w+) \d+", r"\1 1", SCRIPT.read_text(), flags=re.MULTILINE))
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
