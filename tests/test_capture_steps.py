@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from recfx import capture as capture_module
 from recfx import cuda_graph
-from recfx.capture import capture, capture_evaluation, capture_steps
+from recfx.capture import capture, capture_evaluation, capture_prediction, capture_steps
 from recfx.policies import Life, least_recently_used, unseen_for
 from recfx.step import Step
 from recfx.table import functions as table_module
@@ -145,6 +145,26 @@ def test_evaluations_between_calls_see_what_they_would_and_leave_no_trace(record
             other, expected = step.evaluate_(other, batch)
             torch.testing.assert_close(aux.logit, expected.logit)
     assert_same_state(state, other)
+
+
+def test_predictions_between_calls_see_what_they_would_and_change_nothing(recorder):
+    """One recording serves a state that is trained on: growth moves nothing, and requests need no label."""
+    step, batches = deepfm_step(max_rows=4096), stream(12)
+    requests = [pack({name: column for name, column in b.items() if name != "label"}) for b in batches]
+    run = capture_steps(step, fresh(step), batches[0], steps_per_replay=4)
+    predict, state, slots = capture_prediction(step, fresh(step), requests[0]), fresh(step), set()
+    for some in grouped(batches, 4):
+        before = bytes_of(state)
+        logits = [predict(state, request).clone() for request in requests]
+        assert_unchanged(state, before)
+        for logit, request in zip(logits, requests, strict=True):
+            torch.testing.assert_close(logit, step.predict(state, request))
+        slots.add(int(state.tables[0].num_slots))
+        state, _ = run(state, some)
+    assert_same_state(state, one_by_one(step, batches)[0])
+    assert len(slots) > 1
+    if is_recorded():
+        assert recorder.made == [requests[0].layout, batches[0].layout]
 
 
 LIVES = {

@@ -10,7 +10,8 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from recfx import capture as capture_module
-from recfx.capture import capture, capture_evaluation, capture_steps, sections_function
+from recfx import cuda_graph
+from recfx.capture import capture, capture_evaluation, capture_prediction, capture_steps, sections_function
 from recfx.step import Step
 from recfx.table import functions as table_module
 from recfx.types import Batch, pack
@@ -204,9 +205,10 @@ def test_an_exception_leaves_a_state_that_trains_on(monkeypatch):
     assert_same_state(host(state), host(eager(step, fresh(step), batches)))
 
 
-def test_more_layouts_than_are_kept():
+def test_more_layouts_than_are_kept(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "MOST_GRAPHS", 2)
     step = make()
-    plain = deepfm_batches(12)
+    plain = deepfm_batches(4)
     batches = [pack({**b, **{f"more{i}": torch.zeros(8, 1) for i in range(n)}}) for n, b in enumerate(plain)]
     state = fresh(step)
     call = capture(step, state, batches[0])
@@ -229,6 +231,25 @@ def test_aux_is_of_the_last_call_and_evaluation_changes_metrics_alone():
     _, expected = step.evaluate_(state, on("cuda", batches[0]))
     torch.testing.assert_close(aux.logit, expected.logit, rtol=1e-5, atol=1e-5)
     assert same_bytes(before, host(state._replace(metrics=())))
+
+
+def test_predictions_between_training_steps_are_evaluation_s_and_change_nothing():
+    """Of one state, from the host and the device, without a label too; the index grows and its addresses stay."""
+    step, batches = make(), stream()
+    state = fresh(step)
+    call, predict = capture(step, state, batches[0]), capture_prediction(step, state, batches[0])
+    for n, batch in enumerate(batches):
+        if n % 9 == 0:
+            before, place = host(state), "cuda" if n % 2 else "cpu"
+            logit = predict(state, on(place, batch)).clone()
+            assert same_bytes(before, host(state))
+            expected = step.predict(state, on("cuda", batch))
+            torch.testing.assert_close(logit, expected, rtol=1e-5, atol=1e-5)
+        state, _ = call(state, batch)
+    assert_same_state(host(state), host(eager(step, fresh(step), batches)))
+    request = pack({name: column for name, column in batches[0].items() if name != "label"})
+    logit = capture_prediction(step, state, request)(state, request)
+    torch.testing.assert_close(logit, step.predict(state, on("cuda", request)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["pageable", "pinned", "cuda"])
