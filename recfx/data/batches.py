@@ -78,6 +78,7 @@ def reader(
               transform: dict of tensors to dict of tensors, for each batch before it is packed.
               on_bad: "skip" leaves out rows with nulls, wrong lengths or invalid values and counts them in
                   `BatchIterator.num_bad`. A file that cannot be read or has other columns is an error in any case.
+                  A row of CSV is a line: one that does not close a quote is bad, and the next line a row of its own.
               rank, world_size: this worker reads files[rank::world_size], or, with shard_by="unit", every
                   world_size-th unit. Workers of a DataLoader share what their process would read in the same way.
               threads: how many units are decoded at once, >= 1.
@@ -254,8 +255,7 @@ class BatchIterator(Iterator[Batch]):
         """Where it reads and the rows that made no batch: what an error says where there was none."""
         reader, paths = self._reader, [f"'{self._plan.files[i].path}'" for i in self._plan.own_files]
         named = ", ".join(paths[:MAX_NAMED]) + f" and {len(paths) - MAX_NAMED} more" * (len(paths) > MAX_NAMED)
-        num_bad = self._num_bad if self._chunk is None else self._chunk.num_bad
-        bad = f", {num_bad} bad ones left out" if num_bad else ""
+        bad = f", {self._num_bad} bad ones left out" if self._num_bad else ""
         options = f"batch_size={reader.batch_size}, drop_remainder={reader.drop_remainder}"
         return f"{self._num_left} rows in {named} ({options}{bad})"
 
@@ -306,6 +306,8 @@ class BatchIterator(Iterator[Batch]):
                 self._num_bad, self._num_left, self._epoch_is_empty = self._chunk.num_bad, 0, False
                 return batch
             self._num_left = self._reader.batch_size - missing if segments else self._num_left
+            if self._chunk is not None:
+                self._num_bad = self._chunk.num_bad  # those behind the last batch too
             if self._is_over or (self._epoch_is_empty and self._last_epoch is None):
                 return None
             self._epoch_is_empty = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -82,21 +83,26 @@ class CsvSource:
         return rows.batch.num_rows + len(rows.bad)
 
     def _guess(self) -> dict[str, pa.DataType]:
-        text = self._block(0, min(self._block_bytes, CHUNK_BYTES))
+        text, _ = _without_unclosed(self._block(0, min(self._block_bytes, CHUNK_BYTES)), self._options.delimiter)
+        if not text.strip():
+            return dict.fromkeys(self._names, pa.null())
         table = pa_csv.read_csv(pa.BufferReader(text), **self._how(len(text), self._names, {}, []))
         return {field.name: field.type for field in table.schema}
 
     def _parse(self, unit: int, types: Mapping[str, pa.DataType]) -> Rows:
-        text, bad = self._block(unit, self._block_bytes), list[BadRow]()
+        text, unclosed = _without_unclosed(self._block(unit, self._block_bytes), self._options.delimiter)
         if not text.strip():
             empty = pa.RecordBatch.from_pydict({name: pa.array([], kind) for name, kind in types.items()})
-            return Rows(empty, np.empty(0, np.int64))
-        _check_quotes(text, self._options.delimiter)
+            return Rows(empty, np.empty(0, np.int64), unclosed)
+        bad: list[BadRow] = []
         table = pa_csv.read_csv(pa.BufferReader(text), **self._how(len(text), list(types), types, bad))
         arrays = [column.combine_chunks() for column in table.columns]
         batch = pa.RecordBatch.from_arrays(arrays, list(types))
-        numbers = np.delete(np.arange(batch.num_rows + len(bad)), [row.number for row in bad])
-        return Rows(batch, numbers, bad)
+        num_rows = batch.num_rows + len(bad) + len(unclosed)
+        numbers = np.delete(np.arange(num_rows), [row.number for row in unclosed])  # of what was parsed
+        moved = [row._replace(number=int(numbers[row.number])) for row in bad]
+        numbers = np.delete(numbers, [row.number for row in bad])
+        return Rows(batch, numbers, sorted([*unclosed, *moved], key=lambda row: row.number))
 
     def _how(self, num_bytes: int, names: list[str], types: Mapping[str, pa.DataType], bad: list[BadRow]) -> dict:
         def note(row: pa_csv.InvalidRow) -> str:
@@ -169,20 +175,47 @@ class CsvSource:
         return text + self._line_at(begin + num_bytes)
 
 
-def _check_quotes(text: bytes, delimiter: str) -> None:
-    """Raises ArrowInvalid where a quoted cell goes on in the next line: another block may begin there."""
+def _without_unclosed(text: bytes, delimiter: str) -> tuple[bytes, list[BadRow]]:
+    """The text without the lines that do not close a quote, and these, by their number among the rows.
+
+    A row is a line, whatever block it stands in: no quote may reach into the next one.
+    """
     if b'"' not in text:
-        return
-    codes = np.frombuffer(text, np.uint8)
-    quotes, ends = np.flatnonzero(codes == ord('"')), np.flatnonzero(codes == ord("\n"))
-    for line in np.flatnonzero(np.bincount(np.searchsorted(ends, quotes)) % 2):
-        begin = ends[line - 1] + 1 if line else 0
-        cells = text[begin : ends[line] if line < len(ends) else len(text)].decode(errors="replace")
-        try:
-            list(csv.reader([cells], delimiter=delimiter, strict=True))
-        except csv.Error as error:
-            got = f"a line break in a quoted cell, or a quote that is not closed, {cells[:50]!r}"
-            raise pa.ArrowInvalid(got) from error
+        return text, []
+    codes = np.frombuffer(b"\n" + text + b"\n", np.uint8)
+    ends = np.flatnonzero(codes[1:] == ord("\n"))
+    begins = np.append(0, ends[:-1] + 1)
+    lines = [i for i in _to_look_at(codes, ends, delimiter) if not _is_closed(text[begins[i] : ends[i]], delimiter)]
+    if not lines:
+        return text, []
+    numbers = np.cumsum(ends - begins > (codes[ends] == ord("\r"))) - 1  # pyarrow passes over empty lines
+    keep, bad = np.ones(len(text), dtype=bool), []
+    for i in lines:
+        keep[begins[i] : ends[i] + 1] = False
+        cells = text[begins[i] : ends[i]].decode(errors="replace")
+        bad.append(
+            BadRow(int(numbers[i]), None, f"a quote that is not closed, {cells[:50]!r}", "a whole row in a line")
+        )
+    return codes[1:-1][keep].tobytes(), bad
+
+
+def _to_look_at(codes: np.ndarray, ends: np.ndarray, delimiter: str) -> np.ndarray:
+    """The lines where quotes do more than stand around cells or side by side: few, and the others are closed."""
+    quotes = np.flatnonzero(codes == ord('"'))
+    firsts = np.searchsorted(quotes, ends + 1)  # behind each line
+    counts = np.diff(firsts, prepend=0)
+    opens = (np.arange(len(quotes)) - np.repeat(firsts - counts, counts)) % 2 == 0
+    is_edge = np.zeros(256, dtype=bool)
+    is_edge[[ord(delimiter), *b'\n\r"']] = True
+    strange = quotes[~is_edge[codes[np.where(opens, quotes - 1, quotes + 1)]]]
+    return np.union1d(np.searchsorted(ends, strange - 1), np.flatnonzero(counts % 2))
+
+
+def _is_closed(line: bytes, delimiter: str) -> bool:
+    """Whether no quoted cell goes on behind the line, as pyarrow reads it: within an unquoted cell a quote is text."""
+    d = re.escape(delimiter.encode())
+    cell = rb'(?>"[^"]*+(?:""[^"]*+)*+"[^D]*+|[^"D][^D]*+|)'.replace(b"D", d)
+    return re.fullmatch(cell + b"(?:" + d + cell + b")*+", line) is not None
 
 
 def _cast(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, dict[int, str]]:

@@ -15,11 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import csv as pa_csv
 from pyarrow import fs
 from pyarrow import parquet as pq
 from torch.utils.data import DataLoader
 
 from recfx.data import Csv, Reader, reader, varlen
+from recfx.data.csv import _without_unclosed
 from recfx.data.describe import describe
 from recfx.data.files import match_files
 from recfx.types import Batch
@@ -103,18 +107,52 @@ def test_what_arrow_cannot_convert_names_the_file(tmp_path):
         list(reader(path, [varlen("x", torch.uint8)], 1))
 
 
-@pytest.mark.parametrize(
-    "text",
-    ['x,s\n1,"a\n2,b"\n', 'x,s\n1,q\n2,"a\n3,b"\n4,c\n', 'x,s\n1,"a'],
-)
-def test_a_line_break_in_a_quoted_cell(tmp_path, text):
-    """In a file of several blocks it could not be told from the end of a row."""
-    (tmp_path / "a.csv").write_text(text)
+UNCLOSED = ['4,"a', '4,5" "b,"c', '4,x",y,"c', '"4,a', '4,"a""', '4,"', '"4"x,"a']
+
+
+@pytest.mark.parametrize("line", UNCLOSED)
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("block_bytes", [1, 7, 1000])
+def test_a_quote_that_is_not_closed_is_a_bad_row(tmp_path, line, ending, block_bytes):
+    """The lines around it are rows as they were, whatever block they stand in."""
+    lines = ["x,s", "0,a", "", '1,"b, ""c"""', "2,d", line, '3,5" e', "7,f,g", line]
+    (tmp_path / "a.csv").write_bytes(ending.join(lines).encode())
+    columns, how = [*X, varlen("s", torch.uint8)], Csv(block_bytes=block_bytes)
     with pytest.raises(
-        ValueError,
-        match=r"file '.*a.csv': got 'a line break in a quoted cell, or a quote that is not closed, .* in block 0",
+        ValueError, match=r"file '.*a.csv', row 3: got a quote that is not closed, '.*', expected a whole"
     ):
-        list(read(tmp_path / "a.csv"))
+        list(reader(tmp_path, columns, 1, format=how))
+    it = iter(reader(tmp_path, columns, 1, format=how, on_bad="skip"))
+    assert [(*row["x"], *row["s"]) for row in all_rows(it)] == [(0, b"a"), (1, b'b, "c"'), (2, b"d"), (3, b'5" e')]
+    assert it.num_bad == 3
+
+
+def test_a_file_of_unclosed_quotes_alone(tmp_path):
+    (tmp_path / "a.csv").write_text('x\n"1\n"2\n')
+    it = iter(read(tmp_path / "a.csv", on_bad="skip"))
+    assert (list(it), it.num_bad) == ([], 2)
+    assert describe(match_files(tmp_path / "a.csv")).num_rows == 2
+
+
+@given(st.lists(st.text('a,"', min_size=1, max_size=9), min_size=1, max_size=6))
+@settings(max_examples=300, deadline=None)
+def test_lines_that_close_their_quotes_are_what_pyarrow_ends_there(lines):
+    """Each before a line of another width, which pyarrow takes for a row unless a quote still goes on."""
+
+    def ends(line: str) -> bool:
+        names = [f"{i}" for i in range(12)]
+        how = {
+            "read_options": pa_csv.ReadOptions(column_names=names),
+            "parse_options": pa_csv.ParseOptions(invalid_row_handler=lambda row: "skip"),
+        }
+        try:
+            return pa_csv.read_csv(pa.BufferReader(f"{line}\n{','.join(names)}\n".encode()), **how).num_rows == 1
+        except pa.ArrowInvalid:
+            return False
+
+    kept, bad = _without_unclosed("\n".join(lines).encode(), ",")
+    assert [row.number for row in bad] == [i for i, line in enumerate(lines) if not ends(line)]
+    assert kept.decode().splitlines() == [line for line in lines if ends(line)]
 
 
 def test_quotes_within_cells(tmp_path):
