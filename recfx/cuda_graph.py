@@ -68,7 +68,7 @@ def replayed(
         aux = graphs[key]([batch.buffer for batch in batches])
         increment_version(state.window.num_samples)  # a replay is a write that autograd does not see
         known = places, _versions(state)
-        return state, aux
+        return state, [*aux]  # a list of the caller's own: that one is the recording's
 
     return run
 

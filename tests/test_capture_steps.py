@@ -94,6 +94,7 @@ def test_state_and_every_aux_are_those_of_steps_one_after_another(recorder, most
         for aux in auxes:
             for got, wanted in zip(tree_leaves(aux), tree_leaves(expected_auxes.pop(0)), strict=True):
                 torch.testing.assert_close(got, wanted)
+        auxes.clear()  # the list is the caller's
     assert_same_state(state, expected)
     assert int(state.tables[0].num_slots) > 8
     assert int(state.tables[0].num_refused) == 0
