@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -196,6 +197,55 @@ def test_a_cache_changes_no_byte(data, eager):
     call(data, "--train_epoch=2", "--cache_dir=cache", output="cached")
     assert len([*Path("cache").rglob("*.arrow")]) == ROWS["train_files"] + ROWS["eval_files"]
     assert newest("cached") == newest("decoded")
+
+
+def test_every_argument_reaches_what_it_names(data, eager, monkeypatch):
+    """None is dropped or crossed with another on its way: what is called gets the values that were given."""
+    got: dict[str, list[dict]] = {}
+
+    def spy(name: str) -> None:
+        real = getattr(program, name)
+
+        def call_and_note(*args: Any, **kwargs: Any) -> Any:
+            bound = inspect.signature(real).bind(*args, **kwargs).arguments
+            got.setdefault(name, []).append(dict(bound))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(program, name, call_and_note)
+
+    for name in ("sparse_adamw", "adamw", "train_step", "reader", "TrainConfig", "train", "evaluate"):
+        spy(name)
+    call(
+        data, "--thread_num=3", "--prefetch=2", "--cache_dir=cache", "--drop_remainder=false",
+        "--gradient_accumulation_steps=2", "--log_steps=5", "--save_steps=6", "--eval_steps=7", "--max_to_keep=8",
+        "--full_save_every=9", "--save_in_background", "--train_steps=1", "--train_epoch=11", "--sparse_lr=0.12",
+        "--dense_lr=0.13", "--seed=14", "--precision=bf16", "--max_rows=15000", "--num_threads=2",
+    )  # fmt: skip
+    assert torch.get_num_threads() == 2
+    assert got["sparse_adamw"] == [{"lr": 0.12, "weight_decay": 0.01}]
+    assert got["adamw"] == [{"lr": 0.13, "weight_decay": 0.01}]
+    (step,) = got["train_step"]
+    expected = {"accumulation": 2, "max_rows": 15000, "seed": 14, "precision": "bf16"}
+    assert {name: step[name] for name in expected} == expected
+    assert [(r["paths"], r["drop_remainder"]) for r in got["reader"]] == [
+        (f"{data}/train", False),
+        (f"{data}/eval", False),
+    ]
+    expected = {"batch_size": 100, "threads": 3, "prefetch": 2, "cache": "cache", "rank": 0, "world_size": 1}
+    assert all({name: r[name] for name in expected} == expected for r in got["reader"])
+    assert got["TrainConfig"] == [
+        {
+            "output_dir": "out", "log_steps": 5, "save_steps": 6, "train_steps": 1, "train_epoch": 11, "max_to_keep": 8,
+            "full_save_every": 9, "save_in_background": True,
+        }
+    ]  # fmt: skip
+    assert [e["eval_steps"] for e in got["evaluate"]] == [7]
+
+
+def test_dense_parameters_follow_the_seed():
+    one, same, other = (program.build_step(program.parse([f"--seed={seed}"]))[1].params for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
 
 
 # Stopping and going on.
