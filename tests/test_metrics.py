@@ -111,6 +111,13 @@ def test_200_thresholds_give_the_contract_number():
     assert torch.equal(counts, in_two)
 
 
+def test_a_prediction_at_a_threshold_is_not_above_it():
+    """The ends are a little outside, so that 0 is above the first and 1 is not above the last."""
+    init, update = threshold_auc()
+    _, positives = update(init(), torch.tensor([0.0, 100 / 199, 1.0]), torch.ones(3))
+    assert positives[[0, 1, 99, 100, 101, 198, 199]].tolist() == [3, 2, 2, 1, 1, 1, 0]
+
+
 def test_200_thresholds_are_the_written_out_form():
     logit, label = clicks(2000, rate=0.2, spread=1.0)
     probability = logit.sigmoid()

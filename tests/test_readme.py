@@ -119,6 +119,10 @@ def test_readme_says_how_to_begin():
     assert readme("python")
 
 
+def test_the_first_loop_is_about_20_lines():
+    assert sum(bool(line.strip()) for line in readme("python")[0].code.splitlines()) <= 22
+
+
 @pytest.mark.parametrize("block", readme("python"), ids=name_of)
 def test_python_block(block, tmp_path):
     script = tmp_path / "block.py"
