@@ -34,7 +34,7 @@ def linear(params: Params, name: str, x: Tensor) -> Tensor:
 
 
 def mlp(params: Params, name: str, x: Tensor, *, num_hidden: int) -> Tensor:
-    """ReLU layers '<name>.0' ... and a last linear one without."""
+    """`num_hidden` ReLU layers '<name>.0' ... and a last linear one without: f32 [B, num_in] -> [B, num_out]."""
     return mlp_from_first(params, name, linear(params, f"{name}.0", x), num_hidden=num_hidden)
 
 

@@ -123,7 +123,7 @@ def threshold_auc(num_thresholds: int = 200) -> tuple[Callable[[], Tensor], Call
 
 
 def auc_200(counts: Tensor) -> float:
-    """Trapezoid over (FP / (FP + TN + 1e-6), (TP + 1e-6) / (TP + FN + 1e-6)) of `threshold_auc`'s counts."""
+    """Trapezoid over (FP / (FP + TN + 1e-6), (TP + 1e-6) / (TP + FN + 1e-6)) of `threshold_auc`'s counts i64 [2, T]."""
     false_positive, true_positive = counts.double()
     x = false_positive / (false_positive[0] + 1e-6)
     y = (true_positive + 1e-6) / (true_positive[0] + 1e-6)
@@ -131,12 +131,12 @@ def auc_200(counts: Tensor) -> float:
 
 
 def log_loss(counts: BinaryCounts) -> float:
-    """Mean binary cross entropy in nats per sample."""
+    """Mean binary cross entropy in nats per sample. NaN where there is none."""
     samples, _, loss, _ = counts.sums.tolist()
     return loss / samples if samples else float("nan")
 
 
 def calibration(counts: BinaryCounts) -> float:
-    """Predicted clicks per observed click: 1 is calibrated."""
+    """Predicted clicks per observed click: 1 is calibrated. NaN without a click."""
     _, clicks, _, predicted = counts.sums.tolist()
     return predicted / clicks if clicks else float("nan")

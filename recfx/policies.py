@@ -170,7 +170,10 @@ def unseen_for(steps: int) -> Expire:
 
 
 def created_before(steps: int) -> Expire:
-    """Time to live: a row created at step s is deleted at the check after step t if t - s >= steps, seen or not."""
+    """Time to live: a row created at step s is deleted at the check after step t if t - s >= steps, seen or not.
+
+    Raises:   TypeError when steps is no int, ValueError when it is below 1.
+    """
     _check_int("steps", steps)
     if steps < 1:
         raise ValueError(f"steps: got {steps}, expected at least 1. A row created in this very step would go.")

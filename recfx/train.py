@@ -43,6 +43,7 @@ class TrainConfig:
               train_steps: stop after so many steps in all; None: after the data.  train_epoch: passes over the data.
               max_to_keep: checkpoints kept.  full_save_every: of so many saves one holds every row, see `Saver`.
               save_in_background: training goes on while a checkpoint is written, see `Saver`.
+    Raises:   TypeError when a count is no int, ValueError when it is below 1.
     """
 
     output_dir: str = "./ckpt"
@@ -106,6 +107,9 @@ def train(
               having stopped.
               evaluate_with: state -> values by name, called after every epoch and after `train_steps`; a resumed run
               that has nothing left to train is evaluated too.  on_event: told of every phase.
+    Returns:  the state after the last step, and where training stands.
+    Raises:   ValueError when steps_per_replay is below 1 or there is nothing to train on; what `run`, the reader, a
+              listener and the checkpoint raise. A save that is being written is waited for.
     """
     if type(steps_per_replay) is not int or steps_per_replay < 1:
         raise ValueError(f"steps_per_replay: got {steps_per_replay!r}, expected at least 1, an int.")

@@ -20,7 +20,12 @@ Statistic = float | Tensor
 
 
 def log1p(x: Column) -> Column:
-    """log(1 + max(x, 0)): tames counts that span six orders of magnitude."""
+    """log(1 + max(x, 0)): tames counts that span six orders of magnitude.
+
+    Shapes:   f32 [B, d], Ragged f32 or a dict of them -> the same.
+    Example:  >>> log1p(torch.tensor([[-3.0, 0.0]])).tolist()
+              [[0.0, 0.0]]
+    """
     return on_values(x, lambda v: torch.log1p(v.clamp(min=0)))
 
 
