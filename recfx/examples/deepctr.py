@@ -118,6 +118,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains, evaluates, saves; returns the summary that is also written to <output_dir>/summary.json."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got cuda, expected cpu. torch finds no CUDA device here.")
+    if args.eval_paths is not None and args.data_paths is None:
+        raise ValueError(
+            f"eval_paths: got {args.eval_paths} without data_paths, expected both or neither. Generated clicks have "
+            "held-out files of their own."
+        )
     planted: dict[str, Any] = {}
     if args.data_paths is None:
         print(f"no --data_paths: using generated click logs in {args.generated_dir}", flush=True)
@@ -147,14 +152,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         on_event=_show,
     )
     summary = {
-        "auc": progress.evaluation["auc"],
+        "auc": progress.evaluation.get("auc", progress.auc),
         "best_auc": planted.get("best_auc"),
-        "log_loss": progress.evaluation["log_loss"],
+        "log_loss": progress.evaluation.get("log_loss", progress.loss),
         "samples_per_s": progress.samples_per_s,
         "first_step_s": progress.first_step_s,
         "rows": sum(num_live(t) for t in state.tables),
         "steps": progress.step,
     }
+    summary = {name: None if value != value else value for name, value in summary.items()}  # JSON has no NaN
     Path(args.output_dir, "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
@@ -172,8 +178,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--data_paths", help="files, folders or globs to train on, with commas between; default: generate some")
-    add("--eval_paths", help="held-out files; default: the generated ones, or the training files")
+    add("--data_paths", help="files, folders or globs to train on, with commas between; None: generated ones")
+    add("--eval_paths", help="held-out files; None: the generated ones, or the training files")
     add("--batch_size", type=int, default=500, help="samples per micro-batch")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimiser step")
     add("--train_epoch", type=int, default=1, help="passes over the data")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,24 @@ def test_it_trains_evaluates_and_saves(data, tmp_path, monkeypatch, captured):
     assert list((tmp_path / "out").glob("*/*.safetensors"))
 
 
+def test_ctrl_c_is_summed_up_too(data, tmp_path, monkeypatch):
+    """It stops before anything is evaluated, and before there is a rate."""
+
+    def interrupted(step: Step, state: Any, batch: Batch) -> Callable:
+        def run(state: Any, batch: Batch) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            return uncompiled(step, state, batch)(state, batch)
+
+        return run
+
+    monkeypatch.setattr(program, "capture", interrupted)
+    program.main([f"--data_paths={data}/train", "--batch_size=100", f"--output_dir={tmp_path}/out"])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert (summary["steps"], summary["samples_per_s"]) == (1, None)
+    assert 0 <= summary["auc"] <= 1
+    assert summary["log_loss"] > 0
+
+
 def test_captured_as_one_graph_it_is_the_same_step(batch):
     step, state = program.build_step(program.parse([]))
     _, other = program.build_step(program.parse([]))
@@ -132,6 +152,11 @@ def test_files_without_a_batch_are_an_error(data, tmp_path, paths):
     pq.write_table(pq.read_table(data / "eval").slice(0, 0), none)
     with pytest.raises(SystemExit, match=r"error: paths: got \d+ rows in '.*' \(batch_size=500, "):
         program.main([path.format(data=data, none=none) for path in paths])
+
+
+def test_eval_paths_are_not_dropped_in_silence():
+    with pytest.raises(SystemExit, match=r"error: eval_paths: got x without data_paths, expected both or neither"):
+        program.main(["--eval_paths=x"])
 
 
 def test_the_device_is_that_of_every_table_and_parameter():
