@@ -6,7 +6,7 @@ EXPORT void adamw_rows(float* rows, float* grads_UW, int64_t* num_unique, const 
   if (!*due) return;
   const float decay = hyper[0], b1 = hyper[1], c1 = hyper[2], b2 = hyper[3], c2 = hyper[4];
   const float alpha = hyper[5], eps = hyper[6], scale = hyper[7];
-  const int64_t num = *num_unique, ahead = 8;
+  const int64_t num = *num_unique, ahead = rows_ahead();
   with_dim(width, [=](auto dim) {
 #pragma omp parallel for schedule(static, OWNED)
     for (int64_t u = 0; u < num; ++u) {

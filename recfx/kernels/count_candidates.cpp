@@ -13,8 +13,8 @@ EXPORT void count_candidates(int64_t* candidate_slots, int64_t* candidate_ids, i
   const uint64_t mask = (uint64_t)*num_candidate_slots - 1;
   const int64_t room = std::min(max_candidates, *num_candidate_slots / 8 * 7), count = in.count();
   std::vector<int32_t> number(num_positions);
-  find_all({slots, ids, nullptr, (uint64_t)*num_slots - 1, (uint64_t)*salt}, in, count_P);
-  find_all({candidate_slots, candidate_ids, nullptr, mask, (uint64_t)*salt}, in, number.data());
+  find_all({slots, ids, (uint64_t)*num_slots - 1, (uint64_t)*salt}, in, count_P);
+  find_all({candidate_slots, candidate_ids, mask, (uint64_t)*salt}, in, number.data());
 
   int64_t fill = *num_candidates;
   for (int64_t k = 0; k < count; ++k) {

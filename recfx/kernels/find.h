@@ -7,7 +7,6 @@
 struct Index {
   const int64_t* slots;
   const int64_t* ids;
-  const int64_t* touch;  // prefetched beside ids when not null
   uint64_t mask, salt;
 };
 
@@ -26,9 +25,8 @@ struct FindBlock {
 
   void see_slots(const Index& index) const {
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t slot = load_slot(index.slots + (hash[i] & index.mask)), row = slot == EMPTY ? 0 : slot_row(slot);
-      __builtin_prefetch(&index.ids[row]);
-      if (index.touch) __builtin_prefetch(&index.touch[row]);
+      const int64_t slot = load_slot(index.slots + (hash[i] & index.mask));
+      __builtin_prefetch(&index.ids[slot == EMPTY ? 0 : slot_row(slot)]);
     }
   }
 

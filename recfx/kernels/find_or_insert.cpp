@@ -35,10 +35,10 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
   const Ids in{id_P, cell_P, num_positions, vocabularies, num_lookups};
   const uint64_t mask = (uint64_t)*num_slots - 1, now = (uint64_t)*step << 32;
   const int64_t room = std::min(max_rows, *num_slots / 8 * 7), first_new = *num_rows, count = in.count();
-  const Index index{slots, ids, seen, mask, (uint64_t)*salt};
+  const Index index{slots, ids, mask, (uint64_t)*salt};
   std::vector<Progress> progress(omp_get_max_threads());
 
-  constexpr int64_t AHEAD = 16;
+  constexpr int64_t AHEAD = 48;  // `seen` is fetched by the thread that writes it: another one's core would keep the line
   const int64_t first_free = *num_free;
   int64_t fill = first_new, free = first_free, unique = *num_unique, refused = 0, unadmitted = 0;
   const auto number = [&](int64_t begin, int64_t end) {

@@ -8,7 +8,7 @@
 template <class Formula>
 static void update_rows(const StepRows& s, Formula formula) {
   if (!*s.due) return;
-  const int64_t num = *s.num_unique, ahead = 8;
+  const int64_t num = *s.num_unique, ahead = rows_ahead();
   const float scale = s.hyper[2];
   std::vector<float> same(2 * s.width, (float)s.hyper[0]);
   std::fill(same.begin() + s.width, same.end(), (float)s.hyper[1]);

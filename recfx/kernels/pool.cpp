@@ -15,27 +15,24 @@ EXPORT void pool(const float* rows, int64_t stride, int64_t width, const int32_t
                  const int32_t* cell_P, int64_t num_positions, const int32_t* vocabularies, int64_t num_lookups,
                  int64_t batch_size, const int64_t* init_keys, const float* init_params, int64_t num_slices,
                  const int64_t* firsts, const int64_t* dims, const float* weight_P, float* const* out) {
-  constexpr int64_t SAMPLES = 8;  // few enough that their rows stay in the first cache from slice to slice
+  constexpr int64_t AHEAD = 48;  // ids beyond the sample whose rows are being fetched
   const Ids in{id_P, cell_P, num_positions, vocabularies, num_lookups};
   const Initializer init{init_keys, init_params, width};
-  const int64_t num_groups = (batch_size + SAMPLES - 1) / SAMPLES;
 #pragma omp parallel
   {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-    const int64_t last = std::min(num_groups * (me + 1) / threads * SAMPLES, batch_size), limit = in.first_of(last);
-    int64_t sample = num_groups * me / threads * SAMPLES, begin = in.first_of(sample), end = begin, fetched = begin;
-    for (; sample < last; sample += SAMPLES, begin = end) {
-      const int64_t next_sample = std::min(sample + SAMPLES, last);
-      while (end < limit && cell_P[end] < next_sample * num_lookups) ++end;
-      // The rows of the group after this one, about.
-      for (const int64_t ahead = std::min(2 * end - begin + 16, limit); fetched < ahead; ++fetched) {
+    const int64_t last = batch_size * (me + 1) / threads, limit = in.first_of(last);
+    int64_t sample = batch_size * me / threads, begin = in.first_of(sample), end = begin, fetched = begin;
+    for (; sample < last; ++sample, begin = end) {
+      while (end < limit && cell_P[end] < (sample + 1) * num_lookups) ++end;
+      for (const int64_t ahead = std::min(end + AHEAD, limit); fetched < ahead; ++fetched) {
         const float* row = rows + std::max(row_P[fetched], 0) * stride;
         for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(row + c);
       }
       for (int64_t s = 0; s < num_slices; ++s)
         with_dim(dims[s], [&](auto dim) {
           float* block = out[s];
-          std::fill(block + sample * num_lookups * dim, block + next_sample * num_lookups * dim, 0.0f);
+          std::fill(block + sample * num_lookups * dim, block + (sample + 1) * num_lookups * dim, 0.0f);
           for (int64_t k = begin; k < end; ++k) {
             float* __restrict to = block + cell_P[k] * dim;
             const float weight = weight_P ? weight_P[k] : 1.0f;

@@ -1,5 +1,7 @@
 // What the table kernels share. The torch definitions beside them say the same in numbers.
 #pragma once
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -175,6 +177,9 @@ struct StepRows {
   int64_t num_tables;
   const int64_t* dims;  // of the logical tables side by side
 };
+
+// How far ahead rows are fetched where runs of unique rows are dealt to threads: into a later run of the same thread.
+static inline int64_t rows_ahead() { return OWNED * std::max(2, omp_get_max_threads()); }
 
 // Calls f(dim) with the usual widths as compile-time constants, so that loops over them become a few vector instructions.
 template <class F>
