@@ -26,8 +26,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from recfx.checkpoint import contents, files, latest, load, save
-from recfx.checkpoint.files import MANIFEST, STATE, digest_of, write_file
+from recfx.checkpoint.files import write_file
+from recfx.checkpoint.folders import MANIFEST, STATE, digest_of
 from recfx.step import Step, TrainState
+from recfx.table import ROW_FIELDS
 from recfx.table import functions as table_module
 from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
 from tests.reference import on_threads
@@ -226,6 +228,20 @@ def test_many_shards(step, saved, monkeypatch, tmp_path):
     monkeypatch.undo()
     again = save(tmp_path / "again", step, loaded, number=8, loop=LOOP)
     assert digests(again) == digests(saved)
+
+
+@pytest.mark.parametrize("piece", [1, 300, 4096])
+@pytest.mark.parametrize("rank", [None, 0, 1, 2])
+def test_what_is_loaded_does_not_depend_on_pieces_and_shards(step, saved, monkeypatch, tmp_path, piece, rank):
+    share = {} if rank is None else {"rank": rank, "world_size": 3}
+    whole, _ = load(saved, step, fresh(step), **share)
+    monkeypatch.setattr(contents, "SHARD_BYTES", 4096)
+    monkeypatch.setattr(files, "READ_BYTES", piece)
+    path = save(tmp_path / "shards", step, some_state(step), number=8, loop=LOOP)
+    loaded, _ = load(path, step, fresh(step), **share)
+    (one,), (other,) = whole.tables, loaded.tables
+    assert int(one.num_rows) == int(other.num_rows) > 40
+    assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in (*ROW_FIELDS, "slots"))
 
 
 # Whole or not there.

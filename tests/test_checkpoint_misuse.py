@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from recfx import optim, rows
 from recfx.checkpoint import Saver, compact, diff, latest, load, save
-from recfx.checkpoint.files import MANIFEST, STATE, write_file
+from recfx.checkpoint.files import write_file
+from recfx.checkpoint.folders import MANIFEST, STATE
 from recfx.cli import main
 from recfx.embeddings import Embedding
 from recfx.optim import sparse_adamw
@@ -166,7 +167,7 @@ def test_dense_parameters_of_another_model(step, saved):
 
 def test_too_few_rows(saved):
     small = deepfm_step(max_rows=64)
-    with pytest.raises(ValueError, match=r"table 0: got \d+ rows, expected at most 64. Raise max_rows"):
+    with pytest.raises(ValueError, match=r"table 0: got \d+ rows or more, expected at most 64. Raise max_rows"):
         load(saved, small, fresh(small))
 
 
@@ -269,6 +270,69 @@ def test_a_failed_load_leaves_the_state_as_it_was(step, state, tmp_path, monkeyp
     load(path, step, new)  # it is still good for this
     again = save(tmp_path / "again", step, new, number=8, loop=LOOP)
     assert digests(again) == digests(path)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("laid_over", [False, True])
+def test_any_damaged_byte_is_found_before_its_rows_are_in_use(step, state, tmp_path, world_size, laid_over):
+    """In the header, in the numbers, ids and vocabularies that say where a row goes, and in what goes there."""
+    with Saver(tmp_path, step, full_every=2) as saver:
+        path = saver.save(state, number=8, loop=LOOP)
+        if laid_over:
+            path = saver.save(trained(step, state, deepfm_batches(2, 16)), number=10, loop=LOOP)
+    new = fresh(step)
+    before = everything_in(new)
+    size = (path / SHARD).stat().st_size
+    for place in [*range(0, 512, 23), *range(512, size, size // 97), -1]:
+        flip(path / SHARD, place)
+        with pytest.raises(ValueError, match=f"{SHARD}: checksum differs .* damaged"):
+            load(path, step, new, rank=world_size - 1, world_size=world_size)
+        flip(path / SHARD, place)
+    assert all(map(torch.equal, everything_in(new), before))
+    content = (path / SHARD).read_bytes()
+    for wrong in (content[: size // 2], content[:-1], content[:5], b"", content + b"\0"):
+        (path / SHARD).write_bytes(wrong)
+        with pytest.raises(ValueError, match=f"{SHARD}: checksum differs .* damaged"):
+            load(path, step, new, rank=world_size - 1, world_size=world_size)
+    assert all(map(torch.equal, everything_in(new), before))
+
+
+def test_too_few_rows_for_a_rank_leave_the_state_as_it_was(state, saved):
+    small = deepfm_step(max_rows=64)
+    new = fresh(small)
+    before = everything_in(new)
+    with pytest.raises(ValueError, match=r"table 0: got \d+ rows or more, expected at most 64. Raise max_rows"):
+        load(saved, small, new, rank=0, world_size=2)
+    assert all(map(torch.equal, everything_in(new), before))
+
+
+def test_a_slot_per_weight_is_not_one_per_row(tmp_path):
+    """Both kinds of Adagrad name theirs 'sum'."""
+    kinds = [deepfm_step(sparse_optimizer=o(0.1)) for o in (optim.sparse_adagrad, optim.sparse_rowwise_adagrad)]
+    for one, other in (kinds, kinds[::-1]):
+        path = save(tmp_path, one, some_state(one), number=8, loop=LOOP)
+        with pytest.raises(ValueError, match=r"step-000000008: got rows of shape \[\d, \d+\], expected \[\d, \d+\]"):
+            load(path, other, fresh(other))
+
+
+def test_a_variant_of_adamw_goes_on_with_the_moments_of_another(tmp_path):
+    """They differ in how moments are used, not in what they are."""
+    one = deepfm_step(sparse_optimizer=sparse_adamw(1e-2), dense_optimizer=optim.adamw(1e-2))
+    other = deepfm_step(sparse_optimizer=optim.sparse_adamw_recis(1e-2), dense_optimizer=optim.adamw_recis(1e-2))
+    batches = deepfm_batches(3, 16)
+    a, b = (trained(s, fresh(s), batches[:1]) for s in (one, other))  # from zero, with equal gradients
+    (t,), (u,) = a.tables, b.tables
+    assert torch.equal(t.rows[:, 1:], u.rows[:, 1:])
+    assert not torch.equal(t.rows[:, 0], u.rows[:, 0])
+    assert all(torch.equal(a.dense.v[n], b.dense.v[n]) for n in a.params)
+    loaded, _ = load(save(tmp_path, one, a, number=1, loop=LOOP), other, fresh(other))
+    assert torch.equal(loaded.tables[0].rows, t.rows)
+
+
+def test_a_big_endian_machine_is_refused(step, state, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.byteorder", "big")
+    with pytest.raises(NotImplementedError, match="save: got a big-endian machine, expected a little-endian one"):
+        save(tmp_path, step, state, number=8, loop=LOOP)
 
 
 # Arguments of `load`.

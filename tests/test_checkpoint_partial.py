@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from recfx import cli
 from recfx.checkpoint import Saver, compact, diff, latest, load, save
 from recfx.checkpoint.background import Job
-from recfx.checkpoint.files import MANIFEST, FolderLock
+from recfx.checkpoint.folders import MANIFEST, FolderLock
 from recfx.step import Step, TrainState
 from tests.conftest import deepfm_batches, deepfm_groups, deepfm_step
 from tests.reference import on_threads
@@ -366,7 +366,7 @@ def test_a_background_save_gives_up_when_its_process_is_killed(step, tmp_path):
 
 @pytest.mark.parametrize("how", ["thread", "process"])
 def test_two_writers(step, tmp_path, monkeypatch, how):
-    monkeypatch.setattr("recfx.checkpoint.files.LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr("recfx.checkpoint.folders.LOCK_WAIT_S", 0.1)
     saver = Saver(tmp_path, step)
     if how == "process":
         job = Job(lambda: time.sleep(1))  # holds the lock as its parent does
@@ -388,7 +388,7 @@ def test_counts_out_of_range(step, tmp_path, name):
 
 
 def test_compacting_while_another_saves(step, tmp_path, monkeypatch):
-    monkeypatch.setattr("recfx.checkpoint.files.LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr("recfx.checkpoint.folders.LOCK_WAIT_S", 0.1)
     with Saver(tmp_path, step) as saver:
         path = saver.save(some_state(step), number=8, loop=LOOP)
         with pytest.raises(BlockingIOError, match="expected no other writer"):
@@ -406,7 +406,7 @@ def test_a_damaged_part_is_named(step, tmp_path):
 
 def test_the_background_save_of_a_killed_run_is_waited_for(tmp_path, monkeypatch):
     """On busy cores it may take longer to end than a second writer is given. The lock names the killed run."""
-    monkeypatch.setattr("recfx.checkpoint.files.LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr("recfx.checkpoint.folders.LOCK_WAIT_S", 0.05)
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
     orphan = FolderLock(tmp_path)

@@ -138,7 +138,7 @@ def test_after_save_is_told_when_it_is_on_disk(tmp_path):
 
 def test_two_runs_in_one_folder(tmp_path, monkeypatch):
     """The second one is told at its start, and the first one's checkpoints are as they were."""
-    monkeypatch.setattr("recfx.checkpoint.files.LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr("recfx.checkpoint.folders.LOCK_WAIT_S", 0.05)
     step, told = deepfm_step(), []
 
     def second(event: str, progress: Any, state: Any) -> None:

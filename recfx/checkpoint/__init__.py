@@ -7,8 +7,9 @@
 Nothing of capacity, slots, time or host is written: equal states give equal bytes.
 """
 
-from recfx.checkpoint.files import latest
-from recfx.checkpoint.loading import held, load
+from recfx.checkpoint.folders import latest
+from recfx.checkpoint.loading import load
+from recfx.checkpoint.matching import held
 from recfx.checkpoint.merging import compact, diff
 from recfx.checkpoint.recis import load_recis
 from recfx.checkpoint.saving import Saver, save

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
-from recfx.checkpoint.files import (
+from recfx.checkpoint.files import write_file, write_tensors
+from recfx.checkpoint.folders import (
     FORMAT,
     MANIFEST,
     PREFIX,
@@ -26,9 +28,7 @@ from recfx.checkpoint.files import (
     hide,
     read_manifest,
     sync_folder,
-    write_file,
     write_manifest,
-    write_tensors,
 )
 from recfx.embeddings import Plan
 from recfx.step import Step, TrainState
@@ -66,8 +66,10 @@ def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since
 
     Args:     since: by table, the step from which on a touched row is saved; None: every live row is.
     Raises:   ValueError inside a gradient accumulation window, or on a number that no folder can have; TypeError when
-              `loop` is no dict that JSON can hold.
+              `loop` is no dict that JSON can hold; NotImplementedError on a big-endian machine.
     """
+    if sys.byteorder != "little":
+        raise NotImplementedError("save: got a big-endian machine, expected a little-endian one, as files are.")
     if type(number) is not int or not 0 <= number < 10**9:
         raise ValueError(f"number: got {number!r}, expected an int, 0 to 10**9 - 1. Checkpoints are ordered by it.")
     try:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 
 from recfx.checkpoint.contents import Contents, Rows, write
-from recfx.checkpoint.files import PREFIX, STATE, FolderLock, ShardReader, clear_unfinished, finished
-from recfx.checkpoint.loading import Source
+from recfx.checkpoint.files import read_shard
+from recfx.checkpoint.folders import PREFIX, STATE, FolderLock, clear_unfinished, finished
+from recfx.checkpoint.matching import Source
 
 __all__ = ["compact", "diff", "merged"]
 
@@ -24,15 +26,17 @@ def merged(path: str | Path) -> Contents:
 def _merged_rows(source: Source, t: int) -> Rows:
     num_rows = int(source.small[f"table.{t}.num_rows"])
     columns: dict[str, np.ndarray] = {}
-    there, reader = np.zeros(num_rows, bool), ShardReader()
-    for names in source.manifest["parts"][t]:
-        for name in names:
-            shard = reader.read(source.path / name, source.manifest["files"][name])
-            row = shard.pop("row")
-            shard["seen"] = shard.pop("last_seen").astype(np.int64) << 32
-            for field, values in shard.items():
-                columns.setdefault(field, np.zeros((num_rows, *values.shape[1:]), values.dtype))[row] = values
+    there = np.zeros(num_rows, bool)
+    for name in itertools.chain(*source.manifest["parts"][t]):
+        with read_shard(source.path / name, source.manifest["files"][name]) as shard:
+            (row,) = shard.ahead("row")
             there[row] = True
+            for field, first, values in shard.pieces():
+                if field == "last_seen":
+                    field, values = "seen", values.astype(np.int64) << 32
+                column = columns.setdefault(field, np.zeros((num_rows, *values.shape[1:]), values.dtype))
+                column[row[first : first + len(values)]] = values
+    columns.pop("row", None)
     there[source.small[f"table.{t}.free_rows"].numpy()] = False
     return Rows(columns, np.flatnonzero(there).astype(np.int32))
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from recfx.checkpoint.loading import check_arguments, check_names
+from recfx.checkpoint.matching import check_arguments, check_names
 from recfx.checkpoint.recis_dense import dense_pairs
 from recfx.kernels.owner import owner
 from recfx.rows.place import place_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recfx.checkpoint.loading import check_names
+from recfx.checkpoint.matching import check_names
 from recfx.step import TrainState
 from recfx.types import Params
 

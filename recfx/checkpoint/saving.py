@@ -9,7 +9,7 @@ from typing import Any
 
 from recfx.checkpoint.background import Job
 from recfx.checkpoint.contents import Contents, contents_of, write
-from recfx.checkpoint.files import MANIFEST, PREFIX, FolderLock, clear_unfinished
+from recfx.checkpoint.folders import MANIFEST, PREFIX, FolderLock, clear_unfinished
 from recfx.step import Step, TrainState
 
 __all__ = ["Saver", "save"]

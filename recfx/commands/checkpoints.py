@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from recfx.checkpoint.files import MANIFEST, latest, read_some
-from recfx.checkpoint.loading import Source, held
+from recfx.checkpoint.files import MANIFEST, read_shard
+from recfx.checkpoint.folders import latest
+from recfx.checkpoint.matching import Source, held
 from recfx.commands.text import aligned
 
 __all__ = ["checkpoint_at", "describe_checkpoint"]
@@ -47,7 +48,8 @@ def _num_rows(source: Source, t: int) -> list[int]:
     """Live rows of each vocabulary of a physical table."""
     vocabularies = np.full(int(source.small[f"table.{t}.num_rows"]), -1, np.int32)
     for name in (name for part in source.manifest["parts"][t] for name in part):
-        shard = read_some(source.path / name, ("row", "vocabularies"))
-        vocabularies[shard["row"]] = shard["vocabularies"]
+        with read_shard(source.path / name, source.manifest["files"][name]) as shard:
+            row, there = shard.ahead("row", "vocabularies")
+            vocabularies[row] = there
     vocabularies[source.small[f"table.{t}.free_rows"].numpy()] = -1
     return np.bincount(vocabularies[vocabularies >= 0], minlength=len(source.manifest["tables"][t])).tolist()

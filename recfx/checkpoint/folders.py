@@ -1,0 +1,186 @@
+"""Checkpoints as folders: their manifests, which of them are whole, and who may write there.
+
+Nothing here uses torch: it runs in a forked child too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import xxhash
+
+from recfx.checkpoint.files import MANIFEST, read_checked, write_file
+
+__all__ = [
+    "FolderLock",
+    "clear_unfinished",
+    "digest_of",
+    "finished",
+    "hide",
+    "latest",
+    "read_manifest",
+    "sync_folder",
+    "write_manifest",
+]
+
+FORMAT = 2
+STATE, LOCK = "state.safetensors", ".lock"
+PREFIX, UNFINISHED = "step-", ".unfinished-"
+LOCK_WAIT_S = 2.0
+ORPHAN_WAIT_S = 60.0  # for a killed run's background save, between two files, to see that it may end
+
+KEYS = {"files": dict, "parts": list, "tables": list, "slots": list, "loop": dict, "seed": int}  # of a manifest
+
+
+def digest_of(manifest: dict) -> str:
+    """Checksum of a manifest's meaning: white space and order do not count."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+
+
+def write_manifest(path: Path, manifest: dict) -> None:
+    """With a checksum of its own."""
+    text = json.dumps(manifest | {"manifest_xxh3_128": digest_of(manifest)}, indent=1, sort_keys=True)
+    write_file(path, [text.encode()])
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a checkpoint folder.
+
+    Raises:   ValueError naming the file when it is missing, damaged or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["format"]
+        if type(version) is not int:
+            raise TypeError(f"format {version!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or no text
+        raise ValueError(f"{path}: {error!r}, expected a checkpoint's manifest.") from error
+    if version != FORMAT:
+        advice = "Update recfx." if version > FORMAT else "It was written by a recfx before its first release."
+        raise ValueError(f"{path}: got format {version}, expected {FORMAT}. {advice}")
+    if manifest.pop("manifest_xxh3_128", None) != digest_of(manifest):
+        raise ValueError(f"{path}: checksum differs. The file is damaged; use an older checkpoint.")
+    _check_parts(path, manifest)
+    return manifest
+
+
+def _check_parts(path: Path, manifest: dict) -> None:
+    """What was edited by hand, checksum included, names no file twice and none outside its folder."""
+    for key, kind in KEYS.items():
+        if not isinstance(manifest.get(key), kind):
+            got = type(manifest[key]).__name__ if key in manifest else "nothing"
+            raise ValueError(f"{path}: got {got} as '{key}', expected {kind.__name__}. Use an older checkpoint.")
+    files = manifest["files"]
+    try:
+        shards = [name for table in manifest["parts"] for part in table for name in part]
+        columns = [(str, int, int) == (*map(type, c),) for t in manifest["tables"] for v in t for c in v]
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}, expected lists in 'parts' and 'tables'. Use an older checkpoint.") from None
+    outside = [name for name in files if name != Path(name).name]
+    if outside:
+        raise ValueError(f"{path}: got file {outside[0]!r}, expected names of files beside it.")
+    if sorted(map(str, (*shards, STATE))) != sorted(files):
+        raise ValueError(f"{path}: got 'parts' of {shards}, expected each of 'files' once, and {STATE} beside them.")
+    if len(manifest["parts"]) != len(manifest["tables"]) or not all(columns):
+        raise ValueError(f"{path}: got tables {manifest['tables']}, expected [name, column, width]s, one list a part.")
+    if type(manifest["loop"].get("step")) is not int:
+        raise ValueError(f"{path}: got loop {manifest['loop']}, expected the number of its step in it.")
+
+
+# Folders: a checkpoint is there when its manifest is, and hidden while it is made or deleted.
+
+
+def finished(folder: Path) -> list[Path]:
+    """The whole checkpoints below `folder`, oldest first."""
+    return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / MANIFEST).exists())
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint below `folder`, or None."""
+    paths = finished(Path(folder))
+    return paths[-1] if paths else None
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Deletes what a killed save left behind. What lacks nothing but its rename is given it."""
+    for leftover in folder.glob(f"{UNFINISHED}*"):
+        if leftover.is_symlink() or not leftover.is_dir():
+            leftover.unlink()
+            continue
+        target = folder / (PREFIX + leftover.name.removeprefix(UNFINISHED))
+        if not target.exists() and not leftover.name.startswith(UNFINISHED + PREFIX) and _is_whole(leftover):
+            os.replace(leftover, target)
+        else:
+            shutil.rmtree(leftover)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        for name, checksum in read_manifest(path)["files"].items():
+            read_checked(path / name, checksum)
+    except ValueError:
+        return False
+    return True
+
+
+def hide(path: Path) -> Path:
+    """Before it is deleted, by one rename: a folder half deleted must not pass for a checkpoint."""
+    hidden = path.with_name(UNFINISHED + path.name)
+    os.replace(path, hidden)
+    return hidden
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the folder's entries are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class FolderLock:
+    """One writer per folder, across processes; it ends with its processes, however they end.
+
+    Raises:   BlockingIOError naming folder and process when another one writes there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        begun = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                holder = os.pread(self._file, 20, 0).decode()
+                patience = LOCK_WAIT_S if _is_running(holder) else ORPHAN_WAIT_S
+                if time.monotonic() - begun > patience:
+                    os.close(self._file)
+                    raise BlockingIOError(
+                        error.errno,
+                        f"{folder}: process {holder or 'unknown'} writes checkpoints there, expected no other writer. "
+                        "Choose another folder, or end that process.",
+                    ) from None
+                time.sleep(0.02)
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        os.close(self._file)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:  # somebody else's
+        return True
+    except (ProcessLookupError, ValueError):
+        return False
+    return True

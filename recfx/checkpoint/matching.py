@@ -1,0 +1,201 @@
+"""What of a checkpoint belongs where in a model: names and shapes compared, before anything is read into place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from recfx.checkpoint.contents import dense_tensors
+from recfx.checkpoint.files import read_checked
+from recfx.checkpoint.folders import STATE, read_manifest
+from recfx.embeddings import Column, TablePlan
+from recfx.step import TrainState
+
+__all__ = ["Held", "Move", "Source", "check_arguments", "check_names", "dense_pairs", "held", "moves_of"]
+
+
+class Source(NamedTuple):
+    """A checkpoint opened for reading: its manifest, and all that is not a row."""
+
+    path: Path
+    manifest: dict
+    small: dict[str, Tensor]
+
+    @staticmethod
+    def open(path: str | Path) -> Source:
+        """Raises: ValueError naming the file when it is missing, damaged, or of another format."""
+        path = Path(path)
+        manifest = read_manifest(path)
+        return Source(path, manifest, safetensors.torch.load(read_checked(path / STATE, manifest["files"][STATE])))
+
+
+class Held(NamedTuple):
+    """What a checkpoint holds, by name."""
+
+    tables: dict[str, int]  # width of each logical table
+    dense: dict[str, torch.Size]  # shape of each dense parameter
+
+
+def held(path: str | Path) -> Held:
+    """The tables and dense parameters of a checkpoint, so that a new model can be given what fits it.
+
+    Raises:   ValueError naming the file when it is missing, damaged, or newer than this version.
+    Example:  >>> there = held(path)                                                            # doctest: +SKIP
+              >>> tables = there.tables.keys() & step.plan.widths.keys()                        # doctest: +SKIP
+              >>> dense = [n for n, p in state.params.items() if there.dense.get(n) == p.shape] # doctest: +SKIP
+              >>> state, _ = load(path, step, state, tables=tables, dense=dense)                # doctest: +SKIP
+    """
+    source, prefix = Source.open(path), "params."
+    tables = {name: width for table in source.manifest["tables"] for columns in table for name, _, width in columns}
+    dense = {n.removeprefix(prefix): t.shape for n, t in source.small.items() if n.startswith(prefix)}
+    return Held(tables, dict(sorted(dense.items())))
+
+
+class Piece(NamedTuple):
+    """A vocabulary of a checkpoint's table that becomes one of the model's table."""
+
+    there: int
+    here: int
+    columns: tuple[tuple[int, Column], ...]  # first column there, and what it is here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """All that one table of a checkpoint gives to one table of the model."""
+
+    source: Source
+    table: int
+    pieces: tuple[Piece, ...]
+    rank: int
+    world_size: int
+
+    @functools.cached_property
+    def here(self) -> np.ndarray:
+        """By vocabulary there: the one here, -1 not taken."""
+        here = np.full(len(self.source.manifest["tables"][self.table]), -1, np.int32)
+        here[[piece.there for piece in self.pieces]] = [piece.here for piece in self.pieces]
+        return here
+
+    def columns_there(self, vocabulary: int) -> list[list]:
+        """Name, first column and width of its logical tables."""
+        return self.source.manifest["tables"][self.table][vocabulary]
+
+    @property
+    def everything(self) -> bool:
+        """Whether every row there gets a row here."""
+        return self.world_size == 1 and bool((self.here >= 0).all())
+
+    def keeps_layout(self, width: int) -> bool:
+        """Whether rows there are rows here as they are."""
+        there = max(first + dim for v in self.source.manifest["tables"][self.table] for _, first, dim in v)
+        return there == width and all(
+            sum(column.dim for _, column in piece.columns) == width
+            and all(first == column.first for first, column in piece.columns)
+            for piece in self.pieces
+        )
+
+
+def check_arguments(paths: list[Path], state: TrainState, rank: int, world_size: int) -> None:
+    """Raises what `load` raises about its paths, ranks, and a state that has rows."""
+    if not paths or len({p.resolve() for p in paths}) < len(paths):
+        raise ValueError(f"path: got {list(map(str, paths))}, expected one folder or more, each once.")
+    if type(rank) is not int or type(world_size) is not int or not 0 <= rank < world_size:
+        raise ValueError(f"rank: got {rank!r} of world_size {world_size!r}, expected ints, 0 <= rank < world_size.")
+    num_rows = sum(int(t.num_rows) for t in state.tables)
+    if num_rows:
+        raise ValueError(f"state: got one with {num_rows} rows, expected a new one. They would be lost. Use step.init.")
+
+
+def check_names(argument: str, got: Collection[str] | None, known: Collection[str]) -> None:
+    """Raises: ValueError naming the argument when it holds an unknown name, TypeError when it is a str."""
+    if isinstance(got, str):
+        raise TypeError(f"{argument}: got the str '{got}', expected a list of names.")
+    unknown = sorted(set(got or ()) - set(known))
+    if unknown:
+        raise ValueError(f"{argument}: got {unknown}, expected some of {sorted(known)}.")
+
+
+def dense_pairs(
+    state: TrainState, source: Source, taken: Collection[str] | None, names: dict[str, str]
+) -> list[tuple[Tensor, Tensor]]:
+    """Tensors of the state, and what they are to become."""
+    check_names("dense", taken, state.params)
+    if taken is None or taken:
+        _check_optimizer(state, source)
+    pairs = []
+    for part, param, target in dense_tensors(state):
+        if taken is not None and (param not in taken if param is not None else not taken):
+            continue
+        name = part if param is None else f"{part}.{names.get(param, param)}"
+        saved = source.small.get(name)
+        if saved is None or saved.shape != target.shape:
+            raise ValueError(
+                f"{source.path / STATE}: no tensor '{name}' of shape {list(target.shape)}. Another model's or "
+                "optimiser's; name what to take in `dense`, see `held`."
+            )
+        pairs.append((target, saved))
+    return pairs
+
+
+def _check_optimizer(state: TrainState, source: Source) -> None:
+    """A dense optimiser that kept more cannot go on as this one: what it kept would be lost without notice."""
+    params = [name.removeprefix("params.") for name in source.small if name.startswith("params.")]
+    kept = [(part, param) for part, param, _ in dense_tensors(state) if part != "params"]
+    known = {part if param is None else f"{part}.{p}" for part, param in kept for p in params}
+    more = sorted(name for name in source.small if name.startswith("dense.") and name not in known)
+    if more:
+        parts = sorted({part for part, _ in kept})
+        raise ValueError(
+            f"{source.path / STATE}: got an optimiser that keeps '{more[0]}', expected one that keeps {parts} and no "
+            "more. Use the optimiser that it was saved with."
+        )
+
+
+def moves_of(
+    plan: TablePlan,
+    source: Source,
+    taken: Collection[str] | None,
+    names: Mapping[str, str],
+    world: tuple[int, int],
+) -> list[Move]:
+    """What a checkpoint gives to the model's table `plan`, by table of the checkpoint."""
+    places = {
+        name: (t, v, first, dim)
+        for t, table in enumerate(source.manifest["tables"])
+        for v, columns in enumerate(table)
+        for name, first, dim in columns
+    }
+    pieces: dict[int, list[Piece]] = {}
+    for here, vocabulary in enumerate(plan.vocabularies):
+        columns = [c for c in vocabulary if taken is None or c.name in taken]
+        for column in columns:
+            name = names.get(column.name, column.name)
+            if name not in places or places[name][3] != column.dim:
+                known = ", ".join(f"{n} of width {place[3]}" for n, place in places.items())
+                raise ValueError(
+                    f"{source.path}: no table '{name}' of width {column.dim} for '{column.name}', only {known}. Give "
+                    "its name there in `names`, or what to take in `tables`."
+                )
+        found = [places[names.get(c.name, c.name)] for c in columns]
+        keys = {(t, v) for t, v, _, _ in found}
+        if len(keys) > 1:
+            raise ValueError(
+                f"{source.path}: got other ids for each of {[c.name for c in columns]}, expected the same. Here they "
+                "share rows; take one of them in `tables`."
+            )
+        for t, there in keys:
+            firsts = tuple((first, c) for (_, _, first, _), c in zip(found, columns, strict=True))
+            if there in {piece.there for piece in pieces.setdefault(t, [])}:
+                raise ValueError(f"{source.path}: table '{columns[0].name}' shares its rows there with another table.")
+            pieces[t].append(Piece(there, here, firsts))
+    return [
+        Move(source=source, table=t, pieces=tuple(p), rank=world[0], world_size=world[1]) for t, p in pieces.items()
+    ]
