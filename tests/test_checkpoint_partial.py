@@ -264,6 +264,18 @@ def test_training_goes_on_beside_background_saves(step, tmp_path):
     assert [diff(a, b) for a, b in zip(paths, full, strict=True)] == [[]] * 6
 
 
+def test_a_save_after_one_whose_base_is_damaged_is_full(step, tmp_path):
+    state = some_state(step)
+    with Saver(tmp_path, step, full_every=5) as saver:
+        first = saver.save(state, number=8, loop=LOOP)
+        flip(first / MANIFEST, 40)
+        with pytest.raises(ValueError, match=MANIFEST):
+            saver.save(state, number=9, loop=LOOP)
+        path = saver.save(state, number=10, loop=LOOP)
+    assert len(rows_in(path)) == 1
+    load(path, step, fresh(step))
+
+
 def test_an_error_of_a_background_save_is_told(step, tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> str:
         raise OSError(28, "No space left on device")

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -705,6 +706,20 @@ def test_a_rank_is_missing(tmp_path):
     step = tf_step()
     with pytest.raises(
         ValueError, match=r"tensorkey.json: got parts of ranks \[0\] of \[2\], expected all of one number"
+    ):
+        load_recis(folder, step, fresh(step), names=NAMES)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_missing_from_one_table(tmp_path, rank):
+    """One that holds none of its ids saves an empty part."""
+    folder = write_recis(tmp_path, saved_tables(lambda _: [1, 2, 3, 4]), num_ranks=2)
+    gone = re.compile(rf"a_bias\..*/part_{rank}_2")
+    edit_json("tensorkey.json", lambda c: [c.pop(k) for k in [*c] if gone.fullmatch(k)])(folder)
+    step = tf_step()
+    with pytest.raises(
+        ValueError,
+        match=rf"tensorkey.json: table 'a_bias': got parts of ranks \[{1 - rank}\], expected those of \[0, 1\]",
     ):
         load_recis(folder, step, fresh(step), names=NAMES)
 

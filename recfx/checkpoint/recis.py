@@ -72,8 +72,8 @@ def load_recis(
     Differs:  from `load`: the layout has no checksums, so a flipped bit shows where it makes no sense, if anywhere.
               Reader positions, metrics and step filters are not taken.
     Raises:   ValueError naming file and tensor when one is missing, damaged, of another shape or type, or not finite;
-              when an id is there twice, a rank is missing from all tables, or the optimiser keeps something else; when
-              `state` has rows already, or too little room. `state` is then as it was.
+              when an id is there twice, a rank's part of a table is missing, or the optimiser keeps something else;
+              when `state` has rows already, or too little room. `state` is then as it was.
     """
     check_arguments([Path(path)], state, rank, world_size)
     columns = {c.name: c for t in step.plan.tables for v in t.vocabularies for c in v}
@@ -140,6 +140,7 @@ class _Folder:
                 f"{self.path / KEYS}: got parts of ranks {sorted(ranks)} of {sorted(counts)}, expected all of one "
                 "number of ranks. Rows would be lost; use another checkpoint."
             )
+        self._ranks = ranks
 
     def optimizer(self, tables: Collection[str], kept: tuple[str, ...]) -> tuple[dict[str, str], int]:
         """Slot there of each of the model's, and the steps taken."""
@@ -165,6 +166,11 @@ class _Folder:
             if not blocks or found.get(slot, {}).keys() != blocks.keys():
                 got = f"'{slot}' of ranks {sorted(found.get(slot, {}))}, ids of {sorted(blocks)}"
                 raise ValueError(f"{self.path / KEYS}: table '{table}': got {got}, expected both of the same.")
+        if blocks.keys() != self._ranks:  # each saves a part of each table, an empty one too
+            raise ValueError(
+                f"{self.path / KEYS}: table '{table}': got parts of ranks {sorted(blocks)}, expected those of "
+                f"{sorted(self._ranks)}. Rows would be lost; use another checkpoint."
+            )
         for rank in sorted(blocks):
             ids = self.tensor(blocks[rank])
             if ids.dtype != torch.int64 or ids.dim() != 1:

@@ -23,7 +23,8 @@ class Saver:
 
     Args:     max_to_keep: checkpoints kept, >= 1.
               full_every: 1: every save holds every row. k: of k saves one does, the others hold the rows touched since
-              the save before and link its files; the first of a process is full. `compact` makes any of them full.
+              the save before and link its files; the first of a process is full, and the first after an error.
+              `compact` makes any of them full.
     Cost:     a save writes W (1 + slots) floats and 20 B per row. In the background it stops the caller for a fork
               (10 ms a 1 GB table), then takes up to the table's size in memory where the caller writes meanwhile.
     Raises:   ValueError on a count below 1; NotADirectoryError when `folder` is a file; BlockingIOError when another
@@ -59,7 +60,11 @@ class Saver:
                   JSON cannot hold `loop`; nothing is then written. OSError when the disk is full or not writable.
         """
         contents, base = self._prepare(state, number, loop)
-        write(self._folder, contents, base=base, max_to_keep=self._max_to_keep)
+        try:
+            write(self._folder, contents, base=base, max_to_keep=self._max_to_keep)
+        except BaseException:
+            self._last = None  # the next save is full
+            raise
         return self._saved(state, number)
 
     def save_in_background(self, state: TrainState, *, number: int, loop: dict) -> Path:
