@@ -111,8 +111,9 @@ def test_one_trace_and_one_graph_over_many_steps(one):
     assert not counters["recompiles"]
 
 
-def test_one_graph_for_each_layout_and_each_size_of_state():
-    """A state of another size through the same callable is compiled for, not run by a graph of other shapes."""
+def test_one_graph_for_each_layout_size_of_state_and_number_of_threads():
+    """A state of another size through the same callable is compiled for, not run by a graph of other shapes; nor does a
+    graph made for two threads, which asks for two, run for one."""
 
     def forward(params, emb, feats):
         return emb["bias"].sum(1) + params["numeric_bias"].sum()
@@ -127,6 +128,9 @@ def test_one_graph_for_each_layout_and_each_size_of_state():
         assert_same_state(a, run(step.update_, step.grow_(fresh(step), (1000,)), batches)[0])
     assert int(a.tables[0].num_rows) == 16
     assert int(a.tables[0].num_refused) > 0
+    for _ in range(2):
+        on_threads(1, run, call, fresh(steps[1]), batches)
+        assert counters["stats"]["unique_graphs"] == 3
     assert not counters["graph_break"]
 
 

@@ -278,6 +278,18 @@ def test_a_half_written_folder_is_ignored_and_cleared_away(step, saved):
     load(newer, step, fresh(step))
 
 
+def test_files_are_on_disk_before_the_folder_has_its_name(step, tmp_path, monkeypatch):
+    """Written, synced, renamed, in this order: what a loss of power needs."""
+    done: list = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(os.fstat(fd).st_ino) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda old, new: done.append(str(new)) or replace(old, new))
+    path = save(tmp_path, step, some_state(step), number=8, loop=LOOP)
+    renamed = done.index(str(path))
+    assert {f.stat().st_ino for f in (path, *path.iterdir())} <= {*done[:renamed]}
+    assert tmp_path.stat().st_ino in done[renamed:]
+
+
 def test_a_folder_without_a_manifest_is_no_checkpoint(step, saved):
     (saved.parent / "step-000000099").mkdir()
     assert latest(saved.parent) == saved

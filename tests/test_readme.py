@@ -169,6 +169,19 @@ def test_files_that_are_linked_exist():
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
+def test_every_result_is_listed():
+    results = ROOT / "bench" / "results"
+    listed = (results / "README.md").read_text()
+    assert not [path.name for path in results.iterdir() if path.name != "README.md" and path.stem not in listed]
+
+
+def test_every_module_has_its_line_among_the_files():
+    """Of the package's own folder; what lies deeper belongs to its folder's line."""
+    table = README.read_text().split("## The files, in reading order")[1].split("## ")[0]
+    names = {p.name for p in (ROOT / "recfx").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert not {name for name in names if not name.startswith("__") and name not in table}
+
+
 # The examples.
 
 
