@@ -118,6 +118,14 @@ def test_a_prediction_at_a_threshold_is_not_above_it():
     assert positives[[0, 1, 99, 100, 101, 198, 199]].tolist() == [3, 2, 2, 1, 1, 1, 0]
 
 
+def test_200_thresholds_of_one_class_are_what_the_small_number_makes_of_them():
+    """Without a click every true positive rate is 1e-6 / 1e-6, without a non-click every false one 0."""
+    init, update = threshold_auc()
+    predictions = torch.tensor([0.2, 0.7])
+    assert auc_200(update(init(), predictions, torch.zeros(2))) == pytest.approx(1, abs=1e-6)
+    assert auc_200(update(init(), predictions, torch.ones(2))) == 0
+
+
 def test_200_thresholds_are_the_written_out_form():
     logit, label = clicks(2000, rate=0.2, spread=1.0)
     probability = logit.sigmoid()

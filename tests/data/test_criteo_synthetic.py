@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import orc
 
+from recfx.data import criteo_synthetic as synthetic
 from recfx.data.criteo_synthetic import CATEGORICAL, MISSING, NUMERIC, QUANTILES, _auc, generate
 
 SMALL = {"rows_per_file": 300, "train_files": 2, "eval_files": 1, "seed": 7}
@@ -102,6 +103,29 @@ def test_info(data, table):
     assert info["numeric_lr_auc"] > 0.55
     assert 0.72 < info["best_auc"] < 0.85
     assert info["best_auc"] > info["numeric_lr_auc"] + 0.1
+
+
+def logits(a: str, b: str) -> np.ndarray:
+    """Of four rows that differ in two columns alone: f(a0, b0), f(a1, b0), f(a0, b1), f(a1, b1)."""
+    ranks = {name: np.zeros(4, dtype=np.int64) for name in CATEGORICAL}
+    numbers = {name: np.full(4, QUANTILES[name][6], dtype=np.float64) for name in NUMERIC}
+    for name, is_other in ((a, [0, 1, 0, 1]), (b, [0, 0, 1, 1])):
+        if name in ranks:
+            ranks[name] += np.array(is_other)
+        else:
+            numbers[name] = np.where(is_other, QUANTILES[name][10], numbers[name])
+    return synthetic._logit(synthetic._plant(42), synthetic._Rows(ranks, numbers))
+
+
+def test_the_planted_model_has_effects_of_first_order_and_of_pairs():
+    """Of ids and of numbers; two columns that are no pair add up."""
+    for a, b in (*synthetic.ID_PAIRS, *synthetic.ID_NUMBER_PAIRS):
+        f = logits(a, b)
+        assert abs(f[3] - f[1] - f[2] + f[0]) > 1e-4, (a, b)
+    for a, b in (("c1", "c2"), ("c1", "i1"), ("i1", "i3")):
+        f = logits(a, b)
+        assert min(abs(f[1] - f[0]), abs(f[2] - f[0])) > 1e-4, (a, b)
+        assert f[3] - f[1] - f[2] + f[0] == pytest.approx(0, abs=1e-9), (a, b)
 
 
 def test_equal_seeds_give_equal_bytes(tmp_path):

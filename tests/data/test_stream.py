@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -124,6 +125,17 @@ def test_shuffled_rows_depend_on_the_seed_alone(folder):
     assert one != other
     assert ids_of(read(folder, 3, shuffle_rows=30, seed=1, threads=2, prefetch=1)) == one
     assert sorted(one) == list(range(NUM_ROWS))
+
+
+def test_files_and_units_are_shuffled_by_seed_and_epoch(folder):
+    """In windows of one row only the order of files, and of units in them, is random."""
+    one, same, other = (ids_of(read(folder, 7, shuffle_rows=1, seed=seed)) for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+    epochs = ids_of(read(folder, 7, shuffle_rows=1, seed=1, epochs=2))
+    assert epochs[:NUM_ROWS] == one
+    assert epochs[NUM_ROWS:] != one
+    assert sum(b == a + 1 for a, b in itertools.pairwise(one)) > NUM_ROWS / 2  # rows of a unit stay together
 
 
 def test_a_window_of_all_rows_leaves_no_row_near_its_place(folder):
