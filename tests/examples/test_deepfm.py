@@ -113,7 +113,8 @@ def test_captured_end_to_end_on_generated_data(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "no --data_paths: using generated click logs in made" in out
     assert f"best possible AUC on the held-out rows: {info['best_auc']:.4f}" in out
-    assert re.search(r"epoch 2 step 40 held out: auc=0\.\d{4} log_loss=", out)
+    held_out = {name: f"{summary[name]:.4f}" for name in ("auc", "log_loss", "calibration")}  # not of the training rows
+    assert f"epoch 2 step 40 held out: {' '.join(f'{name}={value}' for name, value in held_out.items())}\n" in out
     for name, value in summary.items():
         assert re.search(rf"^ *{name}  {re.escape(str(value))}$", out, flags=re.MULTILINE), name
     assert re.search(r"samples/s.*auc=0\.\d+.*loss=0\.\d+", err)
