@@ -173,6 +173,9 @@ def created_before(steps: int) -> Expire:
     """Time to live: a row created at step s is deleted at the check after step t if t - s >= steps, seen or not.
 
     Raises:   TypeError when steps is no int, ValueError when it is below 1.
+    Example:  >>> rows = RowColumns(None, None, None, torch.tensor([1, 5, 6], dtype=torch.int32), None, None)
+              >>> created_before(5)(rows, 10).tolist()
+              [True, True, False]
     """
     _check_int("steps", steps)
     if steps < 1:

@@ -16,7 +16,7 @@ from recfx.losses import bce_with_logits
 from recfx.metrics import BinaryCounts, binary_metrics
 from recfx.optim import SparseOptimizer
 from recfx.policies import Life
-from recfx.table import Found, Table, TableState, ids_of, is_sweep_due, table
+from recfx.table import Found, Table, TableState, ids_of, is_full, is_sweep_due, table
 from recfx.table import sweep_ as sweep_table_
 from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
 
@@ -291,7 +291,7 @@ def train_step(
         if life is None:
             return state
         for i, s in enumerate(state.tables):
-            if life.at_cap == "stop" and int(s.num_refused):
+            if life.at_cap == "stop" and int(s.num_refused) and is_full(s):
                 raise RuntimeError(
                     f"table {i}: got {int(s.num_refused)} ids without room, expected none. Its cap is "
                     f"{s.ids.numel()} rows. They were not trained. Raise max_rows, or give a Life that evicts."

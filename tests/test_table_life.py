@@ -3,6 +3,7 @@
 import copy
 import shutil
 import tempfile
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -143,10 +144,9 @@ class Machine(RuleBasedStateMachine):
                 rows.write_(self.step, self.state, *arguments)
             return
         self.state = rows.write_(self.step, self.state, *arguments)
-        looked_up = oracle.num_looked_up
-        oracle.insert(reading_of([[[i] for i in ids]], [vocabulary]))
+        with self.uncounted():
+            oracle.insert(reading_of([[[i] for i in ids]], [vocabulary]))
         oracle.next_step()
-        oracle.num_looked_up = looked_up
         for key in keys:
             bias = self.initial_of(key, 2, 0) if key in new else oracle.vectors[key][2]
             oracle.vectors[key], oracle.last[key] = [float(value), float(value), bias], oracle.step
@@ -155,7 +155,16 @@ class Machine(RuleBasedStateMachine):
     def delete(self, vocabulary, ids):
         table, deleted = f"bias/{'ab'[vocabulary]}", torch.tensor(ids, dtype=torch.int64)
         self.state = rows.delete_(self.step, self.state, table, deleted)
-        self.oracle.forget({(vocabulary, i) for i in ids} & self.oracle.rows.keys())
+        with self.uncounted():
+            self.oracle.forget({(vocabulary, i) for i in ids} & self.oracle.rows.keys())
+
+    @contextmanager
+    def uncounted(self):
+        """The counters are of training and its sweeps."""
+        oracle, names = self.oracle, ("num_looked_up", "num_created", "num_evicted")
+        before = {name: getattr(oracle, name) for name in names}
+        yield
+        vars(oracle).update(before)
 
     @rule(num=st.integers(0, 200))
     def grow(self, num):

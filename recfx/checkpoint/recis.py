@@ -253,7 +253,6 @@ def _write_part_(step: Step, state: TrainState, table: str, part: _Part, rank: i
         ids, *values = (column[mine].to(place.table.ids.device) for column in (ids, *values))
         weight, *slots = (value.float() for value in values)
         write_(step, state, table, ids, weight, dict(zip(list(part.values)[1:], slots, strict=True)))
-    place.table.tally.zero_()  # which counts what training created
 
 
 def _empty_(table: TableState) -> None:

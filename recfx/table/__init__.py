@@ -14,6 +14,7 @@ from recfx.table.state import (
     TableCandidates,
     TableState,
     copy_of,
+    is_full,
     num_live,
     num_rows_bytes,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "grow_",
     "ids_of",
     "initializer_tensors",
+    "is_full",
     "is_sweep_due",
     "num_live",
     "num_rows_bytes",

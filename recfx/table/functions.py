@@ -25,6 +25,7 @@ from recfx.policies import Life
 from recfx.table.index import grow_, slots_for
 from recfx.table.memory import padded, reserve, reserve_rows
 from recfx.table.state import TableCandidates, TableState, copy_of
+from recfx.table.sweep import checked
 from recfx.types import NUM_SAMPLES, Ragged
 
 __all__ = ["Columns", "Found", "Occurrences", "Table", "ids_of", "initializer_tensors", "table"]
@@ -107,7 +108,7 @@ def table(
     Cost:     find and insert read 16 to 32 B per id; insert never syncs; at load 0.75 a row's index and bookkeeping
               take 35 B, 45 B right after a doubling, 8 B more where rows are counted and have been freed.
     Raises:   ValueError when max_rows is not in [1, 2**31), max_bytes holds no row, max_unique is below 1, or a `life`
-              that evicts at the cap keeps as many rows.
+              that evicts at the cap keeps as many rows; TypeError when its `admit` returns what it should not.
     """
     if not 1 <= max_rows < 2**31:
         raise ValueError(f"max_rows: got {max_rows}, expected 1 to 2**31 - 1. Row numbers are 32-bit.")
@@ -123,6 +124,9 @@ def table(
     num_unique = max_rows if max_unique is None else min(max_rows, max_unique)
     admit = life.admit if life else None
     max_candidates = life.candidates if life and admit else 0
+    if admit is not None:  # asked here once, since an error within a capture is torch's
+        id = torch.zeros(2, dtype=torch.int64, device=device)
+        checked("admit", admit(id.int() + 1, id, id.int(), id[0] + 1), torch.bool, id)
     vocabularies = torch.tensor(plan.cell_vocabularies, dtype=torch.int32, device=device)
     num_inserting = sum(not lookup.read_only for lookup in plan.lookups)
     first_reading = sum(lookup.num_cells for lookup in plan.lookups[:num_inserting])
@@ -189,9 +193,7 @@ def table(
         table = s.slots, s.ids, s.num_slots, s.salt
         count = count_with(*s.candidates, *table, id, cell, inserting) if max_candidates else torch.zeros_like(cell)
         admits = admit(count, id, inserting[cell % len(inserting)], s.step + 1)
-        if admits.dtype != torch.bool or admits.shape != id.shape:
-            raise TypeError(f"admit: got {admits.dtype} {list(admits.shape)}, expected torch.bool {list(id.shape)}.")
-        return admits.contiguous()
+        return checked("admit", admits, torch.bool, id).contiguous()
 
     def insert_with(op: Callable, count_with: Callable) -> Callable[[TableState, dict], tuple[TableState, Found]]:
         def insert_(s: TableState, features: dict) -> tuple[TableState, Found]:

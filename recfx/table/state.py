@@ -14,6 +14,7 @@ __all__ = [
     "TableCandidates",
     "TableState",
     "copy_of",
+    "is_full",
     "num_live",
     "num_rows_bytes",
 ]
@@ -69,6 +70,11 @@ COUNTERS = ("num_refused", "tally", "step")
 def num_live(state: TableState) -> int:
     """Rows in use: `num_rows` without the freed ones."""
     return int(state.num_rows) - int(state.num_free)
+
+
+def is_full(state: TableState) -> bool:
+    """Whether every row that may be is in use."""
+    return num_live(state) == state.ids.numel()
 
 
 def copy_of(state: TableState) -> TableState:

@@ -12,15 +12,14 @@ from recfx.kernels.find_or_insert import CREATED, EVICTED, LOOKED_UP, UNADMITTED
 from recfx.kernels.op import FREED, UNKNOWN
 from recfx.policies import Life, RowColumns
 from recfx.table.index import rebuild_
-from recfx.table.state import TableState, num_live
+from recfx.table.state import TableState, is_full, num_live
 
-__all__ = ["Stats", "columns_of", "delete_", "is_sweep_due", "stats", "sweep_"]
+__all__ = ["Stats", "checked", "columns_of", "delete_", "is_sweep_due", "stats", "sweep_"]
 
 
 def is_sweep_due(state: TableState, life: Life, number: int) -> bool:
     """Whether a sweep follows step `number`: where `every` divides it, and where a table that is to evict is full."""
-    full = life.at_cap == "evict" and num_live(state) == state.ids.numel()
-    return full or number % life.every == 0
+    return (life.at_cap == "evict" and is_full(state)) or number % life.every == 0
 
 
 def sweep_(state: TableState, life: Life) -> TableState:
@@ -33,13 +32,15 @@ def sweep_(state: TableState, life: Life) -> TableState:
     live = columns.vocabulary != FREED
     dead = torch.zeros_like(live)
     if life.expire is not None:
-        dead |= _checked("expire", life.expire(columns, step), torch.bool, live) & live
+        dead |= checked("expire", life.expire(columns, step), torch.bool, live) & live
     if life.score is not None:
         assert life.keep is not None
-        score = _checked("score", life.score(columns, step), torch.int64, live)
+        score = checked("score", life.score(columns, step), torch.int64, live)
         left = torch.nonzero(live & ~dead)[:, 0]
         dead[left[_lowest(score[left], left.numel() - life.keep)]] = True
-    delete_(state, torch.nonzero(dead)[:, 0])
+    gone = torch.nonzero(dead)[:, 0]
+    delete_(state, gone)
+    state.tally[EVICTED] += gone.numel()
     candidates = state.candidates
     if int(candidates.num) > candidates.ids.numel() // 2:
         candidates.num.zero_()
@@ -54,10 +55,11 @@ def columns_of(state: TableState) -> RowColumns:
     return RowColumns(state.ids[:n], state.vocabularies[:n], last_step, state.born[:n], state.counts[:n], weight)
 
 
-def _checked(name: str, got: Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
+def checked(name: str, got: Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """What a policy returned. Raises: TypeError naming it when that is of another kind, dtype or shape."""
     if not isinstance(got, Tensor) or got.dtype != dtype or got.shape != like.shape:
         what = f"{got.dtype} {list(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
-        raise TypeError(f"{name}: got {what}, expected {dtype} {list(like.shape)}, one per row.")
+        raise TypeError(f"{name}: got {what}, expected {dtype} {list(like.shape)}, one for each.")
     return got
 
 
@@ -86,7 +88,6 @@ def delete_(state: TableState, row: Tensor) -> TableState:
     free = torch.nonzero(state.vocabularies[: int(state.num_rows)] == FREED)[:, 0]
     state.free_rows[: free.numel()] = free.flip(0).int()
     state.num_free.fill_(free.numel())
-    state.tally[EVICTED] += row.numel()
     return rebuild_(state)
 
 
@@ -100,17 +101,17 @@ def _forget_(state: TableState, row: Tensor) -> None:
 
 
 class Stats(NamedTuple):
-    """A table on the host. The counts of ids and rows run from the table's beginning."""
+    """A table on the host. Counts of ids and rows are of training and its sweeps, from the table's beginning."""
 
     size: int  # rows in use
     load: float  # share of the index's slots that is taken
     mean_probe: float  # slots looked at to find a row, nan without one
     max_probe: int
     hit_rate: float  # share of the ids looked up by training that were neither new nor refused, nan without one
-    admitted: int  # rows created
+    admitted: int  # rows created by training
     refused: int  # ids that found no room, in the table or in their step
     unadmitted: int  # ids that were not given a row yet
-    evicted: int  # rows deleted
+    evicted: int  # rows deleted by sweeps
     candidates: int  # ids whose occurrences are being counted
 
 
