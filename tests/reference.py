@@ -71,12 +71,14 @@ class DictTable:
         self.unique: dict[int, int] = {}
         self.freed: set[int] = set()
         self.num_looked_up = self.num_created = self.num_evicted = self.num_refused = self.num_unadmitted = 0
+        self.num_hits = 0
 
     def insert(self, reading: Reading, admit: Sequence[bool] | None = None) -> tuple[list[int], list[int]]:
         row_P, inverse_P = ([UNKNOWN] * reading.id.numel() for _ in range(2))
         for _, l, p in positions(reading):
             self.num_looked_up += 1
             key = (int(reading.vocabularies[l]), int(reading.id[p]))
+            is_known = key in self.rows
             if key not in self.rows and admit is not None and not admit[p]:
                 row_P[p] = REFUSED
                 self.num_unadmitted += 1
@@ -94,6 +96,7 @@ class DictTable:
                 self.num_refused += 1
                 continue
             inverse_P[p] = self.unique.setdefault(row, len(self.unique))
+            self.num_hits += is_known
         return row_P, inverse_P
 
     def find(self, reading: Reading) -> list[int]:

@@ -178,7 +178,7 @@ def test_only_rows_in_use_are_brought_to_the_host(step):
 
 
 def test_nothing_of_capacity_is_in_the_file(monkeypatch, tmp_path):
-    """A table that grew from 8 slots and one reserved far larger: the same rows, the same bytes."""
+    """A table that grew from 8 slots and one reserved far larger: the same bytes. Nor of time or host."""
     paths, num_slots = [], []
     for first_slots, max_rows, max_unique in ((8, 512, 128), (2**16, 2**17, None)):
         monkeypatch.setattr(table_module, "FIRST_SLOTS", first_slots)
@@ -196,6 +196,9 @@ def test_nothing_of_capacity_is_in_the_file(monkeypatch, tmp_path):
         f"table.0.{name}" for name in ("num_rows", "free_rows", "num_refused", "tally", "step")
     }
     assert small["table.0.free_rows"].size == 0
+    manifest = json.loads((paths[0] / MANIFEST).read_text())
+    assert manifest.keys() == {"format", "files", "loop", "manifest_xxh3_128", "parts", "seed", "slots", "tables"}
+    assert manifest["loop"].keys() == {*LOOP, "step"}
 
 
 def test_readable_without_recfx(step, saved):

@@ -173,6 +173,22 @@ def test_renamed_tables(step, state, saved):
         load(saved, other, fresh(other))
 
 
+def test_renamed_tables_on_other_ranks_and_back(step, state, saved, tmp_path):
+    names = {"emb/a": "emb/user", "bias/a": "bias/user", "emb/b": "emb/shop"}
+    other = deepfm_step(embeddings=renamed_groups(names))
+    back, merged, folders = {new: old for old, new in names.items()}, {}, []
+    for rank in range(3):
+        part, _ = load(saved, other, fresh(other), names=back, rank=rank, world_size=3)
+        mine = by_names(content(other, part), back)
+        assert mine
+        assert not mine.keys() & merged.keys()
+        merged |= mine
+        folders.append(save(tmp_path / str(rank), other, part, number=8, loop=LOOP))
+    assert merged == content(step, state)
+    whole, _ = load(folders, step, fresh(step), names=names)
+    assert content(step, whole) == content(step, state)
+
+
 def test_a_renamed_dense_parameter(saved, state):
     def forward(params: dict, emb: dict, feats: dict) -> Tensor:
         return emb["bias"].sum((1, 2))[:, None] + params["offset"].sum()

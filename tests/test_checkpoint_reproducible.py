@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,13 +14,17 @@ import numpy as np
 import pytest
 import torch
 
+from recfx import policies, rows
 from recfx import table as table_package
 from recfx.capture import capture
-from recfx.checkpoint import compact, diff, latest
+from recfx.checkpoint import compact, diff, latest, load, save
 from recfx.checkpoint.merging import merged
+from recfx.embeddings import Embedding
+from recfx.policies import Life
 from recfx.step import Step
+from recfx.table import num_live, stats
 from recfx.train import TrainConfig, train
-from tests.conftest import deepfm_batches, deepfm_step
+from tests.conftest import deepfm_batches, deepfm_groups, deepfm_step
 from tests.loop import Log, MemoryReader, eager, fresh, interrupt
 from tests.test_checkpoint import digests
 
@@ -69,6 +74,47 @@ def test_interrupted_and_resumed(captured, tmp_path, how, options):
     parts = go(tmp_path / "parts", *captured, **options)
     assert diff(parts, whole) == []
     assert digests(compact(parts)) == digests(whole)
+
+
+def test_all_at_once(tmp_path, monkeypatch):
+    """Windows, admission, expiry, eviction at the cap of three tables, one of them read by two features; growth, and
+    partial saves in the background of which one is kept."""
+    groups = deepfm_groups() | {"wide": [Embedding("b", dim=2)]}
+    groups["emb"] = [dataclasses.replace(e, shared_name=None if e.feature == "b" else "a+c") for e in groups["emb"]]
+    life = Life(
+        admit=policies.at_least(2), candidates=300, expire=policies.unseen_for(4), score=policies.least_frequently_used,
+        keep=8, every=3, at_cap="evict",
+    )  # fmt: skip
+    step = deepfm_step(embeddings=groups, accumulation=2, life=life, max_rows=16)
+    whole = go(tmp_path / "whole", step, eager(step))
+    monkeypatch.setattr(table_package.functions, "FIRST_SLOTS", 8)
+    options = {"save_in_background": True, "full_save_every": 3, "save_steps": 1, "max_to_keep": 1}
+    for at in (2, 5, 8):
+        go(tmp_path / "parts", step, eager(step), listener=Log(("after_step", at), interrupt), **options)
+    parts = go(tmp_path / "parts", step, eager(step), **options)
+    assert diff(parts, whole) == []
+    assert digests(compact(parts)) == digests(whole)
+    seen = [stats(t) for t in load(whole, step, fresh(step))[0].tables]
+    assert len(seen) == 3
+    assert all(s.evicted > 0 and s.unadmitted > 0 and s.refused > 0 for s in seen), seen
+
+
+def test_ids_deleted_between_two_runs(tmp_path):
+    """In the checkpoint that the second goes on from: as if they had been deleted while the first went on."""
+
+    def delete(event: str, progress: Any, state: Any) -> None:
+        if (event, progress.step) == ("after_step", 3):
+            rows.delete_(step, state, "emb/a", torch.arange(0, 150, 2))
+
+    step = deepfm_step()
+    whole = go(tmp_path / "whole", step, eager(step), listener=delete)
+    path = go(tmp_path / "parts", step, eager(step), train_steps=3)
+    state, loop = load(path, step, fresh(step))
+    num_rows = num_live(state.tables[0])
+    rows.delete_(step, state, "emb/a", torch.arange(0, 150, 2))
+    assert num_live(state.tables[0]) < num_rows - 10
+    save(path.parent, step, state, number=loop["step"], loop=loop)
+    assert digests(go(path.parent, step, eager(step))) == digests(whole)
 
 
 def test_grown_or_not(captured, tmp_path, monkeypatch):

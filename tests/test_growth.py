@@ -103,6 +103,7 @@ def test_ids_that_all_hash_to_one_place_get_the_dicts_rows_under_another_salt(ma
     assert salts[0] == 0
     assert len(set(salts[1:])) == 1, "one salt is enough: it is not made anew at every step"
     assert stats(state).mean_probe < 8
+    assert stats(state).load == num_live(state) / int(state.num_slots) > 0.5
 
 
 def fastest_s(work, prepare, repeats=7):

@@ -1,17 +1,19 @@
 """Admission and eviction in a step and in the loop: captured, evaluated, interrupted, at the cap."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from recfx import policies
 from recfx.capture import capture, capture_evaluation
+from recfx.checkpoint import load, save
 from recfx.policies import Life
-from recfx.table import num_live, stats, sweep_, table
-from recfx.train import TrainConfig, train
+from recfx.table import ROW_FIELDS, num_live, stats, sweep_, table
+from recfx.train import TrainConfig, evaluate, train
 from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
-from tests.reference import (
-    table_plan,
-)
+from tests.reference import on_threads, table_plan
 
 LIFE = Life(
     admit=policies.at_least(2), candidates=1000, expire=policies.unseen_for(3), score=policies.least_recently_used,
@@ -27,7 +29,14 @@ def equal_tables(a, b):
 
 
 def test_captured_pure_and_in_place_steps_live_alike():
-    step = deepfm_step(life=LIFE, max_rows=60)
+    """Under policies that read tensors of their own."""
+    needed, idle = torch.tensor([1, 2, 3]), torch.tensor([2, 3, 4])
+    life = replace(
+        LIFE,
+        admit=lambda count, id, vocabulary, step: count >= needed[vocabulary.long()],
+        expire=lambda columns, step: step - columns.last_step >= idle[columns.vocabulary.long()],
+    )
+    step = deepfm_step(life=life, max_rows=60)
     batches = deepfm_batches(8)
     captured, in_place, pure = (step.init(deepfm_params()) for _ in range(3))
     run = capture(step, captured, batches[0])
@@ -57,6 +66,26 @@ def test_evaluation_admits_evicts_and_counts_nothing():
         state, _ = run(state, batches[3])
     after = torch.utils._pytree.tree_leaves(state.tables)
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def test_nothing_is_left_of_an_evicted_id():
+    """Weights and moments are gone, evaluation gives zeros, and training meets it as an id it has never seen."""
+    step = deepfm_step(life=Life(expire=policies.unseen_for(1), every=2))
+    (gone,), (other,) = deepfm_batches(1, ids=(5, 6, 7)), deepfm_batches(1, ids=(900, 901))
+    state, _ = step.update_(step.init(deepfm_params()), gone)
+    table, num = state.tables[0], num_live(state.tables[0])
+    assert table.rows[:num, 1:].ne(0).any((1, 2)).all()
+    state, _ = step.update_(step.sweep_(state, 1), other)
+    state = step.sweep_(state, 2)
+    assert table.free_rows[:num].tolist() == [*range(num)][::-1]
+    for column in (table.rows, table.seen, table.born, table.counts, table.ids):
+        assert not column[:num].any()
+    new = tree_map(torch.clone, state)._replace(tables=step.init(deepfm_params()).tables)
+    new.tables[0].step.fill_(2)
+    assert torch.equal(step.evaluate_(state, gone)[1].logit, step.evaluate_(new, gone)[1].logit)
+    state, new = (on_threads(1, step.update_, s, gone)[0] for s in (state, new))
+    for name in ROW_FIELDS:
+        assert torch.equal(getattr(table, name)[:num], getattr(new.tables[0], name)[:num]), name
 
 
 class Batches:
@@ -89,7 +118,8 @@ def test_the_loop_sweeps_after_the_steps_that_every_divides(tmp_path):
     step, batches = deepfm_step(life=LIFE, max_rows=60), deepfm_batches(7)
     state, by_hand = step.init(deepfm_params()), step.init(deepfm_params())
     config = TrainConfig(output_dir=str(tmp_path), log_steps=100, save_steps=100)
-    state, _ = train(step, step.update_, state, Batches(batches), config)
+    held_out = {"evaluate_with": lambda s: evaluate(step.evaluate_, s, batches[:2])}  # which sweeps nothing
+    state, _ = train(step, step.update_, state, Batches(batches), config, **held_out)
     for number, batch in enumerate(batches, start=1):
         by_hand, _ = step.update_(by_hand, batch)
         if number in (2, 4, 6):
@@ -129,6 +159,22 @@ def test_at_cap_a_table_refuses_or_stops():
         else:
             with pytest.raises(RuntimeError, match=r"table 0: got \d+ ids without room, expected none. Its cap is 4"):
                 step.sweep_(state, 1)
+
+
+def test_what_was_refused_before_the_cap_was_raised_stops_nothing(tmp_path):
+    """A run that refused goes on under a larger cap, as one that is to stop."""
+    batches, small = deepfm_batches(2), deepfm_step(max_rows=8)
+    state, _ = small.update_(small.init(deepfm_params()), batches[0])
+    saved = save(tmp_path, small, state, number=1, loop={})
+    for max_rows in (512, 9):
+        step = deepfm_step(life=Life(at_cap="stop"), max_rows=max_rows)
+        state, _ = step.update_(load(saved, step, step.init(deepfm_params()))[0], batches[1])
+        if max_rows == 512:
+            assert int(state.tables[0].num_refused) > 0
+            step.sweep_(state, 2)
+        else:
+            with pytest.raises(RuntimeError, match=r"table 0: got \d+ ids without room, expected none. Its cap is 9"):
+                step.sweep_(state, 2)
 
 
 def test_at_cap_a_table_evicts_before_the_next_step(tmp_path):

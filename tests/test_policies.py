@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 from recfx import policies
 from recfx.policies import Life
-from recfx.table import delete_, is_sweep_due, num_live, stats, sweep_, table
+from recfx.table import copy_of, delete_, is_sweep_due, num_live, stats, sweep_, table
 from tests.reference import (
     DictTable,
     features_of,
@@ -90,6 +91,10 @@ def check_same(state, oracle):
     assert [key if key[0] >= 0 else None for key in keys] == oracle.keys()
     assert state.free_rows[: int(state.num_free)].tolist() == sorted(oracle.freed, reverse=True)
     assert (state.tally.tolist(), int(state.num_refused)) == (oracle.tally(), oracle.num_refused)
+    got, num = stats(state), oracle.num_looked_up
+    assert got.hit_rate == pytest.approx(oracle.num_hits / num if num else math.nan, nan_ok=True)
+    assert (got.size, got.refused, got.evicted) == (len(oracle.rows), oracle.num_refused, oracle.num_evicted)
+    assert (got.admitted, got.unadmitted) == (oracle.num_created, oracle.num_unadmitted)
     for key, row in oracle.rows.items():
         assert int(state.seen[row] >> 32) == oracle.last[key]
         assert (int(state.born[row]), int(state.counts[row])) == (oracle.first[key], oracle.steps[key])
@@ -104,8 +109,8 @@ PAIRS = {
         {"expire": lambda d, key: d.step - d.last[key] >= 3},
     ),
     "created_before": (
-        {"expire": policies.created_before(4)},
-        {"expire": lambda d, key: d.step - d.first[key] >= 4},
+        {"expire": policies.created_before(2)},
+        {"expire": lambda d, key: d.step - d.first[key] >= 2},
     ),
     "least_recently_used": (
         {"score": policies.least_recently_used, "keep": 7},
@@ -222,6 +227,18 @@ def test_an_evicted_id_waits_for_admission_again():
     assert stats(state).evicted == 1
 
 
+def test_what_expires_counts_among_what_goes():
+    """Down to `keep` rows, no further: what `expire` deletes leaves room for the rest."""
+    life = Life(expire=policies.unseen_for(2), score=policies.least_recently_used, keep=3, every=3)
+    t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=64, life=life)
+    state = t.init()
+    for number, ids in enumerate([[1, 2, 3], [4], [5, 6]], start=1):
+        state, _ = t.insert_(state, features_of([[ids]]))
+        state = finish(t, state, life, number)
+    live = state.vocabularies[:6] >= 0
+    assert state.ids[:6][live].tolist() == [4, 5, 6]
+
+
 def test_candidates_are_forgotten_when_more_than_half_full():
     life = Life(admit=policies.at_least(2), candidates=6, every=1)
     t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=64, life=life)
@@ -252,19 +269,35 @@ def test_rows_are_deleted_only_between_steps():
         ("expire", lambda columns, step: True, "expire: got bool, expected torch.bool"),
         ("score", lambda columns, step: columns.weight[:, 0], "score: got torch.float32"),
         ("admit", lambda count, *_: count, r"admit: got torch.int32 \[2\], expected torch.bool \[2\]"),
+        ("admit", lambda count, *_: (count > 1)[:1], r"admit: got torch.bool \[1\], expected torch.bool \[2\]"),
+        ("admit", lambda *_: True, "admit: got bool, expected torch.bool"),
+        ("admit", lambda count, *_: torch.ones(2, dtype=torch.bool), r"admit: got .* \[2\], expected torch.bool \[3\]"),
     ],
 )
 def test_a_policy_of_the_wrong_kind_is_named(name, policy, error):
     life = Life(**{name: policy}, keep=1 if name == "score" else None)
-    t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=8, life=life)
 
     def run():
-        state, _ = t.insert_(t.init(), features_of([[[1, 2]]]))
+        t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=8, life=life)
+        state, _ = t.insert_(t.init(), features_of([[[1, 2, 3] if name == "admit" else [1, 2]]]))
         state.num_unique.zero_()
         sweep_(state, life)
 
     with pytest.raises(TypeError, match=error):
         run()
+
+
+@pytest.mark.parametrize("name", ["expire", "score"])
+def test_a_policy_that_raises_deletes_nothing(name):
+    rules = {"expire": lambda columns, step: columns.id > 0, "score": policies.least_recently_used}
+    life = Life(**rules | {name: lambda columns, step: columns.id[99]}, keep=1, every=1)
+    t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=8, life=life)
+    state, _ = t.insert_(t.init(), features_of([[[1, 2, 3]]]))
+    state.num_unique.zero_()
+    before = copy_of(state)
+    with pytest.raises(IndexError):
+        sweep_(state, life)
+    assert all(map(torch.equal, tree_leaves(state), tree_leaves(before)))
 
 
 @pytest.mark.parametrize(
