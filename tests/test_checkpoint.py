@@ -311,6 +311,35 @@ def test_saving_at_the_same_number_again(step, saved, same):
     assert int(loaded.dense.step) == int(state.dense.step)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_what_is_renamed_is_on_disk(step, tmp_path, monkeypatch):
+    """What no kill can tell, and a power cut would: files, their folder, the rename, its folder, and only then an older
+    checkpoint goes."""
+    old, said = save(tmp_path, step, some_state(step), number=7, loop=LOOP), []
+    fsync, replace = os.fsync, os.replace
+
+    def told_fsync(file: int) -> None:
+        said.append(("on disk", Path(os.readlink(f"/proc/self/fd/{file}")).name))
+        fsync(file)
+
+    def told_replace(source: Path, target: Path) -> None:
+        said.append((source.name, target.name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", told_fsync)
+    monkeypatch.setattr(os, "replace", told_replace)
+    new = save(tmp_path, step, some_state(step), number=8, loop=LOOP, max_to_keep=1)
+    names, scratch = {path.name for path in new.iterdir()}, ".unfinished-000000008"
+    assert set(said[: len(names)]) == {("on disk", name) for name in names}
+    assert said[len(names) - 1 :] == [
+        ("on disk", MANIFEST),
+        ("on disk", scratch),
+        (scratch, new.name),
+        ("on disk", tmp_path.name),
+        (old.name, f".unfinished-{old.name}"),
+    ]
+
+
 @contextmanager
 def file_size_limit(num_bytes: int) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -317,6 +317,18 @@ def test_every_optimiser_s_state(tmp_path, sparse, dense):
         assert table.rows.shape[2] == plan.width + len(sparse.row_slots) * len(plan.dims)
 
 
+def test_every_table_has_steps_of_its_own(saved, tmp_path):
+    """One that was taken from a checkpoint, and one that began later."""
+    groups = deepfm_groups() | {"wide": [Embedding("b", dim=2)]}
+    step = deepfm_step(embeddings=groups)
+    state, _ = load(saved, step, fresh(step), tables=[f"{g}/{f}" for g in ("emb", "bias") for f in "ac"])
+    state = on_threads(1, trained, step, state, deepfm_batches(2))
+    assert [int(t.step) for t in state.tables] == [10, 2]
+    loaded, _ = load(save(tmp_path, step, state, number=10, loop=LOOP), step, fresh(step))
+    assert [int(t.step) for t in loaded.tables] == [10, 2]
+    assert content(step, loaded) == content(step, state)
+
+
 def test_dense_alone(state, saved, step):
     loaded, loop = load(saved, step, fresh(step), tables=())
     assert all(torch.equal(loaded.params[n], state.params[n]) for n in state.params)

@@ -252,6 +252,22 @@ def test_an_import_takes_a_file_to_where_the_table_is(tmp_path, monkeypatch):
     assert [(t.device.type, len(t)) for t in seen] == [("meta", 2)] * 5
 
 
+def test_an_import_into_a_full_table_overwrites_and_brings_nothing_new(tmp_path):
+    step, file = deepfm_step(max_rows=8), tmp_path / "rows.parquet"
+    full = rows.write_(step, step.init(deepfm_params()), "emb/a", torch.arange(8), vectors(range(8)))
+    rows.export_parquet(step, full, "emb/a", file)
+    other = rows.write_(step, step.init(deepfm_params()), "emb/a", torch.arange(8), torch.zeros(8, DIM))
+    other = rows.import_parquet_(step, other, "emb/a", file)
+    assert as_dict(step, other, "emb/a") == as_dict(step, full, "emb/a")
+    other = rows.write_(
+        step, rows.delete_(step, other, "emb/a", torch.tensor([7])), "emb/b", torch.tensor([1]), vectors([1])
+    )
+    before = as_dict(step, other, "emb/a")
+    with pytest.raises(ValueError, match=r"rows.parquet: table 'emb/a': got 1 new ids, expected at most 0"):
+        rows.import_parquet_(step, other, "emb/a", file)
+    assert as_dict(step, other, "emb/a") == before
+
+
 def test_an_export_names_the_path_that_it_was_given(tmp_path):
     step = deepfm_step()
     (tmp_path / "file").write_text("mine")

@@ -221,7 +221,7 @@ def run(monkeypatch, examples, length):
 
 
 def test_nothing_is_lost_or_invented(monkeypatch):
-    run(monkeypatch, 20, 25)
+    run(monkeypatch, 25, 40)
 
 
 @pytest.mark.slow
