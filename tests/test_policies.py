@@ -159,8 +159,8 @@ def probability(seed, key, count):
 
 @pytest.mark.parametrize("name", PAIRS)
 @given(
-    stream=streams(6), ends=st.lists(st.booleans(), min_size=6, max_size=6), every=st.sampled_from([1, 2, 3, 100]),
-    max_rows=st.sampled_from([3, 9, 200]),
+    stream=streams(8), ends=st.lists(st.sampled_from([True, True, False]), min_size=8, max_size=8),
+    every=st.sampled_from([1, 2, 3, 100]), max_rows=st.sampled_from([3, 9, 200]),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
 def test_a_life_is_the_dict_with_its_rules(name, stream, ends, every, max_rows):
@@ -212,6 +212,29 @@ def test_how_an_accumulation_window_is_cut_changes_no_row():
         for name in ("ids", "vocabularies", "seen", "born", "counts", "rows", "free_rows", "tally"):
             assert torch.equal(getattr(whole, name), getattr(cut, name)), name
     assert int(whole.tally[2]) > 0
+
+
+@pytest.mark.parametrize(
+    ("expire", "touched", "every", "gone_after"),
+    [
+        (policies.unseen_for(1), [1], 1, 2),
+        (policies.unseen_for(3), [1, 2], 1, 5),
+        (policies.unseen_for(3), [1, 2], 4, 8),
+        (policies.created_before(1), [1], 1, 2),
+        (policies.created_before(3), [1, 2, 3], 1, 4),
+        (policies.created_before(3), [2, 3, 4], 3, 6),
+        (policies.created_before(3), [3], 3, 6),
+    ],
+)
+def test_the_step_after_which_a_row_goes(expire, touched, every, gone_after):
+    life = Life(expire=expire, every=every)
+    t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=8, life=life)
+    state, there = t.init(), []
+    for number in range(1, 10):
+        state, _ = t.insert_(state, features_of([[[7] if number in touched else []]]))
+        state = finish(t, state, life, number)
+        there.append(num_live(state) == 1)
+    assert there == [touched[0] <= number < gone_after for number in range(1, 10)]
 
 
 def test_an_evicted_id_waits_for_admission_again():
