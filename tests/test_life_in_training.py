@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from recfx import policies
 from recfx.capture import capture, capture_evaluation
 from recfx.checkpoint import load, save
+from recfx.kernels.find_or_insert import TALLIES
 from recfx.policies import Life
 from recfx.table import ROW_FIELDS, num_live, stats, sweep_, table
 from recfx.train import TrainConfig, evaluate, train
@@ -199,13 +200,15 @@ def test_a_table_cannot_evict_at_its_cap_and_keep_as_much():
         deepfm_step(life=life, max_rows=60)
 
 
-def test_max_bytes_is_the_most_memory_that_a_table_takes():
-    plan = table_plan([0])
+@pytest.mark.parametrize("max_unique", [None, 7])
+@pytest.mark.parametrize("candidates", [None, 20])
+def test_max_bytes_is_the_most_memory_that_a_table_takes(max_unique, candidates):
+    """All of its tensors, but for the counters."""
+    plan, life = table_plan([0]), candidates and Life(admit=policies.at_least(2), candidates=candidates)
+    options = {"optimizer_slots": 2, "seed": 1, "max_unique": max_unique, "life": life}
     for max_bytes in (10_000, 123_456, 10**7):
-        state = table(plan, optimizer_slots=2, seed=1, max_bytes=max_bytes).init()
-        rows = state.ids.numel()
-        kept = state.ids, state.vocabularies, state.seen, state.born, state.counts, state.free_rows, state.slots
-        taken = sum(t.numel() * t.element_size() for t in kept) + rows * state.rows.stride(0) * 4
+        leaves = tree_leaves(table(plan, **options, max_bytes=max_bytes).init())
+        taken = sum(len(t) * t.stride(0) * t.element_size() for t in leaves if t.dim()) - 8 * TALLIES
         assert taken <= max_bytes
         assert taken > 0.6 * max_bytes  # the index doubles
     with pytest.raises(ValueError, match=r"max_bytes: got 100, expected at least \d+, the bytes of one row"):

@@ -32,6 +32,7 @@ __all__ = ["Columns", "Found", "Occurrences", "Table", "ids_of", "initializer_te
 
 FIRST_SLOTS = 2**16
 BOOKKEEPING_BYTES = 32  # of a row: id 8, vocabulary 4, seen 8, born 4, count 4, its place in the free list 4
+CANDIDATE_BYTES = 16  # id 8, vocabulary 4, count 4
 
 
 class Found(NamedTuple):
@@ -101,7 +102,8 @@ def table(
               seed: of the initial weights.
               max_rows: hard cap; ids beyond it use their initial value, are not trained, and are counted. On a CPU a
               reserved row costs address space only, on a GPU it costs its memory.
-              max_bytes: the same in bytes of memory, index and bookkeeping included. The lower cap counts.
+              max_bytes: the same in bytes of memory: index, bookkeeping, candidates, and the gradients of as many rows
+              as one step may touch included. The lower cap counts.
               max_unique: most distinct ids one optimiser step may touch. Default max_rows.
               life: which ids get a row; with it, the steps that touch a row are counted.
               sum_row_grads: see `recfx.step.train_step`.
@@ -115,15 +117,16 @@ def table(
     if max_unique is not None and max_unique < 1:
         raise ValueError(f"max_unique: got {max_unique}, expected at least 1. A step could train nothing.")
     device, width, num_behind = torch.device(plan.device), plan.width, row_slots * len(plan.dims)
+    admit = life.admit if life else None
+    max_candidates = life.candidates if life and admit else 0
     if max_bytes is not None:
-        max_rows = min(max_rows, _rows_in(max_bytes, (width + num_behind) * (1 + optimizer_slots)))
+        floats = (width + num_behind) * (1 + optimizer_slots)
+        max_rows = min(max_rows, _rows_in(max_bytes, floats, width, max_unique, max_candidates))
     if life and life.at_cap == "evict" and life.keep is not None and life.keep >= max_rows:
         raise ValueError(
             f"keep: got {life.keep}, expected less than the cap, {max_rows} rows. Nothing could be evicted."
         )
     num_unique = max_rows if max_unique is None else min(max_rows, max_unique)
-    admit = life.admit if life else None
-    max_candidates = life.candidates if life and admit else 0
     if admit is not None:  # asked here once, since an error within a capture is torch's
         id = torch.zeros(2, dtype=torch.int64, device=device)
         checked("admit", admit(id.int() + 1, id, id.int(), id[0] + 1), torch.bool, id)
@@ -257,15 +260,21 @@ def table(
     )
 
 
-def _rows_in(max_bytes: int, width: int) -> int:
-    """Most rows of that many floats whose memory, index and bookkeeping included, is `max_bytes`."""
+def _rows_in(max_bytes: int, floats: int, width: int, max_unique: int | None, max_candidates: int) -> int:
+    """Most rows of that many floats, `width` of them weights, with which all tensors of a table take `max_bytes`."""
+    candidates = CANDIDATE_BYTES * max_candidates + 8 * slots_for(max_candidates, 7 / 8)
 
     def num_bytes(rows: int) -> int:
-        return rows * (4 * padded(width, most_padding=0.25) + BOOKKEEPING_BYTES) + 8 * slots_for(rows, 7 / 8)
+        beside = BOOKKEEPING_BYTES * rows + 8 * slots_for(rows, 7 / 8) + candidates
+        of_a_step = min(rows, max_unique or rows) * 4 * (1 + padded(width, most_padding=1.0))
+        return rows * 4 * padded(floats, most_padding=0.25) + beside + of_a_step
 
     rows = bisect.bisect_right(range(2**31), max_bytes, key=num_bytes) - 1
     if rows < 1:
-        raise ValueError(f"max_bytes: got {max_bytes}, expected at least {num_bytes(1)}, the bytes of one row.")
+        raise ValueError(
+            f"max_bytes: got {max_bytes}, expected at least {num_bytes(1)}, the bytes of one row and {max_candidates} "
+            "candidates."
+        )
     return rows
 
 

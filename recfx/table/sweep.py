@@ -107,7 +107,7 @@ class Stats(NamedTuple):
     load: float  # share of the index's slots that is taken
     mean_probe: float  # slots looked at to find a row, nan without one
     max_probe: int
-    hit_rate: float  # share of the ids looked up by training that were neither new nor refused, nan without one
+    hit_rate: float  # share of the ids looked up by training that had a row before, nan without one
     admitted: int  # rows created by training
     refused: int  # ids that found no room, in the table or in their step
     unadmitted: int  # ids that were not given a row yet
