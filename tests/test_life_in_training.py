@@ -55,6 +55,12 @@ def test_captured_pure_and_in_place_steps_live_alike():
     assert seen.size == seen.admitted - seen.evicted
 
 
+@pytest.mark.parametrize(("answer", "got"), [(None, "NoneType"), (torch.ones(2), r"torch.float32 \[2\]")])
+def test_an_admit_of_the_wrong_kind_is_named_before_it_is_captured(answer, got):
+    with pytest.raises(TypeError, match=rf"admit: got {got}, expected torch.bool \[2\]"):
+        deepfm_step(life=Life(admit=lambda count, id, vocabulary, step: answer))
+
+
 def test_evaluation_admits_evicts_and_counts_nothing():
     step = deepfm_step(life=LIFE, max_rows=60)
     batches = deepfm_batches(4)
