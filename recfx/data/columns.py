@@ -114,7 +114,9 @@ Column = FixedLen | VarLen
 def fixedlen(name: str, default: Sequence[float], *, valid: Valid = finite, null: Null = "error") -> FixedLen:
     """A column of exactly len(default) numbers a row, as float32; an empty row takes the default.
 
-    Args:     valid: what a number in the file must be: `finite`, `OneOf(0, 1)` for a label, `Between(low, high)`, or
+    Args:     name: of a column, or "user.age" for a field of a struct column, null where the struct is. The field alone
+                  is read, but from Arrow IPC.
+              valid: what a number in the file must be: `finite`, `OneOf(0, 1)` for a label, `Between(low, high)`, or
                   None for anything, NaN included.
               null: "empty" takes a null row for an empty one. A null inside a list is bad in any case.
     Raises:   ValueError when default is empty.
@@ -142,7 +144,7 @@ def varlen(
     Args:     depth: how deep lists are nested in the file; 1 also reads plain values, as lists of length 1. A string
                   counts as a value: lists of strings become `Ragged(bytes, offsets of strings, outer=(of lists,))`.
               weighted: the innermost lists hold struct{k, v}, or are maps: a value and its weight.
-              valid, null: as for `fixedlen`; integers are always valid where `valid` is `finite`.
+              name, valid, null: as for `fixedlen`; integers are always valid where `valid` is `finite`.
     Raises:   ValueError when dtype is another, or depth is below 1.
     Example:  >>> varlen("c1", torch.int64).packed
               PackedColumn(name='c1', dtype=torch.int64, width=0, num_levels=1, weighted=False)
@@ -170,7 +172,7 @@ def hashed(
 
     Args:     string_hash: `recfx.kernels.string_hash.farm_hashes` or `murmur_hashes`.
               buckets: n > 0: the unsigned hash mod n; 0: its sign bit cleared; None: as it is, signed.
-              depth, weighted, null: as for `varlen`.
+              name, depth, weighted, null: as for `varlen`.
     Raises:   ValueError when buckets is negative or depth below 1.
     """
     if buckets is not None and buckets < 0:

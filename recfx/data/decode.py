@@ -18,7 +18,7 @@ from recfx.data.files import File, checksum
 from recfx.data.formats import Format, Source, open_source, reading
 from recfx.data.records import as_records
 from recfx.data.rows import BadRow, Decoded, Rows
-from recfx.data.schema import check_schema
+from recfx.data.schema import check_schema, type_at
 from recfx.data.split import Split, check_key
 from recfx.kernels.pack_columns import PackPlan
 
@@ -175,9 +175,10 @@ def _needed(file: File, schema: pa.Schema, recipe: Recipe) -> list[str]:
     """Names of the columns that batches, filter and split read."""
     names = [column.name for column in recipe.columns]
     if recipe.split is not None and recipe.split.key is not None:
-        if recipe.split.key not in schema.names:
+        kind = type_at(schema, recipe.split.key)
+        if kind is None:
             raise ValueError(f"split: got key '{recipe.split.key}', which '{file.path}' lacks.")
-        check_key(recipe.split.key, schema.field(recipe.split.key).type)
+        check_key(recipe.split.key, kind)
         names.append(recipe.split.key)
     if recipe.filter is not None:
         if not _binds(recipe.filter, schema):

@@ -16,6 +16,7 @@ from pyarrow import parquet as pq
 from recfx.data.csv import Csv, CsvSource
 from recfx.data.files import File
 from recfx.data.rows import Rows
+from recfx.data.schema import column_at, path_to
 
 __all__ = ["Format", "Source", "open_source", "reading"]
 
@@ -39,7 +40,9 @@ class Source(Protocol):
         """The units that may hold a row for which the expression is true."""
         ...
 
-    def read(self, unit: int, names: Sequence[str]) -> Rows: ...
+    def read(self, unit: int, names: Sequence[str]) -> Rows:
+        """Columns by name, and fields of structs by dotted name."""
+        ...
 
     def num_rows(self, unit: int) -> int: ...
 
@@ -58,7 +61,7 @@ class OrcSource:
         return range(self.num_units)
 
     def read(self, unit: int, names: Sequence[str]) -> Rows:
-        return _all_rows(self._open().read_stripe(unit, columns=list(names)))
+        return _rows(self._open().read_stripe(unit, columns=list(names)), names)
 
     def num_rows(self, unit: int) -> int:
         return len(self._open().read_stripe(unit, columns=[self.schema.names[0]]))
@@ -88,9 +91,8 @@ class ParquetSource:
         table = self._open().read_row_group(unit, columns=list(names), use_threads=False)
         if len(table) != self.num_rows(unit):
             raise pa.ArrowInvalid(f"{len(table)} rows instead of {self.num_rows(unit)}")
-        columns = [table.column(name) for name in names]
-        arrays = [column.chunk(0) if column.num_chunks == 1 else column.combine_chunks() for column in columns]
-        return _all_rows(pa.RecordBatch.from_arrays(arrays, list(names)))
+        arrays = [column.chunk(0) if column.num_chunks == 1 else column.combine_chunks() for column in table.columns]
+        return _rows(pa.RecordBatch.from_arrays(arrays, table.column_names), names)
 
     def num_rows(self, unit: int) -> int:
         assert self._footer is not None
@@ -119,10 +121,10 @@ class ArrowSource:
         return range(self.num_units)
 
     def read(self, unit: int, names: Sequence[str]) -> Rows:
-        fields = [self.schema.get_field_index(name) for name in names]
-        batch = self._open(included_fields=fields).get_batch(unit).select(list(names))
+        fields = {self.schema.get_field_index(path_to(self.schema, name)[0]) for name in names}
+        batch = self._open(included_fields=sorted(fields)).get_batch(unit)
         batch.validate(full=True)
-        return _all_rows(batch)
+        return _rows(batch, names)
 
     def num_rows(self, unit: int) -> int:
         return self.read(unit, self.schema.names[:1]).batch.num_rows
@@ -178,5 +180,7 @@ def _guess_format(file: File) -> Format | None:
     return next((format for magic, format in MAGIC.items() if head.startswith(magic)), None)
 
 
-def _all_rows(batch: pa.RecordBatch) -> Rows:
+def _rows(batch: pa.RecordBatch, names: Sequence[str]) -> Rows:
+    """All rows, of these columns."""
+    batch = pa.RecordBatch.from_arrays([column_at(batch, name) for name in names], list(names))
     return Rows(batch, np.arange(batch.num_rows))

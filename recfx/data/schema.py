@@ -3,28 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recfx.data.columns import Column, VarLen
 
-__all__ = ["as_list", "check_schema", "decoded", "is_list", "is_text", "item_type", "packed_list"]
+__all__ = [
+    "as_list",
+    "check_schema",
+    "column_at",
+    "decoded",
+    "is_list",
+    "is_text",
+    "item_type",
+    "packed_list",
+    "path_to",
+    "type_at",
+]
 
 
 def check_schema(path: str, schema: pa.Schema, columns: Sequence[Column]) -> None:
     """Raises ValueError, naming file and column, when a column is absent or of another type."""
-    types = {field.name: field.type for field in schema}
     for column in columns:
         if (count := schema.names.count(column.name)) > 1:
             raise ValueError(f"column '{column.name}' of '{path}': got {count} columns of this name, expected one.")
-        if column.name not in types:
-            raise ValueError(f"column '{column.name}' of '{path}': got no such column, expected one of {list(types)}.")
-        depth, item = _depth(types[column.name])
+        kind = type_at(schema, column.name)
+        if kind is None:
+            raise ValueError(
+                f"column '{column.name}' of '{path}': got no such column, expected one of {_names(schema)}."
+            )
+        depth, item = _depth(kind)
         expected = _expected(column)
         if not _is_read_as(item, column) or not (depth == column.depth or (depth == 0 and column.depth == 1)):
-            expected = f"{expected}.{_hint(item, column)}"
-            raise ValueError(f"column '{column.name}' of '{path}': got {types[column.name]}, expected {expected}")
+            expected = f"{expected}.{_hint(kind, item, column)}"
+            raise ValueError(f"column '{column.name}' of '{path}': got {kind}, expected {expected}")
+
+
+def path_to(fields: pa.Schema | pa.StructType, name: str) -> list[str]:
+    """Names from a column down to what the dotted name means: a column of that very name, or a field within structs.
+    Empty: there is none.
+
+    Example:  >>> path_to(pa.schema({"user": pa.struct({"age": pa.int8()})}), "user.age")
+              ['user', 'age']
+    """
+    if any(field.name == name for field in fields):
+        return [name]
+    for field in fields:
+        if pa.types.is_struct(field.type) and name.startswith(f"{field.name}."):
+            inner = path_to(field.type, name.removeprefix(f"{field.name}."))
+            if inner:
+                return [field.name, *inner]
+    return []
+
+
+def type_at(schema: pa.Schema, name: str) -> pa.DataType | None:
+    """Of a column or a field within structs, see `path_to`; None: there is none."""
+    kind: Any = schema
+    for part in path_to(schema, name):
+        kind = kind.field(part).type
+    return None if kind is schema else kind
+
+
+def column_at(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """A column, or a field within structs, null where one of them is."""
+    column, *fields = path_to(batch.schema, name)
+    return pc.struct_field(batch.column(column), fields) if fields else batch.column(column)
+
+
+def _names(fields: pa.Schema | pa.StructType, prefix: str = "") -> list[str]:
+    names = []
+    for field in fields:
+        inner = _names(field.type, f"{prefix}{field.name}.") if pa.types.is_struct(field.type) else []
+        names += [f"{prefix}{field.name}", *inner]
+    return names
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -83,10 +137,12 @@ def _is_read_as(kind: pa.DataType, column: Column) -> bool:
     return pa.types.is_integer(kind) if column.item == pa.int64() else _is_number(kind)
 
 
-def _hint(kind: pa.DataType, column: Column) -> str:
+def _hint(whole: pa.DataType, kind: pa.DataType, column: Column) -> str:
     """How values of this type are read after all."""
     if pa.types.is_decimal(kind) or pa.types.is_temporal(kind):
         return " `recfx convert` makes float32 of decimals and strings of times."
+    if pa.types.is_struct(whole) and whole.num_fields:
+        return f" A field of it is a column too: '{column.name}.{whole.field(0).name}'."
     is_unhashed = isinstance(column, VarLen) and column.item == pa.int64() and column.string_hash is None
     return " Strings are read by `hashed`." if is_unhashed and is_text(kind) else ""
 
