@@ -18,18 +18,22 @@ __all__ = ["StepPasses", "UnfuseBias", "name_places", "share_common"]
 aten = torch.ops.aten
 
 
-class StepPasses(CustomGraphPass):
+class _Pass(CustomGraphPass):
+    """One whose code is this file: what Inductor's cache knows it by."""
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
+
+
+class StepPasses(_Pass):
     """All passes, over Inductor's graph as it is lowered: functional, so equal calls give equal results."""
 
     def __call__(self, graph: Graph) -> None:
         share_common(graph)
         name_places(graph)
 
-    def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
 
-
-class UnfuseBias(CustomGraphPass):
+class UnfuseBias(_Pass):
     """After Inductor's own passes: x @ w + b as a product and a sum, which joins the loop that reads it.
 
     Inductor makes one call of the two. On a CPU that copies b into every row of the result before the product.
@@ -48,9 +52,6 @@ class UnfuseBias(CustomGraphPass):
             total.meta.update(node.meta)
             node.replace_all_uses_with(total)
             graph.erase_node(node)
-
-    def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
 
 
 def share_common(graph: Graph) -> None:

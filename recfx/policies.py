@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from recfx.checks import check_int
 from recfx.kernels.hashing import GOLDEN, mix, shift_right
 
 __all__ = [
@@ -84,29 +85,20 @@ class Life:
     def __post_init__(self) -> None:
         if (self.score is None) != (self.keep is None):
             raise ValueError(f"keep: got {self.keep} with score {self.score}, expected both or neither.")
-        for name in ("keep", "every", "candidates"):
+        for name, least in (("keep", 0), ("every", 1), ("candidates", 0)):
             value = getattr(self, name)
             if value is not None or name != "keep":
-                _check_int(name, value)
+                check_int(name, value, least)
         for name in ("admit", "expire", "score"):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"{name}: got {value!r}, expected a function.")
-        if self.keep is not None and self.keep < 0:
-            raise ValueError(f"keep: got {self.keep}, expected at least 0 rows.")
-        if self.every < 1:
-            raise ValueError(f"every: got {self.every}, expected at least 1 step.")
-        if not 0 <= self.candidates < 2**31:
-            raise ValueError(f"candidates: got {self.candidates}, expected 0 to 2**31 - 1.")
+        if self.candidates >= 2**31:
+            raise ValueError(f"candidates: got {self.candidates}, expected at most 2**31 - 1.")
         if self.at_cap not in ("refuse", "evict", "stop"):
             raise ValueError(f"at_cap: got '{self.at_cap}', expected 'refuse', 'evict' or 'stop'.")
         if self.at_cap == "evict" and self.score is None:
             raise ValueError("score: got None with at_cap='evict', expected a function. It says which rows go.")
-
-
-def _check_int(name: str, value: object) -> None:
-    if type(value) is not int:
-        raise TypeError(f"{name}: got {value!r}, expected an int.")
 
 
 # Admission.
@@ -119,9 +111,7 @@ def at_least(n: int) -> Admit:
     Example:  >>> at_least(3)(torch.tensor([1, 2, 3, 4]), None, None, None).tolist()
               [False, False, True, True]
     """
-    _check_int("n", n)
-    if n < 1:
-        raise ValueError(f"n: got {n}, expected at least 1 occurrence.")
+    check_int("n", n, 1)
     return lambda count, id, vocabulary, step: count >= n
 
 
@@ -136,8 +126,8 @@ def with_probability(p: float, *, seed: int) -> Admit:
         raise TypeError(f"p: got {p!r}, expected a float.")
     if not 0 <= p <= 1:
         raise ValueError(f"p: got {p}, expected 0 to 1.")
-    _check_int("seed", seed)
-    if not -(2**63) <= seed < 2**63:
+    check_int("seed", seed, -(2**63))
+    if seed >= 2**63:
         raise ValueError(f"seed: got {seed}, expected 64 bits, signed.")
 
     def admit(count: Tensor, id: Tensor, vocabulary: Tensor, step: Tensor) -> Tensor:
@@ -163,9 +153,7 @@ def unseen_for(steps: int) -> Expire:
               >>> unseen_for(5)(rows, 10).tolist()
               [True, True, False]
     """
-    _check_int("steps", steps)
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}, expected at least 1. A row seen in this very step would go.")
+    check_int("steps", steps, 1)  # 0 would delete the rows of this very step
     return lambda columns, step: step - columns.last_step >= steps
 
 
@@ -177,9 +165,7 @@ def created_before(steps: int) -> Expire:
               >>> created_before(5)(rows, 10).tolist()
               [True, True, False]
     """
-    _check_int("steps", steps)
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}, expected at least 1. A row created in this very step would go.")
+    check_int("steps", steps, 1)  # 0 would delete the rows of this very step
     return lambda columns, step: step - columns.first_step >= steps
 
 

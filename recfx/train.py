@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from recfx import checkpoint, metrics
+from recfx.checks import check_int
 from recfx.metrics import BinaryCounts
 from recfx.step import Step, TrainState
 from recfx.types import NUM_SAMPLES, Batch
@@ -59,10 +60,7 @@ class TrainConfig:
         for name, value in vars(self).items():
             if name in ("output_dir", "save_in_background") or (name == "train_steps" and value is None):
                 continue
-            if type(value) is not int:
-                raise TypeError(f"{name}: got {value!r}, expected an int.")
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1.")
+            check_int(name, value, 1)
 
 
 @dataclass
@@ -238,8 +236,8 @@ def evaluate(
     Args:     run: `step.evaluate_` or its capture.  eval_steps: batches to read; None: all.
     Raises:   ValueError when there is no batch, or eval_steps is below 1.
     """
-    if eval_steps is not None and eval_steps < 1:
-        raise ValueError(f"eval_steps: got {eval_steps}, expected at least 1, or None for all.")
+    if eval_steps is not None:
+        check_int("eval_steps", eval_steps, 1)
     stream = iter(batches)
     first = next(stream, None)
     if first is None:

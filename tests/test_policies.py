@@ -330,7 +330,7 @@ def test_a_policy_that_raises_deletes_nothing(name):
         ({"score": policies.least_recently_used}, "keep: got None with score"),
         ({"score": policies.least_recently_used, "keep": -1}, "keep: got -1, expected at least 0"),
         ({"every": 0}, "every: got 0, expected at least 1"),
-        ({"candidates": -1}, "candidates: got -1, expected 0 to"),
+        ({"candidates": -1}, "candidates: got -1, expected at least 0"),
         ({"at_cap": "explode"}, "at_cap: got 'explode', expected 'refuse', 'evict' or 'stop'"),
         ({"at_cap": "evict"}, "score: got None with at_cap='evict', expected a function"),
     ],

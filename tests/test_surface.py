@@ -24,7 +24,7 @@ CODE = [name for name in MODULES if not name.endswith(".__main__") and (HAS_TRIT
 
 # Imports run one way, up this list; what stands in one line may see each other.
 LAYERS = (
-    ("types",),
+    ("types", "checks"),
     ("kernels",),
     ("features", "layers", "losses", "metrics", "data"),
     ("policies",),
@@ -38,8 +38,8 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SEES_ONLY = {
-    "data": {"types", "kernels"},
-    "checkpoint": {"types", "kernels", "embeddings", "table", "step", "rows"},
+    "data": {"types", "checks", "kernels"},
+    "checkpoint": {"types", "checks", "kernels", "embeddings", "table", "step", "rows"},
     "models": {"types", "features", "layers", "losses"},
     "capture": {"types", "step", "fx_passes", "cuda_graph"},
     "fx_passes": {"kernels"},

@@ -306,7 +306,7 @@ def test_eval_steps(eval_steps):
     ("batches", "eval_steps", "message"),
     [
         ([], None, "batches: got none from .*, expected one at least. There is nothing to evaluate"),
-        (deepfm_batches(1), 0, "eval_steps: got 0, expected at least 1, or None"),
+        (deepfm_batches(1), 0, "eval_steps: got 0, expected at least 1"),
     ],
 )
 def test_nothing_to_evaluate(batches, eval_steps, message):

@@ -10,6 +10,7 @@ from typing import Any
 from recfx.checkpoint.background import Job
 from recfx.checkpoint.contents import Contents, contents_of, write
 from recfx.checkpoint.folders import MANIFEST, PREFIX, FolderLock, clear_unfinished
+from recfx.checks import check_int
 from recfx.step import Step, TrainState
 
 __all__ = ["Saver", "save"]
@@ -27,14 +28,13 @@ class Saver:
               `compact` makes any of them full.
     Cost:     a save writes W (1 + slots) floats and 20 B per row. In the background it stops the caller for a fork
               (10 ms a 1 GB table), then takes up to the table's size in memory where the caller writes meanwhile.
-    Raises:   ValueError on a count below 1; NotADirectoryError when `folder` is a file; BlockingIOError when another
-              process saves there.
+    Raises:   TypeError on a count that is no int, ValueError on one below 1; NotADirectoryError when `folder` is a
+              file; BlockingIOError when another process saves there.
     """
 
     def __init__(self, folder: str | Path, step: Step, *, max_to_keep: int = 5, full_every: int = 1) -> None:
         for name, value in (("max_to_keep", max_to_keep), ("full_every", full_every)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected at least 1, an int.")
+            check_int(name, value, 1)
         self._folder, self._step, self._max_to_keep, self._full_every = Path(folder), step, max_to_keep, full_every
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

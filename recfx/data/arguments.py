@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, SupportsIndex, TypeAlias
+from typing import Any, TypeAlias
 
 import pyarrow.compute as pc
 from pyarrow import parquet as pq
 from torch import Tensor
 
+from recfx.checks import check_int
 from recfx.data.columns import Column
 from recfx.types import NUM_SAMPLES, Ragged
 
@@ -18,12 +19,9 @@ Filter: TypeAlias = "pc.Expression | list[tuple] | list[list[tuple]]"
 
 
 def check_numbers(arguments: Mapping[str, int], least: int) -> None:
-    """Raises when one is no integer, or below the least."""
+    """Raises when one is no int, or below the least."""
     for name, value in arguments.items():
-        if not isinstance(value, SupportsIndex):
-            raise TypeError(f"{name}: got {value!r}, expected an integer.")
-        if value < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}.")
+        check_int(name, value, least)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
