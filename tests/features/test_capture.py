@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from graphs.dataflow import is_op, is_view
 from recfx import features as ops
 from recfx.capture import capture
-from recfx.fx_passes import StepPasses, UnfuseBias
+from recfx.fx_passes import StepPasses, UnfuseBias, share_common
 from recfx.kernels.order_ids import order_ids
 from recfx.types import COUNTS, Ragged, pack, unpack
 from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
@@ -128,6 +128,16 @@ def test_a_common_sub_expression_is_computed_once():
         }
 
     assert calls_in(features, BATCH) == {"farm_hashes": 1, "murmur_hashes": 1}
+
+
+def test_what_writes_or_draws_is_computed_as_often_as_it_stands_there():
+    aten, graph = torch.ops.aten, torch.fx.Graph()
+    x = graph.placeholder("x")
+    shared, writing, drawing = aten.add.Tensor, aten.add_.Tensor, aten.rand_like.default
+    calls = [graph.call_function(op, args) for op, args in ((shared, (x, x)), (writing, (x, x)), (drawing, (x,))) * 2]
+    graph.output(calls)
+    share_common(graph)
+    assert Counter(node.target for node in graph.nodes if is_op(node)) == {shared: 1, writing: 2, drawing: 2}
 
 
 def test_ids_are_read_where_they_lie():
