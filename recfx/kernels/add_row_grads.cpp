@@ -13,12 +13,16 @@ EXPORT void add_row_grads(float* grads_UW, int64_t stride, const int32_t* invers
     // Every thread walks all ids and takes those of the unique rows it owns, and will own again in the optimiser: a
     // row's gradient stays in one core's cache from one kernel to the next.
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    const bool power_of_two = (threads & (threads - 1)) == 0;  // no division then: it would be half of the walk
+    const auto is_mine = [=](int32_t number) {
+      return number >= 0 && (power_of_two ? (number / OWNED & (threads - 1)) == me : number / OWNED % threads == me);
+    };
     int64_t position[CHUNK];
     for (int64_t begin = 0; begin < count; begin += CHUNK) {
       int64_t n = 0;
       for (int64_t k = begin; k < std::min(begin + CHUNK, count); ++k) {
         position[n] = k;
-        n += inverse_P[k] >= 0 && inverse_P[k] / OWNED % threads == me;
+        n += is_mine(inverse_P[k]);
       }
       for (int64_t s = 0; s < num_slices; ++s)
         with_dim(dims[s], [&, block = blocks[s], one_stride = blocks[s].one_stride()](auto dim) {
