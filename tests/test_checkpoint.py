@@ -270,13 +270,14 @@ def test_what_was_just_saved_is_never_deleted(step, tmp_path):
     assert [p.name for p in steps(tmp_path)] == ["step-000000005", "step-000000300"]
 
 
-def test_a_half_written_folder_is_ignored_and_cleared_away(step, saved):
+@pytest.mark.parametrize("number", [9, 10])
+def test_a_half_written_folder_is_ignored_and_cleared_away(step, saved, number):
     folder = saved.parent
     half = folder / ".unfinished-000000009"
     shutil.copytree(saved, half)
     flip(half / STATE, 100)
     assert latest(folder) == saved
-    newer = save(folder, step, some_state(step), number=9, loop=LOOP)
+    newer = save(folder, step, some_state(step), number=number, loop=LOOP)
     assert steps(folder) == [saved, newer]
     load(newer, step, fresh(step))
 
