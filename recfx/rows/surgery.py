@@ -73,7 +73,7 @@ def delete_(step: Step, state: TrainState, table: str, ids: Tensor) -> TrainStat
     place = place_of(step, state, table)
     _check_between_steps(place, state)
     row = rows_of(place, ids)
-    delete_rows_(place.table, row[row != UNKNOWN].unique())
+    delete_rows_(place.table, row[row != UNKNOWN])
     return state
 
 

@@ -73,7 +73,7 @@ def _lowest(score: Tensor, num: int) -> Tensor:
 
 
 def delete_(state: TableState, row: Tensor) -> TableState:
-    """Frees rows (i64, in use, distinct): nothing is left of them, and the lowest is the first to be used again.
+    """Frees rows (i64, in use): nothing is left of them, and the lowest is the first to be used again.
 
     Raises:   ValueError inside a step.
     """
