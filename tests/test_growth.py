@@ -108,6 +108,23 @@ def test_ids_that_all_hash_to_one_place_get_the_dicts_rows_under_another_salt(ma
     assert stats(state).load == num_live(state) / int(state.num_slots) > 0.5
 
 
+def test_candidates_are_counted_on_under_another_salt(monkeypatch):
+    """Ids that collide get rows at once and bring the salt; the others wait for their third occurrence."""
+    monkeypatch.setattr(table_module, "FIRST_SLOTS", 512)
+    life = Life(admit=lambda count, id, vocabulary, step: (count >= 3) | (id < 0) | (id > 49), candidates=2000)
+    t = table(table_plan([0]), optimizer_slots=1, seed=1, max_rows=4096, life=life)
+    state, salts, admitted = t.init(), [], []
+    for number in range(4):
+        chosen = [same_place(n) for n in range(250 * number, 250 * number + 250)]
+        t.grow_(state, 300)
+        state, found = t.insert_(state, features_of([[[*chosen, *range(50)]]]))
+        finish_step(state)
+        salts.append(int(state.salt))
+        admitted.append((found.row[250:] >= 0).tolist())
+    assert salts[0] == 0 != salts[1]
+    assert admitted == [[False] * 50, [False] * 50, [True] * 50, [True] * 50]
+
+
 def fastest_s(work, prepare, repeats=7):
     seconds = []
     for _ in range(repeats):
