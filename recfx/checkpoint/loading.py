@@ -170,8 +170,10 @@ class Filling:
                     name, following = next(todo, (None, None))
                     if name is None:
                         return False
-                    if following is not None:
-                        fetch(move.source.path / following)
+                    # A rank that skips rows computes while the disk reads on. One that takes all waits for new memory,
+                    # which pages of the cache would be taken from.
+                    if (wanted := following if row_of is None else name) is not None:
+                        fetch(move.source.path / wanted)
                     shard = stack.enter_context(_shard(move, name))
                     places = self._places(move, shard, row_of)
                 self._put_(move, shard, places, seed)
