@@ -41,8 +41,8 @@ def load(
 
     What is not taken keeps its initial value. Rows keep their numbers where all of a table is taken; otherwise they are
     numbered anew in their order. Table capacities may differ from what was saved. The variants of AdamW keep the same
-    moments: training may go on with another of them, as with another learning rate. Counts of ids that were not admitted
-    yet are taken where one rank takes all of a table; otherwise they begin anew.
+    moments: training may go on with another of them, as with another learning rate. Counts of ids that wait for
+    admission are taken where one rank takes all of a table; otherwise they begin anew.
 
     Args:     path: a checkpoint's folder; or the folders of all ranks of one checkpoint.
               tables: logical tables of the model to take, by name ('<group>/<feature>', or the shared name); default
