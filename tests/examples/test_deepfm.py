@@ -480,7 +480,7 @@ def test_run_sh_passes_arguments_on():
 
 def demo_argv() -> list[str]:
     """What `make demo` gives the program."""
-    command = ["make", "--dry-run", "--old-file=.venv/installed", "demo"]
+    command = ["make", "--no-print-directory", "--dry-run", "--old-file=.venv/installed", "demo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     words = done.stdout.replace("\\\n", " ").split()
     assert words[1:3] == ["-m", "recfx.examples.deepfm"]
