@@ -218,7 +218,8 @@ def train(
                 progress.epoch, position = progress.epoch + 1, None
                 on_event("after_epoch", progress, state)
                 goes_on = progress.epoch < config.train_epoch
-                if (goes_on or window) and not should_stop() and goes_on and progress.step % config.save_steps == 0:
+                stops = bool(goes_on or window) and should_stop()  # a window that was flushed may be the last step
+                if goes_on and not stops and progress.step % config.save_steps == 0:
                     save(position)
             evaluate_now()
         read_metrics(progress, state)

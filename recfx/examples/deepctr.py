@@ -137,11 +137,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     batches = read(args.data_paths, drop_remainder=True)
     step, state = build_step(args)
     first = batches.first()
-    evaluation, held_out = (
-        capture_evaluation(step, state, first),
-        read(args.eval_paths or args.data_paths, drop_remainder=False),
-    )
+    held_out = read(args.eval_paths or args.data_paths, drop_remainder=False)
     held_out.first()  # where there is none, better said now than after an epoch
+    evaluation = capture_evaluation(step, state, first)
     state, progress = train(
         step,
         capture(step, state, first),

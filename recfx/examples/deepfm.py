@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from recfx import features as ops
 from recfx.capture import capture, capture_evaluation, capture_steps
+from recfx.checks import check_int
 from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
 from recfx.data.criteo_synthetic import generate
 from recfx.embeddings import Embedding, truncated_normal
@@ -185,8 +186,8 @@ def _check(args: argparse.Namespace) -> None:
     """What nothing that is called first would name by its argument."""
     for name, least in (("num_threads", 1), ("eval_steps", 1), ("generated_rows", NUM_GENERATED_FILES)):
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}.")
+        if value is not None:
+            check_int(name, value, least)
     if args.eval_paths is not None and args.data_paths is None:
         raise ValueError(
             f"eval_paths: got {args.eval_paths} without data_paths, expected both or neither. Generated clicks have "
