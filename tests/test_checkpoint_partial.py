@@ -119,6 +119,20 @@ def test_saving_twice_at_one_number(step, tmp_path):
     assert diff(path, save(tmp_path / "full", step, state, number=8, loop=loop)) == []
 
 
+def test_saving_again_what_nothing_was_added_to(step, tmp_path):
+    """All its files are links to those that it replaces."""
+    state = some_state(step)
+    state.tables[0].step.add_(1)  # a step that touched no row
+    full = save(tmp_path / "full", step, state, number=8, loop=LOOP)
+    with Saver(tmp_path / "partial", step, full_every=5) as saver:
+        for write in (saver.save, saver.save, saver.save_in_background):
+            path = write(state, number=8, loop=LOOP)
+            saver.finish()
+            assert [folder for folder in path.parent.iterdir() if folder.is_dir()] == [path]
+            assert digests(path) | {MANIFEST: ""} == digests(full) | {MANIFEST: ""}
+            assert diff(path, full) == []
+
+
 def test_a_base_that_is_gone_makes_the_next_save_full(step, tmp_path):
     state = some_state(step)
     with Saver(tmp_path, step, full_every=10) as saver:

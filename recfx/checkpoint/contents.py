@@ -245,4 +245,4 @@ def _publish(scratch: Path, target: Path, manifest: dict) -> None:
     for name in (*manifest["files"], MANIFEST):
         os.replace(scratch / name, target / name)
     sync_folder(target)
-    scratch.rmdir()
+    shutil.rmtree(scratch)  # not empty: of two links to one file, none replaces the other
