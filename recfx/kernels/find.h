@@ -1,6 +1,8 @@
-// Reading the index: rows of all ids, in blocks whose cache misses overlap.
+// Reading the index: each thread takes a share of the ids and looks up those that are equal once.
 #pragma once
 #include <omp.h>
+
+#include <memory>
 
 #include "table.h"
 
@@ -10,57 +12,99 @@ struct Index {
   uint64_t mask, salt;
 };
 
-// One block of ids on its way: hashed, then its slots seen, then its rows known. Each stage prefetches for the next.
-struct FindBlock {
-  static constexpr int64_t SIZE = 32;
-  uint64_t hash[SIZE], vocabulary[SIZE];
-  int64_t first, n;
+// An id as it is looked up.
+struct Key {
+  uint64_t hash;  // within a vocabulary no two ids have the same
+  int32_t vocabulary, position;
+};
 
-  void hash_ids(const Index& index, const Ids& in, int64_t begin, int64_t end) {
-    first = begin, n = std::max<int64_t>(0, std::min(SIZE, end - begin));
-    for (int64_t i = 0; i < n; ++i) vocabulary[i] = in.vocabulary(first + i);
-    for (int64_t i = 0; i < n; ++i) hash[i] = hash_id(in.id[first + i], vocabulary[i], index.salt);
-    for (int64_t i = 0; i < n; ++i) __builtin_prefetch(&index.slots[hash[i] & index.mask]);
+// The keys of all shares and their rows: a share of the ids [begin, end) fills the places from `begin` on.
+struct Keys {
+  std::unique_ptr<Key[]> key;
+  std::unique_ptr<int32_t[]> row;
+  explicit Keys(int64_t num_ids) : key(new Key[num_ids]), row(new int32_t[num_ids]) {}
+};
+
+// One thread's way through its share. Ids go through it in chunks: made keys, then their slots seen, then their rows
+// known; each stage fetches for the next, so that cache misses overlap.
+class Finder {
+ public:
+  Finder(const Index& index, const Ids& in, const bool* shared_P, Keys& keys)
+      : index(index), in(in), shared_P(shared_P), key(keys.key.get()), row(keys.row.get()) {
+    std::fill(met, met + MET, Met{0, -1, 0});
   }
 
-  void see_slots(const Index& index) const {
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t slot = load_slot(index.slots + (hash[i] & index.mask));
-      __builtin_prefetch(&index.ids[slot == EMPTY ? 0 : slot_row(slot)]);
+  // place_P[k] of the ids [begin, end): where `keys` has the key and the row of id k. Whenever more is known,
+  // `found(place)` is told that all rows of the share before `place` are.
+  template <class F>
+  void find(int64_t begin, int64_t end, int32_t* place_P, F found) {
+    int64_t known = begin, seen = begin, made = begin;
+    for (int64_t k = begin; known < made || k < end; k += CHUNK) {
+      const int64_t now_made = k < end ? make_keys(k, std::min(CHUNK, end - k), made, place_P) : made;
+      for (int64_t j = made; j < now_made; ++j) __builtin_prefetch(&index.slots[key[j].hash & index.mask]);
+      for (int64_t j = known; j < seen; ++j) row[j] = find_row(key[j]);
+      for (int64_t j = seen; j < made; ++j) {
+        const int64_t slot = load_slot(index.slots + (key[j].hash & index.mask));
+        __builtin_prefetch(&index.ids[slot == EMPTY ? 0 : slot_row(slot)]);
+      }
+      known = seen, seen = made, made = now_made;
+      found(known);
     }
   }
 
-  void find(const Index& index, const Ids& in, int32_t* out) const {
+ private:
+  static constexpr int64_t CHUNK = 64, MET_BITS = 13, MET = 1 << MET_BITS;
+
+  // The last id of each hash. What it forgets becomes a second key of an id, which is no error.
+  struct Met {
+    uint64_t hash;
+    int32_t mark, place;  // mark: the vocabulary; -1: not to be shared
+  };
+
+  const Index& index;
+  const Ids& in;
+  const bool* shared_P;  // whether id k may share its key with equal ids; null: all may
+  Key* key;
+  int32_t* row;
+  Met met[MET];
+
+  int32_t find_row(const Key& k) const {
     uint64_t at;
-    for (int64_t i = 0; i < n; ++i)
-      out[first + i] =
-          (int32_t)probe(index.slots, index.ids, index.mask, hash[i], vocabulary[i], in.id[first + i], &at);
+    return (int32_t)probe(index.slots, index.ids, index.mask, k.hash, k.vocabulary, in.id[k.position], &at);
+  }
+
+  // Without a branch on "met before", which no predictor guesses: the next key is written in any case.
+  int64_t make_keys(int64_t first, int64_t n, int64_t place, int32_t* place_P) {
+    uint64_t hash[CHUNK];
+    int32_t vocabulary[CHUNK], shared[CHUNK];
+    for (int64_t i = 0; i < n; ++i) vocabulary[i] = in.vocabulary(first + i);
+    for (int64_t i = 0; i < n; ++i) hash[i] = hash_id(in.id[first + i], vocabulary[i], index.salt);
+    for (int64_t i = 0; shared_P != nullptr && i < n; ++i) shared[i] = shared_P[first + i] ? vocabulary[i] : -1;
+    const int32_t* const mark = shared_P ? shared : vocabulary;
+    Key* const out = key;
+    for (int64_t i = 0; i < n; ++i) {
+      Met& last = met[hash[i] >> (64 - MET_BITS)];
+      const int32_t is_new = (last.hash != hash[i]) | (last.mark != mark[i]) | (mark[i] < 0);
+      const int32_t at = ((int32_t)place & -is_new) | (last.place & (is_new - 1));
+      last = {hash[i], mark[i], at};
+      out[place] = {hash[i], vocabulary[i], (int32_t)(first + i)};
+      place_P[first + i] = at;
+      place += is_new;
+    }
+    return place;
   }
 };
-
-// out[k] of the ids [begin, end); after each block, `found(k)` is told that all before k are known.
-template <class F>
-static inline void find_range(const Index& index, const Ids& in, int64_t begin, int64_t end, int32_t* out, F found) {
-  constexpr int64_t SIZE = FindBlock::SIZE;
-  FindBlock blocks[3];
-  blocks[0].hash_ids(index, in, begin, end);
-  blocks[1].hash_ids(index, in, begin + SIZE, end);
-  blocks[0].see_slots(index);
-  for (int64_t k = begin, b = 0; k < end; k += SIZE, ++b) {
-    blocks[(b + 2) % 3].hash_ids(index, in, k + 2 * SIZE, end);
-    blocks[(b + 1) % 3].see_slots(index);
-    blocks[b % 3].find(index, in, out);
-    found(std::min(k + SIZE, end));
-  }
-}
 
 // out[k] for every id k; the padding gets UNKNOWN.
 static inline void find_all(const Index& index, const Ids& in, int32_t* out) {
   const int64_t count = in.count();
+  Keys keys(count);
 #pragma omp parallel
   {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-    find_range(index, in, count * me / threads, count * (me + 1) / threads, out, [](int64_t) {});
+    const int64_t begin = count * me / threads, end = count * (me + 1) / threads;
+    Finder(index, in, nullptr, keys).find(begin, end, out, [](int64_t) {});
+    for (int64_t k = begin; k < end; ++k) out[k] = keys.row[out[k]];
   }
   std::fill(out + count, out + in.num_positions, UNKNOWN);
 }
