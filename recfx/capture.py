@@ -1,6 +1,7 @@
 """A step captured as one compiled graph, and on a GPU as one CUDA graph.
 
-The only module, with `fx_passes` and `cuda_graph`, that knows of FX, torch.compile, CUDA graphs and the allocator.
+The only module, with `compiled`, `fx_passes` and `cuda_graph`, that knows of FX, torch.compile, CUDA graphs and the
+allocator.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import functools
 import re
 import sys
 import types
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,14 +18,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import dtype_abbrs
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
+from recfx.compiled import compiled
 from recfx.cuda_graph import check_sweep, record, replayed
-from recfx.fx_passes import StepPasses, UnfuseBias
 from recfx.step import Step
 from recfx.types import Batch, Layout, unpack
 
@@ -44,7 +42,8 @@ def capture(step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "ca
     """The training step compiled as one graph: a callable of the signature of `step.update_`.
 
     The first call of each batch layout compiles (seconds; `batch` itself is not trained on and `state` not changed),
-    later ones run the graph. Tables grow between calls without a recompile.
+    later ones run the graph and no Python of the step: what feature functions and models do besides computing, such as
+    printing, they do while compiling. Tables grow between calls without a recompile.
 
     On a GPU what was compiled is recorded as a CUDA graph per layout, on an empty batch, and replayed: one launch and,
     for a batch on the host, one copy that overlaps the step before. Eight layouts are kept. A batch in pinned memory
@@ -209,7 +208,7 @@ class _Captured:
             self.graphs = self.compiled.setdefault(_shapes(state), {})
         key = batch.layout, torch.get_num_threads()
         if key not in self.graphs:
-            self.graphs[key] = _compile(sections_function(self.update_, batch.layout)), self.step.ids_in(batch)
+            self.graphs[key] = compiled(sections_function(self.update_, batch.layout)), self.step.ids_in(batch)
         return self.graphs[key]
 
     @functools.cached_property
@@ -255,26 +254,6 @@ def _difference(got: Layout, expected: Layout) -> str:
         f"{'; '.join(unequal[:3])}{more}. The step was captured for another layout and new_layout is 'raise'. Pack "
         "batches with the same columns and capacities."
     )
-
-
-def _compile(function: Callable) -> Callable:
-    """One graph, without Dynamo's guards: `run` looks up by all that they would check, in a tenth of the time.
-
-    The function as it is where there is no C++ compiler: slow, but the same results.
-    """
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        warnings.warn("recfx: no C++ compiler found, running the step uncompiled.", stacklevel=2)
-        return function
-    options: dict[str, Any] = {
-        "guard_filter_fn": lambda guards: [False for _ in guards],
-        "post_grad_custom_pre_pass": StepPasses(),
-        "post_grad_custom_post_pass": UnfuseBias(),
-        "size_asserts": False,
-        "triton.cudagraphs": False,  # `cuda_graph` records the whole step itself
-    }
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 def _recorder(precision: str) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from recfx.capture import capture, capture_evaluation, capture_prediction
 from recfx.step import Step
 from recfx.table import functions as table_module
-from recfx.types import Batch, Ragged, pack
+from recfx.types import COUNTS, Batch, Ragged, pack
 from tests.conftest import BATCH_SIZE, deepfm_batches, deepfm_params, deepfm_step
 from tests.reference import on_threads
 from tests.test_step import assert_same_state
@@ -109,6 +109,38 @@ def test_one_trace_and_one_graph_over_many_steps(one):
     assert counters["stats"]["unique_graphs"] == 0
     assert not counters["graph_break"]
     assert not counters["recompiles"]
+
+
+def test_later_steps_run_the_graph_alone_with_what_it_was_given():
+    """No line of the step's Python, nor Dynamo; a tensor that the program holds goes in as well as the state's."""
+    scale, calls = torch.tensor(0.5), []
+
+    def forward(params, emb, feats):
+        if not torch.compiler.is_compiling():
+            calls.append(1)
+        return scale * (emb["bias"].sum(1) + params["numeric_bias"].sum())
+
+    step = deepfm_step(forward=forward)
+    batches = deepfm_batches(4)
+    call = capture(step, fresh(step), batches[0])
+    a, _ = run(call, fresh(step), batches[:1])
+    with torch.compiler.set_stance("force_eager"):  # what Dynamo is asked runs as Python
+        a, _ = run(call, a, batches[1:])
+    assert not calls
+    b, _ = run(step.update_, step.grow_(fresh(step), (1000,)), batches)
+    assert_same_state(a, b)
+
+
+def test_what_a_step_says_may_hold_tensors_that_the_graph_does_not_compute():
+    constant = torch.tensor(7)
+    step = deepfm_step(features=lambda batch: {**batch, COUNTS: {"held": constant, "valid": batch["num_samples"] + 1}})
+    batches = deepfm_batches(3)
+    call, state = capture(step, fresh(step), batches[0]), fresh(step)
+    for batch in batches:
+        state, aux = call(state, batch)
+        assert aux.counts["held"].item() == 7
+        assert aux.counts["valid"].item() == BATCH_SIZE + 1
+    assert_same_state(state, run(step.update_, step.grow_(fresh(step), (1000,)), batches)[0])
 
 
 def test_one_graph_for_each_layout_size_of_state_and_number_of_threads():

@@ -63,7 +63,7 @@ def assert_unchanged(state: Any, before: list[torch.Tensor]) -> None:
 def _small_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """Growth from the first batch on; steps are not compiled."""
     monkeypatch.setattr(table_module, "FIRST_SLOTS", 8)
-    monkeypatch.setattr(capture_module, "_compile", lambda function: function)
+    monkeypatch.setattr(capture_module, "compiled", lambda function: function)
 
 
 @pytest.fixture(params=["cpu", "recorded"])

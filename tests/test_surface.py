@@ -31,7 +31,7 @@ LAYERS = (
     ("embeddings", "table", "optim"),
     ("models",),
     ("step", "dist"),
-    ("fx_passes", "cuda_graph", "capture", "checkpoint", "rows"),
+    ("fx_passes", "compiled", "cuda_graph", "capture", "checkpoint", "rows"),
     ("train",),
     ("examples", "commands"),
     ("cli", "__main__"),
@@ -41,7 +41,8 @@ SEES_ONLY = {
     "data": {"types", "checks", "kernels"},
     "checkpoint": {"types", "checks", "kernels", "embeddings", "table", "step", "rows"},
     "models": {"types", "features", "layers", "losses"},
-    "capture": {"types", "step", "fx_passes", "cuda_graph"},
+    "capture": {"types", "step", "compiled", "cuda_graph"},
+    "compiled": {"fx_passes"},
     "fx_passes": {"kernels"},
     "cuda_graph": {"types"},
 }

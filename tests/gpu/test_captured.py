@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from recfx import capture as capture_module
+from recfx import compiled as compiled_module
 from recfx import cuda_graph
 from recfx.capture import capture, capture_evaluation, capture_prediction, capture_steps, sections_function
 from recfx.step import Step
@@ -52,7 +53,7 @@ def eager(step: Step, state: Any, batches: list[Batch], device: str = "cuda") ->
 
 
 def compiled(step: Step, state: Any, batches: list[Batch]) -> Any:
-    function = capture_module._compile(sections_function(step.update_, batches[0].layout))
+    function = compiled_module.compiled(sections_function(step.update_, batches[0].layout))
     with torch.no_grad():
         for batch in batches:
             function(step.grow_(state, step.ids_in(batch)), on("cuda", batch).sections)
