@@ -30,14 +30,14 @@ struct Keys {
 class Finder {
  public:
   Finder(const Index& index, const Ids& in, const bool* shared_P, Keys& keys)
-      : index(index), in(in), shared_P(shared_P), key(keys.key.get()), row(keys.row.get()) {
-    std::fill(met, met + MET, Met{0, -1, 0});
-  }
+      : index(index), in(in), shared_P(shared_P), key(keys.key.get()), row(keys.row.get()) {}
 
   // place_P[k] of the ids [begin, end): where `keys` has the key and the row of id k. Whenever more is known,
   // `found(place)` is told that all rows of the share before `place` are.
   template <class F>
   void find(int64_t begin, int64_t end, int32_t* place_P, F found) {
+    for (met_bits = 4; met_bits < MET_BITS && (1 << met_bits) < end - begin;) ++met_bits;
+    std::fill(met, met + (1 << met_bits), Met{0, -1, 0});
     int64_t known = begin, seen = begin, made = begin;
     for (int64_t k = begin; known < made || k < end; k += CHUNK) {
       const int64_t now_made = k < end ? make_keys(k, std::min(CHUNK, end - k), made, place_P) : made;
@@ -53,7 +53,7 @@ class Finder {
   }
 
  private:
-  static constexpr int64_t CHUNK = 64, MET_BITS = 13, MET = 1 << MET_BITS;
+  static constexpr int64_t CHUNK = 64, MET_BITS = 13;
 
   // The last id of each hash. What it forgets becomes a second key of an id, which is no error.
   struct Met {
@@ -66,7 +66,8 @@ class Finder {
   const bool* shared_P;  // whether id k may share its key with equal ids; null: all may
   Key* key;
   int32_t* row;
-  Met met[MET];
+  int met_bits;
+  Met met[1 << MET_BITS];  // of which 2^met_bits are in use: no more than there are ids
 
   int32_t find_row(const Key& k) const {
     uint64_t at;
@@ -82,8 +83,9 @@ class Finder {
     for (int64_t i = 0; shared_P != nullptr && i < n; ++i) shared[i] = shared_P[first + i] ? vocabulary[i] : -1;
     const int32_t* const mark = shared_P ? shared : vocabulary;
     Key* const out = key;
+    const int unused = 64 - met_bits;
     for (int64_t i = 0; i < n; ++i) {
-      Met& last = met[hash[i] >> (64 - MET_BITS)];
+      Met& last = met[hash[i] >> unused];
       const int32_t is_new = (last.hash != hash[i]) | (last.mark != mark[i]) | (mark[i] < 0);
       const int32_t at = ((int32_t)place & -is_new) | (last.place & (is_new - 1));
       last = {hash[i], mark[i], at};
