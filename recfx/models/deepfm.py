@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recfx.layers import full_matmul, init_linear, mlp_from_first
@@ -63,7 +64,7 @@ def forward(params: Params, emb: dict[str, Tensor], numeric_BN: Tensor) -> Tenso
     # Numeric terms in one product: first order, sums, and squares that come from the squared values alone.
     linear = torch.cat([params["numeric_bias"], numeric_emb], dim=1)
     squares = (numeric_emb**2).sum(1, keepdim=True)
-    numeric_product = full_matmul(torch.cat([numeric_BN, numeric_BN**2], dim=1), torch.block_diag(linear, squares))
+    numeric_product = narrow_matmul(torch.cat([numeric_BN, numeric_BN**2], dim=1), torch.block_diag(linear, squares))
     numeric_first_B, numeric_sum_BD, numeric_squares_B = numeric_product.split([1, dim, 1], dim=1)
     first_order = emb["bias"].sum(1) + numeric_first_B
 
@@ -92,3 +93,9 @@ def sum_over_fields(emb_BFD: Tensor) -> Tensor:
         sums = torch.cat([sums, emb_BFD[:, whole:].flatten(1)], dim=1)
     identities = torch.eye(dim, device=sums.device, dtype=sums.dtype).repeat(sums.shape[1] // dim, 1)
     return full_matmul(sums, identities)
+
+
+def narrow_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight of few columns, made as many as fill a vector register: 16 take a third of the time of 10 on a CPU."""
+    num_columns = weight.shape[1]
+    return full_matmul(x, F.pad(weight, (0, -num_columns % LANES)))[:, :num_columns]
