@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch.fx import Graph, Node
 
 from recfx.kernels.order_ids import order_ids, order_ids_at
 
-__all__ = ["StepPasses", "UnfuseBias", "name_places", "share_common"]
+__all__ = ["StepPasses", "UnfuseBias", "join_small", "name_places", "share_common"]
 
 aten = torch.ops.aten
+
+SMALL, FEW = 512, 16  # numbers of a `cat`, and its parts, that are written by one loop
 
 
 class _Pass(CustomGraphPass):
@@ -31,6 +34,7 @@ class StepPasses(_Pass):
     def __call__(self, graph: Graph) -> None:
         share_common(graph)
         name_places(graph)
+        join_small(graph)
 
 
 class UnfuseBias(_Pass):
@@ -93,6 +97,34 @@ def name_places(graph: Graph) -> None:
         named.meta.update({k: v for k, v in node.meta.items() if k != "eager_input_vals"})  # those of other arguments
         node.replace_all_uses_with(named)
         graph.erase_node(node)
+
+
+def join_small(graph: Graph) -> None:
+    """On a CPU, writes a small `cat` of few parts by one loop, as a sum of the parts padded by zeros: Inductor makes a
+    loop and a view of each part."""
+    for node in graph.find_nodes(op="call_function", target=aten.cat.default):
+        parts: Any = node.args[0]
+        value, dim = _tensor(node), int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+        if value.device.type != "cpu" or not value.is_floating_point() or value.numel() > SMALL or len(parts) > FEW:
+            continue
+        if any(_tensor(part).dim() != value.dim() for part in parts):  # an empty one, which cat overlooks
+            continue
+        sizes = [_tensor(part).shape[dim] for part in parts]
+        others = [0, 0] * (value.dim() - 1 - dim % value.dim())
+        terms: list[Node] = []
+        with graph.inserting_before(node):
+            for i, part in enumerate(parts):
+                pads = [*others, sum(sizes[:i]), sum(sizes[i + 1 :])]
+                terms.append(_call(graph, aten.constant_pad_nd.default, part, pads, 0.0))
+            total = functools.reduce(lambda a, b: _call(graph, aten.add.Tensor, a, b), terms)
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
+
+
+def _call(graph: Graph, op: OpOverload, *args: Any) -> Node:
+    node = graph.call_function(op, args)
+    node.meta["val"] = op(*(_tensor(arg) if isinstance(arg, Node) else arg for arg in args))
+    return node
 
 
 def _part_of(node: Node) -> tuple[Node, int]:

@@ -130,6 +130,31 @@ def test_a_common_sub_expression_is_computed_once():
     assert calls_in(features, BATCH) == {"farm_hashes": 1, "murmur_hashes": 1}
 
 
+def test_a_small_cat_is_written_by_one_loop():
+    """What is large, of many parts, or no number stays: parts of zero width, mixed dtypes and NaN among them."""
+    aten, left = torch.ops.aten, []
+
+    def count(graph: torch.fx.Graph) -> None:
+        StepPasses()(graph)
+        left.extend(tuple(n.meta["val"].shape) for n in graph.find_nodes(op="call_function", target=aten.cat.default))
+
+    def join(x: torch.Tensor, n: torch.Tensor) -> list[torch.Tensor]:
+        scalars = torch.stack([x.sum(), x[0, 0] / 0, x[1, 1].double() / 3, (x[0] * 0 / 0).sum()])
+        flat = [torch.cat([x, n, x[:, :0], 2 * x], dim=dim) for dim in (1, -1)]
+        return [
+            scalars, *flat, torch.cat([x, x[:1]]), torch.cat([x[None], x[None] + 1], dim=0),
+            torch.cat([n, n + 1]), torch.cat([x.repeat(300, 1), x]), torch.cat([x + i for i in range(17)]),
+        ]  # fmt: skip
+
+    x, n = torch.tensor([[1.0, -2.0], [3.0, 4.5]]), torch.tensor([[7, 8], [9, 10]])
+    torch._dynamo.reset()
+    options = {"post_grad_custom_pre_pass": count}
+    compiled = torch.compile(join, fullgraph=True, dynamic=False, options=options)
+    for got, expected in zip(compiled(x, n), join(x, n), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    assert sorted(left) == [(4, 2), (34, 2), (602, 2)]
+
+
 def test_what_writes_or_draws_is_computed_as_often_as_it_stands_there():
     aten, graph = torch.ops.aten, torch.fx.Graph()
     x = graph.placeholder("x")
