@@ -65,6 +65,7 @@ class OneOf:
 
 
 Valid = Between | OneOf | None
+ITEMS = {torch.float32: pa.float32(), torch.int64: pa.int64(), torch.uint8: pa.binary()}
 finite = Between(float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
 
 
@@ -100,7 +101,7 @@ class VarLen:
 
     @property
     def item(self) -> pa.DataType:
-        return {torch.float32: pa.float32(), torch.int64: pa.int64(), torch.uint8: pa.binary()}[self.dtype]
+        return ITEMS[self.dtype]
 
     @property
     def packed(self) -> PackedColumn:

@@ -24,11 +24,16 @@ __all__ = [
     "type_at",
 ]
 
+LISTS = frozenset({
+    pa.lib.Type_LIST, pa.lib.Type_LARGE_LIST, pa.lib.Type_FIXED_SIZE_LIST,
+    pa.lib.Type_LIST_VIEW, pa.lib.Type_LARGE_LIST_VIEW, pa.lib.Type_MAP,
+})  # fmt: skip
+
 
 def check_schema(path: str, schema: pa.Schema, columns: Sequence[Column]) -> None:
     """Raises ValueError, naming file and column, when a column is absent or of another type."""
     for column in columns:
-        if (count := schema.names.count(column.name)) > 1:
+        if (count := len(schema.get_all_field_indices(column.name))) > 1:
             raise ValueError(f"column '{column.name}' of '{path}': got {count} columns of this name, expected one.")
         kind = type_at(schema, column.name)
         if kind is None:
@@ -36,9 +41,8 @@ def check_schema(path: str, schema: pa.Schema, columns: Sequence[Column]) -> Non
                 f"column '{column.name}' of '{path}': got no such column, expected one of {_names(schema)}."
             )
         depth, item = _depth(kind)
-        expected = _expected(column)
         if not _is_read_as(item, column) or not (depth == column.depth or (depth == 0 and column.depth == 1)):
-            expected = f"{expected}.{_hint(kind, item, column)}"
+            expected = f"{_expected(column)}.{_hint(kind, item, column)}"
             raise ValueError(f"column '{column.name}' of '{path}': got {kind}, expected {expected}")
 
 
@@ -49,9 +53,9 @@ def path_to(fields: pa.Schema | pa.StructType, name: str) -> list[str]:
     Example:  >>> path_to(pa.schema({"user": pa.struct({"age": pa.int8()})}), "user.age")
               ['user', 'age']
     """
-    if any(field.name == name for field in fields):
+    if fields.get_all_field_indices(name):
         return [name]
-    for field in fields:
+    for field in fields if "." in name else ():
         if pa.types.is_struct(field.type) and name.startswith(f"{field.name}."):
             inner = path_to(field.type, name.removeprefix(f"{field.name}."))
             if inner:
@@ -83,17 +87,7 @@ def _names(fields: pa.Schema | pa.StructType, prefix: str = "") -> list[str]:
 
 def is_list(kind: pa.DataType) -> bool:
     """Lists in any of Arrow's ways, maps among them."""
-    return any(
-        is_kind(kind)
-        for is_kind in (
-            pa.types.is_list,
-            pa.types.is_large_list,
-            pa.types.is_fixed_size_list,
-            pa.types.is_list_view,
-            pa.types.is_large_list_view,
-            pa.types.is_map,
-        )
-    )
+    return kind.id in LISTS
 
 
 def _depth(kind: pa.DataType) -> tuple[int, pa.DataType]:
