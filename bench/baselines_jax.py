@@ -162,6 +162,7 @@ def train_from_files(
     epochs: int = 4,
     log2_rows: int = 20,
     weights: dict[str, np.ndarray],
+    loss: Callable[..., Array],
 ) -> dict[str, float]:
     """The end-to-end opponent: ORC files to trained weights, decoding in a thread beside the step.
 
@@ -169,20 +170,21 @@ def train_from_files(
     become padded arrays without a Python loop. The first epoch compiles and warms the page cache; it is not timed.
 
     Args:     weights: workload.init_weights(2**log2_rows) as numpy arrays.
+              loss: `loss_fn`, or `textbook_loss`.
     Returns:  samples_per_s over `epochs` timed epochs, the same without training (decode_per_s), samples, loss.
     Raises:   RuntimeError when a batch had more distinct rows than the compiled step has room for.
     """
     max_distinct = batch_size * NUM_COLUMNS // 2
-    baseline = compiled(weights, max_distinct=max_distinct, loss=loss_fn)
+    baseline = compiled(weights, max_distinct=max_distinct, loss=loss)
     for batch in prefetched(batches(paths, batch_size, log2_rows)):
-        loss = baseline.step(batch)
-    jax.block_until_ready(loss)
+        last = baseline.step(batch)
+    jax.block_until_ready(last)
 
     start, samples = time.perf_counter(), 0
     for batch in prefetched(batches(list(paths) * epochs, batch_size, log2_rows)):
-        loss = baseline.step(batch)
+        last = baseline.step(batch)
         samples += batch_size
-    jax.block_until_ready(loss)
+    jax.block_until_ready(last)
     train_s = time.perf_counter() - start
     if baseline.max_distinct() > max_distinct:
         raise RuntimeError(f"max_distinct: got {baseline.max_distinct()} rows in a batch, expected <= {max_distinct}.")
@@ -194,7 +196,7 @@ def train_from_files(
         "samples_per_s": samples / train_s,
         "decode_per_s": decoded / decode_s,
         "samples": samples,
-        "loss": float(loss),
+        "loss": float(last),
     }
 
 
@@ -294,9 +296,9 @@ def child_losses(
     return [float(baseline.step(Batch(*b))) for b in batches], baseline.weights(), baseline.max_distinct()
 
 
-def child_train_from_files(paths: Sequence[str], batch_size: int, epochs: int) -> dict[str, float]:
-    """train_from_files with its own first weights, for harness.call_in_child."""
+def child_train_from_files(variant: str, paths: Sequence[str], batch_size: int, epochs: int) -> dict[str, float]:
+    """train_from_files of "jax" or "jax_textbook" with its own first weights, for harness.call_in_child."""
     from bench.workload import init_weights
 
     weights = {name: w.numpy() for name, w in init_weights(1 << 20).items()}
-    return train_from_files(paths, batch_size, epochs=epochs, weights=weights)
+    return train_from_files(paths, batch_size, epochs=epochs, weights=weights, loss=LOSSES[variant])

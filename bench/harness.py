@@ -23,6 +23,15 @@ NUM_THREADS = 2
 PAUSE_S = 0.02  # longer than libgomp's and Eigen's spinning before sleep
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 
+BASELINES = {
+    "functional_textbook": "torch compiled, formula as written",
+    "functional_compiled": "torch compiled, tuned by us",
+    "jax_textbook": "JAX, formula as written",
+    "jax": "JAX, tuned by us",
+    "eager_sparse": "torch eager, SparseAdam",
+    "eager_dense": "torch eager, dense AdamW",
+}
+
 
 class Side(Protocol):
     def run(self, steps: int) -> float: ...

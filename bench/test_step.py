@@ -13,20 +13,12 @@ import pytest
 import torch
 
 from bench.baselines_torch import functional_compiled
-from bench.harness import Child, Claims, Loop, compare
+from bench.harness import BASELINES, Child, Claims, Loop, compare
 from bench.recfx_side import captured_step, phases
 from bench.workload import init_weights, make_batches
 
 NUM_BATCHES, SMALL, LARGE = 16, 200_000, 10_000_000
 TARGETS = {1000: 1.8, 4096: 1.5, 16_384: 1.4}
-NAMES = {
-    "functional_textbook": "torch compiled, formula as written",
-    "functional_compiled": "torch compiled, tuned by us",
-    "jax_textbook": "JAX, formula as written",
-    "jax": "JAX, tuned by us",
-    "eager_sparse": "torch eager, SparseAdam",
-    "eager_dense": "torch eager, dense AdamW",
-}
 no_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 
 
@@ -68,7 +60,7 @@ def against(benchmark, claims: Claims, recfx, variant: str, target: float) -> No
     with baseline(variant, batch_size, SMALL) as theirs:
         result = benchmark.pedantic(compare, args=(Loop(ours.step, work.batches), theirs), rounds=1)
     name = f"DeepFM step, batch {batch_size}, 0.2 M rows"
-    claims.add(result.claim(name, NAMES[variant], batch_size=batch_size, target=target))
+    claims.add(result.claim(name, BASELINES[variant], batch_size=batch_size, target=target))
 
 
 @pytest.mark.parametrize("variant", ["functional_textbook", pytest.param("jax_textbook", marks=no_jax)])
@@ -99,7 +91,7 @@ def test_at_4096(benchmark, claims: Claims, variant, table_rows, target):
         sides = Loop(ours.step, work.batches), theirs
         result = benchmark.pedantic(compare, args=sides, kwargs={"blocks": 5}, rounds=1)
     name = f"DeepFM step, batch 4096, {table_rows / 1e6:g} M rows"
-    claims.add(result.claim(name, NAMES[variant], batch_size=4096, target=target))
+    claims.add(result.claim(name, BASELINES[variant], batch_size=4096, target=target))
 
 
 def test_large_table(benchmark, claims: Claims):
