@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from recfx import kernels
 from recfx.kernels.order_ids import order_ids, order_ids_at
 
 __all__ = ["StepPasses", "UnfuseBias", "join_small", "name_places", "share_common"]
@@ -22,10 +24,12 @@ SMALL, FEW = 512, 16  # numbers of a `cat`, and its parts, that are written by o
 
 
 class _Pass(CustomGraphPass):
-    """One whose code is this file: what Inductor's cache knows it by."""
+    """What torch's caches of compiled graphs know it by is this file, and the operators': the caches are asked before
+    the operators' fakes run, so a graph must not be found again after one of them has changed."""
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+        operators = sorted(Path(kernels.__path__[0]).glob("*.py"))
+        return get_hash_for_files((__file__, *map(str, operators)))
 
 
 class StepPasses(_Pass):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
+from recfx import fx_passes, kernels
 from recfx.capture import capture, capture_evaluation, capture_prediction
+from recfx.models import deepfm
 from recfx.step import Step
 from recfx.table import functions as table_module
 from recfx.types import COUNTS, Batch, Ragged, pack
@@ -129,6 +132,28 @@ def test_later_steps_run_the_graph_alone_with_what_it_was_given():
     assert not calls
     b, _ = run(step.update_, step.grow_(fresh(step), (1000,)), batches)
     assert_same_state(a, b)
+
+
+def test_the_next_process_need_not_trace_it():
+    """Nothing in the graph makes torch's cache of traced graphs pass it by."""
+    counters.clear()
+    step = deepfm_step(forward=lambda params, emb, feats: 2 * deepfm.forward(params, emb, feats["numeric"]))
+    batches = deepfm_batches(2)
+    run(capture(step, fresh(step), batches[0]), fresh(step), batches)
+    assert counters["aot_autograd"]["total"] == 1
+    assert not counters["aot_autograd"]["autograd_cache_bypass"]
+
+
+@pytest.mark.parametrize("change", ["", "# changed"])
+def test_a_graph_is_compiled_anew_when_an_operator_s_python_has_changed(tmp_path, monkeypatch, change):
+    """Torch's cache is asked before the fakes of operators run."""
+    passes = fx_passes.StepPasses(), fx_passes.UnfuseBias()
+    before = [each.uuid() for each in passes]
+    shutil.copytree(kernels.__path__[0], tmp_path / "kernels")
+    with (tmp_path / "kernels" / "pool.py").open("a") as file:
+        file.write(change)
+    monkeypatch.setattr(kernels, "__path__", [str(tmp_path / "kernels")])
+    assert all((a != b.uuid()) == bool(change) for a, b in zip(before, passes, strict=True))
 
 
 def test_what_a_step_says_may_hold_tensors_that_the_graph_does_not_compute():
@@ -293,6 +318,7 @@ def test_what_cannot_be_captured_is_an_error():
 
 WITHOUT_COMPILER = """
 import warnings
+from recfx import fx_passes, kernels
 from recfx.capture import capture
 from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
 step, batches = deepfm_step(), deepfm_batches(2)
