@@ -5,6 +5,7 @@ Every baseline runs in a process of its own, as its user would run it; blocks of
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import resource
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ import torch
 
 from bench.baselines_torch import functional_compiled
 from bench.harness import BASELINES, Child, Claims, Loop, compare
-from bench.recfx_side import captured_step, phases
-from bench.workload import init_weights, make_batches
+from bench.recfx_side import Captured, captured_step, phases
+from bench.workload import Workload, init_weights, make_batches
 
 NUM_BATCHES, SMALL, LARGE = 16, 200_000, 10_000_000
 TARGETS = {1000: 1.8, 4096: 1.5, 16_384: 1.4}
@@ -30,10 +31,15 @@ def baseline(variant: str, batch_size: int, table_rows: int):
         yield side
 
 
+@functools.cache
+def ours_over(batch_size: int, table_rows: int) -> tuple[Workload, Captured]:
+    work = make_batches(NUM_BATCHES, batch_size, table_rows=table_rows)
+    return work, captured_step(work)
+
+
 @pytest.fixture(scope="module", params=[1000, 4096, 16_384])
 def recfx(request):
-    work = make_batches(NUM_BATCHES, request.param, table_rows=SMALL)
-    return request.param, work, captured_step(work)
+    return request.param, *ours_over(request.param, SMALL)
 
 
 def test_losses_are_the_baseline_s():
@@ -85,8 +91,7 @@ def test_against_the_best(benchmark, recfx, variant, claims: Claims):
     ],
 )
 def test_at_4096(benchmark, claims: Claims, variant, table_rows, target):
-    work = make_batches(NUM_BATCHES, 4096, table_rows=table_rows)
-    ours = captured_step(work)
+    work, ours = ours_over(4096, table_rows)
     with baseline(variant, 4096, table_rows) as theirs:
         sides = Loop(ours.step, work.batches), theirs
         result = benchmark.pedantic(compare, args=sides, kwargs={"blocks": 5}, rounds=1)
@@ -96,7 +101,6 @@ def test_at_4096(benchmark, claims: Claims, variant, table_rows, target):
 
 def test_large_table(benchmark, claims: Claims):
     """As many distinct ids per batch, fifty times the rows: the step may take 1.5 times as long at most."""
-    small, large = (make_batches(NUM_BATCHES, 4096, table_rows=rows) for rows in (SMALL, LARGE))
-    few, many = captured_step(small), captured_step(large)
+    (small, few), (large, many) = ours_over(4096, SMALL), ours_over(4096, LARGE)
     result = benchmark.pedantic(compare, args=(Loop(many.step, large.batches), Loop(few.step, small.batches)), rounds=1)
     claims.add(result.claim("DeepFM step, batch 4096, 10 M rows", "recfx, 0.2 M rows", batch_size=4096, target=1 / 1.5))
