@@ -14,6 +14,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from recfx.fx_passes import StepPasses, UnfuseBias
+from recfx.kernels.build import build_ahead
 
 __all__ = ["compiled"]
 
@@ -58,6 +59,8 @@ def compiled(function: Function) -> Function:
         nonlocal direct
         if direct is not None:
             return direct(state, sections)
+        if sections[0].device.type == "cpu":
+            build_ahead()
         aux = by_dynamo(state, sections)
         direct = (calls and _past_dynamo(*calls.pop(), state, sections, aux)) or by_dynamo
         return aux

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import getpass
@@ -11,16 +12,19 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch  # first, so that the kernels share torch's OpenMP runtime
 
-__all__ = ["library"]
+__all__ = ["build_ahead", "library"]
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC")
 TORCH = Path(torch.__file__).parent
+NUM_CORES = os.cpu_count() or 1
+_one_build = threading.Lock()
 
 
 @functools.cache
@@ -32,9 +36,27 @@ def library() -> ctypes.CDLL | None:
 
     Raises:   RuntimeError with the compiler's words when the compiler fails.
     """
+    path = _built(NUM_CORES)
+    if path is None:
+        warnings.warn("recfx: no C++ compiler found, running the slow reference kernels.", stacklevel=2)
+        return None
+    return ctypes.CDLL(str(path))
+
+
+def build_ahead() -> None:
+    """Begins to compile the library in the background: torch.compile keeps one core busy for longer than that takes."""
+
+    def build() -> None:
+        with contextlib.suppress(RuntimeError):  # `library` will meet it again and tell the caller
+            _built(max(1, NUM_CORES - 1))
+
+    threading.Thread(target=build, name="recfx-build", daemon=True).start()
+
+
+def _built(num_processes: int) -> Path | None:
+    """The library's file, compiled if it is not there; None where there is no compiler."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
-        warnings.warn("recfx: no C++ compiler found, running the slow reference kernels.", stacklevel=2)
         return None
     sources = sorted(Path(__file__).parent.glob("*.cpp"))
     headers = sorted(Path(__file__).parent.glob("*.h"))
@@ -47,12 +69,13 @@ def library() -> ctypes.CDLL | None:
     if folder.stat().st_uid != os.getuid():
         raise RuntimeError(f"{folder}: belongs to another user, expected to own it. Set TMPDIR to a folder of yours.")
     path = folder / f"{name}.so"
-    if not path.exists():
-        _compile(compiler, sources, path)
-    return ctypes.CDLL(str(path))
+    with _one_build:
+        if not path.exists():
+            _compile(compiler, sources, path, num_processes)
+    return path
 
 
-def _compile(compiler: str, sources: list[Path], path: Path) -> None:
+def _compile(compiler: str, sources: list[Path], path: Path, num_processes: int) -> None:
     """Writes beside the target and renames, so that two processes building at once are both right."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
@@ -61,7 +84,7 @@ def _compile(compiler: str, sources: list[Path], path: Path) -> None:
             [compiler, *FLAGS, *include, "-c", str(source), "-o", str(o)]
             for source, o in zip(sources, objects, strict=True)
         ]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(num_processes) as pool:
             list(pool.map(_run, commands))
         built, link = Path(scratch) / path.name, ("-L", str(TORCH / "lib"), "-ltorch_cpu")
         _run([compiler, *FLAGS, "-shared", *map(str, objects), *link, "-o", str(built)])
