@@ -42,7 +42,7 @@ SEES_ONLY = {
     "checkpoint": {"types", "checks", "kernels", "embeddings", "table", "step", "rows"},
     "models": {"types", "features", "layers", "losses"},
     "capture": {"types", "step", "compiled", "cuda_graph"},
-    "compiled": {"fx_passes"},
+    "compiled": {"fx_passes", "kernels"},
     "fx_passes": {"kernels"},
     "cuda_graph": {"types"},
 }
