@@ -47,9 +47,11 @@ def build_ahead() -> None:
     """Begins to compile the library in the background: torch.compile keeps one core busy for longer than that takes."""
 
     def build() -> None:
-        with contextlib.suppress(RuntimeError):  # `library` will meet it again and tell the caller
+        with contextlib.suppress(Exception):  # `library` will meet it again and tell the caller
             _built(max(1, NUM_CORES - 1))
 
+    if library.cache_info().currsize:
+        return
     threading.Thread(target=build, name="recfx-build", daemon=True).start()
 
 

@@ -15,6 +15,7 @@ from recfx.kernels import build
 def asked(tmp_path, monkeypatch):
     """An empty folder for libraries, and the compilations that were begun: (their target, processes)."""
     begun: list[tuple] = []
+    build.library.cache_clear()
 
     def compile_slowly(compiler, sources, path, num_processes):
         begun.append((path, num_processes))
