@@ -21,7 +21,9 @@ def claims(request: pytest.FixtureRequest) -> Claims:
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> None:
     import torch
+    from torch._inductor import config as inductor
 
+    inductor.cpp.enable_kernel_profile = True  # loops by their names in a profile; without one some 20 ns each
     use_threads(NUM_THREADS)
     torch.set_num_threads(NUM_THREADS)
 

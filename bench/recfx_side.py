@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 
 from bench.workload import CATEGORICAL, DIM, Workload, init_weights
@@ -23,7 +22,6 @@ PHASES = {
     "row update": ("recfx::add_row_grads_", "recfx::adamw_rows_"),
     "forward+backward": ("aten::mm", "aten::addmm", "cpp_fused", "recfx::add_predictions_"),
 }
-inductor.cpp.enable_kernel_profile = True  # loops by their names; without a profiler some 20 ns each
 
 
 class Captured(NamedTuple):
@@ -72,7 +70,8 @@ def write_weights_(state: TrainState, weights: dict[str, Tensor]) -> None:
 def phases(step: Callable[[Batch], Tensor], batches: list[Batch]) -> dict[str, float]:
     """Milliseconds per step by phase, from a profile of one pass over the batches; profiling itself adds some.
 
-    "overhead" is what is in no kernel: views, buffers and calls from the graph's Python.
+    "overhead" is what is in no kernel: views, buffers and calls from the graph's Python; where conftest.py has not asked
+    Inductor to name its loops, they too.
     """
     with profile(activities=[ProfilerActivity.CPU]) as record:
         for batch in batches:

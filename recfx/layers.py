@@ -68,7 +68,8 @@ def in_bf16(forward: Forward) -> Forward:
 
 def full_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight in the dtype of weight, under `in_bf16` too: for products too narrow to gain by bf16."""
+    x = x.to(weight.dtype)
     if not torch.is_autocast_enabled(x.device.type):  # a graph that enters autocast is traced anew in every process
-        return x.to(weight.dtype) @ weight
+        return x @ weight
     with torch.autocast(x.device.type, enabled=False):
-        return x.to(weight.dtype) @ weight
+        return x @ weight

@@ -318,7 +318,6 @@ def test_what_cannot_be_captured_is_an_error():
 
 WITHOUT_COMPILER = """
 import warnings
-from recfx import fx_passes, kernels
 from recfx.capture import capture
 from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
 step, batches = deepfm_step(), deepfm_batches(2)

@@ -35,7 +35,8 @@ def wait_for_builder():
 
 def test_what_is_built_ahead_is_not_built_again(asked):
     build.build_ahead()
-    while not asked:
+    deadline = time.monotonic() + 60
+    while not asked and time.monotonic() < deadline:
         time.sleep(0.01)
     path = build._built(2)
     assert path.read_bytes() == b"built"
