@@ -70,8 +70,8 @@ def write_weights_(state: TrainState, weights: dict[str, Tensor]) -> None:
 def phases(step: Callable[[Batch], Tensor], batches: list[Batch]) -> dict[str, float]:
     """Milliseconds per step by phase, from a profile of one pass over the batches; profiling itself adds some.
 
-    "overhead" is what is in no kernel: views, buffers and calls from the graph's Python; where conftest.py has not asked
-    Inductor to name its loops, they too.
+    "overhead" is what is in no kernel: views, buffers and calls from the graph's Python. Loops are told from it by the
+    names that conftest.py asks Inductor for.
     """
     with profile(activities=[ProfilerActivity.CPU]) as record:
         for batch in batches:
