@@ -30,6 +30,7 @@ LAYERS = (
     ("policies",),
     ("embeddings", "table", "optim"),
     ("models",),
+    ("context",),
     ("step", "dist"),
     ("fx_passes", "compiled", "cuda_graph", "capture", "checkpoint", "rows"),
     ("train",),

@@ -141,7 +141,7 @@ def dense_optimizer(state_type: Any, formula: Callable, hyper: Callable[[Tensor,
     """
 
     def init(params: Params) -> Any:
-        device = next(iter(params.values())).device
+        device = next((p.device for p in params.values()), None)
         slots = [{name: torch.zeros_like(p) for name, p in params.items()} for _ in state_type._fields[:-1]]
         return state_type(*slots, torch.zeros((), dtype=torch.int64, device=device))
 
