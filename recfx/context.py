@@ -39,7 +39,7 @@ class Context:
     Example:  >>> context = Context(training=True, valid=torch.ones(2, 1, dtype=torch.bool), stats={}, seed=0,
               ...                   step=torch.tensor(1), sample=torch.arange(2))
               >>> context.dropout(torch.ones(2, 4), 0.5, "hidden")
-              tensor([[0., 2., 2., 2.],
+              tensor([[2., 0., 0., 0.],
                       [0., 0., 0., 2.]])
     """
 

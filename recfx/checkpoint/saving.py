@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from recfx.checkpoint.background import Job
 from recfx.checkpoint.contents import Contents, contents_of, write
-from recfx.checkpoint.folders import MANIFEST, PREFIX, FolderLock, clear_unfinished
+from recfx.checkpoint.folders import MANIFEST, PREFIX, FolderLock, clear_unfinished, finished, hide
 from recfx.checks import check_int
 from recfx.step import Step, TrainState
 
@@ -99,6 +100,13 @@ class Saver:
             except BaseException:
                 self._last = None  # the next save is full
                 raise
+
+    def delete_all(self) -> None:
+        """Deletes the checkpoints in the folder."""
+        self.finish()
+        for path in finished(self._folder):
+            shutil.rmtree(hide(path))
+        self._last = None
 
     def close(self) -> None:
         """`finish`, and the folder is free for another writer."""
