@@ -66,7 +66,7 @@ def sparse_adamw(
     Args:     lr: step size, >= 0: a float, a 0-d tensor, or a function of the steps taken (`recfx.optim.schedules`).
               b1, b2: decay of the moments per step, in [0, 1).  eps: >= 0; 0 gives NaN where a gradient is 0.
               weight_decay: per unit of lr, >= 0.
-    Slots:    m, v beside the weight in each row: 8 W bytes.
+    Slots:    m, v next to the weight in each row: 8 W bytes.
     Cost:     reads 4 U W floats, writes 3 U W; never syncs.
     Differs:  from torch.optim.AdamW: untouched rows neither decay nor move, t counts steps of the table.
     Raises:   ValueError on a value outside its range.
