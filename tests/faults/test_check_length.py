@@ -25,7 +25,7 @@ def counted(column: Ragged, longest: int, **kwargs) -> int:
 
 
 @given(samples=NESTED, spare=st.integers(0, 2), longest=st.integers(0, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_each_level_is_counted(samples, spare, longest):
     column = nested(samples, spare=spare)
     of_samples = sum(len(lists) > longest for lists in samples)
