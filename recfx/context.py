@@ -52,9 +52,7 @@ class Context:
 
     def uniform(self, name: str, *shape: int) -> Tensor:
         """f32 [B, *shape], uniform in [0, 1), multiples of 2**-24."""
-        digest = hashlib.blake2b(f"{self.seed}/random/{name}".encode(), digest_size=8).digest()
-        key = int.from_bytes(digest, "little", signed=True)
-        of_sample = mix(mix(self.step * GOLDEN ^ key) + self.sample * GOLDEN)
+        of_sample = mix(mix(self.step * GOLDEN ^ _key_of(self.seed, name)) + self.sample * GOLDEN)
         place = torch.arange(1, math.prod(shape) + 1, device=self.sample.device) * GOLDEN
         bits = shift_right(mix(of_sample[:, None] ^ place), 64 - BITS)
         return (bits.float() * 2.0**-BITS).reshape(-1, *shape)
@@ -74,6 +72,13 @@ class Context:
         if not self.training or p == 0:
             return x
         return torch.where(self.uniform(name, *x.shape[1:]) >= p, x / (1 - p), 0.0)
+
+
+@torch.compiler.assume_constant_result
+def _key_of(seed: int, name: str) -> int:
+    """Signed 64-bit key of a name: the same on every machine and in every process."""
+    digest = hashlib.blake2b(f"{seed}/random/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 Forward = Callable[[Params, Any, Any, Context], tuple[Tensor, Stats]]

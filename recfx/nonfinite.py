@@ -46,8 +46,8 @@ def check_finite(step: Step, state: TrainState, *, batch: Batch | None = None, w
     named = "; ".join(found[:MOST_NAMED]) + f"; and {len(found) - MOST_NAMED} more" * (len(found) > MOST_NAMED)
     raise FloatingPointError(
         f"step {number}: got NaN or infinity as a loss, logit or gradient of micro-batch {micro_batch}{where}, "
-        f"expected finite numbers. Not finite now: {named or 'nothing in the state'}. Nothing was saved since. Mend the "
-        "feature or the model, or leave such batches out with train_step(on_nonfinite='skip')."
+        f"expected finite numbers. Not finite now: {named or 'nothing in the state'}. Nothing was saved since. Mend "
+        "the feature or the model, or leave such batches out with train_step(on_nonfinite='skip')."
     )
 
 

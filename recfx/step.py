@@ -254,7 +254,8 @@ def train_step(
     ) -> tuple[Tensor, Any]:
         logit, stats = forward(params, _groups(plan, blocks, found), feats, context)
         _check_shapes(logit, feats, label, sample_weight)
-        loss_B = loss(logit, feats[label].float())
+        # A logit of padding may be NaN, and no multiple of its slope is 0.
+        loss_B = loss(torch.where(context.valid, logit, 0.0), feats[label].float())
         loss_B = loss_B if sample_weight is None else loss_B * feats[sample_weight]
         loss_B = torch.where(context.valid, loss_B, 0.0)
         return loss_B.sum(), (logit, loss_B, stats)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recfx import metrics
 from recfx.losses import bce_with_logits
 from recfx.metrics import auc, auc_200, binary_metrics, calibration, gauc, log_loss, threshold_auc
 from tests.reference import exact_auc

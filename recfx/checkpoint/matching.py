@@ -149,7 +149,8 @@ def _check_optimizer(state: TrainState, source: Source) -> None:
     """A dense optimiser that kept more cannot go on as this one: what it kept would be lost without notice."""
     params = [name.removeprefix("params.") for name in source.small if name.startswith("params.")]
     kept = [(part, param) for part, param, _ in dense_tensors(state) if part not in ("params", "stats")]
-    known = {part if param is None else f"{part}.{p}" for part, param in kept for p in params}
+    known = {part for part, param in kept if param is None}
+    known |= {f"{part}.{p}" for part, param in kept if param is not None for p in params}
     more = sorted(name for name in source.small if name.startswith("dense.") and name not in known)
     if more:
         parts = sorted({part for part, _ in kept})
