@@ -16,6 +16,7 @@ from recfx.data.columns import Column, VarLen
 from recfx.data.conform import BadRows, conform
 from recfx.data.files import File, checksum
 from recfx.data.formats import Format, Source, open_source, reading
+from recfx.data.identity import identity_of
 from recfx.data.records import as_records
 from recfx.data.rows import BadRow, Decoded, Rows
 from recfx.data.schema import check_schema, type_at
@@ -40,9 +41,12 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """The same for equal recipes, in any process."""
-        columns = [replace(c, string_hash=str(c.string_hash)) if isinstance(c, VarLen) else c for c in self.columns]  # type: ignore[arg-type]
-        return repr((columns, self.filter_key, self.split, self.format, self.on_bad))
+        """The same for equal recipes, in any process.
+
+        Raises:   NoIdentity when a part of it, such as a function of the user's, cannot be told from another.
+        """
+        parts = {name: getattr(self, name) for name in ("columns", "filter", "split", "format", "on_bad")}
+        return "; ".join(identity_of(part, name) for name, part in parts.items())
 
     @property
     def filter_key(self) -> bytes:
@@ -102,6 +106,11 @@ class Decoder:
         if self._cache is not None:
             self._cache.store(file, unit, decoded)
         return decoded
+
+    def check_held(self, batches: Sequence[pa.RecordBatch]) -> None:
+        """Raises ValueError when rows that were read from these batches may be wrong: see `RecordCache.check`."""
+        if self._cache is not None:
+            self._cache.check(batches)
 
     def _decode(self, file: File, unit: int) -> Decoded:
         (source, names), recipe = self._open(file), self.recipe
