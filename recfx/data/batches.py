@@ -153,6 +153,7 @@ class Reader(IterableDataset):
     def __post_init__(self) -> None:
         self.plan.check()
         self.packing = PackPlan.of(self.batch_size, [column.packed for column in self.plan.decoder.recipe.columns])
+        self._cache = self.plan.decoder.cache
 
     @property
     def files(self) -> list[File]:
@@ -209,8 +210,8 @@ class Reader(IterableDataset):
         buffer, counts = pack_records(plan, segments, pin_memory=pin_memory)
         if (larger := self._plan_for(counts)) is not plan:
             buffer, _ = pack_records(larger, segments, pin_memory=pin_memory)
-        for segment in segments:
-            self.plan.decoder.check_held(segment.block.memory)
+        if self._cache is not None:
+            self._cache.check_pages()
         return Batch(buffer, larger.layout)
 
     def _plan_for(self, counts: np.ndarray) -> PackPlan:
@@ -307,6 +308,7 @@ class BatchIterator(Iterator[Batch]):
             if segments and not (missing and self._reader.drop_remainder):
                 batch = self._reader.batch(segments)
                 assert self._chunk is not None
+                self._check_ended(segments)
                 self._position = (self._chunk.place, self._taken)
                 self._num_bad, self._num_left, self._epoch_is_empty = self._chunk.num_bad, 0, False
                 return batch
@@ -344,6 +346,13 @@ class BatchIterator(Iterator[Batch]):
             self._taken = 0 if self._chunk is not None else self._taken
             self._chunk = found
         return self._chunk
+
+    def _check_ended(self, segments: Sequence[Segment]) -> None:
+        """Of what was read to its end the cache's files must be whole still."""
+        if (cache := self._plan.decoder.cache) is not None:
+            for segment in segments:
+                if segment.end == segment.block.num_rows:
+                    cache.check_files(segment.block.memory)
 
     def _check_start(self, first: Chunk | None) -> None:
         """The first chunk must be the one that the position names: files may have changed with equal sizes."""

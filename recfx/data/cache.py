@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import threading
 import warnings
@@ -15,9 +16,9 @@ import pyarrow as pa
 import xxhash
 
 from recfx.data.files import File
-from recfx.data.identity import NoIdentity
+from recfx.data.identity import NoIdentityError
 from recfx.data.rows import Decoded
-from recfx.kernels.mapped_files import MappedFile, num_replaced
+from recfx.kernels.mapped_files import MappedFile, replaced
 
 if TYPE_CHECKING:
     from recfx.data.decode import Recipe
@@ -54,7 +55,8 @@ class RecordCache:
     def _forget(self) -> None:
         self._mapped: dict[tuple[File, int], _Entry] = {}
         self._in_use: weakref.WeakValueDictionary[int, MappedFile] = weakref.WeakValueDictionary()  # by address
-        self._num_replaced, self._turn = 0, 0
+        self._replaced, self._num_replaced = ctypes.c_int64(), 0
+        self._one_thread = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:  # another process maps for itself
         kept = ("_folder", "_recipe_key", "_keeps_more")
@@ -72,27 +74,33 @@ class RecordCache:
         found = self._mapped.get((file, unit))
         if found is not None:
             found.mapped.check()
-        elif (found := self._find(file, unit)) is not None:
+        elif (found := self._find(file, unit)) is not None and found.mapped.is_mapped:
             if len(self._mapped) >= MAX_MAPPED:
                 self._mapped = {}
             self._mapped[file, unit] = found
         return None if found is None else found.decoded
 
-    def check(self, held: Sequence[pa.RecordBatch]) -> None:
-        """Raises when rows that were read before may not be those that were kept. `held`: where they were read from.
+    def check_pages(self) -> None:
+        """Raises ValueError when pages were gone that were read before, in this or another thread.
 
-        Cost:     a stat of one file, each in its turn. A page that is gone is found at once; of a file cut within its
-                  last page, where the system reads zeros, some batches later when many files are held.
+        Cost:     one comparison: it is for every batch. A cut within a page, where the system reads zeros, is found by
+                  `check_files`.
         """
-        if (seen := num_replaced()) != self._num_replaced:
-            self._num_replaced = seen
+        if self._replaced.value != self._num_replaced:
+            self._num_replaced = self._replaced.value
             for mapped in [reference() for reference in self._in_use.valuerefs()]:
                 if mapped is not None:
                     mapped.check()
-        self._turn += 1
-        mapped = self._in_use.get(_address_of(held[self._turn % len(held)])) if held else None
-        if mapped is not None:
-            mapped.check()
+
+    def check_files(self, held: Sequence[pa.RecordBatch]) -> None:
+        """Raises ValueError when a file of these batches is not whole, for when their last rows were read.
+
+        Cost:     a stat of each file.
+        """
+        for batch in held:
+            mapped = self._in_use.get(_address_of(batch))
+            if mapped is not None:
+                mapped.check()
 
     def store(self, file: File, unit: int, decoded: Decoded) -> None:
         """Keeps a unit's rows, or warns that it cannot, once."""
@@ -106,15 +114,20 @@ class RecordCache:
                 writer.write_batch(decoded.batch)
             os.replace(scratch, folder / f"{unit}-{decoded.num_bad}-{_checksum(scratch)}.arrow")
         except OSError as error:
-            self._keeps_more = False
+            self._stop_keeping(error)
+        finally:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+
+    def _stop_keeping(self, error: OSError) -> None:
+        with self._one_thread:
+            is_first, self._keeps_more = self._keeps_more, False
+        if is_first:
             warnings.warn(
                 f"cache: got '{self._folder}' ({error}), expected a folder to write to. Rows that are not there yet "
                 "are decoded in every epoch. Free the disk, or give another folder.",
                 stacklevel=2,
             )
-        finally:
-            with contextlib.suppress(OSError):
-                scratch.unlink()
 
     def _find(self, file: File, unit: int) -> _Entry | None:
         for path in self._place(file).glob(f"{unit}-*-*.arrow"):
@@ -122,6 +135,7 @@ class RecordCache:
             with contextlib.suppress(FileNotFoundError):  # another worker found it damaged
                 entry = _entry(path, int(num_bad), expected) if path.stat().st_size else None
                 if entry is not None:
+                    self._replaced = replaced()
                     self._in_use[_address_of(entry.decoded.batch)] = entry.mapped
                     return entry
                 with contextlib.suppress(OSError):  # a folder to read from only
@@ -139,7 +153,7 @@ def cache_for(folder: str | os.PathLike[str], recipe: Recipe, files: Sequence[Fi
     try:
         key = recipe.key
         untold = next((f"file '{file.path}' without a time of change" for file in files if file.mtime_ns is None), None)
-    except NoIdentity as error:
+    except NoIdentityError as error:
         untold = str(error)
     if untold is None:
         return RecordCache(folder, key)

@@ -43,7 +43,7 @@ class Recipe:
     def key(self) -> str:
         """The same for equal recipes, in any process.
 
-        Raises:   NoIdentity when a part of it, such as a function of the user's, cannot be told from another.
+        Raises:   NoIdentityError when a part of it, such as a function of the user's, cannot be told from another.
         """
         parts = {name: getattr(self, name) for name in ("columns", "filter", "split", "format", "on_bad")}
         return "; ".join(identity_of(part, name) for name, part in parts.items())
@@ -72,7 +72,7 @@ class Decoder:
         assert in_records or cache is None
         self.recipe, self.in_records = recipe, in_records
         self._plan = PackPlan.of(1, [column.packed for column in recipe.columns])
-        self._cache = cache
+        self.cache = cache
         self._checksums = checksums
         self._verified: set[File] = set()
         self._units: dict[File, list[int]] = {}
@@ -97,20 +97,15 @@ class Decoder:
 
         Raises:   ValueError naming file, row and column when a row is bad and the recipe does not skip it.
         """
-        cached = None if self._cache is None else self._cache.load(file, unit)
+        cached = None if self.cache is None else self.cache.load(file, unit)
         if cached is not None:
             return cached
         decoded = self._decode(file, unit)
         if self.in_records:
             decoded = decoded._replace(batch=as_records(self._plan, decoded.batch))
-        if self._cache is not None:
-            self._cache.store(file, unit, decoded)
+        if self.cache is not None:
+            self.cache.store(file, unit, decoded)
         return decoded
-
-    def check_held(self, batches: Sequence[pa.RecordBatch]) -> None:
-        """Raises ValueError when rows that were read from these batches may be wrong: see `RecordCache.check`."""
-        if self._cache is not None:
-            self._cache.check(batches)
 
     def _decode(self, file: File, unit: int) -> Decoded:
         (source, names), recipe = self._open(file), self.recipe

@@ -16,14 +16,14 @@ from recfx.data.csv import Csv
 from recfx.data.split import Split
 from recfx.kernels.string_hash import farm_hashes, murmur_hashes
 
-__all__ = ["NoIdentity", "identity_of"]
+__all__ = ["NoIdentityError", "identity_of"]
 
 PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype)
 OWN_TYPES = (Between, OneOf, FixedLen, VarLen, Split, Csv)
 OWN_FUNCTIONS = {"farm_hashes 1": farm_hashes, "murmur_hashes 1": murmur_hashes}  # another number where one changes
 
 
-class NoIdentity(ValueError):
+class NoIdentityError(ValueError):
     """A value that may change while it looks the same; says which, and where it is."""
 
 
@@ -31,8 +31,8 @@ def identity_of(value: Any, where: str) -> str:
     """A text that is equal for equal values, and differs where anything of them does.
 
     Args:     where: the value is, for the error.
-    Raises:   NoIdentity on a function of the user's, and on anything else that is not known here: what a function does
-                  may change under one name, and an object may keep what its repr does not say.
+    Raises:   NoIdentityError on a function of the user's, and on anything else that is not known here: what a function
+                  does may change under one name, and an object may keep what its repr does not say.
     """
     kind = type(value)  # not isinstance: a class derived from a known one may do anything
     if kind in PLAIN:
@@ -49,7 +49,7 @@ def identity_of(value: Any, where: str) -> str:
     for name, function in OWN_FUNCTIONS.items():
         if value is function:
             return name
-    raise NoIdentity(f"{where}: {_shown(value)}")
+    raise NoIdentityError(f"{where}: {_shown(value)}")
 
 
 def _parts(value: Any, where: str) -> list[str]:
@@ -65,7 +65,7 @@ def _expression(expression: pc.Expression, where: str) -> str:
     content = serialized.to_pybytes()
     for name in pc.list_functions():
         if not hasattr(pc, name) and pc.get_function(name).kind == "scalar" and name.encode() in content:
-            raise NoIdentity(f"{where}: a registered function '{name}'")  # Arrow's own ones are functions of pc
+            raise NoIdentityError(f"{where}: a registered function '{name}'")  # Arrow's own ones are functions of pc
     return f"expression {content.hex()}"
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from recfx.kernels.build import library
 from recfx.kernels.op import c_function
 
-__all__ = ["MappedFile", "num_replaced"]
+__all__ = ["MappedFile", "replaced"]
 
 _watch = c_function("recfx_watch", "pip")
 _replaced = c_function("recfx_replaced", "ip")
@@ -27,8 +27,7 @@ class MappedFile:
     zeros, and `check` raises from then on.
 
     The first one installs a handler of SIGBUS, which hands on what concerns other memory to the handler before it.
-    Without a C++ compiler there is none: then a file that is cut short between `check` and the reading of it still
-    ends the process.
+    Without a C++ compiler there is none: then the file is read whole, and `is_mapped` is False.
 
     Cost:     `check` is one stat of the file. No file descriptor stays open.
     Raises:   OSError when the file cannot be opened or mapped.
@@ -41,22 +40,23 @@ class MappedFile:
         found = os.stat(path)
         self._identity, self._num_bytes = (found.st_dev, found.st_ino), self._memory.size
         self._number = self._watched()
-        if self._number >= 0:
+        self.is_mapped = self._number >= 0
+        if self.is_mapped:
             weakref.finalize(self, _unwatch, self._number).atexit = False
-
-    @property
-    def address(self) -> int:
-        return self._memory.address
+        else:
+            self._memory = pa.py_buffer(path.read_bytes())
 
     def buffer(self) -> pa.Buffer:
         """Its bytes; what is made of them keeps it mapped and watched."""
-        return pa.foreign_buffer(self._memory.address, self._num_bytes, base=self)
+        return pa.foreign_buffer(self._memory.address, self._memory.size, base=self)
 
     def check(self) -> None:
         """Raises ValueError naming the file when some of what was read before, or will be, is not there.
 
         One that was deleted or replaced by another stays whole as long as it is mapped.
         """
+        if not self.is_mapped:
+            return
         try:
             found = os.stat(self.path)
         except OSError:
@@ -81,23 +81,16 @@ class MappedFile:
         return number.value
 
     def _num_replaced(self) -> int:
-        if self._number < 0:
-            return 0
         number = ctypes.c_int64()
         _replaced(self._number, ctypes.addressof(number))  # type: ignore[arg-type]
         return number.value
 
 
-def num_replaced() -> int:
-    """How often pages were read as zeros so far, of all files of the process. When it rises, one file's `check` raises.
-
-    Cost:     one read of memory: for each batch, where a stat of each of its files is too much.
-    """
-    counter = _counter()
-    return 0 if counter is None else counter.value
-
-
 @functools.cache
-def _counter() -> ctypes.c_int64 | None:
+def replaced() -> ctypes.c_int64:
+    """How often pages were read as zeros so far, of all files of the process: it changes in place.
+
+    When it rises, the `check` of one of them raises. Reading it costs nothing, where a stat of each file is too much.
+    """
     loaded = library()
-    return None if loaded is None else ctypes.c_int64.in_dll(loaded, "recfx_num_replaced")
+    return ctypes.c_int64(0) if loaded is None else ctypes.c_int64.in_dll(loaded, "recfx_num_replaced")
