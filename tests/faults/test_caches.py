@@ -9,8 +9,6 @@ import resource
 import shutil
 import signal
 import tempfile
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +26,7 @@ from recfx.data.identity import NoIdentityError, identity_of
 from recfx.kernels import mapped_files
 from recfx.kernels.string_hash import farm_hashes, murmur_hashes
 from tests.data.rows import all_rows, write
+from tests.faults.children import in_child
 
 NUM_ROWS, UNIT_ROWS, BATCH_SIZE = 8000, 2000, 100
 COLUMNS = [fixedlen("x", [0.0]), varlen("c", torch.int64)]
@@ -48,23 +47,6 @@ def read(folder: Path, columns: list = COLUMNS, **kwargs):
 
 def kept(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "cache").glob("*/*") if path.is_file())
-
-
-def in_child(work: Callable[[], object]) -> None:
-    """Runs it in a forked child and fails when that raises, or a signal ends it."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(child, 0)
-    assert not os.WIFSIGNALED(status), f"ended by signal {os.WTERMSIG(status)}"
-    assert status == 0
 
 
 # What is told apart.
