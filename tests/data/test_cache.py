@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 
 import pyarrow as pa
@@ -118,3 +119,13 @@ def test_shuffled_and_plain_epochs_share_the_entries(folder, monkeypatch):
     shuffled = all_rows(read(folder, shuffle_rows=50))
     assert shuffled != rows
     assert sorted(map(str, shuffled)) == sorted(map(str, rows))
+
+
+def test_a_reader_that_was_sent_to_another_process(folder, monkeypatch):
+    batches = read(folder)
+    rows = all_rows(batches)
+    no_decoding(monkeypatch)
+    assert all_rows(batches) == rows
+    sent = pickle.loads(pickle.dumps(batches))
+    assert sent.plan.decoder.cache._mapped == {}
+    assert all_rows(sent) == rows
