@@ -195,6 +195,21 @@ def test_a_file_cut_short_between_two_epochs_is_an_error_that_names_it(folder):
     in_child(work)
 
 
+def test_a_data_file_cut_short_while_it_is_read_is_an_error_that_names_it(folder):
+    """An Arrow file too, whose rows could be used where they are on disk."""
+    path = Path(write(folder / "b.arrow", pa.table({"c": [[i, -i] for i in range(NUM_ROWS)]}), UNIT_ROWS))
+
+    def work() -> None:
+        batches = iter(reader(path, COLUMNS[1:], BATCH_SIZE, prefetch=0))
+        seen = [next(batches)]
+        os.truncate(path, 0)
+        with pytest.raises(ValueError, match=f"file '{path}': got 0 bytes"):
+            seen.extend(batches)
+        assert [row["c"] for row in all_rows(seen)] == [[i, -i] for i in range(UNIT_ROWS)]
+
+    in_child(work)
+
+
 def test_files_deleted_or_replaced_while_mapped_stay_whole(folder):
     rows = all_rows(read(folder))
     batches = read(folder)
