@@ -86,11 +86,11 @@ class RecordCache:
         Cost:     one comparison: it is for every batch. A cut within a page, where the system reads zeros, is found by
                   `check_files`.
         """
-        if self._replaced.value != self._num_replaced:
-            self._num_replaced = self._replaced.value
+        if (seen := self._replaced.value) != self._num_replaced:
             for mapped in [reference() for reference in self._in_use.valuerefs()]:
                 if mapped is not None:
                     mapped.check()
+            self._num_replaced = seen  # not when one raised: every batch raises from then on
 
     def check_files(self, held: Sequence[pa.RecordBatch]) -> None:
         """Raises ValueError when a file of these batches is not whole, for when their last rows were read.
