@@ -33,6 +33,7 @@ from recfx.checkpoint.folders import (
     sync_folder,
     write_manifest,
 )
+from recfx.context import generator_states
 from recfx.embeddings import Plan
 from recfx.step import Step, TrainState
 from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState
@@ -40,6 +41,7 @@ from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState
 __all__ = ["Contents", "DenseTensor", "Rows", "contents_of", "dense_tensors", "write"]
 
 SHARD_BYTES = 2**25
+GENERATOR = "generator."  # and a kind of device: the state of torch's generator, where the step draws from it
 WORKERS = 2  # one packs and sums while the other waits for the disk
 
 
@@ -81,7 +83,9 @@ def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since
         raise TypeError(f"loop: got {loop!r}, expected a dict that JSON can hold: {error}.") from error
     if int(state.window.num_batches):
         raise ValueError("state: got an open accumulation window, expected none. Save between optimiser steps.")
-    tables, small = [], {d.name: d.tensor for d in dense_tensors(state)}
+    tables, small = [], {d.name: d.tensor for d in dense_tensors(state)} | {"step": state.step}
+    if step.draws.happened:
+        small |= {f"{GENERATOR}{kind}": s for kind, s in generator_states(state.step.device).items()}
     for i, table in enumerate(state.tables):
         small |= {f"table.{i}.{name}": getattr(table, name) for name in ("num_rows", *COUNTERS)}
         small[f"table.{i}.free_rows"] = table.free_rows[: int(table.num_free)].flip(0)
@@ -110,9 +114,9 @@ def _rows(table: TableState, since: int | None) -> Rows:
 
 
 class DenseTensor(NamedTuple):
-    """A dense parameter, a part of its optimiser's state, or a counter of it, as the state holds it."""
+    """A dense parameter, a part of its optimiser's state, a counter of it, or a statistic, as the state holds it."""
 
-    part: str  # "params", "dense.m", "dense.step"
+    part: str  # "params", "dense.m", "dense.step", "stats"
     param: str | None  # whose it is
     tensor: Tensor
 
@@ -122,9 +126,9 @@ class DenseTensor(NamedTuple):
 
 
 def dense_tensors(state: TrainState) -> list[DenseTensor]:
-    """Dense parameters and all that their optimiser keeps."""
+    """Dense parameters, all that their optimiser keeps, and what `forward` keeps."""
     found = []
-    for path, tensor in tree_flatten_with_path({"params": state.params, "dense": state.dense})[0]:
+    for path, tensor in tree_flatten_with_path({"params": state.params, "dense": state.dense, "stats": state.stats})[0]:
         keys = [_key(part) for part in path]
         of_param = isinstance(path[-1], MappingKey)
         found.append(DenseTensor(".".join(keys[:-1] if of_param else keys), keys[-1] if of_param else None, tensor))

@@ -9,7 +9,7 @@ from typing import Any
 
 from recfx.checkpoint.background import Job
 from recfx.checkpoint.contents import Contents, contents_of, write
-from recfx.checkpoint.folders import MANIFEST, FolderLock, clear_unfinished, name_of
+from recfx.checkpoint.folders import MANIFEST, FolderLock, clear_unfinished, delete, finished, hide, name_of
 from recfx.checks import check_int
 from recfx.step import Step, TrainState
 
@@ -99,6 +99,13 @@ class Saver:
             except BaseException:
                 self._last = None  # the next save is full
                 raise
+
+    def delete_all(self) -> None:
+        """Deletes the checkpoints in the folder."""
+        self.finish()
+        for path in finished(self._folder):
+            delete(hide(path))
+        self._last = None
 
     def close(self) -> None:
         """`finish`, and the folder is free for another writer."""

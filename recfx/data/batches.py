@@ -160,6 +160,11 @@ class Reader(IterableDataset):
         """That this worker reads from, in their sorted order."""
         return [self.plan.files[i] for i in self.plan.own_files]
 
+    @property
+    def identity(self) -> str:
+        """Of all that the order of its rows depends on: a `position` belongs to readers of one identity."""
+        return self.plan.fingerprint
+
     def __iter__(self) -> BatchIterator:
         return BatchIterator(self, Place(), 0, self.epochs)
 

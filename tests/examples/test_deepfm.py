@@ -63,7 +63,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step as it is written, uncompiled."""
 
     def capture(step: Step, state: Any, batch: Any) -> Callable:
-        return lambda state, batch: step.update_(step.grow_(state, step.ids_in(batch)), batch)
+        return lambda state, batch: step.update_(state, batch)
 
     monkeypatch.setattr(program, "capture", capture)
     monkeypatch.setattr(program, "capture_evaluation", lambda step, state, batch: step.evaluate_)
@@ -289,7 +289,7 @@ def test_ctrl_c(data, eager, monkeypatch, capsys):
             calls.append(1)
             if len(calls) == 6:
                 os.kill(os.getpid(), signal.SIGINT)
-            return step.update_(step.grow_(state, step.ids_in(batch)), batch)
+            return step.update_(state, batch)
 
         return run
 
