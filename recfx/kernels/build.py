@@ -116,7 +116,7 @@ def _check_own(path: Path, is_kind: Callable[[int], bool], kind: str) -> None:
     if stat.S_ISLNK(found.st_mode):
         what = f"a link to {os.readlink(path)}"
     elif not is_kind(found.st_mode):
-        what = f"no {kind}"
+        what = "another kind of file"
     elif found.st_uid != os.getuid():
         what = f"a {kind} of user {found.st_uid}"
     elif mode & (stat.S_IWGRP | stat.S_IWOTH):
