@@ -19,13 +19,16 @@ from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from recfx.checkpoint.files import write_file, write_tensors
 from recfx.checkpoint.folders import (
+    DIGITS,
     FORMAT,
     MANIFEST,
     PREFIX,
     STATE,
     UNFINISHED,
+    delete,
     finished,
     hide,
+    name_of,
     read_manifest,
     sync_folder,
     write_manifest,
@@ -72,7 +75,7 @@ def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since
     """
     if sys.byteorder != "little":
         raise NotImplementedError("save: got a big-endian machine, expected a little-endian one, as files are.")
-    if type(number) is not int or not 0 <= number < 10**9:
+    if type(number) is not int or not 0 <= number < 10**DIGITS:
         raise ValueError(f"number: got {number!r}, expected an int, 0 to 10**9 - 1. Checkpoints are ordered by it.")
     try:
         json.dumps({**loop, "step": number}, allow_nan=False, sort_keys=True)
@@ -157,7 +160,7 @@ def write(
     max_to_keep: int,
     before_file: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Writes <folder>/step-<number> and deletes all but the `max_to_keep` newest.
+    """Writes <folder>/step-<number> and deletes all but the `max_to_keep` newest of such names.
 
     Args:     base: the checkpoint that the rows in `contents` are to be laid over. Its files are linked, not copied,
               so each folder is complete and the older one may go. None: `contents` holds every live row.
@@ -165,13 +168,13 @@ def write(
     Raises:   OSError naming the folder when the disk is full or not writable; ValueError when `base` is damaged.
               Nothing is then left of the attempt; after ctrl-C, as after a kill, the next save clears it away.
     """
-    scratch = folder / f"{UNFINISHED}{contents.number:09d}"
+    target = folder / name_of(contents.number)
+    scratch = folder / target.name.replace(PREFIX, UNFINISHED)
     try:
         scratch.mkdir()
         manifest = _write_files(scratch, contents, base, before_file)
         write_manifest(scratch / MANIFEST, manifest)
         sync_folder(scratch)
-        target = folder / f"{PREFIX}{contents.number:09d}"
         _publish(scratch, target, manifest)
         sync_folder(folder)
     except Exception as error:  # not ctrl-C, which may come when nothing else is whole
@@ -180,9 +183,9 @@ def write(
             raise
         whole = "The checkpoints before this one are whole."
         raise OSError(error.errno, f"{scratch}: {error.strerror or error}. {whole}") from error
-    others = [path for path in finished(folder) if path != target]
+    others = [path for path in finished(folder) if path != target and not path.is_symlink()]  # save makes no links
     for old in others[: max(len(others) + 1 - max_to_keep, 0)]:
-        shutil.rmtree(hide(old))
+        delete(hide(old))
     return target
 
 
@@ -232,11 +235,11 @@ def _shard(rows: Rows) -> dict[str, np.ndarray]:
 def _publish(scratch: Path, target: Path, manifest: dict) -> None:
     """The folder appears by one rename. Where equal files stand already they are replaced one by one, manifest last."""
     try:
-        same = read_manifest(target)["files"] == manifest["files"]
+        same = not target.is_symlink() and read_manifest(target)["files"] == manifest["files"]
     except ValueError:
         same = False
     if not same:
-        old = hide(target) if target.exists() else None
+        old = hide(target) if os.path.lexists(target) else None
         try:
             os.replace(scratch, target)
         except OSError:
@@ -244,7 +247,7 @@ def _publish(scratch: Path, target: Path, manifest: dict) -> None:
                 os.replace(old, target)
             raise
         if old is not None:
-            shutil.rmtree(old)
+            delete(old)
         return
     for name in (*manifest["files"], MANIFEST):
         os.replace(scratch / name, target / name)

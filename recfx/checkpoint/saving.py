@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from recfx.checkpoint.background import Job
 from recfx.checkpoint.contents import Contents, contents_of, write
-from recfx.checkpoint.folders import MANIFEST, PREFIX, FolderLock, clear_unfinished, finished, hide
+from recfx.checkpoint.folders import MANIFEST, FolderLock, clear_unfinished, delete, finished, hide, name_of
 from recfx.checks import check_int
 from recfx.step import Step, TrainState
 
@@ -54,7 +53,7 @@ class Saver:
         self._last: tuple[Path, tuple[int, ...]] | None = None  # what a partial save is laid over, its tables' steps
 
     def save(self, state: TrainState, *, number: int, loop: dict) -> Path:
-        """Writes <folder>/step-<number>, then deletes all but the newest.
+        """Writes <folder>/step-<number>, then deletes all but the newest of such names, and nothing else.
 
         Args:     number: optimiser steps taken.  loop: small JSON-able dict, given back by `load`.
         Raises:   ValueError in a gradient accumulation window, or when `number` is not 0 to 10**9 - 1; TypeError when
@@ -105,7 +104,7 @@ class Saver:
         """Deletes the checkpoints in the folder."""
         self.finish()
         for path in finished(self._folder):
-            shutil.rmtree(hide(path))
+            delete(hide(path))
         self._last = None
 
     def close(self) -> None:
@@ -132,7 +131,7 @@ class Saver:
 
     def _saved(self, state: TrainState, number: int) -> Path:
         self._num_saved += 1
-        path = self._folder / f"{PREFIX}{number:09d}"
+        path = self._folder / name_of(number)
         self._last = path, tuple(int(t.step) for t in state.tables)
         return path
 
