@@ -239,8 +239,6 @@ def train(
                     "train a state loaded from there, without resume."
                 )
             looked = progress.step, position
-        if overwrite:
-            saver.delete_all()
         if progress.epoch >= config.train_epoch or should_stop():
             warnings.warn(
                 f"recfx: nothing is left to train: {found} has come to the end of what was asked for. Give other data, "
@@ -256,6 +254,8 @@ def train(
             window = 0  # micro-batches of the open accumulation window
             clock = time.perf_counter()
             while some := list(itertools.islice(stream, most_batches(window))):
+                if overwrite and progress.step == began:  # now there is something to train on
+                    saver.delete_all()
                 if window == 0 or window + len(some) > step.accumulation:
                     on_event("before_step", progress, state)
                 state = run_all(state, some)
