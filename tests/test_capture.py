@@ -92,7 +92,6 @@ def test_captured_is_eager_through_growth_and_a_short_last_batch(name, request):
     num_slots = set()
     for batch in stream():
         a, aux_a = captured.call(a, batch)
-        b = captured.step.grow_(b, captured.step.ids_in(batch))
         b, aux_b = captured.step.update_(b, batch)
         assert_same_state(a, b)
         torch.testing.assert_close(aux_a.loss, aux_b.loss, rtol=1e-5, atol=1e-6)
@@ -205,13 +204,66 @@ def test_one_and_two_threads_agree(one):
     assert_same_state(*states)
 
 
-def test_capturing_does_not_train(one):
-    state, batch = fresh(one.step), deepfm_batches(1)[0]
-    before, buffer = leaves(state), batch.buffer.clone()
-    capture(one.step, state, batch)
-    capture_evaluation(one.step, state, batch)
-    assert equal(before, leaves(state))
-    assert torch.equal(buffer, batch.buffer)
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_capturing_changes_no_byte_of_state_batch_and_generators(backend):
+    """Neither when it is called nor when a batch of another layout comes later: only the step's own writes show."""
+    step = deepfm_step(forward=lambda params, emb, feats: torch.rand_like(feats["label"]) + emb["bias"].sum(1))
+    state, batch = fresh(step), deepfm_batches(1)[0]
+    wider = pack({**batch, "more": torch.zeros(BATCH_SIZE, 1)})
+    before = [t.clone() for t in (*tree_leaves(state), batch.buffer, torch.get_rng_state())]
+    call = capture(step, state, batch, backend=backend)
+    after = (*tree_leaves(state), batch.buffer, torch.get_rng_state())
+    assert all(map(torch.equal, before, after))
+    other = fresh(step)
+    torch.manual_seed(0)
+    state, _ = call(call(state, batch)[0], wider)
+    drawn = torch.get_rng_state()
+    torch.manual_seed(0)
+    other, _ = run(step.update_, other, [batch, wider])
+    assert torch.equal(drawn, torch.get_rng_state())
+    assert_same_state(state, other)
+
+
+def test_what_was_compiled_is_not_compiled_again_in_the_first_step(one):
+    step, batch = deepfm_step(max_rows=BIG), deepfm_batches(1)[0]
+    state = fresh(step)
+    counters.clear()
+    call = capture(step, state, batch)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert call.take_compile_s() > 0
+    call(state, batch)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert call.take_compile_s() == 0
+
+
+def test_run_op_by_op_it_is_the_same_graph_over_the_same_kernels():
+    for accumulation in (1, 3):
+        step = deepfm_step(max_rows=BIG, accumulation=accumulation)
+        a, b = fresh(step), fresh(step)
+        call = capture(step, a, stream()[0], backend="eager")
+        counters.clear()
+        for batch in stream():
+            a, aux_a = call(a, batch)
+            b, aux_b = step.update_(b, batch)
+            torch.testing.assert_close(aux_a.logit, aux_b.logit, rtol=1e-6, atol=1e-7)
+        assert_same_state(a, b)
+        assert not counters["stats"]
+    with pytest.raises(ValueError, match=r"backend: got 'aot', expected one of \('inductor', 'eager'\)"):
+        capture(step, a, stream()[0], backend="aot")
+
+
+def test_a_loop_over_update__keeps_every_id_as_a_captured_one_does():
+    """The index begins with eight slots here."""
+    step = deepfm_step(max_rows=4096)
+    batches = [deepfm_batches(1, seed=n, ids=tuple(range(100 * n, 100 * n + 100)))[0] for n in range(20)]
+    captured, eager, pure = fresh(step), fresh(step), fresh(step)
+    captured, _ = run(capture(step, captured, batches[0], backend="eager"), captured, batches)
+    eager, _ = run(step.update_, eager, batches)
+    pure, _ = run(step.update, pure, batches)
+    for state in (captured, eager, pure):
+        assert int(state.tables[0].num_refused) == 0
+    assert_same_state(captured, eager)
+    assert_same_state(captured, pure)
 
 
 def test_states_and_steps_interleave(one, three):

@@ -63,7 +63,7 @@ def assert_unchanged(state: Any, before: list[torch.Tensor]) -> None:
 def _small_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """Growth from the first batch on; steps are not compiled."""
     monkeypatch.setattr(table_module, "FIRST_SLOTS", 8)
-    monkeypatch.setattr(capture_module, "compiled", lambda function: function)
+    monkeypatch.setattr(capture_module, "compiled", lambda function, state, sections: function)
 
 
 @pytest.fixture(params=["cpu", "recorded"])
@@ -86,7 +86,8 @@ def test_state_and_every_aux_are_those_of_steps_one_after_another(recorder, most
     """The index grows, the last call is short; a window ends within a call and another goes on into the next."""
     monkeypatch.setattr(cuda_graph, "STEPS_AHEAD", 2)
     step, batches = deepfm_step(accumulation=accumulation, max_rows=4096), stream(66)
-    run, state = capture_steps(step, fresh(step), batches[0], steps_per_replay=most), fresh(step)
+    state = fresh(step)
+    run = capture_steps(step, state, batches[0], steps_per_replay=most)
     expected, expected_auxes = one_by_one(step, batches)
     for some in grouped(batches, most):
         state, auxes = run(state, some)
@@ -105,7 +106,8 @@ def test_state_and_every_aux_are_those_of_steps_one_after_another(recorder, most
 def test_batches_of_other_layouts_take_single_replays(recorder):
     step, batches = deepfm_step(), stream(14)
     mixed = [wider(b) if n in (5, 8, 9, 10, 11) else b for n, b in enumerate(batches)]
-    run, state = capture_steps(step, fresh(step), batches[0], steps_per_replay=4), fresh(step)
+    state = fresh(step)
+    run = capture_steps(step, state, batches[0], steps_per_replay=4)
     losses = []
     for some in grouped(mixed, 4):
         state, auxes = run(state, some)
@@ -152,8 +154,9 @@ def test_predictions_between_calls_see_what_they_would_and_change_nothing(record
     """One recording serves a state that is trained on: growth moves nothing, and requests need no label."""
     step, batches = deepfm_step(max_rows=4096), stream(12)
     requests = [pack({name: column for name, column in b.items() if name != "label"}) for b in batches]
-    run = capture_steps(step, fresh(step), batches[0], steps_per_replay=4)
-    predict, state, slots = capture_prediction(step, fresh(step), requests[0]), fresh(step), set()
+    state, slots = fresh(step), set()
+    run = capture_steps(step, state, batches[0], steps_per_replay=4)
+    predict = capture_prediction(step, state, requests[0])
     for some in grouped(batches, 4):
         before = bytes_of(state)
         logits = [predict(state, request).clone() for request in requests]
@@ -165,7 +168,7 @@ def test_predictions_between_calls_see_what_they_would_and_change_nothing(record
     assert_same_state(state, one_by_one(step, batches)[0])
     assert len(slots) > 1
     if is_recorded():
-        assert recorder.made == [requests[0].layout, batches[0].layout]
+        assert recorder.made == [batches[0].layout, requests[0].layout]
 
 
 LIVES = {
