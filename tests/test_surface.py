@@ -30,7 +30,7 @@ LAYERS = (
     ("policies",),
     ("embeddings", "table", "optim"),
     ("models",),
-    ("step", "dist"),
+    ("step_checks", "step", "dist"),
     ("fx_passes", "compiled", "cuda_graph", "capture", "checkpoint", "rows"),
     ("train",),
     ("examples", "commands"),
