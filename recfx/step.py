@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from recfx.checks import check_int
 from recfx.embeddings import Embedding, Plan, Tile, plan_tables
 from recfx.kernels.add_row_grads import add_row_grads_
 from recfx.kernels.order_lists import list_sums
@@ -16,6 +17,17 @@ from recfx.losses import bce_with_logits
 from recfx.metrics import BinaryCounts, binary_metrics
 from recfx.optim import SparseOptimizer
 from recfx.policies import Life
+from recfx.step_checks import (
+    check_batch,
+    check_features,
+    check_functions,
+    check_kinds,
+    check_logit,
+    check_loss,
+    check_state,
+    params_of,
+    with_names,
+)
 from recfx.table import Found, Table, TableState, ids_of, is_full, is_sweep_due, table
 from recfx.table import sweep_ as sweep_table_
 from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
@@ -147,13 +159,20 @@ def train_step(
               kernel. `recfx.kernels.add_row_grads.add_row_grads_atomic_` adds them as they come on a GPU.
               precision: of the products of matrices in `forward` and its gradients; all else is f32. "bf16": see
               `recfx.layers.in_bf16`. "tf32": on CUDA, in captured steps, operands keep 10 bits of their mantissa.
-    Raises:   ValueError when accumulation is below 1 or precision is another word.
+    Raises:   ValueError when accumulation is below 1 or precision is another word; TypeError when a part is another
+              kind of thing, such as an optimiser of `torch.optim`.
     """
+    check_functions(features=features, forward=forward, loss=loss, clip=clip)
+    check_kinds(
+        sparse_optimizer=sparse_optimizer, dense_optimizer=dense_optimizer, metrics=metrics, life=life, label=label,
+        sample_weight=sample_weight,
+    )  # fmt: skip
+    check_int("accumulation", accumulation, 1)
     if precision not in get_args(Precision):
         raise ValueError(f"precision: got {precision!r}, expected one of {get_args(Precision)}.")
-    if accumulation < 1:
-        raise ValueError(f"accumulation: got {accumulation}, expected at least 1.")
     plan = plan_tables(embeddings)
+    features = with_names("features", features, "columns")
+    forward = with_names("forward", forward, "params", "embeddings", "features")
     forward = in_bf16(forward) if precision == "bf16" else forward
     settings: dict[str, Any] = {
         "optimizer_slots": len(sparse_optimizer.slots),
@@ -179,6 +198,7 @@ def train_step(
     nothing_between = accumulation == 1 and clip is None and sum_row_grads is add_row_grads_
 
     def init(params: Params) -> TrainState:
+        params = params_of(params, [t.device for t in plan.tables])
         device = next(iter(params.values())).device
         window = {name: torch.zeros_like(p) for name, p in params.items()} if accumulation > 1 else {}
         zero = torch.zeros((), dtype=torch.int64, device=device)
@@ -191,13 +211,17 @@ def train_step(
         )
 
     def read(batch: Mapping[str, Any]) -> dict[str, Any]:
-        return {NUM_SAMPLES: batch[NUM_SAMPLES], **features(batch)}
+        check_batch(batch)
+        feats = features(batch)
+        check_features(feats, label, sample_weight)
+        return {NUM_SAMPLES: batch[NUM_SAMPLES], **feats}
 
     def total_loss(params: Params, blocks: list[list[Tensor]], found: list[Found], feats: dict, valid: Tensor) -> Any:
         emb = _groups(plan, blocks, found)
         logit = forward(params, emb, feats)
-        _check_shapes(logit, feats, label, sample_weight)
+        check_logit(logit, feats, label, sample_weight)
         loss_B = loss(logit, feats[label].float())
+        check_loss(loss_B, logit)
         loss_B = loss_B if sample_weight is None else loss_B * feats[sample_weight]
         loss_B = torch.where(valid, loss_B, 0.0)
         return loss_B.sum(), (logit, loss_B)
@@ -211,6 +235,7 @@ def train_step(
             return sparse_optimizer.fused_for(t.columns) if is_faster else None
 
         def update(state: TrainState, batch: dict) -> tuple[TrainState, Aux]:
+            check_state(state, TrainState, plan, sparse_optimizer, accumulation)
             feats = read(batch)
             valid = _valid(feats, label)
             inserted = [do.insert(t)(s, feats) for t, s in zip(tables, state.tables, strict=True)]
@@ -251,6 +276,7 @@ def train_step(
         return [t.pool(s, f) for t, s, f in zip(tables, state.tables, found, strict=True)], found
 
     def evaluate_(state: TrainState, batch: dict) -> tuple[TrainState, Aux]:
+        check_state(state, TrainState, plan, sparse_optimizer, accumulation)
         feats = read(batch)
         valid = _valid(feats, label)
         _, (logit, loss_B) = total_loss(state.params, *look_up(state, feats), feats, valid)
@@ -259,9 +285,10 @@ def train_step(
         return state, Aux(loss_mean, logit, batch[NUM_SAMPLES].clone(), feats.get(COUNTS, {}))
 
     def predict(state: TrainState, batch: Mapping[str, Any]) -> Tensor:
+        check_state(state, TrainState, plan, sparse_optimizer, accumulation)
         feats = read(_filled(batch, label, sample_weight))
         logit = forward(state.params, _groups(plan, *look_up(state, feats)), feats)
-        _check_shapes(logit, feats, label, None)
+        check_logit(logit, feats, label, None)
         return logit
 
     def flush_(state: TrainState) -> TrainState:
@@ -313,17 +340,10 @@ def _valid(feats: dict, label: str) -> Tensor:
 
 def _filled(batch: Mapping[str, Any], *names: str | None) -> dict[str, Any]:
     """The batch with zeros f32 [B, 1] where it lacks a column of that name, as a request lacks its label."""
+    check_batch(batch)
     column = next(column for name, column in batch.items() if name != NUM_SAMPLES)
     num = column.num_samples if isinstance(column, Ragged) else column.shape[0]
     return {name: torch.zeros(num, 1, device=batch[NUM_SAMPLES].device) for name in names if name} | {**batch}
-
-
-def _check_shapes(logit: Tensor, feats: dict, label: str, sample_weight: str | None) -> None:
-    """Other shapes would be broadcast against each other: a loss that is wrong by a factor of B, and no error."""
-    names = [label] if sample_weight is None else [label, sample_weight]
-    shapes = {"logit": logit.shape} | {name: feats[name].shape for name in names}
-    if set(shapes.values()) != {(feats[label].shape[0], 1)}:
-        raise ValueError(f"forward: got { ({n: list(s) for n, s in shapes.items()}) }, expected [B, 1] for each.")
 
 
 def _groups(plan: Plan, blocks: list[list[Tensor]], found: list[Found]) -> dict[str, Tensor]:
