@@ -124,7 +124,7 @@ def _check_memory(params: Params) -> None:
             )
         if not p.is_contiguous() or p.numel() == 0:  # columns of one matrix lie between each other
             continue
-        first = p.storage_offset() * p.element_size()
+        first = int(p.storage_offset()) * p.element_size()
         place = first, first + p.numel() * p.element_size(), name
         known.setdefault(p.untyped_storage()._cdata, []).append(place)
     for places in known.values():

@@ -30,7 +30,7 @@ LAYERS = (
     ("policies",),
     ("embeddings", "table", "optim"),
     ("models",),
-    ("step_checks", "step", "dist"),
+    ("step_checks", "step", "run_checks", "dist"),
     ("fx_passes", "compiled", "cuda_graph", "capture", "checkpoint", "rows"),
     ("train",),
     ("examples", "commands"),
@@ -39,9 +39,9 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SEES_ONLY = {
     "data": {"types", "checks", "kernels"},
-    "checkpoint": {"types", "checks", "kernels", "embeddings", "table", "step", "rows"},
+    "checkpoint": {"types", "checks", "kernels", "embeddings", "table", "step", "run_checks", "rows"},
     "models": {"types", "features", "layers", "losses"},
-    "capture": {"types", "step", "compiled", "cuda_graph"},
+    "capture": {"types", "checks", "step", "run_checks", "compiled", "cuda_graph"},
     "compiled": {"fx_passes", "kernels"},
     "fx_passes": {"kernels"},
     "cuda_graph": {"types"},
