@@ -22,9 +22,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import dtype_abbrs
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
+from recfx.checks import check_type
 from recfx.compiled import compiled
 from recfx.cuda_graph import check_sweep, record, replayed
-from recfx.step import Step
+from recfx.run_checks import check_program, rehearse
+from recfx.step import Step, TrainState
 from recfx.types import Batch, Layout, unpack
 
 __all__ = ["capture", "capture_evaluation", "capture_prediction", "capture_steps", "sections_function", "trace"]
@@ -33,6 +35,7 @@ NewLayout = Literal["capture", "uncaptured", "raise"]
 Run = Callable[[Any, Batch], tuple[Any, Any]]
 RunSteps = Callable[[Any, Sequence[Batch]], tuple[Any, list[Any]]]
 
+ORDER = "The order is (step, state, batch)."
 RECORDED_ON = ("cuda",)  # devices whose steps are recorded and replayed
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -56,11 +59,13 @@ def capture(step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "ca
               times slower. "raise": an error that names the columns, before anything is changed.
     Raises:   TypeError when the batch is not packed; torch's error where a feature op or a model cannot be captured.
     """
+    check_program(step, state, ORDER)
     return _Captured(step, step.update_, step.grow_, batch, new_layout).one
 
 
 def capture_evaluation(step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "capture") -> Run:
     """The evaluation step compiled as one graph: changes the state's metrics alone. Otherwise as `capture`."""
+    check_program(step, state, ORDER)
     return _Captured(step, step.evaluate_, lambda s, ids: s, batch, new_layout).one
 
 
@@ -75,6 +80,8 @@ def capture_prediction(
     `recfx.types.pack`.
     Args, Raises: as of `capture`.
     """
+
+    check_program(step, state, ORDER)
 
     def update_(state: Any, batch: dict) -> tuple[Any, Tensor]:
         return state, step.predict(state, batch)
@@ -104,6 +111,7 @@ def capture_steps(
     """
     if type(steps_per_replay) is not int or steps_per_replay < 1:
         raise ValueError(f"steps_per_replay: got {steps_per_replay!r}, expected at least 1, an int.")
+    check_program(step, state, ORDER)
     knobs: dict[str, Any] = {"to_sweep": functools.partial(_batches_to_sweep, step), "most": steps_per_replay}
     return _Captured(step, step.update_, step.grow_, batch, new_layout, **knobs).several
 
@@ -168,6 +176,7 @@ class _Captured:
 
     def one(self, state: Any, batch: Batch) -> tuple[Any, Any]:
         _check_packed(batch)
+        check_type("state", state, TrainState, "Use the state that the call before returned.")
         if self.new_layout != "capture" and batch.layout != self.first_layout:
             self._refuse(batch)
             return self._uncaptured(state, batch)
@@ -208,6 +217,7 @@ class _Captured:
             self.graphs = self.compiled.setdefault(_shapes(state), {})
         key = batch.layout, torch.get_num_threads()
         if key not in self.graphs:
+            rehearse(self.update_, state, batch)
             self.graphs[key] = compiled(sections_function(self.update_, batch.layout)), self.step.ids_in(batch)
         return self.graphs[key]
 

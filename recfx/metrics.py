@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recfx.checks import check_type
 from recfx.kernels import add_predictions
 from recfx.types import Transform
 
 __all__ = ["BinaryCounts", "auc", "auc_200", "binary_metrics", "calibration", "gauc", "log_loss", "threshold_auc"]
 
 LOGIT_RANGE = 20.0
+OF_STATE = "Those of a training state are state.metrics."
 
 
 class BinaryCounts(NamedTuple):
@@ -54,6 +56,7 @@ def auc(counts: BinaryCounts) -> float:
 
     NaN while only one class has been seen.
     """
+    check_type("counts", counts, BinaryCounts, OF_STATE)
     negative, positive = counts.histogram.double().cpu()
     below = negative.cumsum(0) - negative
     pairs = negative.sum() * positive.sum()
@@ -72,6 +75,8 @@ def gauc(group: Tensor, score: Tensor, label: Tensor) -> float:
               ...      torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]))
               0.85
     """
+    for name, value in (("group", group), ("score", score), ("label", label)):
+        check_type(name, value, Tensor, "Use torch.tensor.")
     group, score, label = group.flatten(), score.flatten(), label.flatten()
     if not len(group) == len(score) == len(label):
         sizes = [len(group), len(score), len(label)]
@@ -124,6 +129,7 @@ def threshold_auc(num_thresholds: int = 200) -> tuple[Callable[[], Tensor], Call
 
 def auc_200(counts: Tensor) -> float:
     """Trapezoid over (FP / (FP + TN + 1e-6), (TP + 1e-6) / (TP + FN + 1e-6)) of `threshold_auc`'s counts i64 [2, T]."""
+    check_type("counts", counts, Tensor, "Those of `threshold_auc`.")
     false_positive, true_positive = counts.double()
     x = false_positive / (false_positive[0] + 1e-6)
     y = (true_positive + 1e-6) / (true_positive[0] + 1e-6)
@@ -132,11 +138,13 @@ def auc_200(counts: Tensor) -> float:
 
 def log_loss(counts: BinaryCounts) -> float:
     """Mean binary cross entropy in nats per sample. NaN where there is none."""
+    check_type("counts", counts, BinaryCounts, OF_STATE)
     samples, _, loss, _ = counts.sums.tolist()
     return loss / samples if samples else float("nan")
 
 
 def calibration(counts: BinaryCounts) -> float:
     """Predicted clicks per observed click: 1 is calibrated. NaN without a click."""
+    check_type("counts", counts, BinaryCounts, OF_STATE)
     _, clicks, _, predicted = counts.sums.tolist()
     return predicted / clicks if clicks else float("nan")
