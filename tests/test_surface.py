@@ -24,7 +24,7 @@ CODE = [name for name in MODULES if not name.endswith(".__main__") and (HAS_TRIT
 
 # Imports run one way, up this list; what stands in one line may see each other.
 LAYERS = (
-    ("types", "checks"),
+    ("types", "checks", "describe"),
     ("kernels",),
     ("features", "layers", "losses", "metrics", "data"),
     ("policies",),
