@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recfx.checks import check_int
+from recfx.describe import or_plain, state_text, step_text
 from recfx.embeddings import Embedding, Plan, Tile, plan_tables
 from recfx.kernels.add_row_grads import add_row_grads_
 from recfx.kernels.order_lists import list_sums
@@ -55,6 +56,9 @@ class TrainState(NamedTuple):
     metrics: BinaryCounts
     window: Window
 
+    def __repr__(self) -> str:
+        return or_plain(state_text)(self)
+
 
 class Aux(NamedTuple):
     """What a step says of its batch. Valid until the next call of the captured step."""
@@ -90,9 +94,9 @@ class Step(NamedTuple):
     """
 
     init: Callable[[Params], TrainState]
-    update: Callable[[TrainState, dict], tuple[TrainState, Aux]]
-    update_: Callable[[TrainState, dict], tuple[TrainState, Aux]]
-    evaluate_: Callable[[TrainState, dict], tuple[TrainState, Aux]]
+    update: Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Aux]]
+    update_: Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Aux]]
+    evaluate_: Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Aux]]
     predict: Callable[[TrainState, Mapping[str, Any]], Tensor]
     flush_: Callable[[TrainState], TrainState]
     ids_in: Callable[[Mapping[str, Any]], tuple[int, ...]]
@@ -104,6 +108,9 @@ class Step(NamedTuple):
     seed: int
     slots: tuple[str, ...]
     precision: Precision
+
+    def __repr__(self) -> str:
+        return or_plain(step_text)(self)
 
 
 class _Spelling(NamedTuple):
@@ -228,13 +235,13 @@ def train_step(
 
     gradients = torch.func.grad(total_loss, argnums=(0, 1), has_aux=True)
 
-    def spell(do: _Spelling) -> Callable[[TrainState, dict], tuple[TrainState, Aux]]:
+    def spell(do: _Spelling) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Aux]]:
         def fused(t: Table, s: TableState) -> Callable[..., TableState] | None:
             """The sum of row gradients and the sparse optimiser as one kernel, where that is faster."""
             is_faster = do is in_place and nothing_between and s.rows.device.type in FUSED_ON
             return sparse_optimizer.fused_for(t.columns) if is_faster else None
 
-        def update(state: TrainState, batch: dict) -> tuple[TrainState, Aux]:
+        def update(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Aux]:
             check_state(state, TrainState, plan, sparse_optimizer, accumulation)
             feats = read(batch)
             valid = _valid(feats, label)
@@ -275,7 +282,7 @@ def train_step(
         found = [t.find(s, feats) for t, s in zip(tables, state.tables, strict=True)]
         return [t.pool(s, f) for t, s, f in zip(tables, state.tables, found, strict=True)], found
 
-    def evaluate_(state: TrainState, batch: dict) -> tuple[TrainState, Aux]:
+    def evaluate_(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Aux]:
         check_state(state, TrainState, plan, sparse_optimizer, accumulation)
         feats = read(batch)
         valid = _valid(feats, label)
