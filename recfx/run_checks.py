@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
-
 from recfx.checks import check_function, check_type, said
 from recfx.step import Step, TrainState
-from recfx.types import Batch, unpack
 
-__all__ = ["check_not_trained", "check_program", "check_reader", "check_run", "rehearse", "times_trained"]
+__all__ = ["check_not_trained", "check_program", "check_reader", "check_run", "times_trained"]
 
 OF_INIT = "Make one by step.init(params)."
-MISTAKES = (TypeError, ValueError, AttributeError, LookupError)
 
 
 def check_program(step: object, state: object, advice: str) -> None:
@@ -64,20 +54,3 @@ def check_not_trained(before: tuple[int, ...], state: TrainState) -> None:
             "run: got one that trains, expected step.evaluate_ or its capture. The state has learnt the batches that "
             "were held out. Go on from a checkpoint."
         )
-
-
-def rehearse(update_: Callable[[Any, dict], Any], state: Any, batch: Batch) -> None:
-    """Runs a step on fake tensors: nothing is computed or changed.
-
-    A mistake in a user's function is raised as it is. torch.compile would give an account of its own of it. What else
-    goes wrong on fake tensors is left to torch.compile, which uses them too.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    state, sections = tree_map_only(Tensor, mode.from_tensor, (state, batch.sections))
-    try:
-        with mode, torch.no_grad():
-            update_(state, unpack(sections, batch.layout))
-    except MISTAKES:
-        raise
-    except Exception:
-        return

@@ -31,7 +31,7 @@ LAYERS = (
     ("embeddings", "table", "optim"),
     ("models",),
     ("step_checks", "step", "run_checks", "dist"),
-    ("fx_passes", "compiled", "cuda_graph", "capture", "checkpoint", "rows"),
+    ("fx_passes", "rehearsal", "compiled", "cuda_graph", "capture", "checkpoint", "rows"),
     ("train",),
     ("examples", "commands"),
     ("cli", "__main__"),
@@ -42,7 +42,7 @@ SEES_ONLY = {
     "checkpoint": {"types", "checks", "kernels", "embeddings", "table", "step", "run_checks", "rows"},
     "models": {"types", "features", "layers", "losses"},
     "capture": {"types", "checks", "step", "run_checks", "compiled", "cuda_graph"},
-    "compiled": {"fx_passes", "kernels"},
+    "compiled": {"fx_passes", "kernels", "rehearsal"},
     "fx_passes": {"kernels"},
     "cuda_graph": {"types"},
 }

@@ -1,6 +1,6 @@
 """Mistakes of somebody who knows PyTorch and not recfx: each error says what it got, what was expected and what to do.
 
-All of it runs uncompiled; what is given to `capture` fails before anything is compiled.
+All of it runs uncompiled; what is given to `capture` fails while it is traced.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def good() -> Step:
     return make()
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state, _ = good().update_(fresh(good()), batch_of())
-    return checkpoint.save(tmp_path / "run", good(), state, number=3, loop={})
+    return checkpoint.save(tmp_path_factory.mktemp("runs") / "run", good(), state, number=3, loop={})
 
 
 def cases(*cases: tuple[str, Callable[..., Any], type[Exception], str]) -> Any:
@@ -322,13 +322,17 @@ def test_capture_steps_is_given_things_in_another_order():
     ("flat logit", lambda: make(forward=lambda p, e, f: e["emb"].sum((1, 2))), ValueError, r"^forward: got .'logit'"),
     ("unknown group", lambda: make(forward=lambda p, e, f: e["bias"]), ValueError, r"^forward: got no 'bias', exp"),
     ("no features", lambda: make(features=lambda b: None), TypeError, r"^features: got None, expected a dict"),
+    ("an unknown attribute", lambda: make(forward=lambda p, e, f: f["item"].shape), AttributeError, r"^'Ragged' obj"),
+    ("a product", lambda: make(forward=lambda p, e, f: e["emb"][:, 0] @ e["emb"][:, 0]), RuntimeError, r"^a and b"),
     ("a mean", lambda: make(loss=lambda logit, label: (logit - label).mean()), ValueError, r"^loss: got \[\], exp"),
 )  # fmt: skip
 def test_a_captured_step_shows_the_mistake_itself(mistake, error, message):
     """Not torch.compile's account of it, and at once."""
     step = mistake()
     state, batch = fresh(step), batch_of()
-    expect(capture(step, state, batch), error, message, state, batch)
+    with pytest.raises(error, match=message) as raised:
+        capture(step, state, batch)(state, batch)
+    assert raised.value.__suppress_context__ or raised.value.__context__ is None
     assert int(state.tables[0].num_rows) == 0
 
 
