@@ -25,7 +25,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 from recfx.checks import check_type
 from recfx.compiled import compiled
 from recfx.cuda_graph import check_sweep, record, replayed
-from recfx.run_checks import check_program, rehearse
+from recfx.run_checks import check_program
 from recfx.step import Step, TrainState
 from recfx.types import Batch, Layout, unpack
 
@@ -217,7 +217,6 @@ class _Captured:
             self.graphs = self.compiled.setdefault(_shapes(state), {})
         key = batch.layout, torch.get_num_threads()
         if key not in self.graphs:
-            rehearse(self.update_, state, batch)
             self.graphs[key] = compiled(sections_function(self.update_, batch.layout)), self.step.ids_in(batch)
         return self.graphs[key]
 
