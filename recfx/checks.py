@@ -44,7 +44,7 @@ def names(of: Mapping[Any, Any]) -> str:
 
 
 def check_int(name: str, value: object, least: int) -> None:
-    """Raises TypeError when it is no int (a flag is none, nor one of numpy's), ValueError when it is below the least.
+    """Raises TypeError when it is not an int (a flag is not, nor is numpy's), ValueError when it is below the least.
 
     Example:  >>> check_int("every", 0, 1)
               Traceback (most recent call last):
@@ -81,7 +81,7 @@ def check_type(name: str, value: object, kind: type | types.UnionType, advice: s
 
 
 def check_function(name: str, value: Any, takes: str, gives: str, advice: str = "") -> None:
-    """Raises TypeError when it is no function, or cannot be called with as many arguments as `takes` names.
+    """Raises TypeError when it is not a function, or cannot be called with as many arguments as `takes` names.
 
     Example:  >>> check_function("loss", "bce", "logit, label", "f32 [B, 1]")
               Traceback (most recent call last):

@@ -20,8 +20,8 @@ def mistake_in(
 ) -> Exception | None:
     """The error that the function raises uncompiled, on fake tensors: nothing is computed or changed.
 
-    torch.compile puts a page of its own around the error of a feature function or a model. None where there is no
-    error, or one that only fake tensors have: torch.compile's is then the better one.
+    torch.compile puts a page of advice around the error of a feature function or a model. None without an error, and
+    where it is one that only fake tensors have: torch.compile's is then the better one.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake_state, fake_sections = tree_map_only(Tensor, mode.from_tensor, (state, list(sections)))

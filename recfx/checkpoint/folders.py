@@ -75,7 +75,7 @@ def _advice(folder: Path) -> str:
     if (folder / MANIFEST).exists():
         return " The file is damaged; use an older checkpoint."
     if not folder.is_dir():
-        return " Give the folder that `save` returned." if folder.exists() else " There is no such folder."
+        return " Give the folder that `save` returned." if folder.exists() else " The folder does not exist."
     found = finished(folder)
     inside = f"the checkpoints {[p.name for p in found[-3:]]}. Give one of them" if found else "no checkpoint"
     return f" The folder holds {inside}. `latest` finds the newest below a folder."

@@ -398,7 +398,7 @@ def test_evaluation(mistake, error, message):
     ("an empty folder", lambda saved: checkpoint.load(saved.parents[1], good(), fresh(good())), ValueError,
      r"expected a checkpoint's manifest. The folder holds no checkpoint. `latest` finds"),
     ("no folder", lambda saved: checkpoint.load(saved / "x", good(), fresh(good())), ValueError,
-     r"expected a checkpoint's manifest. There is no such folder"),
+     r"expected a checkpoint's manifest. The folder does not exist"),
     ("a file", lambda saved: checkpoint.load(saved / "state.safetensors", good(), fresh(good())), ValueError,
      r"expected a checkpoint's manifest. Give the folder that `save` returned"),
     ("swapped", lambda saved: checkpoint.load(saved, fresh(good()), good()), TypeError,
