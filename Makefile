@@ -21,7 +21,7 @@ $(VENV)/bench-installed: $(VENV)/installed requirements-bench.txt
 
 demo: $(VENV)/installed
 	$(PY) -m recfx.examples.deepfm --batch_size 1000 --gradient_accumulation_steps 1 --thread_num 2 --prefetch 0 \
-	    --log_steps 50 --save_steps 1000 --output_dir demo/ckpt --generated_dir demo/data
+	    --log_steps 50 --save_steps 1000 --output_dir demo/ckpt --overwrite --generated_dir demo/data
 
 # Two processes: most of the time goes into compiling, on one core.
 test: $(VENV)/installed lint

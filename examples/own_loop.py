@@ -11,6 +11,7 @@ from recfx.embeddings import Embedding
 from recfx.models import deepfm
 from recfx.optim import adamw, sparse_adamw
 from recfx.step import train_step
+from recfx.train import check_finite
 from recfx.types import Ragged, pack
 
 CATEGORICAL = ["user", "item"]
@@ -52,8 +53,9 @@ def batches(number, size):
 
 
 first = next(batches(1, 256))
-run = capture(step, state, first)  # or `run = step.update_`: the same results, uncompiled
+run = capture(step, state, first)  # compiles now; `run = step.update_` gives the same results, uncompiled
 for number, batch in enumerate(batches(400, 256), start=1):
     state, aux = run(state, batch)  # the state passed in is donated: use the one that comes back
     if number % 100 == 0:
+        check_finite(step, state)  # an error when a step since the last look met NaN or infinity
         print(f"step {number}  loss {float(aux.loss):.4f}  rows {int(state.tables[0].num_rows)}")

@@ -59,7 +59,7 @@ def train(folder):
         label = (items % 2 == history[0] % 2).float()[:, None]  # a user likes even items, or odd ones
         history = history // 2 * 2 + history[0] % 2
         state, _ = step.update_(state, pack({"label": label, **candidates(items, history)}))
-    checkpoint.save(folder, step, state, number=200, loop={})
+    checkpoint.save(folder, step, state, number=int(state.step), loop={})
 
 
 with tempfile.TemporaryDirectory() as folder:

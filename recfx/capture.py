@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import random
 import re
 import sys
+import time
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,16 +27,25 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 
 from recfx.checks import check_type
 from recfx.compiled import compiled
-from recfx.cuda_graph import check_sweep, record, replayed
+from recfx.cuda_graph import Replays, check_sweep, record
 from recfx.run_checks import check_program
-from recfx.step import Step, TrainState
+from recfx.step import Aux, Step, TrainState
 from recfx.types import Batch, Layout, unpack
 
-__all__ = ["capture", "capture_evaluation", "capture_prediction", "capture_steps", "sections_function", "trace"]
+__all__ = [
+    "Captured",
+    "capture",
+    "capture_evaluation",
+    "capture_prediction",
+    "capture_steps",
+    "sections_function",
+    "trace",
+]
 
 NewLayout = Literal["capture", "uncaptured", "raise"]
-Run = Callable[[Any, Batch], tuple[Any, Any]]
-RunSteps = Callable[[Any, Sequence[Batch]], tuple[Any, list[Any]]]
+Backend = Literal["inductor", "eager"]
+Taken = TypeVar("Taken")
+Given = TypeVar("Given")
 
 ORDER = "The order is (step, state, batch)."
 RECORDED_ON = ("cuda",)  # devices whose steps are recorded and replayed
@@ -41,12 +53,33 @@ RECORDED_ON = ("cuda",)  # devices whose steps are recorded and replayed
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def capture(step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "capture") -> Run:
+class Captured(Generic[Taken, Given]):
+    """A captured step: (state, batch or batches) -> (state, aux or auxes).
+
+    compile_s: seconds that compiling took since they were last read.
+    """
+
+    def __init__(self, captured: _Captured, run: Callable[[TrainState, Taken], Given]) -> None:
+        self._captured, self._run = captured, run
+
+    def __call__(self, state: TrainState, batch: Taken) -> Given:
+        return self._run(state, batch)
+
+    def take_compile_s(self) -> float:
+        """Seconds that compiling took since this was last called."""
+        seconds, self._captured.compile_s = self._captured.compile_s, 0.0
+        return seconds
+
+
+def capture(
+    step: Step, state: TrainState, batch: Batch, *, new_layout: NewLayout = "capture", backend: Backend = "inductor"
+) -> Captured[Batch, tuple[TrainState, Aux]]:
     """The training step compiled as one graph: a callable of the signature of `step.update_`.
 
-    The first call of each batch layout compiles (seconds; `batch` itself is not trained on and `state` not changed),
-    later ones run the graph and no Python of the step: what feature functions and models do besides computing, such as
-    printing, they do while compiling. Tables grow between calls without a recompile.
+    Compiles now, for states shaped like `state` and batches laid out like `batch` (seconds); `batch` is not trained on,
+    and neither `state` nor a random generator changes. A batch of another layout compiles when it first comes. Calls
+    run the graph and no Python of the step: what feature functions and models do besides computing, such as printing,
+    they do while compiling. Tables grow between calls without a recompile.
 
     On a GPU what was compiled is recorded as a CUDA graph per layout, on an empty batch, and replayed: one launch and,
     for a batch on the host, one copy that overlaps the step before. Eight layouts are kept. A batch in pinned memory
@@ -57,21 +90,29 @@ def capture(step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "ca
     Args:     new_layout: what becomes of a batch of another layout than `batch`. "capture": it is compiled for, which a
               service may not have the seconds for. "uncaptured": it goes through `step.update_` as it is, several
               times slower. "raise": an error that names the columns, before anything is changed.
-    Raises:   TypeError when the batch is not packed; torch's error where a feature op or a model cannot be captured.
+              backend: "inductor", or "eager": the same graph run one operator after another by the same kernels. It
+              needs no compiler and is ready in about a second: for tests, notebooks and debugging.
+    Raises:   TypeError when the batch is not packed; torch's error where a feature op or a model cannot be captured;
+              ValueError where it draws from a random generator whose numbers the graph would freeze.
     """
     check_program(step, state, ORDER)
-    return _Captured(step, step.update_, step.grow_, batch, new_layout).one
+    captured = _Captured(step, step.in_graph_, step.update_, step.grow_, state, batch, new_layout, backend)
+    return Captured(captured, captured.one)
 
 
-def capture_evaluation(step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "capture") -> Run:
+def capture_evaluation(
+    step: Step, state: TrainState, batch: Batch, *, new_layout: NewLayout = "capture", backend: Backend = "inductor"
+) -> Captured[Batch, tuple[TrainState, Aux]]:
     """The evaluation step compiled as one graph: changes the state's metrics alone. Otherwise as `capture`."""
     check_program(step, state, ORDER)
-    return _Captured(step, step.evaluate_, lambda s, ids: s, batch, new_layout).one
+    functions = step.evaluate_, step.evaluate_, lambda s, ids: s
+    captured = _Captured(step, *functions, state, batch, new_layout, backend)
+    return Captured(captured, captured.one)
 
 
 def capture_prediction(
-    step: Step, state: Any, batch: Batch, *, new_layout: NewLayout = "capture"
-) -> Callable[[Any, Batch], Tensor]:
+    step: Step, state: TrainState, batch: Batch, *, new_layout: NewLayout = "capture", backend: Backend = "inductor"
+) -> Captured[Batch, Tensor]:
     """`step.predict` compiled as one graph: (state, batch) -> logit f32 [B, 1], valid until the next call.
 
     The batch needs no label where that is a column of the name that `train_step(label=)` says; a feature function that
@@ -83,16 +124,22 @@ def capture_prediction(
 
     check_program(step, state, ORDER)
 
-    def update_(state: Any, batch: dict) -> tuple[Any, Tensor]:
+    def predict_(state: Any, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
         return state, step.predict(state, batch)
 
-    run = _Captured(step, update_, lambda s, ids: s, batch, new_layout).one
-    return lambda state, batch: run(state, batch)[1]
+    captured = _Captured(step, predict_, predict_, lambda s, ids: s, state, batch, new_layout, backend)
+    return Captured(captured, lambda state, batch: captured.one(state, batch)[1])
 
 
 def capture_steps(
-    step: Step, state: Any, batch: Batch, *, steps_per_replay: int, new_layout: NewLayout = "capture"
-) -> RunSteps:
+    step: Step,
+    state: TrainState,
+    batch: Batch,
+    *,
+    steps_per_replay: int,
+    new_layout: NewLayout = "capture",
+    backend: Backend = "inductor",
+) -> Captured[Sequence[Batch], tuple[TrainState, list[Aux]]]:
     """`capture` for small batches on a GPU: (state, batches) -> (state, aux of each), several steps by one launch.
 
     The results are those of `capture`, batch after batch. `steps_per_replay` batches of one layout are one replay, and
@@ -113,7 +160,9 @@ def capture_steps(
         raise ValueError(f"steps_per_replay: got {steps_per_replay!r}, expected at least 1, an int.")
     check_program(step, state, ORDER)
     knobs: dict[str, Any] = {"to_sweep": functools.partial(_batches_to_sweep, step), "most": steps_per_replay}
-    return _Captured(step, step.update_, step.grow_, batch, new_layout, **knobs).several
+    functions = step.in_graph_, step.update_, step.grow_
+    captured = _Captured(step, *functions, state, batch, new_layout, backend, **knobs)
+    return Captured(captured, captured.several)
 
 
 def sections_function(update_: Callable, layout: Layout) -> Callable[[Any, list[Tensor]], Any]:
@@ -147,32 +196,44 @@ def trace(update_: Callable, state: Any, batch: Batch) -> torch.fx.GraphModule:
 
 
 class _Captured:
-    """What `capture` and its relatives return: `one` batch, or `several`.
+    """What `capture` and its relatives call: `one` batch, or `several`.
 
-    Args:     to_sweep: (state) -> batches until rows are swept.  most: batches that `several` takes.
+    Args:     in_graph_: what is captured.  eager_: what runs a batch that is not.
+              to_sweep: (state) -> batches until rows are swept.  most: batches that `several` takes.
     """
 
     def __init__(
         self,
         step: Step,
-        update_: Callable,
+        in_graph_: Callable,
+        eager_: Callable,
         grow_: Callable,
+        state: TrainState,
         first: Batch,
         new_layout: NewLayout,
+        backend: Backend,
         *,
         to_sweep: Callable[[Any], int] = lambda state: sys.maxsize,
         most: int = 1,
     ) -> None:
-        if new_layout not in get_args(NewLayout):
-            raise ValueError(f"new_layout: got {new_layout!r}, expected one of {get_args(NewLayout)}.")
+        for name, word, words in (
+            ("new_layout", new_layout, get_args(NewLayout)),
+            ("backend", backend, get_args(Backend)),
+        ):
+            if word not in words:
+                raise ValueError(f"{name}: got {word!r}, expected one of {words}.")
         _check_packed(first)
         _keep_freed_memory()
-        self.step, self.update_, self.grow_, self.to_sweep, self.most = step, update_, grow_, to_sweep, most
+        self.step, self.in_graph_, self.eager_, self.grow_ = step, in_graph_, eager_, grow_
+        self.to_sweep, self.most, self.backend, self.compile_s = to_sweep, most, backend, 0.0
         self.first_layout, self.new_layout = first.layout, new_layout
         self.compiled: dict[tuple, dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]]] = {}
         self.known_state: Callable[[], Tensor | None] | None = None
         self.is_recorded = False  # of states like that one
         self.graphs: dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]] = {}  # of states shaped like that one
+        function, _ = self._function_for(state, first)
+        if self.is_recorded:
+            self._replay.prepare(state, first.layout, most, function)
 
     def one(self, state: Any, batch: Batch) -> tuple[Any, Any]:
         _check_packed(batch)
@@ -182,11 +243,14 @@ class _Captured:
             return self._uncaptured(state, batch)
         function, ids = self._function_for(state, batch)
         if self.is_recorded:
-            state, (aux,) = self._replay(state, [batch], function, ids)
+            state, (aux,) = self._replay.run(state, [batch], function, ids)
             return state, aux
         state = self.grow_(state, ids)
         with torch.no_grad():
-            return state, function(state, batch.sections)
+            if self.step.draws.is_known:
+                return state, function(state, batch.sections)
+            with self.step.draws.watched(state.step.device):
+                return state, function(state, batch.sections)
 
     def several(self, state: Any, batches: Sequence[Batch]) -> tuple[Any, list[Any]]:
         if not 1 <= len(batches) <= self.most:
@@ -197,7 +261,7 @@ class _Captured:
         is_recorded = _is_recorded(state)
         layout = batches[0].layout if self.new_layout == "capture" else self.first_layout
         if is_recorded and len(batches) == self.most and all(batch.layout == layout for batch in batches):
-            return self._replay(state, batches, *self._function_for(state, batches[0]))
+            return self._replay.run(state, batches, *self._function_for(state, batches[0]))
         check_sweep(len(batches), self.to_sweep(state))
         auxes = []
         for batch in batches:
@@ -212,26 +276,69 @@ class _Captured:
     def _function_for(self, state: Any, batch: Batch) -> tuple[Callable, tuple[int, ...]]:
         """The step for the batch's layout, and the most ids per table that it holds."""
         # By a weak reference: a state that its owner drops must free its tables.
-        if self.known_state is None or state.dense.step is not self.known_state():
-            self.known_state, self.is_recorded = weakref.ref(state.dense.step), _is_recorded(state)
+        if self.known_state is None or state.step is not self.known_state():
+            self.known_state, self.is_recorded = weakref.ref(state.step), _is_recorded(state)
             self.graphs = self.compiled.setdefault(_shapes(state), {})
         key = batch.layout, torch.get_num_threads()
         if key not in self.graphs:
-            self.graphs[key] = compiled(sections_function(self.update_, batch.layout)), self.step.ids_in(batch)
+            begun = time.perf_counter()
+            self.graphs[key] = self._compiled(state, batch), self.step.ids_in(batch)
+            self.compile_s += time.perf_counter() - begun
         return self.graphs[key]
 
+    def _compiled(self, state: Any, batch: Batch) -> Callable:
+        batch = Batch(batch.buffer.to(state.step.device), batch.layout)
+        with torch.no_grad(), _f32_products(self.step.precision), _no_draws(state.step.device):
+            if self.backend == "eager":
+                graph = trace(self.in_graph_, state, batch)
+                _check_generators(graph.graph)
+                return graph
+            return compiled(sections_function(self.in_graph_, batch.layout), state, batch.sections)
+
     @functools.cached_property
-    def _replay(self) -> Callable[..., tuple[Any, list[Any]]]:
-        return replayed(self.grow_, self.to_sweep, _recorder(self.step.precision))
+    def _replay(self) -> Replays:
+        return Replays(self.grow_, self.to_sweep, _recorder(self.step.precision))
 
     def _uncaptured(self, state: Any, batch: Batch) -> tuple[Any, Any]:
-        state = self.grow_(state, self.step.ids_in(batch))
         with torch.no_grad(), _f32_products(self.step.precision):
-            return self.update_(state, Batch(batch.buffer.to(state.dense.step.device), batch.layout))
+            return self.eager_(state, Batch(batch.buffer.to(state.step.device), batch.layout))
+
+
+@contextmanager
+def _no_draws(device: torch.device) -> Iterator[None]:
+    """Torch's generators come out as they were. Python's and numpy's may not be used: a graph would repeat one number.
+
+    Raises:   ValueError when they were.
+    """
+    devices = [device] if device.type == "cuda" else []
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+        after = random.getstate(), np.random.get_state()
+        for name, was, now in zip(("random", "numpy.random"), before, after, strict=True):
+            if repr(now) != repr(was):
+                raise ValueError(f"forward: got numbers drawn from Python's {name}, expected none. {FROZEN}")
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
+def _check_generators(graph: torch.fx.Graph) -> None:
+    """A generator that the program made is in no checkpoint."""
+    for node in graph.nodes:
+        if node.kwargs.get("generator") is not None:
+            raise ValueError(f"forward: got numbers drawn from a torch.Generator ({node.target}). {FROZEN}")
+
+
+FROZEN = (
+    "They would be the same at every step, or others after a resume. Use the fourth argument of forward, see "
+    "recfx.context.Context, or torch's random functions without a generator."
+)
 
 
 def _is_recorded(state: Any) -> bool:
-    return state.dense.step.device.type in RECORDED_ON
+    return state.step.device.type in RECORDED_ON
 
 
 def _batches_to_sweep(step: Step, state: Any) -> int:
@@ -239,7 +346,7 @@ def _batches_to_sweep(step: Step, state: Any) -> int:
     if not step.sweep_every:
         return sys.maxsize
     period = step.sweep_every * step.accumulation
-    return period - (int(state.dense.step) * step.accumulation + int(state.window.num_batches)) % period
+    return period - (int(state.step) * step.accumulation + int(state.window.num_batches)) % period
 
 
 def _check_packed(batch: Any) -> None:
@@ -270,7 +377,7 @@ def _recorder(precision: str) -> Callable[..., Any]:
 
     def record_in_precision(function: Callable, state: Any, layout: Layout, num: int) -> Any:
         with _f32_products(precision):
-            return record(function, state, layout, num, pool=pool, stream=stream_on(state.dense.step.device))
+            return record(function, state, layout, num, pool=pool, stream=stream_on(state.step.device))
 
     return record_in_precision
 

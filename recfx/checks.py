@@ -83,6 +83,7 @@ def check_type(name: str, value: object, kind: type | types.UnionType, advice: s
 def check_function(name: str, value: Any, takes: str, gives: str, advice: str = "") -> None:
     """Raises TypeError when it is not a function, or cannot be called with as many arguments as `takes` names.
 
+    Args:     takes: such as "a, b" or, where it may take one more, "a, b[, c]".
     Example:  >>> check_function("loss", "bce", "logit, label", "f32 [B, 1]")
               Traceback (most recent call last):
               TypeError: loss: got 'bce', expected a function (logit, label) -> f32 [B, 1].
@@ -94,10 +95,16 @@ def check_function(name: str, value: Any, takes: str, gives: str, advice: str = 
         signature = inspect.signature(getattr(value, "forward", value))
     except (TypeError, ValueError):  # what is written in C may have none
         return
+    if not any(_binds(signature, arguments) for arguments in {takes.partition("[")[0], takes}):
+        raise TypeError(f"{name}: got {said(value)} that takes {signature}, {expected}")
+
+
+def _binds(signature: inspect.Signature, arguments: str) -> bool:
     try:
-        signature.bind(*takes.split(", "))
-    except TypeError as error:
-        raise TypeError(f"{name}: got {said(value)} that takes {signature}, {expected}") from error
+        signature.bind(*arguments.split(","))
+    except TypeError:
+        return False
+    return True
 
 
 def _name(kind: type) -> str:

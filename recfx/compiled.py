@@ -15,7 +15,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from recfx.fx_passes import StepPasses, UnfuseBias
-from recfx.kernels.build import build_ahead
+from recfx.kernels.build import build_ahead, library
 from recfx.rehearsal import mistake_in
 
 __all__ = ["compiled"]
@@ -23,11 +23,11 @@ __all__ = ["compiled"]
 Function = Callable[[Any, list[Tensor]], Any]  # (state, sections of the batch) -> aux
 
 
-def compiled(function: Function) -> Function:
-    """`function` compiled by torch.compile as one graph at its first call, for states and sections of those shapes.
+def compiled(function: Function, state: Any, sections: list[Tensor]) -> Function:
+    """`function` compiled by torch.compile as one graph, for states and sections of these shapes. Runs nothing.
 
-    Nothing checks the shapes of later calls: Dynamo's guards are dropped, and after the first call Dynamo is not called
-    any more. The function as it is where there is no C++ compiler: slow, but the same results.
+    Nothing checks the shapes of later calls: Dynamo's guards are dropped, and Dynamo is not called any more. The
+    function as it is where there is no C++ compiler: slow, but the same results.
     """
     try:
         get_cpp_compiler()
@@ -39,41 +39,44 @@ def compiled(function: Function) -> Function:
         "post_grad_custom_post_pass": UnfuseBias(),
         "size_asserts": False,
         "triton.cudagraphs": False,  # `cuda_graph` records the whole step itself
+        "fallback_random": True,  # torch's random functions draw what they draw uncompiled
     }
-    calls: list[tuple[Callable, Sequence[Tensor], Sequence[Tensor]]] = []
+    graphs: list[tuple[Callable, Sequence[Tensor], Sequence[Tensor]]] = []
+    is_compiling = True
 
     def backend(module: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
         graph: Any = compile_fx(module, inputs, config_patches=options)
+        outputs: Any = module.graph.output_node().args[0]
+        results = [_empty_like(node.meta["example_value"]) for node in outputs]
 
         def call(*args: Tensor) -> Sequence[Tensor]:
-            results = graph(*args)
-            if direct is None:
-                calls.append((graph, args, results))
+            if not is_compiling:
+                return graph(*args)
+            graphs.append((graph, args, results))
             return results
 
         return call
 
     guards: dict[str, Any] = {"guard_filter_fn": lambda guards: [False for _ in guards]}
     by_dynamo = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=guards)
-    direct: Function | None = None
+    on_cpu = sections[0].device.type == "cpu"
+    if on_cpu:
+        build_ahead()
+    try:
+        aux = by_dynamo(state, sections)
+    except TorchDynamoException:
+        mistake = mistake_in(function, state, sections)
+        if mistake is None:
+            raise
+        raise mistake from None
+    is_compiling = False
+    if on_cpu:
+        library()  # so that the first step does not wait for it
+    return _past_dynamo(*graphs.pop(), state, sections, aux) or by_dynamo
 
-    def run(state: Any, sections: list[Tensor]) -> Any:
-        nonlocal direct
-        if direct is not None:
-            return direct(state, sections)
-        if sections[0].device.type == "cpu":
-            build_ahead()
-        try:
-            aux = by_dynamo(state, sections)
-        except TorchDynamoException:
-            mistake = mistake_in(function, state, sections)
-            if mistake is None:
-                raise
-            raise mistake from None
-        direct = (calls and _past_dynamo(*calls.pop(), state, sections, aux)) or by_dynamo
-        return aux
 
-    return run
+def _empty_like(fake: Tensor) -> Tensor:
+    return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
 
 
 def _past_dynamo(

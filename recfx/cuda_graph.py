@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from recfx.types import Batch, Layout
 
-__all__ = ["Feed", "check_sweep", "record", "replayed", "untouched"]
+__all__ = ["Feed", "Replays", "check_sweep", "record", "untouched"]
 
 Function = Callable[[Any, list[Tensor]], Any]  # (state, sections of a batch) -> aux, writes into the state
 Replay = Callable[[Sequence[Tensor]], list[Any]]  # (buffers of the batches) -> aux of each
@@ -25,52 +25,65 @@ STEPS_AHEAD = 64
 WARM_UPS = 2
 
 
-def replayed(
-    grow_: Callable[[Any, Sequence[int]], Any],
-    to_sweep: Callable[[Any], int],
-    record: Callable[[Function, Any, Layout, int], Replay],
-) -> Callable[[Any, Sequence[Batch], Function, Sequence[int]], tuple[Any, list[Any]]]:
-    """(state, batches, function, most new ids per table) -> (state, aux of each), by one replay of what `record` made.
+class Replays:
+    """Steps on a GPU as replays of what `record` makes of them.
 
-    Batches are of one layout, and `function` and the ids are of one batch. A recording belongs to a layout, a number of
-    batches and the places of a state's tensors: any other is recorded anew, and of more than MOST_GRAPHS the one that
-    waited longest is dropped. Growth moves no tensor, and a recorded kernel reads how much of an index is in use from
-    the device, so a table that grows needs no new recording.
+    A recording belongs to a layout, a number of batches and the places of a state's tensors: any other is recorded
+    when it comes, and of more than MOST_GRAPHS the one that waited longest is dropped. Growth moves no tensor, and a
+    recorded kernel reads how much of an index is in use from the device, so a table that grows needs no new recording.
 
     Reading how full a table is would stop the host at every step. So room is made for STEPS_AHEAD steps at once, and
     the table is read again when so many ids may have come, or when anything else has written to the state.
 
-    Args:     to_sweep: (state) -> batches until rows are swept, read from the device as rarely.
-    Raises:   ValueError when a sweep would come in the midst of the batches.
+    Args:     grow_: (state, ids per table) -> state.
+              to_sweep: (state) -> batches until rows are swept, read from the device as rarely.
+              record: (function, state, layout, number of batches) -> replay.
     """
-    graphs: OrderedDict[tuple, Replay] = OrderedDict()
-    known: tuple = ()
-    left: list[int] = []  # batches until a sweep, and room for ids per table
 
-    def run(state: Any, batches: Sequence[Batch], function: Function, ids: Sequence[int]) -> tuple[Any, list[Any]]:
-        nonlocal known, left
-        layout, num = batches[0].layout, len(batches)
-        places, needed = _places(state), [num, *(num * n for n in ids)]
-        has_room = known == (places, _versions(state)) and all(l >= n for l, n in zip(left, needed, strict=True))
-        known = ()  # until the steps have ended
+    def __init__(
+        self,
+        grow_: Callable[[Any, Sequence[int]], Any],
+        to_sweep: Callable[[Any], int],
+        record: Callable[[Function, Any, Layout, int], Replay],
+    ) -> None:
+        self._grow_, self._to_sweep, self._record = grow_, to_sweep, record
+        self._graphs: OrderedDict[tuple, Replay] = OrderedDict()
+        self._known: tuple = ()
+        self._left: list[int] = []  # batches until a sweep, and room for ids per table
+
+    def prepare(self, state: Any, layout: Layout, num: int, function: Function) -> Replay:
+        """The recording of `num` batches of that layout, made if it is not there. The state comes out as it was."""
+        key = _places(state), layout, num
+        if key not in self._graphs:
+            self._graphs[key] = self._record(function, state, layout, num)
+            if len(self._graphs) > MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        return self._graphs[key]
+
+    def run(
+        self, state: Any, batches: Sequence[Batch], function: Function, ids: Sequence[int]
+    ) -> tuple[Any, list[Any]]:
+        """(state, aux of each batch). Batches are of one layout, `function` and the most ids per table of one batch.
+
+        Raises:   ValueError when a sweep would come in the midst of the batches.
+        """
+        num, places = len(batches), _places(state)
+        needed = [num, *(num * n for n in ids)]
+        has_room = self._known == (places, _versions(state)) and all(
+            l >= n for l, n in zip(self._left, needed, strict=True)
+        )
+        self._known = ()  # until the steps have ended
         if not has_room:
-            ahead, until_sweep = max(STEPS_AHEAD, num), to_sweep(state)
+            ahead, until_sweep = max(STEPS_AHEAD, num), self._to_sweep(state)
             check_sweep(num, until_sweep)
-            left = [until_sweep, *(ahead * n for n in ids)]
-            state = grow_(state, left[1:])
-        left = [l - n for l, n in zip(left, needed, strict=True)]
-        key = places, layout, num
-        if key not in graphs:
-            graphs[key] = record(function, state, layout, num)
-            if len(graphs) > MOST_GRAPHS:
-                graphs.popitem(last=False)
-        graphs.move_to_end(key)
-        aux = graphs[key]([batch.buffer for batch in batches])
+            self._left = [until_sweep, *(ahead * n for n in ids)]
+            state = self._grow_(state, self._left[1:])
+        self._left = [l - n for l, n in zip(self._left, needed, strict=True)]
+        aux = self.prepare(state, batches[0].layout, num, function)([batch.buffer for batch in batches])
         increment_version(state.window.num_samples)  # a replay is a write that autograd does not see
-        known = places, _versions(state)
+        self._known = places, _versions(state)
         return state, [*aux]  # a list of the caller's own: that one is the recording's
-
-    return run
 
 
 def check_sweep(num: int, most: int) -> None:

@@ -63,19 +63,22 @@ def table_text(table: Any) -> str:
 def state_text(state: Any) -> str:
     """Of a `recfx.step.TrainState`: step and parameters, then its tables, the open window and the metrics."""
     params = state.params.values()
-    what = f"{sum(p.numel() for p in params):,} parameters in {len(params)} tensors"
+    count = _number(sum(p.numel() for p in params), "parameter", "parameters")
+    what = f"{count} in {_number(len(params), 'tensor', 'tensors')}"
     size = _bytes(sum(p.numel() * p.element_size() for p in params))
     window = _read(state.window.num_batches)
     lines = [f"table {i}: {table_text(t).removeprefix('TableState(')[:-1]}" for i, t in enumerate(state.tables)]
     lines += [f"window: open, batches in it: {window}"] if window != "0" else []
-    title = f"TrainState(step {_read(state.dense.step)}, {what}, {size} on {state.dense.step.device})"
+    bad = _read(state.nonfinite.num_batches)
+    lines += [f"not finite: {bad} micro-batches"] if bad != "0" else []
+    title = f"TrainState(step {_read(state.step)}, {what}, {size} on {state.step.device})"
     return _lines(title, lines)
 
 
 def step_text(step: Any) -> str:
     """Of a `recfx.step.Step`: how it trains, then its tables and groups of embeddings."""
-    kept = " and ".join(step.slots) or "nothing"
-    title = f"Step(accumulation {step.accumulation}, seed {step.seed}, {step.precision}, rows keep {kept})"
+    how = f"accumulation {step.accumulation}, seed {step.seed}, {step.precision}, {step.on_nonfinite} on NaN"
+    title = f"Step({how}, rows keep {' and '.join(step.slots) or 'nothing'})"
     lines = []
     for i, table in enumerate(step.plan.tables):
         vocabularies = _number(len(table.vocabularies), "vocabulary", "vocabularies")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from recfx.types import Params
 
 __all__ = ["full_matmul", "in_bf16", "init_linear", "linear", "mlp", "mlp_from_first"]
 
-Forward = Callable[[Params, Any, Any], Tensor]
+Forward = Callable[..., Any]
 
 
 def init_linear(num_in: int, num_out: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -51,17 +52,19 @@ def in_bf16(forward: Forward) -> Forward:
     By torch.autocast: parameters stay f32 and are rounded where they are multiplied, sums are kept in f32 and their
     results rounded. `full_matmul` is left alone.
 
-    Args:     forward: (params, embeddings by group, features) -> logit.
+    Args:     forward: (params, embeddings by group, features, ...) -> logit, or a tuple that begins with it.
     Example:  >>> params = {"fc.weight": torch.full((3, 2), 1.01), "fc.bias": torch.zeros(2)}
               >>> forward = lambda params, emb, feats: linear(params, "fc", feats)
               >>> forward(params, {}, torch.ones(1, 3)), in_bf16(forward)(params, {}, torch.ones(1, 3))
               (tensor([[3.0300, 3.0300]]), tensor([[3.0312, 3.0312]]))
     """
 
-    def run(params: Params, emb: Any, feats: Any) -> Tensor:
-        device = next(iter(params.values())).device.type
+    @functools.wraps(forward)
+    def run(params: Params, emb: Any, *others: Any) -> Any:
+        device = next(iter((*params.values(), *emb.values()))).device.type
         with torch.autocast(device, torch.bfloat16, cache_enabled=False):
-            return forward(params, emb, feats).float()
+            result = forward(params, emb, *others)
+            return (result[0].float(), *result[1:]) if isinstance(result, tuple) else result.float()
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,17 @@ from recfx.checks import check_type
 from recfx.kernels import add_predictions
 from recfx.types import Transform
 
-__all__ = ["BinaryCounts", "auc", "auc_200", "binary_metrics", "calibration", "gauc", "log_loss", "threshold_auc"]
+__all__ = [
+    "BinaryCounts",
+    "auc",
+    "auc_200",
+    "binary_metrics",
+    "calibration",
+    "gauc",
+    "log_loss",
+    "num_nonfinite",
+    "threshold_auc",
+]
 
 LOGIT_RANGE = 20.0
 OF_STATE = "Those of a training state are state.metrics."
@@ -22,7 +33,7 @@ class BinaryCounts(NamedTuple):
     """What a phase has predicted so far."""
 
     histogram: Tensor  # i64 [2, bins], samples by label and logit bin
-    sums: Tensor  # f64 [4]: samples, clicks, loss in nats, predicted clicks
+    sums: Tensor  # f64 [5]: samples, clicks, loss in nats, predicted clicks, samples whose logit or loss is not finite
 
 
 def binary_metrics(num_bins: int = 2**16) -> Transform:
@@ -36,7 +47,7 @@ def binary_metrics(num_bins: int = 2**16) -> Transform:
 
     def init(device: torch.device | str = "cpu") -> BinaryCounts:
         histogram = torch.zeros(2, num_bins, dtype=torch.int64, device=device)
-        return BinaryCounts(histogram, torch.zeros(4, dtype=torch.float64, device=device))
+        return BinaryCounts(histogram, torch.zeros(5, dtype=torch.float64, device=device))
 
     def update(state: BinaryCounts, logit: Tensor, label: Tensor, loss: Tensor, valid: Tensor) -> BinaryCounts:
         new = BinaryCounts(*(t.clone() for t in state))
@@ -54,9 +65,11 @@ def binary_metrics(num_bins: int = 2**16) -> Transform:
 def auc(counts: BinaryCounts) -> float:
     """Area under the ROC curve: the share of (click, no click) pairs in the right order, pairs of one bin as half.
 
-    NaN while only one class has been seen.
+    NaN while only one class has been seen, and as soon as one logit or loss was not finite: see `num_nonfinite`.
     """
     check_type("counts", counts, BinaryCounts, OF_STATE)
+    if num_nonfinite(counts):
+        return math.nan
     negative, positive = counts.histogram.double().cpu()
     below = negative.cumsum(0) - negative
     pairs = negative.sum() * positive.sum()
@@ -67,10 +80,10 @@ def gauc(group: Tensor, score: Tensor, label: Tensor) -> float:
     """Mean of the AUCs of groups, of a user's samples each, weighted by their sizes; pairs of equal score as half.
 
     Of predictions collected on the host, in any order, from any number of batches and workers. Groups of one class are
-    left out. NaN where there is no other.
+    left out. NaN where there is no other, and where a score is not finite.
 
     Shapes:   i64, f32 and label of N elements each; a click is a label above 0.5.
-    Raises:   ValueError when one has more elements than another or a score is NaN; TypeError on groups of floats.
+    Raises:   ValueError when one has more elements than another; TypeError on groups of floats.
     Example:  >>> gauc(torch.tensor([1, 1, 2, 2, 2]), torch.tensor([0.1, 0.9, 0.5, 0.5, 0.7]),
               ...      torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]))
               0.85
@@ -83,8 +96,8 @@ def gauc(group: Tensor, score: Tensor, label: Tensor) -> float:
         raise ValueError(f"group, score, label: got {sizes} elements, expected as many of each.")
     if group.is_floating_point():
         raise TypeError(f"group: got {group.dtype}, expected integers. float32 merges ids above 2**24.")
-    if bool(score.isnan().any()):
-        raise ValueError("score: got NaN, expected numbers. It has no place among the others.")
+    if not bool(score.isfinite().all()):
+        return math.nan
     order = score.argsort()
     order = order[group[order].argsort(stable=True)]
     group, score, click = group[order], score[order], (label[order] > 0.5).double()
@@ -137,14 +150,19 @@ def auc_200(counts: Tensor) -> float:
 
 
 def log_loss(counts: BinaryCounts) -> float:
-    """Mean binary cross entropy in nats per sample. NaN where there is none."""
+    """Mean loss per sample, in nats for binary cross entropy. NaN without a sample, and as `auc`."""
     check_type("counts", counts, BinaryCounts, OF_STATE)
-    samples, _, loss, _ = counts.sums.tolist()
-    return loss / samples if samples else float("nan")
+    samples, _, loss, *_ = counts.sums.tolist()
+    return loss / samples if samples and not num_nonfinite(counts) else math.nan
 
 
 def calibration(counts: BinaryCounts) -> float:
-    """Predicted clicks per observed click: 1 is calibrated. NaN without a click."""
+    """Predicted clicks per observed click: 1 is calibrated. NaN without a click, and as `auc`."""
     check_type("counts", counts, BinaryCounts, OF_STATE)
-    _, clicks, _, predicted = counts.sums.tolist()
-    return predicted / clicks if clicks else float("nan")
+    _, clicks, _, predicted, _ = counts.sums.tolist()
+    return predicted / clicks if clicks and not num_nonfinite(counts) else math.nan
+
+
+def num_nonfinite(counts: BinaryCounts) -> int:
+    """Samples whose logit or loss was NaN or infinite."""
+    return int(counts.sums[4])

@@ -44,7 +44,7 @@ def check_reader(reader: object) -> None:
 
 def times_trained(state: TrainState) -> tuple[int, ...]:
     """Grows with every training step. Read from the device."""
-    return int(state.dense.step), int(state.window.num_batches), *(int(t.tally[0]) for t in state.tables)
+    return int(state.step), int(state.window.num_batches), *(int(t.tally[0]) for t in state.tables)
 
 
 def check_not_trained(before: tuple[int, ...], state: TrainState) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from recfx.checks import check_int
+from recfx.context import Context, Draws, Stats, with_context
 from recfx.describe import or_plain, state_text, step_text
 from recfx.embeddings import Embedding, Plan, Tile, plan_tables
+from recfx.kernels import untouch_rows
 from recfx.kernels.add_row_grads import add_row_grads_
+from recfx.kernels.all_finite import all_finite, are_finite
 from recfx.kernels.order_lists import list_sums
 from recfx.layers import in_bf16
 from recfx.losses import bce_with_logits
@@ -29,14 +34,15 @@ from recfx.step_checks import (
     params_of,
     with_names,
 )
-from recfx.table import Found, Table, TableState, ids_of, is_full, is_sweep_due, table
+from recfx.table import Found, Table, TableState, copy_of, ids_of, is_full, is_sweep_due, table
 from recfx.table import sweep_ as sweep_table_
 from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
 
-__all__ = ["Aux", "Step", "TrainState", "Window", "train_step"]
+__all__ = ["Aux", "NonFinite", "OnNonFinite", "Step", "TrainState", "Window", "train_step"]
 
 FUSED_ON = ("cuda",)  # devices on which `SparseOptimizer.fused` is faster than the two kernels it replaces
 Precision = Literal["fp32", "tf32", "bf16"]
+OnNonFinite = Literal["stop", "skip", "ignore"]
 
 
 class Window(NamedTuple):
@@ -47,14 +53,25 @@ class Window(NamedTuple):
     num_batches: Tensor  # i64 []
 
 
+class NonFinite(NamedTuple):
+    """Micro-batches whose loss, logit or gradient was NaN or infinite, since the state was made."""
+
+    first_step: Tensor  # i64 [], optimiser step of the first one, from 1; 0: there was none
+    first_batch: Tensor  # i64 [], its place among the micro-batches of that step, from 0
+    num_batches: Tensor  # i64 [], how many there were
+
+
 class TrainState(NamedTuple):
     """Everything that training changes."""
 
+    step: Tensor  # i64 [], optimiser steps since the model began: goes on after a load
     params: Params
-    dense: Any  # the dense optimiser's state, which ends in `step`
+    stats: Stats  # what `forward` keeps without training it
+    dense: Any  # the dense optimiser's state, which ends in the steps that it took
     tables: tuple[TableState, ...]
     metrics: BinaryCounts
     window: Window
+    nonfinite: NonFinite
 
     def __repr__(self) -> str:
         return or_plain(state_text)(self)
@@ -72,9 +89,10 @@ class Aux(NamedTuple):
 class Step(NamedTuple):
     """The functions of one training program. Those ending in `_` write into the state they are given.
 
-    init:       (params) -> TrainState
+    init:       (params, stats={}) -> TrainState; stats: what `forward` keeps without training it, by name.
     update:     (state, batch) -> (state, aux); pure, plain torch: the specification, for tests and small tables.
-    update_:    the same in place: what is captured.
+    update_:    the same in place. It first makes room for the batch's ids in the tables, as a captured step does.
+    in_graph_:  `update_` without making room, which reads the state on the host: what a capture traces.
     evaluate_:  (state, batch) -> (state, aux); changes `metrics` alone, inserts nothing.
     predict:    (state, batch) -> logit f32 [B, 1], of the real samples first; changes and inserts nothing. A batch
                 without columns of the names `label` and `sample_weight` is given zeros for them, so that one feature
@@ -84,6 +102,7 @@ class Step(NamedTuple):
     grow_:      (state, ids) -> state; makes room for that many new ids per table. Runs between steps, on the host.
     sweep_:     (state, number) -> state; deletes rows where the step's `Life` says so after step `number`. Call it
                 after every optimiser step, with the steps taken so far.
+    read:       (batch) -> features by name, `recfx.types.NUM_SAMPLES` among them.
     plan:       the physical tables, one per entry of TrainState.tables.
     accumulation: micro-batches per optimiser step.
     sweep_every: `sweep_` has work only after step numbers that this divides: 1 where it looks at every step's end, as
@@ -91,23 +110,29 @@ class Step(NamedTuple):
     seed: of the tables' initial weights.
     slots: what the sparse optimiser keeps beside a weight and, then, per row.
     precision: of the dense part's products, as `train_step` was asked.
+    on_nonfinite: what a micro-batch with NaN or infinity leads to, as `train_step` was asked.
+    draws: whether the step draws from torch's generators.
     """
 
-    init: Callable[[Params], TrainState]
+    init: Callable[..., TrainState]
     update: Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Aux]]
     update_: Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Aux]]
+    in_graph_: Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Aux]]
     evaluate_: Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Aux]]
     predict: Callable[[TrainState, Mapping[str, Any]], Tensor]
     flush_: Callable[[TrainState], TrainState]
     ids_in: Callable[[Mapping[str, Any]], tuple[int, ...]]
     grow_: Callable[[TrainState, Sequence[int]], TrainState]
     sweep_: Callable[[TrainState, int], TrainState]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
     plan: Plan
     accumulation: int
     sweep_every: int
     seed: int
     slots: tuple[str, ...]
     precision: Precision
+    on_nonfinite: OnNonFinite
+    draws: Draws
 
     def __repr__(self) -> str:
         return or_plain(step_text)(self)
@@ -122,6 +147,7 @@ class _Spelling(NamedTuple):
     sparse: Callable
     dense: Callable
     metrics: Callable
+    untouch: Callable
     store: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -129,7 +155,7 @@ def train_step(
     *,
     features: Callable[[Any], dict[str, Any]],
     embeddings: Mapping[str, Sequence[Embedding]],
-    forward: Callable[[Params, dict[str, Tensor], dict], Tensor],
+    forward: Callable[..., Any],
     sparse_optimizer: SparseOptimizer,
     dense_optimizer: Transform,
     loss: Callable[[Tensor, Tensor], Tensor] = bce_with_logits,
@@ -145,6 +171,7 @@ def train_step(
     clip: Callable[[Params, Sequence[TableState], Tensor], Tensor] | None = None,
     sum_row_grads: Callable[..., None] = add_row_grads_,
     precision: Precision = "fp32",
+    on_nonfinite: OnNonFinite = "stop",
 ) -> Step:
     """Composes feature function, embeddings, model and optimisers into one step.
 
@@ -152,7 +179,9 @@ def train_step(
               under `recfx.types.COUNTS` tensors by name for `aux.counts`.
               embeddings: by group; a group reaches the model as one tensor [B, len(group), dim], a tiled embedding as
               n of its cells, or as [B, sum of dims] where its dims differ.
-              forward: (params, embeddings by group, features) -> logit f32 [B, 1].
+              forward: (params, embeddings by group, features) -> logit f32 [B, 1]. With a fourth parameter it is given
+              a `recfx.context.Context`: training or not, random numbers, the real samples, statistics. It may return
+              (logit, stats).
               loss: (logit, label) -> loss per sample [B, 1]; label: name of the feature [B, 1] that holds the target.
               sample_weight: name of a feature [B, 1] that multiplies each sample's loss. The mean stays one over the
               number of samples, as with torch's `weight`; metrics show the weighted loss, and AUC without weights.
@@ -166,8 +195,12 @@ def train_step(
               kernel. `recfx.kernels.add_row_grads.add_row_grads_atomic_` adds them as they come on a GPU.
               precision: of the products of matrices in `forward` and its gradients; all else is f32. "bf16": see
               `recfx.layers.in_bf16`. "tf32": on CUDA, in captured steps, operands keep 10 bits of their mantissa.
-    Raises:   ValueError when accumulation is below 1 or precision is another word; TypeError when a part is another
-              kind of thing, such as an optimiser of `torch.optim`.
+              on_nonfinite: what follows when a loss, a logit or a gradient is NaN or infinite. "stop": the state says
+              in which step it happened first, and `recfx.train` raises before it saves or logs. "skip": the micro-batch
+              is left out. Parameters, rows, optimiser states, statistics and metrics stay as they were, its samples
+              are not counted, and rows that it inserted keep their initial value. "ignore": nothing is looked for.
+    Raises:   ValueError when accumulation is below 1 or precision or on_nonfinite is another word; TypeError when
+              a part is another kind of thing, such as an optimiser of `torch.optim`.
     """
     check_functions(features=features, forward=forward, loss=loss, clip=clip)
     check_kinds(
@@ -175,11 +208,18 @@ def train_step(
         sample_weight=sample_weight,
     )  # fmt: skip
     check_int("accumulation", accumulation, 1)
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision: got {precision!r}, expected one of {get_args(Precision)}.")
+    for name, word, words in (
+        ("precision", precision, get_args(Precision)),
+        ("on_nonfinite", on_nonfinite, get_args(OnNonFinite)),
+    ):
+        if word not in words:
+            raise ValueError(f"{name}: got {word!r}, expected one of {words}.")
     plan = plan_tables(embeddings)
+    check = functools.partial(
+        check_state, kind=TrainState, plan=plan, optimizer=sparse_optimizer, accumulation=accumulation
+    )
     features = with_names("features", features, "columns")
-    forward = with_names("forward", forward, "params", "embeddings", "features")
+    forward = with_names("forward", with_context(forward), "params", "embeddings", "features")
     forward = in_bf16(forward) if precision == "bf16" else forward
     settings: dict[str, Any] = {
         "optimizer_slots": len(sparse_optimizer.slots),
@@ -195,26 +235,34 @@ def train_step(
     counts = metrics or binary_metrics()
     in_place = _Spelling(
         lambda t: t.insert_, lambda t: t.add_grads_, lambda t: t.count_steps_, sparse_optimizer.apply_,
-        dense_optimizer.update_, counts.update_, Tensor.copy_,
+        dense_optimizer.update_, counts.update_, _untouch_, Tensor.copy_,
     )  # fmt: skip
     pure = _Spelling(
         lambda t: t.insert, lambda t: t.add_grads, lambda t: t.count_steps, sparse_optimizer.apply,
-        dense_optimizer.update, counts.update, lambda _, new: new,
+        dense_optimizer.update, counts.update, _untouch, lambda _, new: new,
     )  # fmt: skip
 
-    nothing_between = accumulation == 1 and clip is None and sum_row_grads is add_row_grads_
+    skips = on_nonfinite == "skip"
+    nothing_between = accumulation == 1 and clip is None and sum_row_grads is add_row_grads_ and not skips
+    draws = Draws()
 
-    def init(params: Params) -> TrainState:
+    def init(params: Params, *, stats: Stats | None = None) -> TrainState:
         params = params_of(params, [t.device for t in plan.tables])
-        device = next(iter(params.values())).device
+        device = next((p.device for p in params.values()), torch.device(plan.tables[0].device))
+
+        def counter() -> Tensor:
+            return torch.zeros((), dtype=torch.int64, device=device)
+
         window = {name: torch.zeros_like(p) for name, p in params.items()} if accumulation > 1 else {}
-        zero = torch.zeros((), dtype=torch.int64, device=device)
         return TrainState(
+            step=counter(),
             params=params,
-            dense=dense_optimizer.init(params),
+            stats=dict(stats or {}),
+            dense=tree_map(lambda t: t.to(device), dense_optimizer.init(params)),
             tables=tuple(t.init() for t in tables),
             metrics=counts.init(device),
-            window=Window(window, zero, zero.clone()),
+            window=Window(window, counter(), counter()),
+            nonfinite=NonFinite(counter(), counter(), counter()),
         )
 
     def read(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,98 +271,156 @@ def train_step(
         check_features(feats, label, sample_weight)
         return {NUM_SAMPLES: batch[NUM_SAMPLES], **feats}
 
-    def total_loss(params: Params, blocks: list[list[Tensor]], found: list[Found], feats: dict, valid: Tensor) -> Any:
-        emb = _groups(plan, blocks, found)
-        logit = forward(params, emb, feats)
+    def context_of(state: TrainState, valid: Tensor, *, training: bool) -> Context:
+        sample = torch.arange(len(valid), device=valid.device)
+        return Context(
+            training=training,
+            valid=valid,
+            stats=state.stats,
+            seed=seed,
+            step=state.step + 1 if training else state.step,
+            sample=state.window.num_samples + sample if training else sample,
+        )
+
+    def total_loss(
+        params: Params, blocks: list[list[Tensor]], found: list[Found], feats: dict, context: Context
+    ) -> tuple[Tensor, Any]:
+        logit, stats = forward(params, _groups(plan, blocks, found), feats, context)
         check_logit(logit, feats, label, sample_weight)
-        loss_B = loss(logit, feats[label].float())
+        # A logit of padding may be NaN, and no multiple of its slope is 0.
+        loss_B = loss(torch.where(context.valid, logit, 0.0), feats[label].float())
         check_loss(loss_B, logit)
         loss_B = loss_B if sample_weight is None else loss_B * feats[sample_weight]
-        loss_B = torch.where(valid, loss_B, 0.0)
-        return loss_B.sum(), (logit, loss_B)
+        loss_B = torch.where(context.valid, loss_B, 0.0)
+        return loss_B.sum(), (logit, loss_B, stats)
 
     gradients = torch.func.grad(total_loss, argnums=(0, 1), has_aux=True)
 
-    def spell(do: _Spelling) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Aux]]:
+    def spell(do: _Spelling) -> Callable[[TrainState, dict], tuple[TrainState, Aux]]:
         def fused(t: Table, s: TableState) -> Callable[..., TableState] | None:
             """The sum of row gradients and the sparse optimiser as one kernel, where that is faster."""
             is_faster = do is in_place and nothing_between and s.rows.device.type in FUSED_ON
             return sparse_optimizer.fused_for(t.columns) if is_faster else None
 
-        def update(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Aux]:
-            check_state(state, TrainState, plan, sparse_optimizer, accumulation)
-            feats = read(batch)
+        def update(state: TrainState, feats: dict) -> tuple[TrainState, Aux]:
             valid = _valid(feats, label)
+            context = context_of(state, valid, training=True)
+            touched = [s.num_unique.clone() for s in state.tables] if skips else []
             inserted = [do.insert(t)(s, feats) for t, s in zip(tables, state.tables, strict=True)]
             found = [f for _, f in inserted]
             blocks = [t.pool(s, f) for t, (s, f) in zip(tables, inserted, strict=True)]
-            (grads, block_grads), (logit, loss_B) = gradients(state.params, blocks, found, feats, valid)
+            (grads, block_grads), (logit, loss_B, stats) = gradients(state.params, blocks, found, feats, context)
+
+            num_samples, in_metrics, is_good = feats[NUM_SAMPLES], valid, None
+            if skips:
+                is_good = _outputs_finite(logit, loss_B, valid) & _gradients_finite(grads, block_grads)
+                grads = {name: torch.where(is_good, g, 0.0) for name, g in grads.items()}
+                stats = {name: torch.where(is_good, new, state.stats[name]) for name, new in stats.items()}
+                inserted = [do.untouch(s, f, n, is_good) for (s, f), n in zip(inserted, touched, strict=True)]
+                found = [f for _, f in inserted]
+                num_samples, in_metrics = num_samples * is_good, valid & is_good
             states = [
                 s if fused(t, s) else do.add_grads(t)(s, f, g)
                 for t, (s, f), g in zip(tables, inserted, block_grads, strict=True)
             ]
 
-            window, num_samples = state.window, batch[NUM_SAMPLES]
+            window = state.window
             total, num_batches = window.num_samples + num_samples, window.num_batches + 1
             due = num_batches >= accumulation
+            moves = due if is_good is None else due & (is_good | (total > 0))
             scale = 1.0 / total.clamp(min=1).float()
             if accumulation > 1:
                 grads = {name: window.grads[name] + g for name, g in grads.items()}
+            if on_nonfinite == "stop":
+                sums = None if any(map(fused, tables, states)) else (states, due)
+                is_good = _outputs_finite(logit, loss_B, valid) & _gradients_finite(grads, block_grads, sums)
             scale = scale if clip is None else clip(grads, states, scale)
-            dense, params = do.dense(state.dense, state.params, grads, scale, due if accumulation > 1 else None)
+            always_moves = accumulation == 1 and not skips
+            dense, params = do.dense(state.dense, state.params, grads, scale, None if always_moves else moves)
             left = {name: do.store(g, torch.where(due, 0.0, grads[name])) for name, g in window.grads.items()}
+            nonfinite = state.nonfinite
+            if is_good is not None:
+                new = _counted(nonfinite, ~is_good, state.step + 1, window.num_batches)
+                nonfinite = NonFinite(*map(do.store, nonfinite, new))
             window = Window(
                 left, do.store(window.num_samples, total * ~due), do.store(window.num_batches, num_batches * ~due)
             )
             if life is not None:
-                states = [do.count_steps(t)(s, due) for t, s in zip(tables, states, strict=True)]
+                states = [do.count_steps(t)(s, moves) for t, s in zip(tables, states, strict=True)]
             states = [
-                one(s, t.occurrences(f, g), scale, due) if (one := fused(t, s)) else do.sparse(s, scale, due, t.columns)
+                one(s, t.occurrences(f, g), scale, due)
+                if (one := fused(t, s))
+                else do.sparse(s, scale, moves, t.columns)
                 for t, s, f, g in zip(tables, states, found, block_grads, strict=True)
             ]
-            counted = do.metrics(state.metrics, logit, feats[label], loss_B, valid)
-            aux = Aux(loss_B.sum() / num_samples.clamp(min=1), logit, num_samples.clone(), feats.get(COUNTS, {}))
-            return TrainState(params, dense, tuple(states), counted, window), aux
+            counted = do.metrics(state.metrics, logit, feats[label], loss_B, in_metrics)
+            kept = {name: do.store(state.stats[name], new) for name, new in stats.items()}
+            number = do.store(state.step, state.step + due)
+            aux = _aux(logit, loss_B, feats)
+            return TrainState(number, params, kept, dense, tuple(states), counted, window, nonfinite), aux
 
         return update
+
+    pure_update, in_place_update = spell(pure), spell(in_place)
+
+    def num_ids(feats: dict) -> tuple[int, ...]:
+        return tuple(sum(ids_of(feats, l.feature).values.numel() for l in t.lookups) for t in plan.tables)
+
+    def update(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Aux]:
+        check(state)
+        feats, state = read(batch), state._replace(tables=tuple(map(copy_of, state.tables)))
+        return pure_update(grow_(state, num_ids(feats)), feats)
+
+    def update_(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Aux]:
+        check(state)
+        with torch.no_grad(), draws.watched(state.step.device):
+            feats = read(batch)
+            return in_place_update(grow_(state, num_ids(feats)), feats)
+
+    def in_graph_(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Aux]:
+        check(state)
+        return in_place_update(state, read(batch))
 
     def look_up(state: TrainState, feats: dict) -> tuple[list[list[Tensor]], list[Found]]:
         found = [t.find(s, feats) for t, s in zip(tables, state.tables, strict=True)]
         return [t.pool(s, f) for t, s, f in zip(tables, state.tables, found, strict=True)], found
 
     def evaluate_(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Aux]:
-        check_state(state, TrainState, plan, sparse_optimizer, accumulation)
+        check(state)
         feats = read(batch)
         valid = _valid(feats, label)
-        _, (logit, loss_B) = total_loss(state.params, *look_up(state, feats), feats, valid)
+        context = context_of(state, valid, training=False)
+        _, (logit, loss_B, _) = total_loss(state.params, *look_up(state, feats), feats, context)
         counts.update_(state.metrics, logit, feats[label], loss_B, valid)
-        loss_mean = loss_B.sum() / batch[NUM_SAMPLES].clamp(min=1)
-        return state, Aux(loss_mean, logit, batch[NUM_SAMPLES].clone(), feats.get(COUNTS, {}))
+        return state, _aux(logit, loss_B, feats)
 
     def predict(state: TrainState, batch: Mapping[str, Any]) -> Tensor:
-        check_state(state, TrainState, plan, sparse_optimizer, accumulation)
+        check(state)
         feats = read(_filled(batch, label, sample_weight))
-        logit = forward(state.params, _groups(plan, *look_up(state, feats)), feats)
+        context = context_of(state, _valid(feats, label), training=False)
+        logit, _ = forward(state.params, _groups(plan, *look_up(state, feats)), feats, context)
         check_logit(logit, feats, label, None)
         return logit
 
     def flush_(state: TrainState) -> TrainState:
+        check(state)
         due = state.window.num_batches > 0
         scale = 1.0 / state.window.num_samples.clamp(min=1).float()
         if accumulation > 1:
+            moves = due & (state.window.num_samples > 0) if skips else due
             scale = scale if clip is None else clip(state.window.grads, state.tables, scale)
-            dense_optimizer.update_(state.dense, state.params, state.window.grads, scale, due)
+            dense_optimizer.update_(state.dense, state.params, state.window.grads, scale, moves)
             for t, s in zip(tables, state.tables, strict=True):
                 if life is not None:
-                    t.count_steps_(s, due)
-                sparse_optimizer.apply_(s, scale, due, t.columns)
+                    t.count_steps_(s, moves)
+                sparse_optimizer.apply_(s, scale, moves, t.columns)
+            state.step.add_(due)
             for tensor in (*state.window.grads.values(), *state.window[1:]):
                 tensor.zero_()
         return state
 
     def ids_in(batch: Mapping[str, Any]) -> tuple[int, ...]:
-        feats = read(_filled(batch, label, sample_weight))
-        return tuple(sum(ids_of(feats, l.feature).values.numel() for l in t.lookups) for t in plan.tables)
+        return num_ids(read(_filled(batch, label, sample_weight)))
 
     def grow_(state: TrainState, ids: Sequence[int]) -> TrainState:
         for t, s, num_ids in zip(tables, state.tables, ids, strict=True):
@@ -334,15 +440,85 @@ def train_step(
                 sweep_table_(s, life)
         return state
 
-    functions = init, spell(pure), spell(in_place), evaluate_, predict, flush_, ids_in, grow_, sweep_
-    kept = (*sparse_optimizer.slots, *sparse_optimizer.row_slots)
-    sweep_every = 0 if life is None else life.every if life.at_cap == "refuse" else 1
-    return Step(*functions, plan, accumulation, sweep_every, seed, kept, precision)
+    return Step(
+        init=init,
+        update=update,
+        update_=update_,
+        in_graph_=in_graph_,
+        evaluate_=evaluate_,
+        predict=predict,
+        flush_=flush_,
+        ids_in=ids_in,
+        grow_=grow_,
+        sweep_=sweep_,
+        read=read,
+        plan=plan,
+        accumulation=accumulation,
+        sweep_every=0 if life is None else life.every if life.at_cap == "refuse" else 1,
+        seed=seed,
+        slots=(*sparse_optimizer.slots, *sparse_optimizer.row_slots),
+        precision=precision,
+        on_nonfinite=on_nonfinite,
+        draws=draws,
+    )
 
 
 def _valid(feats: dict, label: str) -> Tensor:
     """bool [B, 1]: the samples that are not padding."""
     return torch.arange(feats[label].shape[0], device=feats[label].device)[:, None] < feats[NUM_SAMPLES]
+
+
+def _outputs_finite(logit: Tensor, loss_B: Tensor, valid: Tensor) -> Tensor:
+    """bool []: no real sample has a logit or a loss that is NaN or infinite."""
+    return are_finite([torch.where(valid, torch.maximum(logit.abs(), loss_B.abs()), 0.0)])
+
+
+def _gradients_finite(
+    grads: Params, block_grads: list[list[Tensor]], sums: tuple[list[TableState], Tensor] | None = None
+) -> Tensor:
+    """bool []: no gradient is NaN or infinite.
+
+    Args:     sums: tables that hold the sums of all block gradients of the optimiser step, and whether it is due. On a
+              CPU those are read instead: they are fewer, and in the cache.
+    """
+    blocks = [g for of_table in block_grads for g in of_table]
+    numbers = [*grads.values(), *blocks]
+    if numbers[0].device.type != "cpu":
+        return are_finite(numbers)
+    if sums is None:
+        return all_finite(numbers, [], [], torch.ones((), dtype=torch.bool))
+    states, due = sums
+    return all_finite([*grads.values()], [s.grads for s in states], [s.num_unique for s in states], due)
+
+
+def _counted(before: NonFinite, is_bad: Tensor, step: Tensor, batch: Tensor) -> NonFinite:
+    is_first = is_bad & (before.first_step == 0)
+    return NonFinite(
+        torch.where(is_first, step, before.first_step),
+        torch.where(is_first, batch, before.first_batch),
+        before.num_batches + is_bad,
+    )
+
+
+def _untouch_(s: TableState, found: Found, num_before: Tensor, counts: Tensor) -> tuple[TableState, Found]:
+    """Unless the batch counts, no row that it touched is among the step's, and no gradient of it reaches one."""
+    untouch_rows.untouch_rows_(s.seen, found.row, found.inverse, num_before, s.step, counts)
+    s.num_unique.copy_(torch.where(counts, s.num_unique, num_before))
+    return s, found._replace(inverse=torch.where(counts, found.inverse, -1))
+
+
+def _untouch(s: TableState, found: Found, num_before: Tensor, counts: Tensor) -> tuple[TableState, Found]:
+    """`_untouch_`, pure."""
+    seen = s.seen.clone()
+    untouch_rows.definition(seen, found.row, found.inverse, num_before, s.step, counts)
+    num_unique = torch.where(counts, s.num_unique, num_before)
+    inverse = torch.where(counts, found.inverse, -1)
+    return s._replace(seen=seen, num_unique=num_unique), found._replace(inverse=inverse)
+
+
+def _aux(logit: Tensor, loss_B: Tensor, feats: dict) -> Aux:
+    num_samples = feats[NUM_SAMPLES]
+    return Aux(loss_B.sum() / num_samples.clamp(min=1), logit, num_samples.clone(), feats.get(COUNTS, {}))
 
 
 def _filled(batch: Mapping[str, Any], *names: str | None) -> dict[str, Any]:

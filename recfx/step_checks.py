@@ -34,7 +34,7 @@ __all__ = [
 # By argument: what a function takes, and what it returns.
 SIGNATURES = {
     "features": ("batch", "dict of tensors by name"),
-    "forward": ("params, embeddings, features", "logit f32 [B, 1]"),
+    "forward": ("params, embeddings, features[, context]", "logit f32 [B, 1]"),
     "loss": ("logit, label", "loss f32 [B, 1]"),
     "clip": ("grads, tables, scale", "scale f32 []"),
 }
@@ -71,18 +71,13 @@ def params_of(params: Any, devices: Iterable[torch.device | str]) -> Params:
     """The parameters as a step trains them: a `nn.Parameter` as the tensor it holds, sharing its memory.
 
     Args:     devices: of the embedding tables.
-    Raises:   TypeError when they are not tensors of floats by name; ValueError when there is none, when they are not
-              all on one of the devices, or when two items are one place in memory.
+    Raises:   TypeError when they are not tensors of floats by name; ValueError when they are not all on one of the
+              devices, or when two items are one place in memory.
     """
     advice = ""
     if isinstance(params, torch.nn.Module):
         advice = "Give dict(module.named_parameters()); call the module by torch.func.functional_call in `forward`."
     check_type("params", params, Mapping, advice or "They are tensors by name.")
-    if not params:
-        raise ValueError(
-            "params: got none, expected a tensor at least. A step counts where its parameters are. Give "
-            "{'bias': torch.zeros(1)}, and add it to the logit in `forward`."
-        )
     for name, p in params.items():
         check_type("params", name, str, "They are tensors by name.")
         nested = isinstance(p, Mapping)
@@ -98,6 +93,8 @@ def params_of(params: Any, devices: Iterable[torch.device | str]) -> Params:
 
 
 def _check_devices(params: Params, devices: Iterable[torch.device | str]) -> None:
+    if not params:
+        return
     kinds = {torch.device(device).type for device in devices}
     first, one = next(iter(params.items()))
     for name, p in params.items():
@@ -136,7 +133,7 @@ def _check_memory(params: Params) -> None:
                 )
 
 
-def check_state(state: Any, kind: type, plan: Plan, optimizer: SparseOptimizer, accumulation: int) -> None:
+def check_state(state: Any, *, kind: type, plan: Plan, optimizer: SparseOptimizer, accumulation: int) -> None:
     """Raises TypeError when it is not a training state, ValueError when it is another step's.
 
     Args:     kind: `recfx.step.TrainState`.
@@ -152,7 +149,7 @@ def check_state(state: Any, kind: type, plan: Plan, optimizer: SparseOptimizer, 
             f"state: got tables of rows {got}, expected {expected}. It was made by a step of other embeddings or "
             "another sparse optimiser. Use the state of this step's init."
         )
-    if bool(state.window.grads) != (accumulation > 1):
+    if len(state.window.grads) != (len(state.params) if accumulation > 1 else 0):
         given = "with" if state.window.grads else "without"
         raise ValueError(
             f"state: got one {given} sums of gradients, expected it for accumulation {accumulation}. It was made by a "
@@ -202,7 +199,7 @@ def check_logit(logit: Any, feats: Mapping[str, Any], label: str, sample_weight:
     Raises:   TypeError when `forward` returns no tensor of floats, ValueError on a shape.
     """
     if not isinstance(logit, Tensor) or not logit.is_floating_point():
-        raise TypeError(f"forward: got {said(logit)} returned, expected the logit alone, f32 [B, 1].")
+        raise TypeError(f"forward: got {said(logit)} returned, expected the logit, f32 [B, 1].")
     columns = [label] if sample_weight is None else [label, sample_weight]
     shapes = {"logit": logit.shape} | {name: feats[name].shape for name in columns}
     if set(shapes.values()) != {(feats[label].shape[0], 1)}:
@@ -227,7 +224,7 @@ def check_loss(loss: Any, logit: Tensor) -> None:
 def with_names(name: str, function: Callable[..., Any], *kinds: str) -> Callable[..., Any]:
     """`function`, whose KeyErrors become ValueErrors that say which names its arguments have. As it is in a graph.
 
-    Args:     kinds: what the names of each argument are called.
+    Args:     kinds: what the names of the first arguments are called.
     """
 
     def call(*args: Any) -> Any:
@@ -236,7 +233,7 @@ def with_names(name: str, function: Callable[..., Any], *kinds: str) -> Callable
         try:
             return function(*args)
         except KeyError as error:
-            there = ", ".join(f"{kind} {names(arg)}" for kind, arg in zip(kinds, args, strict=True))
+            there = ", ".join(f"{kind} {names(arg)}" for kind, arg in zip(kinds, args, strict=False))
             raise ValueError(f"{name}: got no {error.args[0]!r}, expected one of {there}.") from error
 
     return call

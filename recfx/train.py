@@ -1,4 +1,4 @@
-"""The loop around a captured step: epochs, logging, evaluation, checkpoints, ctrl-C."""
+"""The loop around a captured step: epochs, logging, evaluation, checkpoints, signals."""
 
 from __future__ import annotations
 
@@ -6,19 +6,36 @@ import itertools
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
+
+import torch
 
 from recfx import checkpoint, metrics
 from recfx.checks import check_int, check_type
 from recfx.metrics import BinaryCounts
+from recfx.nonfinite import check_finite, is_stopped
 from recfx.run_checks import check_not_trained, check_program, check_reader, check_run, times_trained
 from recfx.step import Step, TrainState
 from recfx.types import NUM_SAMPLES, Batch
 
-__all__ = ["Event", "Progress", "Reader", "TrainConfig", "evaluate", "read_metrics", "reset_metrics_", "train"]
+__all__ = [
+    "Event",
+    "Progress",
+    "Reader",
+    "TrainConfig",
+    "check_finite",
+    "evaluate",
+    "read_metrics",
+    "reset_metrics_",
+    "train",
+]
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Run = Callable[[TrainState, Batch], tuple[TrainState, Any]]
 RunSteps = Callable[[TrainState, Sequence[Batch]], tuple[TrainState, Any]]
@@ -29,7 +46,10 @@ Event = Literal[
 
 
 class Reader(Protocol):
-    """Epochs of batches, by number, that can be entered anywhere; an iterator has a JSON-able `position`."""
+    """Epochs of batches, by number, that can be entered anywhere; an iterator has a JSON-able `position`.
+
+    It may have an `identity`, a str: a position of a reader with another one is not its own. Without, all are one.
+    """
 
     def epoch(self, number: int) -> Any: ...
 
@@ -41,8 +61,10 @@ class TrainConfig:
     """What the loop does besides stepping; names are the seed system's. Steps are optimiser steps.
 
     Args:     output_dir: where checkpoints go.  log_steps: steps between log events.
-              save_steps: steps between checkpoints; one is saved at the end and on ctrl-C in any case.
-              train_steps: stop after so many steps in all; None: after the data.  train_epoch: passes over the data.
+              save_steps: steps between checkpoints; one is saved at the end, and when ctrl-C, SIGTERM or SIGHUP ends
+              the run.
+              train_steps: stop after so many steps, counted from the state that `train` was given; None: after the
+              data.  train_epoch: passes over the data.
               max_to_keep: checkpoints kept.  full_save_every: of so many saves one holds every row, see `Saver`.
               save_in_background: training goes on while a checkpoint is written, see `Saver`.
     Raises:   TypeError when a count is no int, ValueError when it is below 1.
@@ -69,13 +91,14 @@ class Progress:
     """Where training stands; what event listeners are shown."""
 
     epoch: int = 0
-    step: int = 0
+    step: int = 0  # optimiser steps since the model began, `TrainState.step`
     num_samples: int = 0  # of this run, the first call left out: it waits for the compiler
     seconds: float = 0.0  # that they took, reading and logging included, saving and evaluating left out
-    first_step_s: float = 0.0
+    first_step_s: float = 0.0  # of this run, with the time that compiling it took
     train_s: float = 0.0
     loss: float = float("nan")  # mean over the samples since the epoch began
     auc: float = float("nan")
+    num_nonfinite: int = 0  # micro-batches with NaN or infinity, which `on_nonfinite="skip"` leaves out
     stopped: str = ""  # "train_steps", "interrupted" or ""
     evaluation: dict[str, float] = field(default_factory=dict)
 
@@ -93,22 +116,29 @@ def train(
     *,
     steps_per_replay: int = 1,
     resume: bool = False,
+    overwrite: bool = False,
     evaluate_with: Callable[[TrainState], dict[str, float]] | None = None,
     on_event: Callable[[Event, Progress, TrainState], None] = lambda *_: None,
 ) -> tuple[TrainState, Progress]:
-    """Trains until the data, the epochs or `train_steps` end, or ctrl-C, which finishes the step and saves.
+    """Trains until the data, the epochs or `train_steps` end. Ctrl-C, SIGTERM and SIGHUP finish the step and save.
 
-    Args:     run: `step.update_` or its capture.  state: freshly initialised.
+    Args:     run: `step.update_` or its capture.  state: freshly initialised, or loaded.
               steps_per_replay: above 1, `run` is what `capture_steps` made for as many, and is given so many batches at
               once; fewer before a sweep, a log line, a checkpoint, the last of `train_steps` and the end of the data.
-              Events of steps then come once a call, and ctrl-C finishes it.
-              resume: continue from the newest checkpoint in output_dir, if there is one: the same bytes as never
-              having stopped.
+              Events of steps then come once a call, and a signal finishes it.
+              resume: continue from the newest checkpoint in output_dir, if there is one. When this reader wrote it, the
+              bytes are the same as never having stopped. When a run over other data ended with it, this run begins
+              with its own data.
+              overwrite: delete the checkpoints in output_dir before the first step.
               evaluate_with: state -> values by name, called after every epoch and after `train_steps`; a resumed run
-              that has nothing left to train is evaluated too.  on_event: told of every phase.
+              that has nothing left to train is evaluated too. Torch's generators come out of it as they were.
+              on_event: told of every phase.
     Returns:  the state after the last step, and where training stands.
-    Raises:   ValueError when steps_per_replay is below 1 or there is nothing to train on; what `run`, the reader, a
-              listener and the checkpoint raise. A save that is being written is waited for.
+    Raises:   ValueError when steps_per_replay is below 1, there is nothing to train on, output_dir holds checkpoints
+              and neither resume, overwrite nor a state loaded from there says what to do, or the newest one stands
+              within other data; FloatingPointError when the step met NaN or infinity and is to stop, see
+              `check_finite`; what `run`, the reader, a listener and the checkpoint raise. A save that is being written
+              is waited for.
     """
     if type(steps_per_replay) is not int or steps_per_replay < 1:
         raise ValueError(f"steps_per_replay: got {steps_per_replay!r}, expected at least 1, an int.")
@@ -116,16 +146,30 @@ def train(
     check_run(run, state, "step.update_")
     check_reader(reader)
     check_type("config", config, TrainConfig)
-    progress, position = Progress(), None
-    begun = time.perf_counter()
+    if resume and overwrite:
+        raise ValueError("overwrite: got True with resume=True, expected one of them. A run goes on or begins again.")
+    identity = getattr(reader, "identity", None)
+    progress, position = Progress(step=int(state.step)), None
+    begun, began = time.perf_counter(), progress.step
+    looked: tuple[int, dict | None] = progress.step, None  # where all was finite: step, position in this epoch
     saving = False
 
-    def save(position: dict | None) -> None:
+    def look(position: dict | None) -> None:
+        """Raises when a step since the last look met NaN or infinity."""
+        nonlocal looked
+        if is_stopped(step, state):
+            batch, where = _first_bad(step, state, reader, progress.epoch, *looked)
+            check_finite(step, state, batch=batch, where=where)
+        looked = progress.step, position
+
+    def save(position: dict | None, *, is_end: bool = False) -> None:
         nonlocal saving
         saved(wait=True)
+        look(position)
         on_event("before_save", progress, state)
         write = saver.save_in_background if config.save_in_background else saver.save
-        write(state, number=progress.step, loop={"epoch": progress.epoch, "position": position})
+        of_reader = {"position": position, "reader": identity, "began": began, "ended": is_end}
+        write(state, number=progress.step, loop={"epoch": progress.epoch, **of_reader})
         saving = True
         saved()
 
@@ -156,19 +200,20 @@ def train(
         intervals = config.log_steps, config.save_steps, step.sweep_every or config.save_steps
         steps = 1 if interrupted else min(n - progress.step % n for n in intervals)
         if config.train_steps is not None:
-            steps = min(steps, config.train_steps - progress.step)
+            steps = min(steps, began + config.train_steps - progress.step)
         return min(steps_per_replay, steps * step.accumulation - window)
 
-    def after_steps(num: int) -> None:
+    def after_steps(num: int, position: dict | None) -> None:
         progress.step += num
         step.sweep_(state, progress.step)
         if progress.step % config.log_steps == 0:
+            look(position)
             read_metrics(progress, state)
             on_event("log", progress, state)
         on_event("after_step", progress, state)
 
     def should_stop() -> bool:
-        if config.train_steps is not None and progress.step >= config.train_steps:
+        if config.train_steps is not None and progress.step - began >= config.train_steps:
             progress.stopped = "train_steps"
         elif interrupted:
             progress.stopped = "interrupted"
@@ -177,16 +222,34 @@ def train(
     def evaluate_now() -> None:
         if evaluate_with is not None and progress.stopped != "interrupted":
             on_event("before_evaluation", progress, state)
-            progress.evaluation = evaluate_with(state)
+            with torch.random.fork_rng([state.step.device] if state.step.is_cuda else []):
+                progress.evaluation = evaluate_with(state)
             on_event("after_evaluation", progress, state)
 
     keep = {"max_to_keep": config.max_to_keep, "full_every": config.full_save_every}
     with checkpoint.Saver(config.output_dir, step, **keep) as saver, _interrupts() as interrupted:
-        found = checkpoint.latest(config.output_dir) if resume else None
-        if found is not None:
+        found = checkpoint.latest(config.output_dir)
+        if found is not None and not resume and not overwrite:
+            _check_follows(found, progress.step, config.output_dir)
+        if found is not None and resume:
             state, loop = checkpoint.load(found, step, state)
-            progress.step, progress.epoch, position = loop["step"], loop["epoch"], loop["position"]
+            progress.step = began = int(state.step)
+            if loop.get("reader", identity) == identity:
+                progress.epoch, position = loop.get("epoch", 0), loop.get("position")
+                began = loop.get("began", 0)
+            elif not loop.get("ended"):
+                raise ValueError(
+                    f"reader: got one of {identity}, expected one of {loop['reader']}: {found} was saved within other "
+                    "data, the rest of which would never be trained. Finish it with its reader, or leave it: give "
+                    "train a state loaded from there, without resume."
+                )
+            looked = progress.step, position
         if progress.epoch >= config.train_epoch or should_stop():
+            warnings.warn(
+                f"recfx: nothing is left to train: {found} has come to the end of what was asked for. Give other data, "
+                "more epochs or more steps.",
+                stacklevel=2,
+            )
             evaluate_now()
         while progress.epoch < config.train_epoch and not should_stop():
             reset_metrics_(state)
@@ -196,14 +259,16 @@ def train(
             window = 0  # micro-batches of the open accumulation window
             clock = time.perf_counter()
             while some := list(itertools.islice(stream, most_batches(window))):
+                if overwrite and progress.step == began:  # now there is something to train on
+                    saver.delete_all()
                 if window == 0 or window + len(some) > step.accumulation:
                     on_event("before_step", progress, state)
                 state = run_all(state, some)
-                clock = _count(progress, some, clock)
+                clock = _count(progress, some, clock, run)
                 position, (num_steps, window) = batches.position, divmod(window + len(some), step.accumulation)
                 if num_steps == 0:
                     continue
-                after_steps(num_steps)
+                after_steps(num_steps, position)
                 saved()
                 if not window and should_stop():
                     batches.close()
@@ -219,8 +284,10 @@ def train(
                     )
                 if window:
                     state = step.flush_(state)
-                    after_steps(1)
+                    after_steps(1, position)
+                look(position)
                 progress.epoch, position = progress.epoch + 1, None
+                looked = progress.step, None
                 on_event("after_epoch", progress, state)
                 goes_on = progress.epoch < config.train_epoch
                 stops = bool(goes_on or window) and should_stop()  # a window that was flushed may be the last step
@@ -229,15 +296,47 @@ def train(
             evaluate_now()
         read_metrics(progress, state)
         progress.train_s = time.perf_counter() - begun
-        save(position)
+        save(position, is_end=progress.stopped != "interrupted")
         saved(wait=True)
     return state, progress
+
+
+def _check_follows(found: Path, step: int, folder: str) -> None:
+    """Checkpoints are ordered by their steps: a run whose numbers begin below those in its folder would be lost."""
+    newest = int(found.name.rpartition("-")[2])
+    if step == 0 or step < newest:
+        raise ValueError(
+            f"output_dir: got '{folder}', which holds {found.name}, for a run that begins at step {step}, expected a "
+            "folder without checkpoints that are as new. Give resume=True (--resume) to go on from there, "
+            "overwrite=True (--overwrite) to delete them, or another output_dir."
+        )
+
+
+def _first_bad(
+    step: Step, state: TrainState, reader: Reader, epoch: int, looked: int, position: dict | None
+) -> tuple[Batch | None, str]:
+    """The first batch that was not finite, read again from where all still was, and what to say of its place."""
+    number, micro_batch = int(state.nonfinite.first_step), int(state.nonfinite.first_batch)
+    place = (number - 1 - looked) * step.accumulation + micro_batch
+    batches = reader.epoch(epoch) if position is None else reader.start_at(position)
+    try:
+        stream = iter(batches)
+        for _ in range(place):
+            next(stream)
+            position = batches.position
+        return next(stream), f", which follows position {position} of epoch {epoch}"
+    except Exception as error:  # only the message suffers
+        return None, f" of epoch {epoch}, which could not be read again ({error})"
+    finally:
+        batches.close()
 
 
 def evaluate(
     run: Run, state: TrainState, batches: Iterable[Batch], *, eval_steps: int | None = None
 ) -> dict[str, float]:
     """AUC, log loss, calibration and number of samples of held-out batches; the state's own metrics come out unchanged.
+
+    AUC, log loss and calibration are NaN when a logit or loss was not finite; `num_nonfinite` counts those samples.
 
     Args:     run: `step.evaluate_` or its capture.  eval_steps: batches to read; None: all.
     Raises:   ValueError when there is no batch, or eval_steps is below 1.
@@ -261,6 +360,7 @@ def evaluate(
         "log_loss": metrics.log_loss(counts),
         "calibration": metrics.calibration(counts),
         "num_samples": float(counts.sums[0]),
+        "num_nonfinite": float(metrics.num_nonfinite(counts)),
     }
     for target, source in zip(state.metrics, kept.metrics, strict=True):
         target.copy_(source)
@@ -268,8 +368,9 @@ def evaluate(
 
 
 def read_metrics(progress: Progress, state: TrainState) -> None:
-    """Loss and AUC since the metrics were last reset, read from the device."""
+    """Loss and AUC since the metrics were last reset, and what was left out, read from the device."""
     progress.loss, progress.auc = metrics.log_loss(state.metrics), metrics.auc(state.metrics)
+    progress.num_nonfinite = int(state.nonfinite.num_batches)
 
 
 def reset_metrics_(state: TrainState) -> None:
@@ -278,19 +379,23 @@ def reset_metrics_(state: TrainState) -> None:
         t.zero_()
 
 
-def _count(progress: Progress, batches: list[Batch], clock: float) -> float:
+def _count(progress: Progress, batches: list[Batch], clock: float, run: Any) -> float:
     now = time.perf_counter()
     if progress.first_step_s:
         progress.num_samples += sum(int(batch[NUM_SAMPLES]) for batch in batches)
         progress.seconds += now - clock
     else:
-        progress.first_step_s = now - clock
+        compile_s = run.take_compile_s() if hasattr(run, "take_compile_s") else 0.0
+        progress.first_step_s = now - clock + compile_s
     return now
 
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Collects ctrl-C instead of raising it, so that a step is never cut in half. A second one raises."""
+    """Collects ctrl-C, SIGTERM and SIGHUP instead of raising, so that a step is never cut in half. A second one raises.
+
+    A signal that the process was started to ignore, as `nohup` does with SIGHUP, stays ignored.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -298,11 +403,15 @@ def _interrupts() -> Iterator[list[int]]:
 
     def receive(number: int, frame: Any) -> None:
         if received:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         received.append(number)
 
-    before = signal.signal(signal.SIGINT, receive)
+    before = {number: signal.getsignal(number) for number in STOPPING}
     try:
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, receive)
         yield received
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -55,10 +55,6 @@ def fresh(step: Step) -> TrainState:
     return step.init({name: p.clone() for name, p in deepfm_params().items()})
 
 
-def eager(step: Step) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
-    return lambda state, batch: step.update_(step.grow_(state, step.ids_in(batch)), batch)
-
-
 class Log:
     """An event listener; `then` is called at the given (event, step)."""
 
@@ -96,8 +92,9 @@ def go(
     """Trains from the start in a new step and state, as a new process would."""
     step = make(accumulation=accumulation)
     config = TrainConfig(output_dir=str(folder), **config)
-    run = eager(step)
-    return train(step, run, fresh(step), reader, config, resume=resume, evaluate_with=evaluate_with, on_event=listener)
+    return train(
+        step, step.update_, fresh(step), reader, config, resume=resume, evaluate_with=evaluate_with, on_event=listener
+    )
 
 
 def saved(folder: Path) -> list[int]:

@@ -19,7 +19,7 @@ from recfx.table import functions as table_module
 from recfx.train import TrainConfig, train
 from recfx.types import Batch, pack
 from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
-from tests.loop import Log, MemoryReader, eager, interrupt, last_bytes
+from tests.loop import Log, MemoryReader, interrupt, last_bytes
 from tests.test_cuda_graph import Recorder
 from tests.test_step import assert_same_state
 
@@ -46,7 +46,7 @@ def grouped(batches: Sequence[Batch], most: int) -> list[list[Batch]]:
 def one_by_one(step: Step, batches: Sequence[Batch]) -> tuple[Any, list[Any]]:
     state, auxes = fresh(step), []
     for batch in batches:
-        state, aux = eager(step)(state, batch)
+        state, aux = step.update_(state, batch)
         auxes.append(aux)
     return state, auxes
 
@@ -140,7 +140,7 @@ def test_evaluations_between_calls_see_what_they_would_and_leave_no_trace(record
     for some in grouped(batches, 4):
         state, _ = run(state, some)
         for batch in some:
-            other, _ = eager(step)(other, batch)
+            other, _ = step.update_(other, batch)
         for batch in held_out:
             state, aux = evaluate(state, batch)
             other, expected = step.evaluate_(other, batch)
@@ -192,7 +192,7 @@ def test_a_call_does_not_go_past_a_sweep(recorder, life, most, accumulation):
         assert_same_state(state, other, exact=True)
         state, _ = run(state, some)
         for batch in some:
-            other, _ = eager(step)(other, batch)
+            other, _ = step.update_(other, batch)
         state, other = (step.sweep_(s, number * most // accumulation) for s in (state, other))
     assert_same_state(state, other, exact=True)
     if life == "sweeps":

@@ -44,7 +44,7 @@ def fresh(step: Step) -> TrainState:
 
 def trained(step: Step, state: TrainState, batches: list) -> TrainState:
     for batch in batches:
-        state, _ = step.update_(step.grow_(state, step.ids_in(batch)), batch)
+        state, _ = step.update_(state, batch)
     return state
 
 

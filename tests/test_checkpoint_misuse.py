@@ -416,14 +416,19 @@ def test_a_save_over_a_damaged_one_leaves_nothing_behind(step, state, tmp_path, 
 
 
 def test_leftovers_that_are_no_folders(step, state, tmp_path):
-    """A link is removed, what it points to is not."""
+    """A link is removed, what it points to is not; names that no save gives are left alone."""
+    folder = tmp_path / "ckpt"
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "mine").write_text("mine")
-    (tmp_path / "ckpt").mkdir()
-    (tmp_path / "ckpt" / ".unfinished-file").write_text("")
-    (tmp_path / "ckpt" / ".unfinished-link").symlink_to(tmp_path / "kept")
-    path = save(tmp_path / "ckpt", step, state, number=1, loop={})
-    assert steps(path.parent) == [path]
+    folder.mkdir()
+    for name in (".unfinished-000000001", ".unfinished-000000009"):
+        (folder / name).write_text("")
+    (folder / ".unfinished-step-000000003").symlink_to(tmp_path / "kept")
+    others = [".unfinished-file", ".unfinished-9", ".unfinished-step-000000003.bak", ".unfinished-0000000090"]
+    for name in others:
+        (folder / name).mkdir()
+    path = save(folder, step, state, number=1, loop={})
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*others, ".lock", path.name])
     assert (tmp_path / "kept" / "mine").read_text() == "mine"
 
 

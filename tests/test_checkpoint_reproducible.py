@@ -25,7 +25,7 @@ from recfx.step import Step
 from recfx.table import num_live, stats
 from recfx.train import TrainConfig, train
 from tests.conftest import deepfm_batches, deepfm_groups, deepfm_step
-from tests.loop import Log, MemoryReader, eager, fresh, interrupt
+from tests.loop import Log, MemoryReader, fresh, interrupt
 from tests.test_checkpoint import digests
 
 NUM_BATCHES = 9
@@ -86,12 +86,12 @@ def test_all_at_once(tmp_path, monkeypatch):
         keep=8, every=3, at_cap="evict",
     )  # fmt: skip
     step = deepfm_step(embeddings=groups, accumulation=2, life=life, max_rows=16)
-    whole = go(tmp_path / "whole", step, eager(step))
+    whole = go(tmp_path / "whole", step, step.update_)
     monkeypatch.setattr(table_package.functions, "FIRST_SLOTS", 8)
     options = {"save_in_background": True, "full_save_every": 3, "save_steps": 1, "max_to_keep": 1}
     for at in (2, 5, 8):
-        go(tmp_path / "parts", step, eager(step), listener=Log(("after_step", at), interrupt), **options)
-    parts = go(tmp_path / "parts", step, eager(step), **options)
+        go(tmp_path / "parts", step, step.update_, listener=Log(("after_step", at), interrupt), **options)
+    parts = go(tmp_path / "parts", step, step.update_, **options)
     assert diff(parts, whole) == []
     assert digests(compact(parts)) == digests(whole)
     seen = [stats(t) for t in load(whole, step, fresh(step))[0].tables]
@@ -107,14 +107,14 @@ def test_ids_deleted_between_two_runs(tmp_path):
             rows.delete_(step, state, "emb/a", torch.arange(0, 150, 2))
 
     step = deepfm_step()
-    whole = go(tmp_path / "whole", step, eager(step), listener=delete)
-    path = go(tmp_path / "parts", step, eager(step), train_steps=3)
+    whole = go(tmp_path / "whole", step, step.update_, listener=delete)
+    path = go(tmp_path / "parts", step, step.update_, train_steps=3)
     state, loop = load(path, step, fresh(step))
     num_rows = num_live(state.tables[0])
     rows.delete_(step, state, "emb/a", torch.arange(0, 150, 2))
     assert num_live(state.tables[0]) < num_rows - 10
     save(path.parent, step, state, number=loop["step"], loop=loop)
-    assert digests(go(path.parent, step, eager(step))) == digests(whole)
+    assert digests(go(path.parent, step, step.update_)) == digests(whole)
 
 
 def test_grown_or_not(captured, tmp_path, monkeypatch):
@@ -137,14 +137,14 @@ def assert_same_rows(a: Path, b: Path) -> None:
 
 def test_compiled_or_eager(captured, tmp_path):
     step, run = captured
-    assert_same_rows(go(tmp_path / "captured", step, run), go(tmp_path / "eager", step, eager(step)))
+    assert_same_rows(go(tmp_path / "captured", step, run), go(tmp_path / "eager", step, step.update_))
 
 
 def test_at_another_thread_count(tmp_path):
     step, paths = deepfm_step(), []
     for num in (1, 2):
         torch.set_num_threads(num)
-        paths.append(go(tmp_path / str(num), step, eager(step)))
+        paths.append(go(tmp_path / str(num), step, step.update_))
     assert_same_rows(*paths)
 
 
@@ -178,7 +178,7 @@ def test_after_save_is_told_when_it_is_on_disk(tmp_path):
 
     events: list[str] = []
     step = deepfm_step()
-    go(tmp_path, step, eager(step), listener=look, save_in_background=True, save_steps=2)
+    go(tmp_path, step, step.update_, listener=look, save_in_background=True, save_steps=2)
     assert events == ["before_save", "after_save"] * (2 * NUM_BATCHES // 2)  # the last step is one of them
 
 
@@ -190,10 +190,10 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
     def second(event: str, progress: Any, state: Any) -> None:
         if (event, progress.step) == ("after_step", 6):
             with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} writes checkpoints there, expected no"):
-                go(tmp_path, step, eager(step))
+                go(tmp_path, step, step.update_)
             told.append(digests(latest(tmp_path)))
 
-    go(tmp_path, step, eager(step), listener=second)
+    go(tmp_path, step, step.update_, listener=second)
     assert len(told) == 1
 
 
@@ -202,10 +202,10 @@ def test_a_failed_background_save_stops_training(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     step = deepfm_step()
-    kept = go(tmp_path, step, eager(step), train_steps=3)
+    kept = go(tmp_path, step, step.update_, train_steps=3)
     before = digests(kept)
     monkeypatch.setattr("recfx.checkpoint.contents.write_tensors", full)
     with pytest.raises(OSError, match=r"No space left on device. The checkpoints before this one are whole"):
-        go(tmp_path, step, eager(step), save_in_background=True)
+        go(tmp_path, step, step.update_, save_in_background=True)
     assert latest(tmp_path) == kept
     assert digests(kept) == before

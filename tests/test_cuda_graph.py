@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from recfx import capture as capture_module
 from recfx import cuda_graph, rows
 from recfx.capture import sections_function
-from recfx.cuda_graph import Feed, record, replayed, untouched
+from recfx.cuda_graph import Feed, Replays, record, untouched
 from recfx.optim import clip_global_norm
 from recfx.policies import Life, at_least
 from recfx.step import Step
@@ -59,15 +59,15 @@ class Run:
 
     def __init__(self, step: Step) -> None:
         self.step, self.recorder, self.grown = step, Recorder(), []
-        self.replay = replayed(self.grow_, lambda state: sys.maxsize, self.recorder)
+        self.replay = Replays(self.grow_, lambda state: sys.maxsize, self.recorder)
 
     def grow_(self, state: Any, ids: Any) -> Any:
         self.grown.append(list(ids))
         return self.step.grow_(state, ids)
 
     def __call__(self, state: Any, batch: Batch) -> tuple[Any, Any]:
-        function = sections_function(self.step.update_, batch.layout)
-        state, (aux,) = self.replay(state, [batch], function, self.step.ids_in(batch))
+        function = sections_function(self.step.in_graph_, batch.layout)
+        state, (aux,) = self.replay.run(state, [batch], function, self.step.ids_in(batch))
         return state, aux
 
 
@@ -77,7 +77,7 @@ def fresh(step: Step) -> Any:
 
 def eager(step: Step, state: Any, batches: list[Batch]) -> Any:
     for batch in batches:
-        state, _ = step.update_(step.grow_(state, step.ids_in(batch)), batch)
+        state, _ = step.update_(state, batch)
     return state
 
 
@@ -115,7 +115,7 @@ def test_the_empty_batch_leaves_every_byte_as_it_is(accumulation, clip, life, ba
         layout = deepfm_batches(1)[0].layout
         empty = Batch(torch.zeros(layout.num_bytes, dtype=torch.uint8), layout)
         before = all_bytes(state)
-        for function in (step.update_, step.evaluate_):
+        for function in (step.in_graph_, step.evaluate_):
             with untouched(state), torch.no_grad():
                 function(state, empty)
         after = all_bytes(state)
@@ -286,7 +286,7 @@ def test_a_recording_that_fails_ends_its_use_of_the_stream_and_is_waited_for(run
     for name, value in (vars(cuda) | {"stream": stream, "graph": graph, "CUDAGraph": object}).items():
         monkeypatch.setattr(torch.cuda, name, value)
     state, layout = eager(run.step, fresh(run.step), deepfm_batches(2)), deepfm_batches(1)[0].layout
-    step, before = sections_function(run.step.update_, layout), all_bytes(state)
+    step, before = sections_function(run.step.in_graph_, layout), all_bytes(state)
     with pytest.raises(RuntimeError, match="out of memory"):
         record(function, state, layout, 1, pool=None, stream=cuda.Stream())
     assert current == ["main"]
@@ -301,7 +301,7 @@ def test_recordings_that_share_a_pool_share_a_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
     monkeypatch.setattr(capture_module, "record", lambda *_, pool, stream: used.append((pool, stream)))
-    states = [SimpleNamespace(dense=SimpleNamespace(step=torch.zeros((), device=on))) for on in ("cpu", "meta", "cpu")]
+    states = [SimpleNamespace(step=torch.zeros((), device=on)) for on in ("cpu", "meta", "cpu")]
     record_ = capture_module._recorder("fp32")
     for state in states:
         record_(None, state, None, 1)

@@ -51,7 +51,7 @@ def test_a_batch_of_many_columns():
 def test_a_step(step):
     """What it is made of, and no address."""
     assert repr(step).splitlines() == [
-        "Step(accumulation 2, seed 3, fp32, rows keep m and v)",
+        "Step(accumulation 2, seed 3, fp32, stop on NaN, rows keep m and v)",
         "    table 0: 3 vocabularies of width 4 + 1 on cpu, read by a, b, c",
         "    group 'emb': 3 embeddings",
         "    group 'bias': 3 embeddings",
@@ -91,7 +91,7 @@ def test_fake_and_vmapped_tensors(step):
     printed = []
 
     def one(count: Tensor) -> Tensor:
-        printed.append(repr(state._replace(dense=state.dense._replace(step=count))))
+        printed.append(repr(state._replace(step=count)))
         return count
 
     torch.func.vmap(one)(torch.zeros(2))

@@ -24,7 +24,7 @@ def _fused_on_a_cpu(monkeypatch):
 
 def operators(**kwargs) -> set[str]:
     step = deepfm_step(**kwargs)
-    graph = trace(step.update_, fresh(step), deepfm_batches(1)[0]).graph
+    graph = trace(step.in_graph_, fresh(step), deepfm_batches(1)[0]).graph
     return {str(n.target) for n in graph.nodes if "recfx" in str(n.target)}
 
 

@@ -135,7 +135,7 @@ def test_one_call_of_each_primitive_per_physical_table():
     groups = {"emb": deepfm_groups()["emb"], "bias": bias}
     step, batch = deepfm_step(embeddings=groups), deepfm_batches(1)[0]
     assert [t.dims for t in step.plan.tables] == [(DIM, 1), (DIM,)]
-    graph = trace(step.update_, step.init(deepfm_params()), batch).graph
+    graph = trace(step.in_graph_, step.init(deepfm_params()), batch).graph
     assert custom_ops(graph) == Counter((*TRAINING * 2, *METRICS))
     flow = flow_of(graph)
     assert {b for _, b in handed_on(flow, stages_of(flow))} >= {"lookup", "sparse", "dense", "metrics", "aux"}
@@ -146,7 +146,7 @@ def test_the_traced_graph_is_the_step(accumulation):
     """Run as it is, it leaves the bytes that `update_` leaves."""
     step, batches = deepfm_step(accumulation=accumulation), deepfm_batches(4, short_last=True)
     one, other = step.init(deepfm_params()), step.init(deepfm_params())
-    graph_module = trace(step.update_, one, batches[0])
+    graph_module = trace(step.in_graph_, one, batches[0])
     for batch in batches:
         aux = graph_module(one, batch.sections)
         other, expected = step.update_(other, batch)
@@ -158,7 +158,7 @@ def test_the_traced_graph_is_the_step(accumulation):
 def test_tracing_leaves_the_state_alone():
     step, batch = deepfm_step(), deepfm_batches(1)[0]
     state, same = step.init(deepfm_params()), step.init(deepfm_params())
-    trace(step.update_, state, batch)
+    trace(step.in_graph_, state, batch)
     assert all(torch.equal(a, b) for a, b in zip(tree_leaves(state), tree_leaves(same), strict=True))
 
 

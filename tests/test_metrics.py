@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recfx import metrics
 from recfx.losses import bce_with_logits
 from recfx.metrics import auc, auc_200, binary_metrics, calibration, gauc, log_loss, threshold_auc
 from tests.reference import exact_auc
@@ -50,7 +51,6 @@ def test_gauc_is_the_mean_of_exact_aucs(rows):
         ([1, 1], [0.1], [0, 1], ValueError, r"group, score, label: got \[2, 1, 2\] elements, expected as many"),
         ([1, 1], [0.1, 0.2], [0, 1, 1], ValueError, r"got \[2, 2, 3\] elements"),
         ([1.0, 1.0], [0.1, 0.2], [0, 1], TypeError, r"group: got torch.float32, expected integers"),
-        ([1, 1], [0.1, math.nan], [0, 1], ValueError, r"score: got NaN, expected numbers"),
     ],
 )
 def test_gauc_of_what_it_cannot_be(group, score, label, error, message):
@@ -181,3 +181,29 @@ def test_update_is_update_and_leaves_its_input():
         pure, in_place = new, counts_of(logit, label, valid=valid, state=in_place, spelling="update_")
         assert torch.equal(pure.histogram, in_place.histogram)
         torch.testing.assert_close(pure.sums, in_place.sums, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["logit", "loss"])
+def test_one_number_that_is_not_finite_makes_every_metric_nan_and_is_counted(bad, where):
+    binary = metrics.binary_metrics()
+    logit, label = torch.tensor([[1.0], [-1.0], [0.5]]), torch.tensor([[1.0], [0.0], [1.0]])
+    loss, valid = torch.full((3, 1), 0.5), torch.tensor([[True], [True], [False]])
+    counts = binary.update_(binary.init(), logit, label, loss, valid)
+    values = metrics.auc, metrics.log_loss, metrics.calibration
+    assert [f(counts) for f in values[:2]] == [1.0, 0.5]
+    {"logit": logit, "loss": loss}[where][2] = bad  # of padding
+    counts = binary.update_(counts, logit, label, loss, valid)
+    assert metrics.num_nonfinite(counts) == 0
+    {"logit": logit, "loss": loss}[where][1] = bad
+    for update in (binary.update, binary.update_):
+        after = update(counts, logit, label, loss, valid)
+        assert metrics.num_nonfinite(after) == 1
+        assert all(math.isnan(f(after)) for f in values)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gauc_of_a_score_that_is_not_finite_is_nan(bad):
+    group, label = torch.tensor([1, 1, 2, 2]), torch.tensor([0.0, 1.0, 0.0, 1.0])
+    assert metrics.gauc(group, torch.tensor([0.1, 0.2, 0.3, 0.4]), label) == 1.0
+    assert math.isnan(metrics.gauc(group, torch.tensor([0.1, 0.2, bad, 0.4]), label))

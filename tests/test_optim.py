@@ -18,8 +18,17 @@ ADAM_FAMILY = {
     "recis": optim.sparse_adamw_recis,
     "tf": optim.sparse_adamw_tf,
     "adam": optim.sparse_adam,
+    "adam recis": optim.sparse_adam_recis,
 }
-DENSE_ADAM_FAMILY = {"adamw": optim.adamw, "recis": optim.adamw_recis, "tf": optim.adamw_tf, "adam": optim.adam}
+DENSE_ADAM_FAMILY = {
+    "adamw": optim.adamw,
+    "recis": optim.adamw_recis,
+    "tf": optim.adamw_tf,
+    "adam": optim.adam,
+    "adam recis": optim.adam_recis,
+}
+WITHOUT_DECAY = ("adam", "adam recis")
+TORCH_S = ("adamw", "adam")  # the others have eps outside the bias correction
 SPARSE = {
     **ADAM_FAMILY,
     "sgd": optim.sparse_sgd,
@@ -60,15 +69,26 @@ def moved(build, grad: float, *, steps: int = 1, first_step: int = 1, **kwargs) 
     return out
 
 
+def moved_dense(build, grad: float, *, steps: int, **kwargs) -> list[float]:
+    """The same for parameters."""
+    optimizer, params = build(1e-3, **kwargs), {"w": torch.zeros(2)}
+    state, out = optimizer.init(params), []
+    for _ in range(steps):
+        state, params = optimizer.update(state, params, {"w": torch.full((2,), grad)}, ONE, DUE)
+        assert len(params["w"].unique()) == 1
+        out.append(float(params["w"][0]))
+    return out
+
+
 def formula(name: str, w: float, grads: list[float], *, lr: float, wd: float, b1=0.9, b2=0.999, eps=1e-8) -> float:
     m = v = 0.0
     for t, g in enumerate(grads, start=1):
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-        w *= {"adamw": 1 - lr * wd, "recis": 1 - lr * wd, "tf": 1 - wd, "adam": 1.0}[name]
-        if name == "recis":
-            w -= lr * math.sqrt(1 - b2**t) / (1 - b1**t) * m / (math.sqrt(v) + eps)
-        else:
+        w *= {"adamw": 1 - lr * wd, "recis": 1 - lr * wd, "tf": 1 - wd, "adam": 1.0, "adam recis": 1.0}[name]
+        if name in TORCH_S:
             w -= lr * (m / (1 - b1**t)) / (math.sqrt(v / (1 - b2**t)) + eps)
+        else:
+            w -= lr * math.sqrt(1 - b2**t) / (1 - b1**t) * m / (math.sqrt(v) + eps)
     return w
 
 
@@ -78,22 +98,50 @@ def test_recis_numbers():
     )
     assert moved(optim.sparse_adamw_recis, 1e-6) == [pytest.approx(-7.597e-4, rel=1e-4)]
     assert moved(optim.sparse_adamw, 1e-6) == [pytest.approx(-9.901e-4, rel=1e-4)]
-    assert moved(optim.sparse_adamw_recis, 1.0, first_step=10) == [pytest.approx(-4.84e-4, rel=1e-3)]
-    assert moved(optim.sparse_adamw_recis, 1.0, first_step=10_000) == [pytest.approx(-3.16e-3, rel=1e-3)]
 
 
 def test_dense_recis_numbers():
-    optimizer, params = optim.adamw_recis(1e-3), {"w": torch.zeros(2)}
-    state, out = optimizer.init(params), []
-    for _ in range(3):
-        state, params = optimizer.update(state, params, {"w": torch.ones(2)}, ONE, DUE)
-        out.append(float(params["w"][0]))
+    out = moved_dense(optim.adamw_recis, 1.0, steps=3)
     assert out == pytest.approx([-0.00099999968, -0.00199998946, -0.00299996928], rel=2e-7)
 
 
 @pytest.mark.parametrize("name", ADAM_FAMILY)
+@pytest.mark.parametrize(("grad", "torch_s", "recis"), [(1e-7, -4.5455e-3, -1.7042e-3), (1e-6, -4.9505e-3, -4.1619e-3)])
+def test_small_gradients_tell_torch_s_form_from_recis_s(name, grad, torch_s, recis):
+    """RecIS computes AdamW, its TF variant and Adam with one kernel: five steps of a constant gradient, no decay."""
+    kwargs = {} if name in WITHOUT_DECAY else {"weight_decay": 0.0}
+    expected = pytest.approx(torch_s if name in TORCH_S else recis, abs=6e-8)
+    assert moved(ADAM_FAMILY[name], grad, steps=5, **kwargs)[-1] == expected
+    assert moved_dense(DENSE_ADAM_FAMILY[name], grad, steps=5, **kwargs)[-1] == expected
+
+
+@pytest.mark.parametrize("name", ["recis", "tf", "adam recis"])
+def test_a_row_that_is_first_touched_late(name):
+    """The bias is corrected by the table's steps, in all of RecIS's forms. The row is 0, so that decay does nothing."""
+    assert moved(ADAM_FAMILY[name], 1.0, first_step=10) == [pytest.approx(-4.84e-4, rel=1e-3)]
+    assert moved(ADAM_FAMILY[name], 1.0, first_step=10_000) == [pytest.approx(-3.16e-3, rel=1e-3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [("adamw", 1 - 1e-5), ("recis", 1 - 1e-5), ("tf", 1 - 1e-2), ("adam", 1.0), ("adam recis", 1.0)],
+)
+def test_decay_by_default(name, factor):
+    """A gradient of 0 leaves the decay alone: lr 1e-3, weight decay 1e-2, which the TF variant does not scale by lr."""
+    state = state_of(1)
+    before = state.rows[0, 0].double()
+    touch(state, [0], torch.zeros(1, state.rows.shape[2]))
+    state = ADAM_FAMILY[name](1e-3).apply_(state, ONE, DUE)
+    torch.testing.assert_close(state.rows[0, 0].double(), before * factor, rtol=2e-7, atol=0)
+    params = {"w": torch.full((2,), 3.0)}
+    dense = DENSE_ADAM_FAMILY[name](1e-3)
+    _, params = dense.update(dense.init(params), params, {"w": torch.zeros(2)}, ONE, DUE)
+    assert params["w"].tolist() == pytest.approx([3 * factor] * 2, rel=2e-7)
+
+
+@pytest.mark.parametrize("name", ADAM_FAMILY)
 def test_variants_are_their_formulas(name):
-    wd = {} if name == "adam" else {"weight_decay": 0.05}
+    wd = {} if name in WITHOUT_DECAY else {"weight_decay": 0.05}
     state, grads = state_of(2), [0.3, -1.0, 2e-6, 0.7, 0.0]
     before = state.rows[:2, 0].double()
     optimizer = ADAM_FAMILY[name](1e-2, **wd)

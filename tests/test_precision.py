@@ -59,7 +59,7 @@ def test_all_but_products_stays_f32(bf16):
     assert aux.logit.dtype == aux.loss.dtype == torch.float32
     assert [t.dtype for t in tree_leaves(after)] == [t.dtype for t in tree_leaves(state)]
     assert all(t.dtype != torch.bfloat16 for t in tree_leaves(after))
-    graph = trace(bf16.update_, state, batch).graph
+    graph = trace(bf16.in_graph_, state, batch).graph
     products = graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
     dtypes = [node.meta["val"].dtype for node in products]
     assert dtypes.count(torch.bfloat16) == 6  # two wide layers, each with two gradients

@@ -335,9 +335,8 @@ def test_a_sample_of_weight_two_is_two_samples():
 def test_shapes_that_would_be_broadcast_are_an_error(arguments, shapes, captured):
     step, batch = deepfm_step(**arguments), deepfm_batches(1)[0]
     state = fresh(step)
-    run = capture(step, state, batch) if captured else step.update_
     with pytest.raises((ValueError, Unsupported), match=re.escape(f"forward: got {shapes}, expected [B, 1] for each.")):
-        run(state, batch)
+        (capture(step, state, batch) if captured else step.update_)(state, batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.float64])

@@ -180,5 +180,5 @@ def test_a_table_that_is_only_read():
     state, aux = step.update_(state, deepfm_batches(1)[0])
     assert int(state.tables[0].num_rows) == int(state.tables[0].num_unique) == 0
     assert torch.isfinite(aux.logit).all()
-    graph = trace(step.update_, state, deepfm_batches(1)[0]).graph
+    graph = trace(step.in_graph_, state, deepfm_batches(1)[0]).graph
     assert not [n for n in graph.nodes if "find_or_insert" in str(n.target)]

@@ -30,8 +30,10 @@ LAYERS = (
     ("policies",),
     ("embeddings", "table", "optim"),
     ("models",),
+    ("context",),
     ("step_checks", "step", "run_checks", "dist"),
     ("fx_passes", "rehearsal", "compiled", "cuda_graph", "capture", "checkpoint", "rows"),
+    ("nonfinite",),
     ("train",),
     ("examples", "commands"),
     ("cli", "__main__"),
@@ -39,7 +41,7 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SEES_ONLY = {
     "data": {"types", "checks", "kernels"},
-    "checkpoint": {"types", "checks", "kernels", "embeddings", "table", "step", "run_checks", "rows"},
+    "checkpoint": {"types", "checks", "kernels", "context", "embeddings", "table", "step", "run_checks", "rows"},
     "models": {"types", "features", "layers", "losses"},
     "capture": {"types", "checks", "step", "run_checks", "compiled", "cuda_graph"},
     "compiled": {"fx_passes", "kernels", "rehearsal"},

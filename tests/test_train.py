@@ -17,7 +17,7 @@ from recfx.step import TrainState
 from recfx.train import Progress, TrainConfig, evaluate, train
 from recfx.types import NUM_SAMPLES, Batch
 from tests.conftest import BATCH_SIZE, FEATURES, NUM_NUMERIC, deepfm_batches, deepfm_step
-from tests.loop import Log, MemoryIterator, MemoryReader, eager, fresh, go, interrupt, last_bytes, reader_of, saved
+from tests.loop import Log, MemoryIterator, MemoryReader, fresh, go, interrupt, last_bytes, reader_of, saved
 from tests.reference import exact_auc, random_samples
 from tests.test_step import assert_same_state, batch_of
 
@@ -144,7 +144,7 @@ def test_counts_that_are_none(name):
 def test_no_steps_per_replay(tmp_path, num):
     step, config = deepfm_step(), TrainConfig(output_dir=str(tmp_path / "x"))
     with pytest.raises(ValueError, match=f"steps_per_replay: got {num}, expected at least 1, an int"):
-        train(step, eager(step), fresh(step), reader_of(2), config, steps_per_replay=num)
+        train(step, step.update_, fresh(step), reader_of(2), config, steps_per_replay=num)
     assert not (tmp_path / "x").exists()
 
 
@@ -263,7 +263,7 @@ def test_evaluate_changes_no_byte_of_the_state(tmp_path):
     step = deepfm_step(accumulation=2)
     state = fresh(step)
     for batch in deepfm_batches(3, seed=5):
-        state, _ = eager(step)(state, batch)
+        state, _ = step.update_(state, batch)
     assert int(state.window.num_batches) == 1
     assert int(state.metrics.sums[0]) > 0
     before, tensors = [t.clone() for t in leaves(state)], leaves(state)
@@ -278,7 +278,7 @@ def test_evaluate_against_exact_values():
     step = deepfm_step()
     state = fresh(step)
     for batch in deepfm_batches(6, seed=5):
-        state, _ = eager(step)(state, batch)
+        state, _ = step.update_(state, batch)
     held_out = deepfm_batches(20, seed=9, short_last=True)
     values = evaluate(step.evaluate_, state, held_out)
     logit, label = ([], [])
@@ -315,7 +315,7 @@ def test_nothing_to_evaluate(batches, eval_steps, message):
     state.metrics.sums.fill_(3)
     with pytest.raises(ValueError, match=message):
         evaluate(step.evaluate_, state, batches, eval_steps=eval_steps)
-    assert state.metrics.sums.tolist() == [3] * 4
+    assert state.metrics.sums.tolist() == [3] * 5
 
 
 def test_evaluating_changes_nothing_in_training(tmp_path):
@@ -385,7 +385,7 @@ def test_ctrl_c_in_the_middle_of_a_window(tmp_path):
         calls.append(len(calls))
         if len(calls) == 5:
             interrupt()
-        return eager(step)(state, batch)
+        return step.update_(state, batch)
 
     config = TrainConfig(output_dir=str(tmp_path))
     state, progress = train(step, run, fresh(step), reader_of(12), config)

@@ -11,20 +11,22 @@ from collections.abc import Callable
 
 __all__ = ["Job"]
 
+IGNORED = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
 
 class Job:
     """`work` in a forked child.
 
     A fork copies page tables, not memory; a page is copied when the parent first writes to it while the child lives.
     The child must be content with this one thread's copy of the process: no torch, whose OpenMP threads it lacks.
-    It ignores ctrl-C, which a terminal sends to it as well.
+    It ignores ctrl-C, SIGTERM and SIGHUP, which a terminal or a supervisor sends to it as well.
 
     Raises:   OSError when the system has no memory for a child.
     """
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._pipe, theirs = os.pipe()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:
             with warnings.catch_warnings():  # Python 3.12 warns of any fork beside threads
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -59,7 +61,8 @@ def _run(work: Callable[[], object], pipe: int) -> None:
     """The child's whole life. Nothing of the parent's is cleaned up in it."""
     status = 1
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in IGNORED:
+            signal.signal(number, signal.SIG_IGN)
         gc.disable()
         work()
         status = 0

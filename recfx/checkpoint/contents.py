@@ -19,17 +19,21 @@ from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from recfx.checkpoint.files import write_file, write_tensors
 from recfx.checkpoint.folders import (
+    DIGITS,
     FORMAT,
     MANIFEST,
     PREFIX,
     STATE,
     UNFINISHED,
+    delete,
     finished,
     hide,
+    name_of,
     read_manifest,
     sync_folder,
     write_manifest,
 )
+from recfx.context import generator_states
 from recfx.embeddings import Plan
 from recfx.step import Step, TrainState
 from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState
@@ -37,6 +41,7 @@ from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState
 __all__ = ["Contents", "DenseTensor", "Rows", "contents_of", "dense_tensors", "write"]
 
 SHARD_BYTES = 2**25
+GENERATOR = "generator."  # and a kind of device: the state of torch's generator, where the step draws from it
 WORKERS = 2  # one packs and sums while the other waits for the disk
 
 
@@ -70,7 +75,7 @@ def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since
     """
     if sys.byteorder != "little":
         raise NotImplementedError("save: got a big-endian machine, expected a little-endian one, as files are.")
-    if type(number) is not int or not 0 <= number < 10**9:
+    if type(number) is not int or not 0 <= number < 10**DIGITS:
         raise ValueError(f"number: got {number!r}, expected an int, 0 to 10**9 - 1. Checkpoints are ordered by it.")
     try:
         json.dumps({**loop, "step": number}, allow_nan=False, sort_keys=True)
@@ -78,7 +83,9 @@ def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since
         raise TypeError(f"loop: got {loop!r}, expected a dict that JSON can hold: {error}.") from error
     if int(state.window.num_batches):
         raise ValueError("state: got an open accumulation window, expected none. Save between optimiser steps.")
-    tables, small = [], {d.name: d.tensor for d in dense_tensors(state)}
+    tables, small = [], {d.name: d.tensor for d in dense_tensors(state)} | {"step": state.step}
+    if step.draws.happened:
+        small |= {f"{GENERATOR}{kind}": s for kind, s in generator_states(state.step.device).items()}
     for i, table in enumerate(state.tables):
         small |= {f"table.{i}.{name}": getattr(table, name) for name in ("num_rows", *COUNTERS)}
         small[f"table.{i}.free_rows"] = table.free_rows[: int(table.num_free)].flip(0)
@@ -107,9 +114,9 @@ def _rows(table: TableState, since: int | None) -> Rows:
 
 
 class DenseTensor(NamedTuple):
-    """A dense parameter, a part of its optimiser's state, or a counter of it, as the state holds it."""
+    """A dense parameter, a part of its optimiser's state, a counter of it, or a statistic, as the state holds it."""
 
-    part: str  # "params", "dense.m", "dense.step"
+    part: str  # "params", "dense.m", "dense.step", "stats"
     param: str | None  # whose it is
     tensor: Tensor
 
@@ -119,9 +126,9 @@ class DenseTensor(NamedTuple):
 
 
 def dense_tensors(state: TrainState) -> list[DenseTensor]:
-    """Dense parameters and all that their optimiser keeps."""
+    """Dense parameters, all that their optimiser keeps, and what `forward` keeps."""
     found = []
-    for path, tensor in tree_flatten_with_path({"params": state.params, "dense": state.dense})[0]:
+    for path, tensor in tree_flatten_with_path({"params": state.params, "dense": state.dense, "stats": state.stats})[0]:
         keys = [_key(part) for part in path]
         of_param = isinstance(path[-1], MappingKey)
         found.append(DenseTensor(".".join(keys[:-1] if of_param else keys), keys[-1] if of_param else None, tensor))
@@ -153,7 +160,7 @@ def write(
     max_to_keep: int,
     before_file: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Writes <folder>/step-<number> and deletes all but the `max_to_keep` newest.
+    """Writes <folder>/step-<number> and deletes all but the `max_to_keep` newest of such names.
 
     Args:     base: the checkpoint that the rows in `contents` are to be laid over. Its files are linked, not copied,
               so each folder is complete and the older one may go. None: `contents` holds every live row.
@@ -161,13 +168,13 @@ def write(
     Raises:   OSError naming the folder when the disk is full or not writable; ValueError when `base` is damaged.
               Nothing is then left of the attempt; after ctrl-C, as after a kill, the next save clears it away.
     """
-    scratch = folder / f"{UNFINISHED}{contents.number:09d}"
+    target = folder / name_of(contents.number)
+    scratch = folder / target.name.replace(PREFIX, UNFINISHED)
     try:
         scratch.mkdir()
         manifest = _write_files(scratch, contents, base, before_file)
         write_manifest(scratch / MANIFEST, manifest)
         sync_folder(scratch)
-        target = folder / f"{PREFIX}{contents.number:09d}"
         _publish(scratch, target, manifest)
         sync_folder(folder)
     except Exception as error:  # not ctrl-C, which may come when nothing else is whole
@@ -176,9 +183,9 @@ def write(
             raise
         whole = "The checkpoints before this one are whole."
         raise OSError(error.errno, f"{scratch}: {error.strerror or error}. {whole}") from error
-    others = [path for path in finished(folder) if path != target]
+    others = [path for path in finished(folder) if path != target and not path.is_symlink()]  # save makes no links
     for old in others[: max(len(others) + 1 - max_to_keep, 0)]:
-        shutil.rmtree(hide(old))
+        delete(hide(old))
     return target
 
 
@@ -228,11 +235,11 @@ def _shard(rows: Rows) -> dict[str, np.ndarray]:
 def _publish(scratch: Path, target: Path, manifest: dict) -> None:
     """The folder appears by one rename. Where equal files stand already they are replaced one by one, manifest last."""
     try:
-        same = read_manifest(target)["files"] == manifest["files"]
+        same = not target.is_symlink() and read_manifest(target)["files"] == manifest["files"]
     except ValueError:
         same = False
     if not same:
-        old = hide(target) if target.exists() else None
+        old = hide(target) if os.path.lexists(target) else None
         try:
             os.replace(scratch, target)
         except OSError:
@@ -240,7 +247,7 @@ def _publish(scratch: Path, target: Path, manifest: dict) -> None:
                 os.replace(old, target)
             raise
         if old is not None:
-            shutil.rmtree(old)
+            delete(old)
         return
     for name in (*manifest["files"], MANIFEST):
         os.replace(scratch / name, target / name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -19,10 +20,12 @@ from recfx.checkpoint.files import MANIFEST, read_checked, write_file
 __all__ = [
     "FolderLock",
     "clear_unfinished",
+    "delete",
     "digest_of",
     "finished",
     "hide",
     "latest",
+    "name_of",
     "read_manifest",
     "sync_folder",
     "write_manifest",
@@ -31,6 +34,10 @@ __all__ = [
 FORMAT = 2
 STATE, LOCK = "state.safetensors", ".lock"
 PREFIX, UNFINISHED = "step-", ".unfinished-"
+DIGITS = 9  # names sort as their numbers do
+NAME = re.compile(rf"{PREFIX}([0-9]{{{DIGITS}}})")
+MADE = re.compile(rf"{re.escape(UNFINISHED)}([0-9]{{{DIGITS}}})")  # while it is written
+HIDDEN = re.compile(re.escape(UNFINISHED) + NAME.pattern)  # while it is deleted
 LOCK_WAIT_S = 2.0
 ORPHAN_WAIT_S = 60.0  # for a killed run's background save, between two files, to see that it may end
 
@@ -104,31 +111,46 @@ def _check_parts(path: Path, manifest: dict) -> None:
         raise ValueError(f"{path}: got loop {manifest['loop']}, expected the number of its step in it.")
 
 
-# Folders: a checkpoint is there when its manifest is, and hidden while it is made or deleted.
+# Folders: a checkpoint is there when its manifest is, and hidden while it is made or deleted. Only names that `save`
+# itself gives count: what a user keeps next to them, such as step-best or step-000000100.bak, is left alone.
+
+
+def name_of(number: int) -> str:
+    """The folder of the checkpoint of so many steps."""
+    return f"{PREFIX}{number:0{DIGITS}d}"
 
 
 def finished(folder: Path) -> list[Path]:
-    """The whole checkpoints below `folder`, oldest first."""
-    return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / MANIFEST).exists())
+    """The whole checkpoints below `folder`, oldest first. A link to one counts."""
+    return sorted(p for p in folder.glob(f"{PREFIX}*") if NAME.fullmatch(p.name) and (p / MANIFEST).is_file())
 
 
 def latest(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint below `folder`, or None."""
+    """The newest whole checkpoint below `folder`, or None. Only names that `save` gives, step-000000100, count.
+
+    `load` takes a folder of any name.
+    """
     paths = finished(Path(folder))
     return paths[-1] if paths else None
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Deletes what a killed save left behind. What lacks nothing but its rename is given it."""
+    """Deletes what a killed save left in its way. What lacks nothing but its rename is given it."""
     for leftover in folder.glob(f"{UNFINISHED}*"):
-        if leftover.is_symlink() or not leftover.is_dir():
-            leftover.unlink()
-            continue
-        target = folder / (PREFIX + leftover.name.removeprefix(UNFINISHED))
-        if not target.exists() and not leftover.name.startswith(UNFINISHED + PREFIX) and _is_whole(leftover):
+        made, hidden = (pattern.fullmatch(leftover.name) for pattern in (MADE, HIDDEN))
+        target = folder / name_of(int(made[1])) if made else None
+        if leftover.is_dir() and not leftover.is_symlink() and target and not target.exists() and _is_whole(leftover):
             os.replace(leftover, target)
-        else:
-            shutil.rmtree(leftover)
+        elif made or hidden:
+            delete(leftover)
+
+
+def delete(path: Path) -> None:
+    """A folder, or a file or link of its name; never what a link leads to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _is_whole(path: Path) -> bool:
@@ -159,11 +181,12 @@ def sync_folder(folder: Path) -> None:
 class FolderLock:
     """One writer per folder, across processes; it ends with its processes, however they end.
 
-    Raises:   BlockingIOError naming folder and process when another one writes there.
+    Raises:   BlockingIOError naming folder and process when another one writes there; OSError when its file cannot be
+              written, is a link, or the file system has no locks.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = _opened(folder / LOCK)
         begun = time.monotonic()
         while True:
             try:
@@ -180,11 +203,30 @@ class FolderLock:
                         "Choose another folder, or end that process.",
                     ) from None
                 time.sleep(0.02)
+            except OSError as error:
+                os.close(self._file)
+                raise OSError(
+                    error.errno,
+                    f"{folder}: got no lock ({error.strerror}), expected a file system with flock. Two processes that "
+                    "save there would delete each other's files. Save to a local disk, or mount it with flock.",
+                ) from error
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, str(os.getpid()).encode(), 0)
 
     def release(self) -> None:
         os.close(self._file)
+
+
+def _opened(path: Path) -> int:
+    """Not through a link: what it leads to would be overwritten."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{path}: {error.strerror}, expected a file to write to. Who saves in a folder holds it. "
+            "Delete it if it is a link or belongs to another user, or choose a folder that can be written.",
+        ) from error
 
 
 def _is_running(pid: str) -> bool:

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recfx.checkpoint.contents import WORKERS
+from recfx.checkpoint.contents import GENERATOR, WORKERS
 from recfx.checkpoint.files import ShardReader, fetch, read_shard
 from recfx.checkpoint.matching import Move, Source, check_arguments, check_names, dense_pairs, moves_of
 from recfx.checks import check_type
+from recfx.context import set_generator_states
 from recfx.embeddings import TablePlan
 from recfx.kernels.initial import initial_values
 from recfx.kernels.owner import owner
@@ -41,6 +42,9 @@ def load(
 ) -> tuple[TrainState, dict]:
     """Fills a freshly initialised `state`; returns it and the `loop` dict that was saved.
 
+    `state.step` goes on from the saved number. Where the saved step drew from torch's generators, they are set to their
+    saved states.
+
     What is not taken keeps its initial value. Rows keep their numbers where all of a table is taken; otherwise they are
     numbered anew in their order. Table capacities may differ from what was saved. The variants of AdamW keep the same
     moments: training may go on with another of them, as with another learning rate. Counts of ids that wait for
@@ -49,7 +53,8 @@ def load(
     Args:     path: a checkpoint's folder; or the folders of all ranks of one checkpoint.
               tables: logical tables of the model to take, by name ('<group>/<feature>', or the shared name); default
               all, () none. Columns of a vocabulary that are not taken are initialised as new rows are.
-              dense: dense parameters to take, with their optimiser's state; default all, () none.
+              dense: dense parameters to take, with their optimiser's state; default all, and what `forward` keeps in
+              `state.stats`; () none.
               names: name in the checkpoint, of a table or dense parameter that has another one in the model.
               rank, world_size: take the rows that `recfx.kernels.owner.owner` gives to this rank.
     Cost:     reads every byte once, where a partial save is loaded by several ranks the ids twice; rebuilds the index.
@@ -94,7 +99,13 @@ def load(
         filling.restore_()
     for target, saved in pairs:
         target.copy_(saved)
-    return state, sources[0].manifest["loop"]
+    small, loop = sources[0].small, sources[0].manifest["loop"]
+    state.step.copy_(small.get("step", torch.tensor(loop["step"])))  # older checkpoints have it in the manifest alone
+    generators = {name.removeprefix(GENERATOR): t for name, t in small.items() if name.startswith(GENERATOR)}
+    if generators and (dense is None or dense):
+        set_generator_states(generators, state.step.device)
+        step.draws.happened = True
+    return state, loop
 
 
 class Places(NamedTuple):

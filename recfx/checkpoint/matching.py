@@ -132,7 +132,7 @@ def dense_pairs(
         _check_optimizer(state, source)
     pairs = []
     for part, param, target in dense_tensors(state):
-        if taken is not None and (param not in taken if param is not None else not taken):
+        if taken is not None and (part == "stats" or (param not in taken if param is not None else not taken)):
             continue
         name = part if param is None else f"{part}.{names.get(param, param)}"
         saved = source.small.get(name)
@@ -148,8 +148,9 @@ def dense_pairs(
 def _check_optimizer(state: TrainState, source: Source) -> None:
     """A dense optimiser that kept more cannot go on as this one: what it kept would be lost without notice."""
     params = [name.removeprefix("params.") for name in source.small if name.startswith("params.")]
-    kept = [(part, param) for part, param, _ in dense_tensors(state) if part != "params"]
-    known = {part if param is None else f"{part}.{p}" for part, param in kept for p in params}
+    kept = [(part, param) for part, param, _ in dense_tensors(state) if part not in ("params", "stats")]
+    known = {part for part, param in kept if param is None}
+    known |= {f"{part}.{p}" for part, param in kept if param is not None for p in params}
     more = sorted(name for name in source.small if name.startswith("dense.") and name not in known)
     if more:
         parts = sorted({part for part, _ in kept})

@@ -9,7 +9,7 @@ import numpy as np
 
 from recfx.checkpoint.contents import Contents, Rows, write
 from recfx.checkpoint.files import read_shard
-from recfx.checkpoint.folders import PREFIX, STATE, FolderLock, clear_unfinished, finished
+from recfx.checkpoint.folders import STATE, FolderLock, clear_unfinished, finished, name_of
 from recfx.checkpoint.matching import Source
 
 __all__ = ["compact", "diff", "merged"]
@@ -49,7 +49,7 @@ def compact(path: str | Path) -> Path:
     """
     path = Path(path).resolve()
     contents = merged(path)
-    name = f"{PREFIX}{contents.number:09d}"
+    name = name_of(contents.number)
     if path.name != name:
         raise ValueError(
             f"{path}: got a renamed checkpoint, expected {name}. Another one may be there. Rename it back."

@@ -3,36 +3,29 @@
 <folder>/index                        JSON: the file of each block, and the files' names
 <folder>/tensorkey.json               JSON: '<table>.<slot>/part_<rank>_<ranks>' -> '<table>@<slot>^<slice>'
 <folder>/model-*.safetensors          those blocks, and the sparse optimiser's counters as '<name>^ '
-<folder>/model.pt, extra.pt           the dense part's state_dict, and that of its optimiser
+<folder>/model.pt, extra.pt           the dense part's state_dict with the step filters', and that of its optimiser
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from recfx.checkpoint.matching import check_arguments, check_names
-from recfx.checkpoint.recis_dense import dense_pairs
+from recfx.checkpoint.recis_dense import FilterSteps, dense_pairs
+from recfx.checkpoint.recis_folder import PIECE, Folder, Part
+from recfx.kernels.op import UNKNOWN
 from recfx.kernels.owner import owner
-from recfx.rows.place import place_of
+from recfx.rows.place import place_of, rows_of
 from recfx.rows.surgery import write_
 from recfx.step import Step, TrainState
 from recfx.table import ROW_FIELDS, TableState, restore_
 from recfx.types import Params
 
 __all__ = ["load_recis"]
-
-LIST, INDEX, KEYS = "checkpoint", "index", "tensorkey.json"
-PIECE = 2**15  # rows checked or written at once, in the cache
-ADAM = {"m": "exp_avg", "v": "exp_avg_sq"}  # what AdamW keeps, and the ends of its slots' names there
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def load_recis(
@@ -44,6 +37,7 @@ def load_recis(
     names: Mapping[str, str] | None = None,
     dense: Callable[[Params], Params] | None = None,
     moments: bool = True,
+    betas: tuple[float, float] | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> TrainState:
@@ -51,10 +45,17 @@ def load_recis(
 
     Rows come in the order of the model's tables, of the checkpoint's ranks, of each rank's rows. Where two tables share
     their rows here, as embedding and bias of one feature do, an id that one of them lacks has its initial value there.
-    Rows count as touched by the last step. README.md, "Coming from RecIS", loads the seed's DeepFM.
+    README.md, "Coming from RecIS", loads the seed's DeepFM.
 
-    What was saved must fit what is built: `sparse_adamw_recis` for SparseAdamW, `sparse_adamw_tf` for its TF variant.
+    What was saved must fit what is built: `sparse_adamw_recis` for SparseAdamW, `sparse_adamw_tf` for SparseAdamWTF,
+    `sparse_adam_recis` for SparseAdam; of parameters `adamw` for torch's AdamW, `adamw_tf` for AdamWTF, `adam` for
+    torch's Adam. `sparse_adamw` and `sparse_adam` are torch's formulas: they keep the same, and go on otherwise.
     Where RecIS coalesced tables it kept the low 52 bits of an id: look ids of such a table up as `ops.mod(x, 2**52)`.
+
+    Rows of a table with a step filter keep their age: the filter's step counts batches, `step.accumulation` of which
+    are one step here. Rows of other tables count as touched by the last step. model.pt has a filter's step under
+    '<table>@filter_global_step', as of 1.2.18; under the name of a module with a hash of the table's options before. As
+    such a name does not tell the table, all of them must then be at one step.
 
     Args:     path: a checkpoint's folder, or the output folder of a run, for the newest one that it lists.
               tables: logical tables of the model to take, by name ('<group>/<feature>', or the shared name); default
@@ -64,26 +65,34 @@ def load_recis(
               transpose, cut or join: torch.nn.Linear keeps [out, in] where `recfx.layers.linear` has [in, out]. What it
               leaves out keeps its initial value. Default: no dense part is taken.
               moments: take what AdamW keeps, and its step counts, by which bias correction and schedules go on. False:
-              they begin at 0. The dense part's have numbers there instead of names: what AdamW(model.parameters())
-              saves, one group, alike in number, order and shape to model.pt. Of another optimiser take the dense part
-              without them in a call before: tables=(), moments=False.
+              they begin at 0. The dense part's are taken by name, where the optimiser there saved names, as RecIS's
+              named ones (1.1) do; else by number: what AdamW(model.parameters()) saves, one group, alike in number,
+              order and shape to model.pt. Of another optimiser take the dense part without them in a call before:
+              tables=(), moments=False.
+              betas: of the sparse optimiser there, which saves their powers and corrects the bias by them. In 1.0 its
+              counter of steps stays at 0; the powers then tell the steps, up to 87 000 of the default, (0.9, 0.999).
+              Give betas also for a run that began under 1.0 and went on: its counter has the later steps only.
               rank, world_size: take the rows that `recfx.kernels.owner.owner` gives to this rank.
     Cost:     reads every byte twice, first to check it; files are mapped, one table's ids are sorted in memory.
     Differs:  from `load`: the layout has no checksums, so a flipped bit shows where it makes no sense, if anywhere.
-              Reader positions, metrics and step filters are not taken.
+              Reader positions and metrics are not taken.
     Raises:   ValueError naming file and tensor when one is missing, damaged, of another shape or type, or not finite;
               when an id is there twice, a rank's part of a table is missing, or the optimiser keeps something else;
-              when `state` has rows already, or too little room. `state` is then as it was.
+              when powers of betas are of two numbers of steps, or a step filter's step is missing; when `state` has
+              rows already, or too little room. `state` is then as it was.
     """
     check_arguments([Path(path)], state, rank, world_size)
+    if betas is not None and not (0 <= betas[0] < 1 and 0 < betas[1] < 1):
+        raise ValueError(f"betas: got {betas}, expected two numbers below 1 and above 0.")
     columns = {c.name: c for t in step.plan.tables for v in t.vocabularies for c in v}
     check_names("tables", tables, columns)
     check_names("names", (names or {}).keys(), columns)
-    folder = _Folder(Path(path))
+    folder = Folder(Path(path))
     taken = [name for name in columns if tables is None or name in tables]
     name_there = {name: (names or {}).get(name, name) for name in taken}
-    slots, num_steps = folder.optimizer(name_there.values(), step.slots) if moments and taken else ({}, 0)
+    slots, num_steps = folder.optimizer(name_there.values(), step.slots, betas) if moments and taken else ({}, 0)
     parts = {name: folder.parts(there, columns[name].dim, slots) for name, there in name_there.items()}
+    idle = _idle(folder, name_there, parts)
     pairs = [] if dense is None else dense_pairs(folder.path, state, dense, moments=moments)
     try:
         for name in taken:
@@ -91,6 +100,8 @@ def load_recis(
         for name in taken:
             for part in parts[name]:
                 _write_part_(step, state, name, part, rank, world_size)
+        if any(batches is not None for table in idle.values() for batches in table):
+            _date_rows_(step, state, parts, idle)
     except BaseException:
         for t in state.tables:
             _empty_(t)
@@ -100,152 +111,47 @@ def load_recis(
     return state
 
 
-class _Part(NamedTuple):
-    """What one rank saved of a table. Nothing is read before it is used."""
+def _idle(
+    folder: Folder, name_there: Mapping[str, str], parts: Mapping[str, list[Part]]
+) -> dict[str, list[Tensor | None]]:
+    """Batches since a table's rows were looked up, i64 [n] for each part; None where it has no step filter.
 
-    block: str  # of the ids
-    ids: Tensor  # i64 [n]
-    values: dict[str, Tensor]  # weight, and what the optimiser keeps: [n, D]
-
-
-class _Folder:
-    """A checkpoint opened for reading: which tensors are in which files."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = _newest(path)
-        self._open: dict[Path, Any] = {}
-        index, keys = _json(self.path / INDEX), _json(self.path / KEYS)
-        try:
-            names = {number: name for name, number in index["file_index"].items()}
-            self._files = {block: self.path / Path(names[n]).name for block, n in index["block_index"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{self.path / INDEX}: {error!r}, expected the files of blocks. Use another one."
-            ) from error
-        self._tables: dict[str, dict[str, dict[int, str]]] = {}  # block by table, slot and rank
-        ranks, counts = set(), set()
-        for block, original in keys.items():
-            named = re.fullmatch(r"(.*)@([^@^]*)\^[^^]*", str(original), re.DOTALL)
-            part = re.search(r"/part_(\d+)_(\d+)$", block)
-            if named is None or part is None:
-                raise ValueError(
-                    f"{self.path / KEYS}: got '{block}': {original!r}, expected '<table>.<slot>/part_<rank>_<ranks>': "
-                    "'<table>@<slot>^<slice>'."
-                )
-            ranks.add(int(part[1]))
-            counts.add(int(part[2]))
-            self._tables.setdefault(named[1], {}).setdefault(named[2], {})[int(part[1])] = block
-        if keys and not (len(counts) == 1 and len(ranks) == max(ranks) + 1 == max(counts)):
-            raise ValueError(
-                f"{self.path / KEYS}: got parts of ranks {sorted(ranks)} of {sorted(counts)}, expected all of one "
-                "number of ranks. Rows would be lost; use another checkpoint."
-            )
-        self._ranks = ranks
-
-    def optimizer(self, tables: Collection[str], kept: tuple[str, ...]) -> tuple[dict[str, str], int]:
-        """Slot there of each of the model's, and the steps taken."""
-        if not kept:
-            return {}, 0
-        found = sorted({slot for table in tables for slot in self._slots(table)} - {"id", "embedding"})
-        prefixes = [slot.removesuffix(ADAM["m"]) for slot in found if slot.endswith(f"_{ADAM['m']}")]
-        if set(kept) != set(ADAM) or len(prefixes) != 1:
-            raise ValueError(
-                f"{self.path}: got an optimiser that keeps {found} for one that keeps {list(kept)}, expected AdamW's "
-                "first and second moments on both sides. To begin with fresh ones give moments=False."
-            )
-        taken = self.tensor(f"{prefixes[0]}step^ ")
-        if taken.numel() != 1 or taken.is_floating_point() or int(taken) < 0:
-            raise ValueError(f"{self.path}: tensor '{prefixes[0]}step^ ': got {taken}, expected a number of steps.")
-        return {name: prefixes[0] + end for name, end in ADAM.items()}, int(taken)
-
-    def parts(self, table: str, dim: int, slots: Mapping[str, str]) -> list[_Part]:
-        """A table's rows by rank, checked."""
-        found, parts, slots = self._slots(table), [], {"weight": "embedding", **slots}
-        blocks = found.get("id", {})
-        for slot in slots.values():
-            if not blocks or found.get(slot, {}).keys() != blocks.keys():
-                got = f"'{slot}' of ranks {sorted(found.get(slot, {}))}, ids of {sorted(blocks)}"
-                raise ValueError(f"{self.path / KEYS}: table '{table}': got {got}, expected both of the same.")
-        if blocks.keys() != self._ranks:  # each saves a part of each table, an empty one too
-            raise ValueError(
-                f"{self.path / KEYS}: table '{table}': got parts of ranks {sorted(blocks)}, expected those of "
-                f"{sorted(self._ranks)}. Rows would be lost; use another checkpoint."
-            )
-        for rank in sorted(blocks):
-            ids = self.tensor(blocks[rank])
-            if ids.dtype != torch.int64 or ids.dim() != 1:
-                raise self._wrong(blocks[rank], f"{ids.dtype} {list(ids.shape)}, expected torch.int64 [n]")
-            values = {name: self._floats(found[slot][rank], [len(ids), dim]) for name, slot in slots.items()}
-            parts.append(_Part(blocks[rank], ids, values))
-        self._check_distinct(parts)
-        return parts
-
-    def _slots(self, table: str) -> dict[str, dict[int, str]]:
-        if table not in self._tables:
-            known = ", ".join(sorted(self._tables))
-            raise ValueError(
-                f"{self.path / KEYS}: no table '{table}', only {known}. Give its name there in `names`, or what to "
-                "take in `tables`."
-            )
-        return self._tables[table]
-
-    def _floats(self, block: str, shape: list[int]) -> Tensor:
-        value = self.tensor(block)
-        if value.dtype not in FLOATS or list(value.shape) != shape:
-            raise self._wrong(block, f"{value.dtype} {list(value.shape)}, expected f32, f16 or bf16 {shape}")
-        if not all(bool(piece.isfinite().all()) for piece in value.split(PIECE)):
-            raise self._wrong(block, "values that are not finite, expected numbers")
-        return value
-
-    def _check_distinct(self, parts: list[_Part]) -> None:
-        ids = torch.cat([part.ids for part in parts]).sort().values
-        again = ids[1:][ids[1:] == ids[:-1]]
-        if len(again):
-            first, *_, last = [p.block for p in parts for _ in range(int((p.ids == again[0]).sum()))]
-            raise self._wrong(last, f"id {int(again[0])}, which '{first}' has too, expected each id once")
-
-    def tensor(self, block: str) -> Tensor:
-        """A view of the file."""
-        path = self._files.get(block)
-        if path is None:
-            raise ValueError(f"{self.path / INDEX}: no block '{block}', expected its file. Use another checkpoint.")
-        try:
-            if path not in self._open:
-                self._open[path] = safe_open(path, framework="pt")
-            return self._open[path].get_tensor(block)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{path}: tensor '{block}': {error}. The file is missing or damaged; use another checkpoint."
-            ) from error
-
-    def _wrong(self, block: str, what: str) -> ValueError:
-        return ValueError(f"{self._files[block]}: tensor '{block}': got {what}.")
+    The batch that comes when the filter's step is s looks its rows up at s, and raises it afterwards, in a hook: before
+    or after the one that saves. Where a row was looked up at the very step that was saved, it was after."""
+    filtered = [name for name in parts if any(p.seen is not None for p in parts[name])]
+    if not filtered:
+        return {name: [None] * len(parts[name]) for name in parts}
+    steps = FilterSteps(folder.path)
+    now = {name: steps.of(name_there[name]) for name in filtered}
+    late = any(p.seen is not None and bool((p.seen == now[name]).any()) for name in now for p in parts[name])
+    return {
+        name: [None if p.seen is None else (now[name] - 1 + late - p.seen).clamp(min=0) for p in parts[name]]
+        for name in parts
+    }
 
 
-def _newest(path: Path) -> Path:
-    """The checkpoint's folder, where `path` may be that of the run."""
-    if (path / INDEX).exists() or not (path / LIST).exists():
-        return path
-    listed = (path / LIST).read_text(errors="replace").split()
-    if not listed:
-        raise ValueError(f"{path / LIST}: got no line, expected names of checkpoints, the newest last.")
-    return path / listed[-1]
+def _date_rows_(
+    step: Step, state: TrainState, parts: Mapping[str, list[Part]], idle: Mapping[str, list[Tensor | None]]
+) -> None:
+    """Rows as last touched, and created, so many steps ago: where tables share them, as the later one saw them."""
+    never = torch.iinfo(torch.int32).min
+    lasts = [torch.full((int(t.num_rows),), never, dtype=torch.int64, device=t.ids.device) for t in state.tables]
+    for name in parts:
+        place = place_of(step, state, name)
+        (last,) = (last for last, t in zip(lasts, state.tables, strict=True) if t is place.table)
+        for part, batches in zip(parts[name], idle[name], strict=True):
+            ago = torch.zeros_like(part.ids) if batches is None else batches // step.accumulation
+            for ids, steps in zip(part.ids.split(PIECE), ago.split(PIECE), strict=True):
+                row = rows_of(place, ids.to(last.device))
+                mine = row != UNKNOWN  # others are another rank's
+                row, steps = row[mine], steps.to(last.device)[mine]
+                last[row] = torch.maximum(last[row], place.table.step - steps)
+    for last, t in zip(lasts, state.tables, strict=True):
+        t.seen[: len(last)] = last << 32
+        t.born[: len(last)] = torch.minimum(t.born[: len(last)], last.int())
 
 
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise TypeError(f"{type(content).__name__}")
-    except (OSError, ValueError, TypeError) as error:
-        why = "It was not finished; use" if any(path.parent.glob("ckpt-*.index")) else "Use"
-        raise ValueError(
-            f"{path}: {error!r}, expected JSON of a RecIS checkpoint. {why} another checkpoint."
-        ) from error
-    return content
-
-
-def _write_part_(step: Step, state: TrainState, table: str, part: _Part, rank: int, world_size: int) -> None:
+def _write_part_(step: Step, state: TrainState, table: str, part: Part, rank: int, world_size: int) -> None:
     place = place_of(step, state, table)
     pieces = zip(part.ids.split(PIECE), *(value.split(PIECE) for value in part.values.values()), strict=True)
     for ids, *values in pieces:

@@ -1,4 +1,4 @@
-"""The dense part of a RecIS checkpoint: parameters by name, and AdamW's moments of them by number."""
+"""The dense part of a RecIS checkpoint: parameters by name, AdamW's moments of them, and the steps of step filters."""
 
 from __future__ import annotations
 
@@ -12,17 +12,51 @@ from recfx.checkpoint.matching import check_names
 from recfx.step import TrainState
 from recfx.types import Params
 
-__all__ = ["dense_pairs"]
+__all__ = ["FilterSteps", "dense_pairs"]
 
 MODEL, EXTRA = "model.pt", "extra.pt"
+OPTIMIZERS = ("dense_optimizer", "recis.dense.optim.")  # the dense optimiser's key: an old one, and that of 1.1 and 1.2
+FILTER_STEP = "@filter_global_step"  # after a table's name, as of 1.2.18
+HASHED_FILTER_STEP = "_hashtable._filter_hook_impl._global_step"  # before: after a module's name, with a hash in it
 ADVICE = "To begin with fresh moments, take the dense part in a call before: tables=(), moments=False."
+
+
+class FilterSteps:
+    """The steps that step filters had reached, by table. Raises: ValueError when the file is missing or damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / MODEL
+        self._steps = {name: value for name, value in _load(self._path).items() if _is_filter_step(name)}
+
+    def of(self, table: str) -> int:
+        """A table's. Raises: ValueError when there is none, or several of which one is this table's."""
+        hashed = [name for name in self._steps if name.endswith(HASHED_FILTER_STEP)]
+        names = [table + FILTER_STEP] if table + FILTER_STEP in self._steps else hashed
+        found = {name: self._step(name) for name in names}
+        if len(set(found.values())) != 1:
+            raise ValueError(
+                f"{self._path}: table '{table}': got steps {found} of step filters, expected '{table}{FILTER_STEP}' or "
+                "one number for all. The age of the table's rows is counted from it. Use another checkpoint."
+            )
+        return next(iter(found.values()))
+
+    def _step(self, name: str) -> int:
+        value = self._steps[name]
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.is_floating_point() or int(value) < 0:
+            raise ValueError(f"{self._path}: tensor '{name}': got {value}, expected a number of steps.")
+        return int(value)
+
+
+def _is_filter_step(name: object) -> bool:
+    return isinstance(name, str) and name.endswith((FILTER_STEP, HASHED_FILTER_STEP))
 
 
 def dense_pairs(
     folder: Path, state: TrainState, dense: Callable[[Params], Params], *, moments: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """Tensors of the state, and what they are to become. Raises: as `load_recis`."""
-    there = {name: value for name, value in _load(folder / MODEL).items() if isinstance(value, Tensor)}
+    saved = _load(folder / MODEL).items()
+    there = {name: value for name, value in saved if isinstance(value, Tensor) and not _is_filter_step(name)}
     pairs = _renamed(folder / MODEL, dense, there, state.params)
     if not moments:
         return pairs
@@ -53,20 +87,17 @@ def _renamed(path: Path, dense: Callable[[Params], Params], there: Params, here:
 
 def _moments(path: Path, params: Params) -> tuple[Params, Params, int]:
     """First and second moments by the names of `params`, and the steps taken."""
-    saved = [e for e in _load(path).values() if isinstance(e, dict) and {"state", "param_groups"} <= e.keys()]
-    if len(saved) != 1:
-        raise ValueError(f"{path}: got {len(saved)} states of dense optimisers, expected one. {ADVICE}")
-    numbers = [list(group["params"]) for group in saved[0]["param_groups"]]
-    if numbers != [list(range(len(params)))]:
-        raise ValueError(f"{path}: got {numbers}, expected one group of the {len(params)} tensors of {MODEL}. {ADVICE}")
+    saved = _optimizer(path)
+    key_of = _keys(path, saved["param_groups"], list(params))
     m, v, steps = {}, {}, set()
-    for number, (name, param) in enumerate(params.items()):
+    for name, param in params.items():
         zeros = torch.zeros_like(param)  # of one that never had a gradient
-        kept = saved[0]["state"].get(number, {"exp_avg": zeros, "exp_avg_sq": zeros})
+        key = key_of.get(name)
+        kept = saved["state"].get(key, {"exp_avg": zeros, "exp_avg_sq": zeros})
         shapes = [list(kept[slot].shape) if slot in kept else None for slot in ("exp_avg", "exp_avg_sq")]
         if shapes != [list(param.shape)] * 2:
             raise ValueError(
-                f"{path}: parameter {number}: got moments of shapes {shapes}, expected {list(param.shape)}, that of "
+                f"{path}: parameter {key}: got moments of shapes {shapes}, expected {list(param.shape)}, that of "
                 f"'{name}'. {ADVICE}"
             )
         m[name], v[name] = kept["exp_avg"], kept["exp_avg_sq"]
@@ -74,6 +105,37 @@ def _moments(path: Path, params: Params) -> tuple[Params, Params, int]:
     if len(steps) > 1:
         raise ValueError(f"{path}: got steps {sorted(steps)}, expected one number for all. {ADVICE}")
     return m, v, max(steps, default=0)
+
+
+def _optimizer(path: Path) -> dict:
+    """The state_dict of the dense optimiser: under its name, or the only one of an optimiser."""
+    content = _load(path)
+    named = [content[key] for key in OPTIMIZERS if key in content][:1]
+    saved = [e for e in named or content.values() if isinstance(e, dict) and {"state", "param_groups"} <= e.keys()]
+    if len(saved) != 1:
+        raise ValueError(f"{path}: got {len(saved)} states of dense optimisers, expected one. {ADVICE}")
+    return saved[0]
+
+
+def _keys(path: Path, groups: list[dict], names: list[str]) -> dict[str, str | int]:
+    """Where the optimiser's state has each parameter: by its name, or, where it saved no names, by its number."""
+    keys = [key for group in groups for key in group["params"]]
+    if all("param_names" in group for group in groups):
+        known = [name for group in groups for name in group["param_names"]]
+    elif keys and all(isinstance(key, str) for key in keys):
+        known = keys
+    elif [list(group["params"]) for group in groups] == [list(range(len(names)))]:
+        known = names
+    else:
+        numbers = [list(group["params"]) for group in groups]
+        raise ValueError(f"{path}: got {numbers}, expected one group of the {len(names)} tensors of {MODEL}. {ADVICE}")
+    if len(known) != len(keys) or len(set(known)) != len(known) or not set(known) <= set(names):
+        strange = sorted(set(known) - set(names))
+        raise ValueError(
+            f"{path}: got names {known} of {len(keys)} parameters, expected each once, of tensors of {MODEL}: "
+            f"{strange} are not there. {ADVICE}"
+        )
+    return dict(zip(known, keys, strict=True))
 
 
 def _load(path: Path) -> dict:

@@ -9,7 +9,7 @@ from typing import Any
 
 from recfx.checkpoint.background import Job
 from recfx.checkpoint.contents import Contents, contents_of, write
-from recfx.checkpoint.folders import MANIFEST, PREFIX, FolderLock, clear_unfinished
+from recfx.checkpoint.folders import MANIFEST, FolderLock, clear_unfinished, delete, finished, hide, name_of
 from recfx.checks import check_int, check_type
 from recfx.run_checks import check_program
 from recfx.step import Step, TrainState
@@ -57,7 +57,7 @@ class Saver:
         self._last: tuple[Path, tuple[int, ...]] | None = None  # what a partial save is laid over, its tables' steps
 
     def save(self, state: TrainState, *, number: int, loop: dict) -> Path:
-        """Writes <folder>/step-<number>, then deletes all but the newest.
+        """Writes <folder>/step-<number>, then deletes all but the newest of such names, and nothing else.
 
         Args:     number: optimiser steps taken.  loop: small JSON-able dict, given back by `load`.
         Raises:   ValueError in a gradient accumulation window, or when `number` is not 0 to 10**9 - 1; TypeError when
@@ -104,6 +104,13 @@ class Saver:
                 self._last = None  # the next save is full
                 raise
 
+    def delete_all(self) -> None:
+        """Deletes the checkpoints in the folder."""
+        self.finish()
+        for path in finished(self._folder):
+            delete(hide(path))
+        self._last = None
+
     def close(self) -> None:
         """`finish`, and the folder is free for another writer."""
         try:
@@ -129,7 +136,7 @@ class Saver:
 
     def _saved(self, state: TrainState, number: int) -> Path:
         self._num_saved += 1
-        path = self._folder / f"{PREFIX}{number:09d}"
+        path = self._folder / name_of(number)
         self._last = path, tuple(int(t.step) for t in state.tables)
         return path
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from recfx.data.arguments import Filter, check_choice, check_columns, check_numbers, check_transformed, expression_of
-from recfx.data.cache import RecordCache
+from recfx.data.cache import cache_for
 from recfx.data.columns import Column
 from recfx.data.csv import Csv
 from recfx.data.decode import Decoder, Recipe
@@ -86,7 +86,9 @@ def reader(
                   caller waits while `threads` units are decoded, then has the cores to itself.
               cache: a folder on a local disk that keeps decoded rows, uncompressed. Units found there, by path, size
                   and time of the file and by the arguments above, are mapped into memory instead of decoded. From
-                  there any number of shuffle_rows costs about the same.
+                  there any number of shuffle_rows costs about the same. With a function of yours in a column, which
+                  may change under one name, nothing is cached and a warning says so; so it does once where the disk
+                  is full or the folder read-only. Nobody else may write into the folder's files.
               checksums: a manifest of `recfx inspect --checksums`; every file is compared with it when first opened.
               filesystem, format: where the paths are and what the files are, instead of what paths and files say.
               pin_memory: batches lie in pinned memory, from which a captured step on a GPU copies them without another
@@ -110,13 +112,14 @@ def reader(
     expression = expression_of(filter)
     files = match_files(paths, filesystem)
     recipe = Recipe(tuple(columns), expression, split, format, on_bad)
+    kept = None if cache is None else cache_for(cache, recipe, files)
     plan = Plan(
         files=files if split is None else split.files(files),
         decoder=Decoder(
             recipe,
             None if checksums is None else read_manifest(checksums),
-            in_records=shuffle_rows > 0 or cache is not None,
-            cache=None if cache is None else RecordCache(cache, recipe.key),
+            in_records=shuffle_rows > 0 or kept is not None,
+            cache=kept,
         ),
         rank=rank,
         world_size=world_size,
@@ -150,11 +153,17 @@ class Reader(IterableDataset):
     def __post_init__(self) -> None:
         self.plan.check()
         self.packing = PackPlan.of(self.batch_size, [column.packed for column in self.plan.decoder.recipe.columns])
+        self._cache = self.plan.decoder.cache
 
     @property
     def files(self) -> list[File]:
         """That this worker reads from, in their sorted order."""
         return [self.plan.files[i] for i in self.plan.own_files]
+
+    @property
+    def identity(self) -> str:
+        """Of all that the order of its rows depends on: a `position` belongs to readers of one identity."""
+        return self.plan.fingerprint
 
     def __iter__(self) -> BatchIterator:
         return BatchIterator(self, Place(), 0, self.epochs)
@@ -206,6 +215,8 @@ class Reader(IterableDataset):
         buffer, counts = pack_records(plan, segments, pin_memory=pin_memory)
         if (larger := self._plan_for(counts)) is not plan:
             buffer, _ = pack_records(larger, segments, pin_memory=pin_memory)
+        if self._cache is not None:
+            self._cache.check_pages()
         return Batch(buffer, larger.layout)
 
     def _plan_for(self, counts: np.ndarray) -> PackPlan:
@@ -302,6 +313,7 @@ class BatchIterator(Iterator[Batch]):
             if segments and not (missing and self._reader.drop_remainder):
                 batch = self._reader.batch(segments)
                 assert self._chunk is not None
+                self._check_ended(segments)
                 self._position = (self._chunk.place, self._taken)
                 self._num_bad, self._num_left, self._epoch_is_empty = self._chunk.num_bad, 0, False
                 return batch
@@ -339,6 +351,13 @@ class BatchIterator(Iterator[Batch]):
             self._taken = 0 if self._chunk is not None else self._taken
             self._chunk = found
         return self._chunk
+
+    def _check_ended(self, segments: Sequence[Segment]) -> None:
+        """Of what was read to its end the cache's files must be whole still."""
+        if (cache := self._plan.decoder.cache) is not None:
+            for segment in segments:
+                if segment.end == segment.block.num_rows:
+                    cache.check_files(segment.block.memory)
 
     def _check_start(self, first: Chunk | None) -> None:
         """The first chunk must be the one that the position names: files may have changed with equal sizes."""

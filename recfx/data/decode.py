@@ -16,6 +16,7 @@ from recfx.data.columns import Column, VarLen
 from recfx.data.conform import BadRows, conform
 from recfx.data.files import File, checksum
 from recfx.data.formats import Format, Source, open_source, reading
+from recfx.data.identity import identity_of
 from recfx.data.records import as_records
 from recfx.data.rows import BadRow, Decoded, Rows
 from recfx.data.schema import check_schema, type_at
@@ -40,9 +41,12 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """The same for equal recipes, in any process."""
-        columns = [replace(c, string_hash=str(c.string_hash)) if isinstance(c, VarLen) else c for c in self.columns]  # type: ignore[arg-type]
-        return repr((columns, self.filter_key, self.split, self.format, self.on_bad))
+        """The same for equal recipes, in any process.
+
+        Raises:   NoIdentityError when a part of it, such as a function of the user's, cannot be told from another.
+        """
+        parts = {name: getattr(self, name) for name in ("columns", "filter", "split", "format", "on_bad")}
+        return "; ".join(identity_of(part, name) for name, part in parts.items())
 
     @property
     def filter_key(self) -> bytes:
@@ -68,7 +72,7 @@ class Decoder:
         assert in_records or cache is None
         self.recipe, self.in_records = recipe, in_records
         self._plan = PackPlan.of(1, [column.packed for column in recipe.columns])
-        self._cache = cache
+        self.cache = cache
         self._checksums = checksums
         self._verified: set[File] = set()
         self._units: dict[File, list[int]] = {}
@@ -93,14 +97,14 @@ class Decoder:
 
         Raises:   ValueError naming file, row and column when a row is bad and the recipe does not skip it.
         """
-        cached = None if self._cache is None else self._cache.load(file, unit)
+        cached = None if self.cache is None else self.cache.load(file, unit)
         if cached is not None:
             return cached
         decoded = self._decode(file, unit)
         if self.in_records:
             decoded = decoded._replace(batch=as_records(self._plan, decoded.batch))
-        if self._cache is not None:
-            self._cache.store(file, unit, decoded)
+        if self.cache is not None:
+            self.cache.store(file, unit, decoded)
         return decoded
 
     def _decode(self, file: File, unit: int) -> Decoded:

@@ -23,6 +23,7 @@ from recfx.capture import capture, capture_evaluation
 from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
 from recfx.embeddings import Embedding, tile
 from recfx.examples.deepctr_data import LONGEST, NUM_DENSE, generate
+from recfx.examples.environment import check_one_process
 from recfx.layers import init_linear, mlp
 from recfx.optim import adamw, sparse_adamw
 from recfx.step import Step, TrainState, train_step
@@ -116,6 +117,7 @@ def build_step(args: argparse.Namespace) -> tuple[Step, TrainState]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains, evaluates, saves; returns the summary that is also written to <output_dir>/summary.json."""
+    check_one_process()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got cuda, expected cpu. torch finds no CUDA device here.")
     if args.eval_paths is not None and args.data_paths is None:
@@ -146,6 +148,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         state,
         batches,
         TrainConfig(output_dir=args.output_dir, log_steps=args.log_steps, train_epoch=args.train_epoch),
+        resume=args.resume,
+        overwrite=args.overwrite,
         evaluate_with=lambda state: evaluate(evaluation, state, held_out),
         on_event=_show,
     )
@@ -186,6 +190,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="of products of matrices")
     add("--log_steps", type=int, default=20, help="optimiser steps between log lines")
     add("--output_dir", default="./ckpt-deepctr", help="checkpoints and summary.json")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+    add("--overwrite", action="store_true", help="delete the checkpoints in output_dir")
     add("--seed", type=int, default=42, help="of initial weights, and of generated data")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the step runs, tables included")
     add("--max_rows", type=int, default=2**26, help="most rows of a table; on cuda their memory is taken at once")
@@ -198,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `python -m recfx.examples.deepctr`."""
     try:
         summary = run(parse(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
     for name, value in summary.items():
         print(f"{name:>14}  {value}")

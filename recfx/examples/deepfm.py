@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from recfx.checks import check_int
 from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
 from recfx.data.criteo_synthetic import generate
 from recfx.embeddings import Embedding, truncated_normal
+from recfx.examples.environment import check_one_process
 from recfx.models import deepfm
 from recfx.optim import SparseOptimizer, adamw, sparse_adamw
 from recfx.step import Step, TrainState, train_step
@@ -76,6 +76,7 @@ def build_step(args: argparse.Namespace, *, sparse_optimizer: SparseOptimizer | 
         max_rows=args.max_rows,
         seed=args.seed,
         precision=args.precision,
+        on_nonfinite=args.on_nonfinite,
     )
     config = deepfm.DeepFMConfig(num_numeric=13, num_sparse=26, dim=EMBEDDING_DIM, hidden=HIDDEN)
     params = deepfm.init(config, torch.Generator().manual_seed(args.seed))
@@ -83,7 +84,7 @@ def build_step(args: argparse.Namespace, *, sparse_optimizer: SparseOptimizer | 
 
 
 def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reader:
-    """A reader over this worker's share of the files."""
+    """A reader over the files."""
     return reader(
         paths,
         COLUMNS,
@@ -92,8 +93,6 @@ def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reade
         threads=args.thread_num,
         prefetch=args.prefetch,
         cache=args.cache_dir,
-        rank=_from_torchrun("RANK", "0"),
-        world_size=_from_torchrun("WORLD_SIZE", "1"),
         pin_memory=args.device == "cuda",
     )
 
@@ -149,6 +148,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             config,
             steps_per_replay=many,
             resume=args.resume,
+            overwrite=args.overwrite,
             evaluate_with=evaluate_with,
             on_event=lambda event, progress, state: _show(bar, event, progress),
         )
@@ -165,6 +165,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "refused_ids": sum(int(t.num_refused) for t in state.tables),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
+        "nonfinite_batches": progress.num_nonfinite,
         "steps": progress.step,
         "stopped": progress.stopped or "end of data",
     }
@@ -173,17 +174,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
-def _from_torchrun(name: str, alone: str) -> int:
-    word = os.environ.get(name, alone)
-    if not word.isdecimal():
-        raise ValueError(
-            f"{name}: got '{word}', expected a whole number. torchrun sets it; for one process leave it unset."
-        )
-    return int(word)
-
-
 def _check(args: argparse.Namespace) -> None:
     """What nothing that is called first would name by its argument."""
+    check_one_process()
     for name, least in (("num_threads", 1), ("eval_steps", 1), ("generated_rows", NUM_GENERATED_FILES)):
         value = getattr(args, name)
         if value is not None:
@@ -238,12 +231,26 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="of so many checkpoints one is full, the others hold what changed",
     )
     add("--save_in_background", type=_flag, nargs="?", const=True, default=False, help="train on while saving")
-    add("--train_steps", type=int, default=None, help="stop after so many optimiser steps; None: after the data")
+    add("--train_steps", type=int, default=None, help="stop after so many more optimiser steps; None: after the data")
     add("--train_epoch", type=int, default=1, help="passes over the data")
     add("--sparse_lr", type=float, default=1e-3, help="learning rate of the embedding rows")
     add("--dense_lr", type=float, default=1e-3, help="learning rate of the dense parameters")
     add("--seed", type=int, default=42, help="of initial weights, and of generated data")
-    add("--resume", type=_flag, nargs="?", const=True, default=False, help="go on from the newest checkpoint")
+    add(
+        "--resume",
+        type=_flag,
+        nargs="?",
+        const=True,
+        default=False,
+        help="go on from the newest checkpoint in output_dir, with the rest of its data or with other data",
+    )
+    add("--overwrite", type=_flag, nargs="?", const=True, default=False, help="delete the checkpoints in output_dir")
+    add(
+        "--on_nonfinite",
+        choices=["stop", "skip", "ignore"],
+        default="stop",
+        help="where a loss, logit or gradient is NaN or infinite: end with an error, leave the batch out, or go on",
+    )
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the step runs, tables included")
     add("--steps_per_replay", type=int, default=1, help="on a GPU, micro-batches per CUDA graph launch; unmeasured")
     add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of products of matrices; tf32: on cuda")
@@ -266,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     try:
         summary = run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
     for name, value in summary.items():
         print(f"{name:>16}  {value}")

@@ -160,17 +160,38 @@ def truncate_lists(column: Ragged, count: int, *, side: Side, pad: Side = "right
     return _take({"column": column}, parts)["column"]._replace(outer=(*column.outer[:-1], ends))
 
 
-def check_length(column: Ragged, longest: int, name: str = "column") -> Tensor:
-    """How many innermost lists are longer than `longest`, i64 []. Report it under `recfx.types.COUNTS`.
+def check_length(column: Ragged, longest: int, name: str = "column", *, level: int = 0) -> Tensor:
+    """How many lists of one level are longer than `longest`, i64 []. Report it under `recfx.types.COUNTS`.
 
-    Raises:   ValueError when there is one, in eager code. Inside a capture nothing can raise.
+    Args:     column: lists nested to any depth.
+              longest: of a list, in items: values of an innermost list, lists of any other.
+              name: of the column, for the error.
+              level: whose lists. 0: a sample's, as RecIS checks them; -1: the innermost, which `truncate` cuts. Where
+              lists are not nested both are the same.
+    Raises:   ValueError when there is one, in eager code. Inside a capture nothing can raise. TypeError when the column
+              is no Ragged, ValueError when it has no such level or longest is below 0.
+    Example:  >>> x = Ragged(torch.arange(4), torch.tensor([0, 1, 4]).int(), None, (torch.tensor([0, 2]).int(),))
+              >>> int(check_length(x, 2)), int(check_length(x, 3, level=-1))  # one sample of 2 lists, of 1 and 3 values
+              (0, 0)
     """
-    length = expect_ragged(name, column).offsets.diff()
-    count = (length > longest).sum()
-    if not _is_captured(count) and int(count):
+    _check_count("longest", longest)
+    column = expect_ragged(name, column)
+    levels = (*column.outer, column.offsets)
+    if not -len(levels) <= level < len(levels):
         raise ValueError(
-            f"{name}: got a list of {int(length.max())} values, expected at most {longest}. Truncate it, or raise the "
-            "length."
+            f"level: got {level}, expected {-len(levels)} to {len(levels) - 1}. Lists of '{name}' are nested "
+            f"{len(levels)} level{'s' * (len(levels) > 1)}."
+        )
+    length = levels[level].diff()
+    too_long = length > longest
+    count = too_long.sum()
+    if not _is_captured(count) and int(count):
+        first = int(too_long.int().argmax())
+        items = "values" if level in (-1, len(levels) - 1) else "lists"
+        where = "sample" if level in (0, -len(levels)) else "list"
+        raise ValueError(
+            f"{name}: got a list of {int(length[first])} {items}, expected at most {longest}. Truncate it, or raise "
+            f"the length; the first is {where} {first}."
         )
     return count
 

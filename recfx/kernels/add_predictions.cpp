@@ -1,4 +1,5 @@
-// Counts a batch's predictions by label and logit bin, and adds up clicks, losses and predicted clicks.
+// Counts a batch's predictions by label and logit bin, and adds up clicks, losses, predicted clicks and how many are not
+// finite.
 #include <vector>
 
 #include "table.h"
@@ -6,7 +7,7 @@
 constexpr int64_t CHUNK = 512;  // samples summed before their sums are added: the same for any number of threads
 
 struct Sums {
-  double samples = 0, clicks = 0, loss = 0, predicted = 0;
+  double samples = 0, clicks = 0, loss = 0, predicted = 0, nonfinite = 0;
 };
 
 EXPORT void add_predictions(int64_t* histogram, double* sums, const float* logit, const float* label, const float* loss,
@@ -26,9 +27,12 @@ EXPORT void add_predictions(int64_t* histogram, double* sums, const float* logit
       s.clicks += label[b];
       s.loss += loss[b];
       s.predicted += 1.0f / (1.0f + std::exp(-logit[b]));
+      s.nonfinite += !(std::isfinite(logit[b]) && std::isfinite(loss[b]));
     }
     chunk_sums[chunk] = s;
   }
   for (int64_t b = 0; b < batch_size; ++b) histogram[place[b]] += valid[b];
-  for (const Sums& s : chunk_sums) sums[0] += s.samples, sums[1] += s.clicks, sums[2] += s.loss, sums[3] += s.predicted;
+  for (const Sums& s : chunk_sums) {
+    sums[0] += s.samples, sums[1] += s.clicks, sums[2] += s.loss, sums[3] += s.predicted, sums[4] += s.nonfinite;
+  }
 }

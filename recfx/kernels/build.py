@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import getpass
 import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +25,7 @@ __all__ = ["build_ahead", "library"]
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC")
 TORCH = Path(torch.__file__).parent
 NUM_CORES = os.cpu_count() or 1
+ELSEWHERE = "Set TMPDIR to a folder of yours."
 _one_build = threading.Lock()
 
 
@@ -31,16 +33,23 @@ _one_build = threading.Lock()
 def library() -> ctypes.CDLL | None:
     """The kernels as a ctypes library, or None (with one warning) where no C++ compiler is found.
 
-    The library is kept in the temporary folder of the user, beside torch.compile's own cache, under a name that is a
-    hash of sources, flags, compiler, torch and processor.
+    The library is kept in the folder recfx_<number of the user> of the temporary folder, next to torch.compile's own
+    cache, under a name that is a hash of sources, flags, compiler, torch and processor. TMPDIR names another temporary
+    folder. A user without a name, as in many containers, is fine here; older versions of torch.compile need
+    TORCHINDUCTOR_CACHE_DIR then.
 
-    Raises:   RuntimeError with the compiler's words when the compiler fails.
+    Raises:   RuntimeError with the compiler's words when the compiler fails; naming folder or library when it cannot be
+              written or loaded, or when another user could have put it there: it is a link, belongs to another user, or
+              others may write to it.
     """
     path = _built(NUM_CORES)
     if path is None:
         warnings.warn("recfx: no C++ compiler found, running the slow reference kernels.", stacklevel=2)
         return None
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # its folder may be mounted noexec
+        raise RuntimeError(f"{path}: {error}, expected a library that loads. {ELSEWHERE}") from error
 
 
 def build_ahead() -> None:
@@ -62,23 +71,66 @@ def _built(num_processes: int) -> Path | None:
         return None
     sources = sorted(Path(__file__).parent.glob("*.cpp"))
     headers = sorted(Path(__file__).parent.glob("*.h"))
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    words = [version, torch.__version__.encode(), _processor().encode(), *map(str.encode, FLAGS)]
+    words = [
+        _run([compiler, "--version"]).encode(),
+        torch.__version__.encode(),
+        _processor().encode(),
+        *map(str.encode, FLAGS),
+    ]
     words += [f.read_bytes() for f in sources + headers]
     name = hashlib.sha256(b"\0".join(words)).hexdigest()[:24]
-    folder = Path(tempfile.gettempdir()) / f"recfx_{getpass.getuser()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise RuntimeError(f"{folder}: belongs to another user, expected to own it. Set TMPDIR to a folder of yours.")
+    folder = _own_folder()
     path = folder / f"{name}.so"
     with _one_build:
-        if not path.exists():
-            _compile(compiler, sources, path, num_processes)
+        if not os.path.lexists(path):
+            try:
+                _compile(compiler, sources, path, num_processes)
+            except OSError as error:
+                raise RuntimeError(
+                    f"{folder}: {error}, expected a folder with room for the compiled kernels. {ELSEWHERE}"
+                ) from error
+        _check_own(path, stat.S_ISREG, "file")
     return path
 
 
+def _own_folder() -> Path:
+    """Where libraries are kept: a folder that no other user can have put anything into."""
+    try:
+        folder = Path(tempfile.gettempdir()).absolute() / f"recfx_{os.getuid()}"  # a user may have no name, or "../x"
+    except FileNotFoundError as error:
+        raise RuntimeError(f"temporary folder: {error}, expected one for the compiled kernels. {ELSEWHERE}") from error
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise RuntimeError(f"{folder}: {error.strerror}, expected a folder to make. {ELSEWHERE}") from error
+    _check_own(folder, stat.S_ISDIR, "folder")
+    return folder
+
+
+def _check_own(path: Path, is_kind: Callable[[int], bool], kind: str) -> None:
+    """Raises RuntimeError where another user may have put code that would be run as this one's."""
+    found = os.lstat(path)
+    mode = stat.S_IMODE(found.st_mode)
+    if stat.S_ISLNK(found.st_mode):
+        what = f"a link to {os.readlink(path)}"
+    elif not is_kind(found.st_mode):
+        what = "another kind of file"
+    elif found.st_uid != os.getuid():
+        what = f"a {kind} of user {found.st_uid}"
+    elif mode & (stat.S_IWGRP | stat.S_IWOTH):
+        what = f"mode {mode:o}"
+    else:
+        return
+    raise RuntimeError(
+        f"{path}: got {what}, expected a {kind} of user {os.getuid()} that nobody else may write to. What is loaded "
+        f"from there runs as you. Delete it if it is not yours. {ELSEWHERE}"
+    )
+
+
 def _compile(compiler: str, sources: list[Path], path: Path, num_processes: int) -> None:
-    """Writes beside the target and renames, so that two processes building at once are both right."""
+    """Writes under another name and renames, so that two processes building at once are both right."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
         include = ("-I", str(TORCH / "include"))
@@ -90,13 +142,17 @@ def _compile(compiler: str, sources: list[Path], path: Path, num_processes: int)
             list(pool.map(_run, commands))
         built, link = Path(scratch) / path.name, ("-L", str(TORCH / "lib"), "-ltorch_cpu")
         _run([compiler, *FLAGS, "-shared", *map(str, objects), *link, "-o", str(built)])
+        built.chmod(0o700)  # whatever the umask
         os.replace(built, path)
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
+    """What it says."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}.\n{done.stderr}")
+        hint = f"{ELSEWHERE}\n" if "No space left" in done.stderr else ""
+        raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}.\n{hint}{done.stderr}")
+    return done.stdout
 
 
 def _processor() -> str:

@@ -38,6 +38,9 @@ void list_sums(const float*, const int32_t*, int64_t, float*);
 void select_lists(const float* const*, const int32_t* const*, int64_t, int64_t, int64_t, const float*, float*);
 void clip_row_grads(float*, const int64_t*, int64_t, const float*, const bool*, int64_t, const int64_t*, const double*);
 void squared_norm(const float*, const int64_t*, int64_t, int64_t, double*);
+void all_finite(const float* const*, const int64_t*, int64_t, const float* const*, const int64_t* const*,
+                const int64_t*, const int64_t*, int64_t, bool*);
+void untouch_rows(int64_t*, const int32_t*, const int32_t*, int64_t, const int64_t*, const int64_t*, const bool*);
 void sgd_rows(const StepRows*);
 void adagrad_rows(const StepRows*);
 void rowwise_adagrad_rows(const StepRows*);
@@ -201,6 +204,42 @@ Tensor squared_norm_op(const Tensor& grads, const Tensor& num_unique) {
   return norm;
 }
 
+// The tensor itself where its numbers fill their memory in whatever order of dimensions, else a contiguous copy.
+Tensor dense(const Tensor& t) {
+  if (t.is_contiguous() || (t.dim() == 2 && t.stride(0) == 1 && t.stride(1) == t.size(0))) return t;
+  return torch::stable::contiguous(t);
+}
+
+Tensor all_finite_op(const Tensors& tensors, const Tensors& grads, const Tensors& num_unique, const Tensor& due) {
+  Tensor result = torch::stable::empty_like(due);
+  if (!*flat<bool>(due)) {
+    *flat<bool>(result) = true;
+    return result;
+  }
+  Tensors kept;
+  std::vector<const float*> of_tensors, of_grads;
+  Ints lengths, strides, widths;
+  for (const Tensor& t : tensors) {
+    kept.push_back(dense(t));
+    of_tensors.push_back(strided<const float>(kept.back()));
+    lengths.push_back(t.numel());
+  }
+  for (const Tensor& g : grads) {
+    of_grads.push_back(strided<const float>(g));
+    strides.push_back(g.stride(0));
+    widths.push_back(g.size(1));
+  }
+  all_finite(of_tensors.data(), lengths.data(), lengths.size(), of_grads.data(), flat<const int64_t>(num_unique).data(),
+             strides.data(), widths.data(), strides.size(), flat<bool>(result));
+  return result;
+}
+
+void untouch_rows_op(Tensor seen, const Tensor& row_P, const Tensor& inverse_P, const Tensor& num_before,
+                     const Tensor& step, const Tensor& counts) {
+  untouch_rows(flat<int64_t>(seen), flat<int32_t>(row_P), flat<int32_t>(inverse_P), row_P.numel(),
+               flat<int64_t>(num_before), flat<int64_t>(step), flat<bool>(counts));
+}
+
 template <void (*update)(const StepRows*)>
 void optimizer_rows_op(Tensor rows, Tensor grads, Tensor num_unique, const Tensor& unique_rows,
                        const Tensor& row_vocabularies, const Tensor& hyper, const Tensor& due, const Ints& dims,
@@ -228,6 +267,8 @@ STABLE_TORCH_LIBRARY_IMPL(recfx, CPU, library) {
   library.impl("select_lists", TORCH_BOX(&select_lists_op));
   library.impl("clip_row_grads_", TORCH_BOX(&clip_row_grads_op));
   library.impl("squared_norm", TORCH_BOX(&squared_norm_op));
+  library.impl("all_finite", TORCH_BOX(&all_finite_op));
+  library.impl("untouch_rows_", TORCH_BOX(&untouch_rows_op));
   library.impl("sgd_rows_", TORCH_BOX(&optimizer_rows_op<sgd_rows>));
   library.impl("adagrad_rows_", TORCH_BOX(&optimizer_rows_op<adagrad_rows>));
   library.impl("rowwise_adagrad_rows_", TORCH_BOX(&optimizer_rows_op<rowwise_adagrad_rows>));

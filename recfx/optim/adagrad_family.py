@@ -34,7 +34,7 @@ def sparse_adagrad(lr: Rate, *, initial: float = 0.0, eps: float = 1e-10, weight
     Args:     lr: step size, >= 0: a float, a 0-d tensor, or a function of the steps taken (`recfx.optim.schedules`).
               initial: of the sum of squares, >= 0 (torch's initial_accumulator_value). Not stored: rows begin at 0.
               eps: >= 0; weight_decay: L2 penalty, >= 0.
-    Slots:    sum beside the weight in each row: 4 W bytes.
+    Slots:    sum next to the weight in each row: 4 W bytes.
     Cost:     reads 3 U W floats, writes 2 U W.
     Raises:   ValueError on a value outside its range.
     """

@@ -1,12 +1,12 @@
 """AdamW and its documented variants, for dense parameters and for the rows a step touched.
 
     m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
-    torch:   w <- (1 - lr wd) w - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
-    recis:   w <- (1 - lr wd) w - lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)
-    tf:      as torch, decay (1 - wd) w, not scaled by lr
-    adam:    as torch, no decay
+    torch's:  w <- decay w - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)         adamw, adam
+    RecIS's:  w <- decay w - lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)       adamw_recis, adamw_tf, adam_recis
+    decay:    1 - lr wd of adamw and adamw_recis; 1 - wd, not scaled by lr, of adamw_tf; 1 of adam and adam_recis
 
-Both kinds are one formula, w <- decay w - alpha m / (sqrt(v) + eps'), whose scalars depend on the variant and on t.
+Both are one formula, w <- decay w - alpha m / (sqrt(v) + eps'), whose scalars depend on the variant and on t. They
+differ where gradients are small: RecIS compares eps with sqrt(v), which at first is a 32nd of the gradient.
 
 Ref: Loshchilov & Hutter 2019, arXiv:1711.05101, Alg. 2.
 """
@@ -38,10 +38,12 @@ from recfx.types import Params, Transform
 __all__ = [
     "AdamState",
     "adam",
+    "adam_recis",
     "adamw",
     "adamw_recis",
     "adamw_tf",
     "sparse_adam",
+    "sparse_adam_recis",
     "sparse_adamw",
     "sparse_adamw_recis",
     "sparse_adamw_tf",
@@ -64,7 +66,7 @@ def sparse_adamw(
     Args:     lr: step size, >= 0: a float, a 0-d tensor, or a function of the steps taken (`recfx.optim.schedules`).
               b1, b2: decay of the moments per step, in [0, 1).  eps: >= 0; 0 gives NaN where a gradient is 0.
               weight_decay: per unit of lr, >= 0.
-    Slots:    m, v beside the weight in each row: 8 W bytes.
+    Slots:    m, v next to the weight in each row: 8 W bytes.
     Cost:     reads 4 U W floats, writes 3 U W; never syncs.
     Differs:  from torch.optim.AdamW: untouched rows neither decay nor move, t counts steps of the table.
     Raises:   ValueError on a value outside its range.
@@ -75,20 +77,30 @@ def sparse_adamw(
 def sparse_adamw_recis(
     lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01
 ) -> SparseOptimizer:
-    """`sparse_adamw` with eps outside the bias correction, as RecIS computes it."""
+    """RecIS's SparseAdamW: `sparse_adamw` with eps outside the bias correction.
+
+    Differs:  from `sparse_adamw` where gradients are small: with a constant 1e-7 and lr 1e-3, five steps without decay
+              move a weight by -1.7042e-3, those of `sparse_adamw` by -4.5455e-3.
+    """
     return _sparse(_scalars(lr, b1, b2, eps, weight_decay, eps_corrected=False), lr, weight_decay)
 
 
 def sparse_adamw_tf(
     lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01
 ) -> SparseOptimizer:
-    """`sparse_adamw` whose decay is not scaled by lr: w <- (1 - wd) w."""
-    return _sparse(_scalars(lr, b1, b2, eps, weight_decay, decay_by_lr=False), lr, weight_decay)
+    """RecIS's SparseAdamWTF: `sparse_adamw_recis` whose decay is not scaled by lr, w <- (1 - wd) w."""
+    scalars = _scalars(lr, b1, b2, eps, weight_decay, eps_corrected=False, decay_by_lr=False)
+    return _sparse(scalars, lr, weight_decay)
 
 
 def sparse_adam(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> SparseOptimizer:
-    """`sparse_adamw` without decay."""
+    """`sparse_adamw` without decay: torch.optim.Adam's formula. RecIS's is `sparse_adam_recis`."""
     return _sparse(_scalars(lr, b1, b2, eps, 0.0), lr, 0.0)
+
+
+def sparse_adam_recis(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> SparseOptimizer:
+    """RecIS's SparseAdam: `sparse_adamw_recis` without decay. RecIS ignores its `weight_decay`, so there is none."""
+    return _sparse(_scalars(lr, b1, b2, eps, 0.0, eps_corrected=False), lr, 0.0)
 
 
 def adamw(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01) -> Transform:
@@ -102,20 +114,25 @@ def adamw(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, we
 def adamw_recis(
     lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01
 ) -> Transform:
-    """`adamw` with eps outside the bias correction, as RecIS computes it."""
+    """`adamw` with eps outside the bias correction, as RecIS computes it for rows: `sparse_adamw_recis`."""
     return _dense(_scalars(lr, b1, b2, eps, weight_decay, eps_corrected=False), lr, weight_decay)
 
 
 def adamw_tf(
     lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01
 ) -> Transform:
-    """`adamw` whose decay is not scaled by lr: w <- (1 - wd) w."""
-    return _dense(_scalars(lr, b1, b2, eps, weight_decay, decay_by_lr=False), lr, weight_decay)
+    """RecIS's AdamWTF: `adamw_recis` whose decay is not scaled by lr, w <- (1 - wd) w."""
+    return _dense(_scalars(lr, b1, b2, eps, weight_decay, eps_corrected=False, decay_by_lr=False), lr, weight_decay)
 
 
 def adam(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Transform:
-    """`adamw` without decay."""
+    """`adamw` without decay: torch.optim.Adam as a function."""
     return _dense(_scalars(lr, b1, b2, eps, 0.0), lr, 0.0)
+
+
+def adam_recis(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Transform:
+    """`adamw_recis` without decay: the form of `sparse_adam_recis`."""
+    return _dense(_scalars(lr, b1, b2, eps, 0.0, eps_corrected=False), lr, 0.0)
 
 
 def _scalars(

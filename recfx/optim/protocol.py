@@ -46,10 +46,10 @@ class Fused(NamedTuple):
 
 
 class SparseOptimizer(NamedTuple):
-    """An optimiser of the rows one step touched. It declares what it keeps beside a weight; the table owns the memory.
+    """An optimiser of the rows one step touched. It declares what it keeps next to a weight; the table owns the memory.
 
     slots:      names of what is kept per weight: a row is f32 [1 + slots, W].
-    row_slots:  names of what is kept per row of each logical table, behind the weights: [1 + slots, W + row slots].
+    row_slots:  names of what is kept per row of each logical table, after the weights: [1 + slots, W + row slots].
     update:     (rows f32 [U, 1 + slots, W + row slots], grads f32 [U, W], step i64 [], scale f32 []) -> rows; pure:
                 the meaning, for rows of one logical table.
     apply:      (TableState, scale, due bool [], Columns | None) -> TableState; pure, on the step's unique rows. Without
@@ -157,7 +157,7 @@ def dense_optimizer(state_type: Any, formula: Callable, hyper: Callable[[Tensor,
     """
 
     def init(params: Params) -> Any:
-        device = next(iter(params.values())).device
+        device = next((p.device for p in params.values()), None)
         slots = [{name: torch.zeros_like(p) for name, p in params.items()} for _ in state_type._fields[:-1]]
         return state_type(*slots, torch.zeros((), dtype=torch.int64, device=device))
 

@@ -24,7 +24,8 @@ def read(step: Step, state: TrainState, table: str, ids: Tensor) -> Rows:
     Example:  >>> from recfx import optim
               >>> from recfx.embeddings import Embedding
               >>> from recfx.step import train_step
-              >>> step = train_step(features=dict, embeddings={"emb": [Embedding("item", dim=2)]}, forward=None,
+              >>> step = train_step(features=dict, embeddings={"emb": [Embedding("item", dim=2)]},
+              ...                   forward=lambda params, emb, feats: emb["emb"].sum((1, 2))[:, None],
               ...                   sparse_optimizer=optim.sparse_sgd(0.1), dense_optimizer=optim.sgd(0.1))
               >>> state = step.init({"w": torch.zeros(1)})
               >>> state = write_(step, state, "emb/item", torch.tensor([7]), torch.tensor([[0.5, 2.0]]))

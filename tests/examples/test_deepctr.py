@@ -67,7 +67,7 @@ def test_features_are_what_the_rows_say(batch, rows, short):
 
 
 def uncompiled(step: Step, state: Any, batch: Batch) -> Callable:
-    return lambda state, batch: step.update_(step.grow_(state, step.ids_in(batch)), batch)
+    return lambda state, batch: step.update_(state, batch)
 
 
 @pytest.mark.parametrize("captured", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -114,7 +114,7 @@ def test_captured_as_one_graph_it_is_the_same_step(batch):
 
 def test_the_table_of_items_is_shared_by_its_history(batch):
     step, state = program.build_step(program.parse([]))
-    state, aux = step.update_(step.grow_(state, step.ids_in(batch)), batch)
+    state, aux = step.update_(state, batch)
     names = {c.name for t in step.plan.tables for columns in t.vocabularies for c in columns}
     assert {"item", "bucket", "emb/words", "emb/city_category"} <= names
     assert torch.isfinite(aux.loss)

@@ -24,6 +24,7 @@ from pyarrow import orc
 from recfx import checkpoint
 from recfx.data import criteo_synthetic
 from recfx.examples import deepfm as program
+from recfx.examples.environment import check_one_process
 from recfx.step import Step
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step as it is written, uncompiled."""
 
     def capture(step: Step, state: Any, batch: Any) -> Callable:
-        return lambda state, batch: step.update_(step.grow_(state, step.ids_in(batch)), batch)
+        return step.update_
 
     monkeypatch.setattr(program, "capture", capture)
     monkeypatch.setattr(program, "capture_evaluation", lambda step, state, batch: step.evaluate_)
@@ -232,7 +233,7 @@ def test_every_argument_reaches_what_it_names(data, eager, monkeypatch):
         (f"{data}/train", False),
         (f"{data}/eval", False),
     ]
-    expected = {"batch_size": 100, "threads": 3, "prefetch": 2, "cache": "cache", "rank": 0, "world_size": 1}
+    expected = {"batch_size": 100, "threads": 3, "prefetch": 2, "cache": "cache"}
     assert all({name: r[name] for name in expected} == expected for r in got["reader"])
     assert got["TrainConfig"] == [
         {
@@ -260,7 +261,8 @@ def test_resume(data, eager, accumulation):
     assert (stopped["steps"], stopped["stopped"]) == (5, "train_steps")
     resumed = call(data, *more, "--resume", output="parts")
     assert newest("parts") == newest("whole")
-    again = call(data, *more, "--resume=true", output="parts")  # nothing is left to do
+    with pytest.warns(match="nothing is left to train"):
+        again = call(data, *more, "--resume=true", output="parts")
     assert newest("parts") == newest("whole")
     names = ("auc", "log_loss", "calibration", "rows", "steps")
     assert [again[name] for name in names] == [resumed[name] for name in names]
@@ -270,7 +272,7 @@ def test_resume(data, eager, accumulation):
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_several_steps_per_replay_end_in_the_same_bytes(data, monkeypatch, accumulation):
     """On a CPU one after another: 33 batches, and 9 windows, the last of them incomplete."""
-    monkeypatch.setattr("recfx.capture.compiled", lambda function: function)
+    monkeypatch.setattr("recfx.capture.compiled", lambda function, state, sections: function)
     made, several = [], program.capture_steps
     monkeypatch.setattr(program, "capture_steps", lambda *args, **how: made.append(how) or several(*args, **how))
     more = [f"--gradient_accumulation_steps={accumulation}", "--log_steps=5"]
@@ -289,7 +291,7 @@ def test_ctrl_c(data, eager, monkeypatch, capsys):
             calls.append(1)
             if len(calls) == 6:
                 os.kill(os.getpid(), signal.SIGINT)
-            return step.update_(step.grow_(state, step.ids_in(batch)), batch)
+            return step.update_(state, batch)
 
         return run
 
@@ -319,17 +321,14 @@ def test_the_seed_decides(data, eager):
     assert newest("a") == newest("b") != newest("c")
 
 
-def test_workers_read_their_own_files(data, monkeypatch):
-    args = program.parse(["--data_paths", f"{data}/train"])
-    names = []
-    for rank in range(2):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        names.append([Path(f.path).name for f in program.read(args, args.data_paths, drop_remainder=True).files])
-    assert names == [["part-00000.orc", "part-00002.orc"], ["part-00001.orc"]]
-    monkeypatch.setenv("RANK", "one")
-    got = refused(f"--data_paths={data}/train")
-    assert got == "error: RANK: got 'one', expected a whole number. torchrun sets it; for one process leave it unset."
+@pytest.mark.parametrize(("name", "word"), [("RANK", "1"), ("WORLD_SIZE", "2"), ("RANK", "one")])
+def test_more_than_one_process_is_an_error(data, monkeypatch, name, word):
+    """Each would train a model of its own, and say nothing."""
+    monkeypatch.setenv(name, word)
+    assert f"error: {name}: got '{word}', expected" in refused(f"--data_paths={data}/train")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_one_process()
 
 
 # Arguments and errors.

@@ -27,7 +27,7 @@ import torch._dynamo  # torch imports it when a step first runs: here, once, and
 from recfx.checkpoint import compact, diff, latest
 from recfx.train import TrainConfig, train
 from tests.conftest import deepfm_batches, deepfm_step
-from tests.loop import MemoryReader, eager, fresh
+from tests.loop import MemoryReader, fresh
 
 NUM_BATCHES, EPOCHS, SAVE_STEPS = 14, 2, 3
 MODES = [(in_background, full_every) for in_background in (False, True) for full_every in (1, 3)]
@@ -54,7 +54,7 @@ def run(folder: Path, in_background: bool, full_every: int, slow: random.Random 
         output_dir=str(folder), save_steps=SAVE_STEPS, train_epoch=EPOCHS, max_to_keep=2,
         save_in_background=in_background, full_save_every=full_every,
     )  # fmt: skip
-    train(step, eager(step), fresh(step), reader, config, resume=True)
+    train(step, step.update_, fresh(step), reader, config, resume=True)
 
 
 def forked(work: object, *args: object) -> int:

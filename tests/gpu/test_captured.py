@@ -48,13 +48,14 @@ def host(tree: Any) -> Any:
 
 def eager(step: Step, state: Any, batches: list[Batch], device: str = "cuda") -> Any:
     for batch in batches:
-        state, _ = step.update_(step.grow_(state, step.ids_in(batch)), on(device, batch))
+        state, _ = step.update_(state, on(device, batch))
     return state
 
 
 def compiled(step: Step, state: Any, batches: list[Batch]) -> Any:
-    function = compiled_module.compiled(sections_function(step.update_, batches[0].layout))
+    inputs = state, on("cuda", batches[0]).sections
     with torch.no_grad():
+        function = compiled_module.compiled(sections_function(step.in_graph_, batches[0].layout), *inputs)
         for batch in batches:
             function(step.grow_(state, step.ids_in(batch)), on("cuda", batch).sections)
     return state

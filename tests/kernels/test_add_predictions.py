@@ -13,19 +13,22 @@ LOGITS = st.one_of(st.floats(-25, 25, width=32), st.sampled_from([math.nan, math
 
 
 def call(op, num_bins, logit, label, loss, valid):
-    histogram, sums = torch.zeros(2, num_bins, dtype=torch.int64), torch.ones(4, dtype=torch.float64)
+    histogram, sums = torch.zeros(2, num_bins, dtype=torch.int64), torch.ones(5, dtype=torch.float64)
     op(histogram, sums, logit, label, loss, valid, RANGE)
     return histogram, sums
 
 
 def loop(num_bins, logit, label, loss, valid):
-    histogram, sums = torch.zeros(2, num_bins, dtype=torch.int64), [1.0] * 4
+    histogram, sums = torch.zeros(2, num_bins, dtype=torch.int64), [1.0] * 5
     for x, y, l, v in zip(*(t.flatten() for t in (logit, label, loss, valid)), strict=True):
         place = float((x + RANGE) / (2 * RANGE) * num_bins)
         bin = 0 if math.isnan(place) else int(min(max(place, 0), num_bins - 1))
         histogram[int(y > 0.5), bin] += int(v)
         if v:
-            sums = [a + float(b) for a, b in zip(sums, (1, y, l, x.sigmoid()), strict=True)]
+            sums = [
+                a + float(b)
+                for a, b in zip(sums, (1, y, l, x.sigmoid(), not (x.isfinite() and l.isfinite())), strict=True)
+            ]
     return histogram, torch.tensor(sums, dtype=torch.float64)
 
 
@@ -35,7 +38,9 @@ def loop(num_bins, logit, label, loss, valid):
 @settings(max_examples=100, deadline=None)
 def test_kernel_is_definition_is_loop(samples, num_bins):
     logit, label, valid = (torch.tensor([s[i] for s in samples]).reshape(-1, 1) for i in range(3))
-    args = logit.float(), label.float(), torch.rand(logit.shape), valid.bool()
+    loss = torch.rand(logit.shape)
+    loss[::7] = math.nan
+    args = logit.float(), label.float(), loss, valid.bool()
     histogram, sums = loop(num_bins, *args)
     for op in (add_predictions.definition, add_predictions.add_predictions_):
         got = call(op, num_bins, *args)
@@ -56,5 +61,5 @@ def test_threads_do_not_change_a_bit(batch_size):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_opcheck():
     logit = torch.randn(6, 1)
-    args = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(4, dtype=torch.float64), logit, logit, logit, logit > 0
+    args = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(5, dtype=torch.float64), logit, logit, logit, logit > 0
     torch.library.opcheck(add_predictions.add_predictions_, (*args, RANGE))

@@ -1,0 +1,74 @@
+"""What a cache may tell recipes apart by: values that say all there is to say of themselves, in any process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+import xxhash
+
+from recfx.data.columns import Between, FixedLen, OneOf, VarLen
+from recfx.data.csv import Csv
+from recfx.data.split import Split
+from recfx.kernels.string_hash import farm_hashes, murmur_hashes
+
+__all__ = ["NoIdentityError", "identity_of"]
+
+PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype)
+OWN_TYPES = (Between, OneOf, FixedLen, VarLen, Split, Csv)
+OWN_FUNCTIONS = {"farm_hashes 1": farm_hashes, "murmur_hashes 1": murmur_hashes}  # another number where one changes
+
+
+class NoIdentityError(ValueError):
+    """A value that may change while it looks the same; says which, and where it is."""
+
+
+def identity_of(value: Any, where: str) -> str:
+    """A text that is equal for equal values, and differs where anything of them does.
+
+    Args:     where: the value is, for the error.
+    Raises:   NoIdentityError on a function of the user's, and on anything else that is not known here: what a function
+                  does may change under one name, and an object may keep what its repr does not say.
+    """
+    kind = type(value)  # not isinstance: a class derived from a known one may do anything
+    if kind in PLAIN:
+        return f"{kind.__name__} {value!r}"
+    if kind in (tuple, list):
+        return f"{kind.__name__}({', '.join(identity_of(item, where) for item in value)})"
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":  # repr leaves out most of a long one
+        content = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(value).tobytes())
+        return f"array {value.dtype.str} {value.shape} {content}"
+    if kind in OWN_TYPES:
+        return f"{kind.__name__}({', '.join(_parts(value, where))})"
+    if isinstance(value, pc.Expression):
+        return _expression(value, where)
+    for name, function in OWN_FUNCTIONS.items():
+        if value is function:
+            return name
+    raise NoIdentityError(f"{where}: {_shown(value)}")
+
+
+def _parts(value: Any, where: str) -> list[str]:
+    """Of one of recfx's own objects, attribute by attribute."""
+    if isinstance(value, FixedLen | VarLen):
+        where = f"column '{value.name}'"
+    names = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else sorted(vars(value))
+    return [f"{name}={identity_of(getattr(value, name), f'{where}, {name}')}" for name in names]
+
+
+def _expression(expression: pc.Expression, where: str) -> str:
+    _, (serialized,) = expression.__reduce__()
+    content = serialized.to_pybytes()
+    for name in pc.list_functions():
+        if not hasattr(pc, name) and pc.get_function(name).kind == "scalar" and name.encode() in content:
+            raise NoIdentityError(f"{where}: a registered function '{name}'")  # Arrow's own ones are functions of pc
+    return f"expression {content.hex()}"
+
+
+def _shown(value: Any) -> str:
+    name = getattr(value, "__qualname__", None) if isinstance(value, Callable) else None  # type: ignore[arg-type]
+    return f"the function '{name}'" if isinstance(name, str) else f"an object of {type(value).__qualname__}"

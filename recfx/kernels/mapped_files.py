@@ -1,0 +1,96 @@
+"""Files mapped into memory that may be cut short while they are read: an error that names the file, not SIGBUS."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+import weakref
+from pathlib import Path
+
+import pyarrow as pa
+
+from recfx.kernels.build import library
+from recfx.kernels.op import c_function
+
+__all__ = ["MappedFile", "replaced"]
+
+_watch = c_function("recfx_watch", "pip")
+_replaced = c_function("recfx_replaced", "ip")
+_unwatch = c_function("recfx_unwatch", "i")
+_one_thread = threading.Lock()
+
+
+class MappedFile:
+    """A file as memory to read from. Pages that are gone, since the file was cut short or its disk fails, are read as
+    zeros, and `check` raises from then on.
+
+    The first one installs a handler of SIGBUS, which hands on what concerns other memory to the handler before it.
+    Without a C++ compiler there is none: then the file is read whole, and `is_mapped` is False.
+
+    Cost:     `check` is one stat of the file. No file descriptor stays open.
+    Raises:   OSError when the file cannot be opened or mapped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with pa.memory_map(str(path)) as opened:
+            self._memory = opened.read_buffer()
+        found = os.stat(path)
+        self._identity, self._num_bytes = (found.st_dev, found.st_ino), self._memory.size
+        self._number = self._watched()
+        self.is_mapped = self._number >= 0
+        if self.is_mapped:
+            weakref.finalize(self, _unwatch, self._number).atexit = False
+        else:
+            self._memory = pa.py_buffer(path.read_bytes())
+
+    def buffer(self) -> pa.Buffer:
+        """Its bytes; what is made of them keeps it mapped and watched."""
+        return pa.foreign_buffer(self._memory.address, self._memory.size, base=self)
+
+    def check(self) -> None:
+        """Raises ValueError naming the file when some of what was read before, or will be, is not there.
+
+        One that was deleted or replaced by another stays whole as long as it is mapped.
+        """
+        if not self.is_mapped:
+            return
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            found = None
+        got = self._num_bytes
+        if found is not None and (found.st_dev, found.st_ino) == self._identity:
+            got = found.st_size
+        if got < self._num_bytes or self._num_replaced():
+            what = f"{got} bytes" if got != self._num_bytes else "bytes that cannot be read"
+            raise ValueError(
+                f"cache file '{self.path}': got {what}, expected the {self._num_bytes} that it had when it was opened. "
+                "Another process cut it short, or the disk fails. Delete the file and start again."
+            )
+
+    def _watched(self) -> int:
+        """Its number among the watched mappings; -1 where there is none."""
+        if library() is None or not self._num_bytes:
+            return -1
+        number = ctypes.c_int64()
+        with _one_thread:
+            _watch(self._memory.address, self._num_bytes, ctypes.addressof(number))  # type: ignore[arg-type]
+        return number.value
+
+    def _num_replaced(self) -> int:
+        number = ctypes.c_int64()
+        _replaced(self._number, ctypes.addressof(number))  # type: ignore[arg-type]
+        return number.value
+
+
+@functools.cache
+def replaced() -> ctypes.c_int64:
+    """How often pages were read as zeros so far, of all files of the process: it changes in place.
+
+    When it rises, the `check` of one of them raises. Reading it costs nothing, where a stat of each file is too much.
+    """
+    loaded = library()
+    return ctypes.c_int64(0) if loaded is None else ctypes.c_int64.in_dll(loaded, "recfx_num_replaced")

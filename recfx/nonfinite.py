@@ -1,0 +1,88 @@
+"""What is said of a run that met NaN or infinity: the step, the batch, the features, ids and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recfx.step import Step, TrainState
+from recfx.table import TableState, ids_of
+from recfx.types import Batch, Ragged
+
+__all__ = ["check_finite", "is_stopped"]
+
+MOST_NAMED = 5
+CHUNK_ROWS = 2**20
+
+
+def is_stopped(step: Step, state: TrainState) -> bool:
+    """Whether the step met NaN or infinity and is to stop then. Cost: one host read."""
+    return step.on_nonfinite == "stop" and int(state.nonfinite.first_step) > 0
+
+
+def check_finite(step: Step, state: TrainState, *, batch: Batch | None = None, where: str = "") -> None:
+    """Raises when a loss, a logit or a gradient was NaN or infinite, and the step is one that stops then.
+
+    Call it before each save and where a loop logs: the state remembers the first optimiser step that met one.
+
+    Args:     batch: that of the first one, if it is at hand: its features are looked through, and only its ids.
+              where: what to say of where the batch was read.
+    Cost:     one host read; when it raises, a pass over the tables.
+    Raises:   FloatingPointError naming the step, its micro-batch, and the features, ids and parameters with values that
+              are not finite.
+    """
+    if not is_stopped(step, state):
+        return
+    number, micro_batch = int(state.nonfinite.first_step), int(state.nonfinite.first_batch)
+    feats = None if batch is None else step.read(batch)
+    found = [
+        *(_in_features(feats) if feats is not None else ()),
+        *_in_rows(step, state, feats),
+        *(f"parameter '{name}'" for name, p in state.params.items() if not _is_finite(p)),
+    ]
+    named = "; ".join(found[:MOST_NAMED]) + f"; and {len(found) - MOST_NAMED} more" * (len(found) > MOST_NAMED)
+    raise FloatingPointError(
+        f"step {number}: got NaN or infinity as a loss, logit or gradient of micro-batch {micro_batch}{where}, "
+        f"expected finite numbers. Not finite now: {named or 'nothing in the state'}. Nothing was saved since. Mend "
+        "the feature or the model, or leave such batches out with train_step(on_nonfinite='skip')."
+    )
+
+
+def _in_features(feats: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in feats.items():
+        parts = value.parts if isinstance(value, Ragged) else {"": value}
+        for part, t in parts.items():
+            if isinstance(t, Tensor) and not _is_finite(t):
+                bad = (~t.isfinite()).nonzero()[0].tolist()
+                yield f"feature '{name}'{' ' * bool(part)}{part} has {t[tuple(bad)].item()} at {bad}"
+
+
+def _in_rows(step: Step, state: TrainState, feats: Mapping[str, Any] | None) -> Iterator[str]:
+    """Features and the ids whose rows are not finite; of the batch where there is one."""
+    for plan, table in zip(step.plan.tables, state.tables, strict=True):
+        rows = _bad_rows(table)
+        ids, vocabularies = table.ids[rows], table.vocabularies[rows]
+        for lookup in plan.lookups:
+            bad = ids[vocabularies == lookup.vocabulary]
+            if feats is not None:
+                bad = bad[torch.isin(bad, ids_of(dict(feats), lookup.feature).values)]
+            if len(bad):
+                more = f" and {len(bad) - MOST_NAMED} more" * (len(bad) > MOST_NAMED)
+                yield f"feature '{lookup.feature}' id {', '.join(map(str, bad[:MOST_NAMED].tolist()))}{more}"
+
+
+def _bad_rows(table: TableState) -> Tensor:
+    """Numbers of live rows with a weight that is not finite."""
+    num_rows, found = int(table.num_rows), []
+    for first in range(0, num_rows, CHUNK_ROWS):
+        last = min(first + CHUNK_ROWS, num_rows)
+        finite = table.rows[first:last].flatten(1).isfinite().all(1) | (table.vocabularies[first:last] < 0)
+        found.append((~finite).nonzero()[:, 0] + first)
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+
+
+def _is_finite(t: Tensor) -> bool:
+    return not t.is_floating_point() or bool(t.isfinite().all())

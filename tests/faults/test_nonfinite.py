@@ -1,0 +1,217 @@
+"""NaN and infinity: a run that meets one stops before it saves, or leaves the batch out; nothing is lost."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from recfx import checkpoint, optim
+from recfx.capture import capture
+from recfx.embeddings import Embedding
+from recfx.policies import Life, unseen_for
+from recfx.step import train_step
+from recfx.train import TrainConfig, check_finite, evaluate, train
+from recfx.types import Ragged, pack
+from tests.loop import MemoryReader
+
+NAN, INF = math.nan, math.inf
+
+
+def make(**kwargs):
+    """x multiplies the embeddings; the logit has the square root of b y, whose slope is infinite where y is 0."""
+    arguments = {
+        "features": dict,
+        "embeddings": {"e": [Embedding("item", dim=2)]},
+        "forward": lambda p, e, f: e["e"].sum((1, 2))[:, None] * f["x"] + p["b"] + (p["b"] * f["y"]).abs().sqrt(),
+        "sparse_optimizer": optim.sparse_adamw(1e-2),
+        "dense_optimizer": optim.adamw(1e-2),
+        "max_rows": 64,
+    }
+    return train_step(**arguments | kwargs)
+
+
+def init(step):
+    return step.init({"b": torch.full((1,), 0.5)})
+
+
+def batch(items, x=1.0, y=1.0):
+    num = len(items)
+    return pack(
+        {
+            "label": (torch.arange(num) % 2).float()[:, None],
+            "item": Ragged(torch.tensor(items), torch.arange(num + 1, dtype=torch.int32)),
+            "x": torch.tensor([1.0] * (num - 1) + [x])[:, None],
+            "y": torch.tensor([1.0] * (num - 1) + [y])[:, None],
+        }
+    )
+
+
+GOOD = [batch([i, i + 1]) for i in range(9)]
+BAD = {
+    "NaN feature": batch([20, 1], x=NAN),
+    "infinite feature": batch([20, 1], x=INF),
+    "infinite slope": batch([20, 1], y=0.0),  # loss and logit are finite
+}
+
+
+def with_bad(place, kind="NaN feature", num=9):
+    return [*GOOD[:place], BAD[kind], *GOOD[place:num]]
+
+
+def saved_numbers(folder):
+    return [int(p.name.removeprefix("step-")) for p in sorted(folder.glob("step-*"))]
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_train_stops_before_the_save_and_names_step_place_feature_and_ids(tmp_path, kind, accumulation):
+    step = make(accumulation=accumulation)
+    config = TrainConfig(output_dir=str(tmp_path), save_steps=2, log_steps=100)
+    named = {"NaN feature": r"feature 'x' has nan at \[1, 0\]", "infinite feature": r"feature 'x' has inf"}.get(
+        kind, ""
+    )
+    at = 5 if accumulation == 1 else 3
+    message = rf"step {at}: got NaN or infinity as a loss, logit or gradient of micro-batch .*{named}"
+    with pytest.raises(FloatingPointError, match=message) as caught:
+        train(step, step.update_, init(step), MemoryReader(with_bad(4, kind)), config)
+    if kind != "infinite slope":  # the sum of an accumulation window is looked at at its end
+        assert "follows position {'batch': 4} of epoch 0" in str(caught.value)
+        assert "feature 'item' id" in str(caught.value)
+    assert saved_numbers(tmp_path) == ([2, 4] if accumulation == 1 else [2])
+    state, _ = checkpoint.load(checkpoint.latest(tmp_path), step, init(step))
+    assert all(t.isfinite().all() for t in tree_leaves((state.params, state.tables[0].rows[:10])))
+
+
+@pytest.mark.parametrize("when", ["log", "end", "interrupt"])
+def test_the_loop_looks_at_each_log_and_before_every_save(tmp_path, when):
+    step = make()
+    config = TrainConfig(output_dir=str(tmp_path), log_steps=7 if when == "log" else 100)
+    looked = []
+    with pytest.raises(FloatingPointError, match="step 5: "):
+        train(
+            step, step.update_, init(step), MemoryReader(with_bad(4)), config,
+            on_event=lambda event, progress, state: looked.append((event, progress.step)),
+        )  # fmt: skip
+    assert ("log", 7) not in looked
+    assert max(n for _, n in looked) == (6 if when == "log" else 10)
+    assert saved_numbers(tmp_path) == []
+
+
+def test_after_a_resume_the_batch_is_found_too(tmp_path):
+    step, reader = make(), MemoryReader(with_bad(7))
+    train(step, step.update_, init(step), reader, TrainConfig(output_dir=str(tmp_path), train_steps=4))
+    with pytest.raises(FloatingPointError, match=r"step 8: .*follows position {'batch': 7} of epoch 0"):
+        train(step, step.update_, init(step), reader, TrainConfig(output_dir=str(tmp_path)), resume=True)
+    assert saved_numbers(tmp_path) == [4]
+
+
+def test_an_own_loop_looks_by_itself():
+    step = make()
+    state = init(step)
+    for b in GOOD:
+        state, _ = step.update_(state, b)
+    check_finite(step, state)
+    for b in (BAD["NaN feature"], *GOOD):
+        state, _ = step.update_(state, b)
+    assert (int(state.nonfinite.first_step), int(state.nonfinite.num_batches)) == (10, 10)  # the dense part stays NaN
+    with pytest.raises(FloatingPointError, match=r"step 10: .*feature 'item' id .*parameter 'b'"):
+        check_finite(step, state)
+    with pytest.raises(
+        FloatingPointError, match=r"feature 'x' has nan at \[1, 0\]; feature 'item' id 1; parameter 'b'"
+    ):
+        check_finite(step, state, batch=BAD["NaN feature"])
+
+
+def test_padding_counts_for_nothing():
+    step, b = make(), batch([1, 2, 3], x=NAN)
+    empty = b["item"]._replace(offsets=torch.tensor([0, 1, 2, 2], dtype=torch.int32))
+    b = pack({**b, "item": empty, "num_samples": torch.tensor(2, dtype=torch.int32)})
+    state, aux = step.update_(init(step), b)
+    assert aux.logit[2].isnan()
+    assert [int(t) for t in state.nonfinite] == [0, 0, 0]
+
+
+def test_ignore_looks_for_nothing(tmp_path):
+    step = make(on_nonfinite="ignore")
+    config = TrainConfig(output_dir=str(tmp_path))
+    state, progress = train(step, step.update_, init(step), MemoryReader(with_bad(4)), config)
+    assert (progress.step, int(state.nonfinite.num_batches)) == (10, 0)
+    assert math.isnan(progress.loss)
+    check_finite(step, state)
+
+
+def test_another_word_is_an_error():
+    with pytest.raises(ValueError, match=r"on_nonfinite: got 'raise', expected one of \('stop', 'skip', 'ignore'\)"):
+        make(on_nonfinite="raise")
+
+
+# Skipping.
+
+
+def assert_same_but_for_new_rows(got, expected):
+    """All that training moves; rows that the skipped batch inserted come after, at their initial value."""
+    for name in ("params", "dense", "metrics", "window", "stats"):
+        for a, b in zip(tree_leaves(getattr(got, name)), tree_leaves(getattr(expected, name)), strict=True):
+            assert torch.equal(a, b), name
+    for a, b in zip(got.tables, expected.tables, strict=True):
+        assert int(a.step) == int(b.step)
+        rows = {int(id): a.rows[row] for row, id in enumerate(a.ids[: int(a.num_rows)])}
+        for row, id in enumerate(b.ids[: int(b.num_rows)].tolist()):
+            assert torch.equal(rows.pop(id), b.rows[row])
+        assert not any(row[1:].any() for row in rows.values())  # the optimiser has not seen them
+        assert int(a.num_unique) == int(b.num_unique)
+        assert torch.equal(a.grads, b.grads)
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("spelling", ["update", "update_", "captured"])
+def test_a_skipped_batch_leaves_everything_as_it_was(kind, accumulation, spelling):
+    """It takes its place in the window: the windows of the run without it are shorter there."""
+    step = make(on_nonfinite="skip", accumulation=accumulation, life=Life(expire=unseen_for(100), every=1))
+    got, expected = init(step), init(step)
+    captured = spelling == "captured"
+    run = capture(step, got, GOOD[0], backend="eager") if captured else getattr(step, spelling)
+    without = step.update if spelling == "update" else step.update_
+    for number, b in enumerate(with_bad(4, kind)):
+        got, _ = run(got, b)
+        if number != 4:
+            expected, _ = without(expected, b)
+        elif accumulation > 1:
+            expected.window.num_batches.add_(1)  # an empty place
+        if number == 4:
+            assert_same_but_for_new_rows(got, expected)
+            assert 20 in got.tables[0].ids[: int(got.tables[0].num_rows)].tolist()
+    assert_same_but_for_new_rows(step.flush_(got), step.flush_(expected))
+    assert int(got.step) == int(expected.step) + (accumulation == 1)  # the loop's number goes on
+    assert [int(t) for t in got.nonfinite] == [{1: 5, 3: 2}[accumulation], {1: 0, 3: 1}[accumulation], 1]
+
+
+def test_a_window_of_skipped_batches_moves_nothing():
+    step = make(on_nonfinite="skip", accumulation=2)
+    state, _ = step.update_(init(step), GOOD[0])
+    state, _ = step.update_(state, GOOD[1])
+    before = [t.clone() for t in tree_leaves((state.params, state.dense, state.tables[0].rows[:3]))]
+    for b in (BAD["NaN feature"], BAD["infinite slope"]):
+        state, _ = step.update_(state, b)
+    after = tree_leaves((state.params, state.dense, state.tables[0].rows[:3]))
+    assert all(map(torch.equal, before, after))
+    assert (int(state.step), int(state.dense.step), int(state.window.num_batches)) == (2, 1, 0)
+
+
+def test_train_skips_counts_and_saves(tmp_path):
+    step = make(on_nonfinite="skip")
+    config = TrainConfig(output_dir=str(tmp_path), save_steps=5, log_steps=5)
+    state, progress = train(step, step.update_, init(step), MemoryReader(with_bad(4)), config)
+    assert (progress.step, progress.num_nonfinite, int(state.dense.step)) == (10, 1, 9)
+    assert math.isfinite(progress.loss)
+    assert saved_numbers(tmp_path) == [5, 10]
+
+
+def test_evaluation_says_how_many_samples_were_not_finite():
+    step = make()
+    values = evaluate(step.evaluate_, init(step), [GOOD[0], BAD["NaN feature"]])
+    assert values["num_nonfinite"] == 1
+    assert all(math.isnan(values[name]) for name in ("auc", "log_loss", "calibration"))
+    assert evaluate(step.evaluate_, init(step), GOOD)["num_nonfinite"] == 0
