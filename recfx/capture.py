@@ -25,8 +25,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import dtype_abbrs
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
+from recfx.checks import check_type
 from recfx.compiled import compiled
 from recfx.cuda_graph import Replays, check_sweep, record
+from recfx.run_checks import check_program
 from recfx.step import Aux, Step, TrainState
 from recfx.types import Batch, Layout, unpack
 
@@ -45,6 +47,7 @@ Backend = Literal["inductor", "eager"]
 Taken = TypeVar("Taken")
 Given = TypeVar("Given")
 
+ORDER = "The order is (step, state, batch)."
 RECORDED_ON = ("cuda",)  # devices whose steps are recorded and replayed
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -92,6 +95,7 @@ def capture(
     Raises:   TypeError when the batch is not packed; torch's error where a feature op or a model cannot be captured;
               ValueError where it draws from a random generator whose numbers the graph would freeze.
     """
+    check_program(step, state, ORDER)
     captured = _Captured(step, step.in_graph_, step.update_, step.grow_, state, batch, new_layout, backend)
     return Captured(captured, captured.one)
 
@@ -100,6 +104,7 @@ def capture_evaluation(
     step: Step, state: TrainState, batch: Batch, *, new_layout: NewLayout = "capture", backend: Backend = "inductor"
 ) -> Captured[Batch, tuple[TrainState, Aux]]:
     """The evaluation step compiled as one graph: changes the state's metrics alone. Otherwise as `capture`."""
+    check_program(step, state, ORDER)
     functions = step.evaluate_, step.evaluate_, lambda s, ids: s
     captured = _Captured(step, *functions, state, batch, new_layout, backend)
     return Captured(captured, captured.one)
@@ -116,6 +121,8 @@ def capture_prediction(
     `recfx.types.pack`.
     Args, Raises: as of `capture`.
     """
+
+    check_program(step, state, ORDER)
 
     def predict_(state: Any, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
         return state, step.predict(state, batch)
@@ -151,6 +158,7 @@ def capture_steps(
     """
     if type(steps_per_replay) is not int or steps_per_replay < 1:
         raise ValueError(f"steps_per_replay: got {steps_per_replay!r}, expected at least 1, an int.")
+    check_program(step, state, ORDER)
     knobs: dict[str, Any] = {"to_sweep": functools.partial(_batches_to_sweep, step), "most": steps_per_replay}
     functions = step.in_graph_, step.update_, step.grow_
     captured = _Captured(step, *functions, state, batch, new_layout, backend, **knobs)
@@ -229,6 +237,7 @@ class _Captured:
 
     def one(self, state: Any, batch: Batch) -> tuple[Any, Any]:
         _check_packed(batch)
+        check_type("state", state, TrainState, "Use the state that the call before returned.")
         if self.new_layout != "capture" and batch.layout != self.first_layout:
             self._refuse(batch)
             return self._uncaptured(state, batch)

@@ -1,12 +1,50 @@
-"""What several modules ask of their arguments."""
+"""What several modules ask of their arguments, and how an error says what it got."""
 
 from __future__ import annotations
 
-__all__ = ["check_int"]
+import inspect
+import numbers
+import types
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["check_function", "check_int", "check_number", "check_type", "names", "said"]
+
+MOST_NAMES = 12  # in one error
+
+
+def said(value: Any) -> str:
+    """A value in a few words, for the `got` of an error: never its items, and no address.
+
+    Example:  >>> said(len), said({"a": 1}), said([0.5, "x"]), said(1e3)
+              ('the function len', "a dict of ['a']", 'a list of float, str', '1000.0')
+    """
+    if isinstance(value, type):
+        return f"the class {_name(value)}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{type(value).__name__} {value.dtype} {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"{'a dict' if type(value) is dict else _name(type(value))} of {names(value)}"
+    if type(value) in (list, tuple):
+        kinds = dict.fromkeys(_name(type(item)) for item in value)
+        return f"{'a list' if type(value) is list else 'a tuple'} of {', '.join(kinds) or 'nothing'}"
+    if inspect.isroutine(value):
+        return f"the function {value.__name__}"
+    if value is None or isinstance(value, str | int | float):
+        text = repr(value)
+        return text if len(text) <= 80 else f"{text[:77]}..."
+    return _name(type(value))
+
+
+def names(of: Mapping[Any, Any]) -> str:
+    """Its keys as a list, cut after a dozen."""
+    keys = list(of)
+    more = f" and {len(keys) - MOST_NAMES} more" if len(keys) > MOST_NAMES else ""
+    return f"{keys[:MOST_NAMES]}{more}"
 
 
 def check_int(name: str, value: object, least: int) -> None:
-    """Raises TypeError when it is no int (a flag is none, nor one of numpy's), ValueError when it is below the least.
+    """Raises TypeError when it is not an int (a flag is not, nor is numpy's), ValueError when it is below the least.
 
     Example:  >>> check_int("every", 0, 1)
               Traceback (most recent call last):
@@ -16,3 +54,61 @@ def check_int(name: str, value: object, least: int) -> None:
         raise TypeError(f"{name}: got {value!r}, expected an int.")
     if value < least:
         raise ValueError(f"{name}: got {value}, expected at least {least}.")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises TypeError when it is not a real number, Python's or numpy's (a flag is not one).
+
+    Example:  >>> check_number("eps", "1e-8")
+              Traceback (most recent call last):
+              TypeError: eps: got '1e-8', expected a number.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {said(value)}, expected a number.")
+
+
+def check_type(name: str, value: object, kind: type | types.UnionType, advice: str = "") -> None:
+    """Raises TypeError, with the advice (whole sentences), when the value is not of that kind.
+
+    Example:  >>> check_type("run", None, dict, "Give a dict.")
+              Traceback (most recent call last):
+              TypeError: run: got None, expected dict. Give a dict.
+    """
+    if not isinstance(value, kind):
+        kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
+        expected = " or ".join("None" if k is types.NoneType else _name(k) for k in kinds)
+        raise TypeError(f"{name}: got {said(value)}, expected {expected}. {advice}".rstrip())
+
+
+def check_function(name: str, value: Any, takes: str, gives: str, advice: str = "") -> None:
+    """Raises TypeError when it is not a function, or cannot be called with as many arguments as `takes` names.
+
+    Args:     takes: such as "a, b" or, where it may take one more, "a, b[, c]".
+    Example:  >>> check_function("loss", "bce", "logit, label", "f32 [B, 1]")
+              Traceback (most recent call last):
+              TypeError: loss: got 'bce', expected a function (logit, label) -> f32 [B, 1].
+    """
+    expected = f"expected a function ({takes}) -> {gives}. {advice}".rstrip()
+    if not callable(value):
+        raise TypeError(f"{name}: got {said(value)}, {expected}")
+    try:  # a Module's own call takes anything
+        signature = inspect.signature(getattr(value, "forward", value))
+    except (TypeError, ValueError):  # what is written in C may have none
+        return
+    if not any(_binds(signature, arguments) for arguments in {takes.partition("[")[0], takes}):
+        raise TypeError(f"{name}: got {said(value)} that takes {signature}, {expected}")
+
+
+def _binds(signature: inspect.Signature, arguments: str) -> bool:
+    try:
+        signature.bind(*arguments.split(","))
+    except TypeError:
+        return False
+    return True
+
+
+def _name(kind: type) -> str:
+    """Of a class, with its module where a reader may need it."""
+    if kind is Mapping:
+        return "a dict"
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
@@ -15,6 +16,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 
 from recfx.fx_passes import StepPasses, UnfuseBias
 from recfx.kernels.build import build_ahead, library
+from recfx.rehearsal import mistake_in
 
 __all__ = ["compiled"]
 
@@ -60,7 +62,13 @@ def compiled(function: Function, state: Any, sections: list[Tensor]) -> Function
     on_cpu = sections[0].device.type == "cpu"
     if on_cpu:
         build_ahead()
-    aux = by_dynamo(state, sections)
+    try:
+        aux = by_dynamo(state, sections)
+    except TorchDynamoException:
+        mistake = mistake_in(function, state, sections)
+        if mistake is None:
+            raise
+        raise mistake from None
     is_compiling = False
     if on_cpu:
         library()  # so that the first step does not wait for it

@@ -6,7 +6,9 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from recfx.checks import check_number, check_type, said
 
 __all__ = [
     "Embedding",
@@ -161,6 +163,9 @@ class Embedding:
     read_only: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_type("feature", self.feature, str, "It is the name of a feature.")
+        if type(self.dim) is not int:
+            raise TypeError(f"feature '{self.feature}': got dim {said(self.dim)}, expected an int. It is a width.")
         if self.dim < 1:
             raise ValueError(f"feature '{self.feature}': got dim {self.dim}, expected at least 1.")
         if self.combiner not in ("sum", "mean", "sqrtn") and not isinstance(self.combiner, Tile):
@@ -168,8 +173,23 @@ class Embedding:
                 f"feature '{self.feature}': got combiner '{self.combiner}', expected 'sum', 'mean', 'sqrtn' or tile(n)."
             )
         for name, value in (("lr_scale", self.lr_scale), ("weight_decay", self.weight_decay)):
+            if value is None and name == "weight_decay":
+                continue
+            check_number(f"feature '{self.feature}', {name}", value)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"feature '{self.feature}': got {name} {value}, expected 0 <= {name} < inf.")
+        self._check_init()
+
+    def _check_init(self) -> None:
+        try:
+            made: Any = self.initializer
+        except Exception as error:  # of whatever was given, as a function of torch.nn.init
+            made = error
+        if not isinstance(made, Initializer):
+            raise TypeError(
+                f"feature '{self.feature}': got init {said(self.init)}, expected recfx.embeddings.Initializer, or a "
+                "function of dim that returns one. Rows are drawn by id. Use one such as normal(0.01)."
+            )
 
     @property
     def initializer(self) -> Initializer:
@@ -289,11 +309,10 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
               >>> [(t.dims, len(t.vocabularies), len(t.lookups)) for t in plan.tables]
               [((8, 1), 2, 2)]
     """
+    _check_groups(groups)
     logical: dict[str, Embedding] = {}
     readers: dict[str, list[tuple[str, bool, int]]] = {}
     for group, embeddings in groups.items():
-        if not embeddings:
-            raise ValueError(f"group '{group}': got no embeddings, expected at least one.")
         for e in embeddings:
             name = _name(group, e)
             known = logical.setdefault(name, e)
@@ -335,6 +354,21 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
         for group, embeddings in groups.items()
     }
     return Plan(tables=tuple(tables), groups=cells)
+
+
+def _check_groups(groups: Any) -> None:
+    """Raises what `plan_tables` raises about the kind and number of what it is given."""
+    expected = "expected lists of recfx.embeddings.Embedding by group name, such as {'emb': [Embedding('item', dim=8)]}"
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"embeddings: got {said(groups)}, {expected}. `forward` is given them by group.")
+    for group, embeddings in groups.items():
+        if not isinstance(embeddings, list | tuple):
+            raise TypeError(f"group '{group}': got {said(embeddings)}, {expected}.")
+        if not embeddings:
+            raise ValueError(f"group '{group}': got no embeddings, expected at least one.")
+        for e in embeddings:
+            if not isinstance(e, Embedding):
+                raise TypeError(f"group '{group}': got {said(e)} among them, {expected}.")
 
 
 def _name(group: str, e: Embedding) -> str:

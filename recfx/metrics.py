@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recfx.checks import check_type
 from recfx.kernels import add_predictions
 from recfx.types import Transform
 
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 LOGIT_RANGE = 20.0
+OF_STATE = "Those of a training state are state.metrics."
 
 
 class BinaryCounts(NamedTuple):
@@ -65,6 +67,7 @@ def auc(counts: BinaryCounts) -> float:
 
     NaN while only one class has been seen, and as soon as one logit or loss was not finite: see `num_nonfinite`.
     """
+    check_type("counts", counts, BinaryCounts, OF_STATE)
     if num_nonfinite(counts):
         return math.nan
     negative, positive = counts.histogram.double().cpu()
@@ -85,6 +88,8 @@ def gauc(group: Tensor, score: Tensor, label: Tensor) -> float:
               ...      torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]))
               0.85
     """
+    for name, value in (("group", group), ("score", score), ("label", label)):
+        check_type(name, value, Tensor, "Use torch.tensor.")
     group, score, label = group.flatten(), score.flatten(), label.flatten()
     if not len(group) == len(score) == len(label):
         sizes = [len(group), len(score), len(label)]
@@ -137,6 +142,7 @@ def threshold_auc(num_thresholds: int = 200) -> tuple[Callable[[], Tensor], Call
 
 def auc_200(counts: Tensor) -> float:
     """Trapezoid over (FP / (FP + TN + 1e-6), (TP + 1e-6) / (TP + FN + 1e-6)) of `threshold_auc`'s counts i64 [2, T]."""
+    check_type("counts", counts, Tensor, "Those of `threshold_auc`.")
     false_positive, true_positive = counts.double()
     x = false_positive / (false_positive[0] + 1e-6)
     y = (true_positive + 1e-6) / (true_positive[0] + 1e-6)
@@ -145,12 +151,14 @@ def auc_200(counts: Tensor) -> float:
 
 def log_loss(counts: BinaryCounts) -> float:
     """Mean loss per sample, in nats for binary cross entropy. NaN without a sample, and as `auc`."""
+    check_type("counts", counts, BinaryCounts, OF_STATE)
     samples, _, loss, *_ = counts.sums.tolist()
     return loss / samples if samples and not num_nonfinite(counts) else math.nan
 
 
 def calibration(counts: BinaryCounts) -> float:
     """Predicted clicks per observed click: 1 is calibrated. NaN without a click, and as `auc`."""
+    check_type("counts", counts, BinaryCounts, OF_STATE)
     _, clicks, _, predicted, _ = counts.sums.tolist()
     return predicted / clicks if clicks and not num_nonfinite(counts) else math.nan
 

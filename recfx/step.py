@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from recfx.checks import check_int
 from recfx.context import Context, Draws, Stats, with_context
+from recfx.describe import or_plain, state_text, step_text
 from recfx.embeddings import Embedding, Plan, Tile, plan_tables
 from recfx.kernels import untouch_rows
 from recfx.kernels.add_row_grads import add_row_grads_
@@ -20,6 +23,17 @@ from recfx.losses import bce_with_logits
 from recfx.metrics import BinaryCounts, binary_metrics
 from recfx.optim import SparseOptimizer
 from recfx.policies import Life
+from recfx.step_checks import (
+    check_batch,
+    check_features,
+    check_functions,
+    check_kinds,
+    check_logit,
+    check_loss,
+    check_state,
+    params_of,
+    with_names,
+)
 from recfx.table import Found, Table, TableState, copy_of, ids_of, is_full, is_sweep_due, table
 from recfx.table import sweep_ as sweep_table_
 from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
@@ -58,6 +72,9 @@ class TrainState(NamedTuple):
     metrics: BinaryCounts
     window: Window
     nonfinite: NonFinite
+
+    def __repr__(self) -> str:
+        return or_plain(state_text)(self)
 
 
 class Aux(NamedTuple):
@@ -116,6 +133,9 @@ class Step(NamedTuple):
     precision: Precision
     on_nonfinite: OnNonFinite
     draws: Draws
+
+    def __repr__(self) -> str:
+        return or_plain(step_text)(self)
 
 
 class _Spelling(NamedTuple):
@@ -179,18 +199,27 @@ def train_step(
               in which step it happened first, and `recfx.train` raises before it saves or logs. "skip": the micro-batch
               is left out. Parameters, rows, optimiser states, statistics and metrics stay as they were, its samples
               are not counted, and rows that it inserted keep their initial value. "ignore": nothing is looked for.
-    Raises:   ValueError when accumulation is below 1 or precision or on_nonfinite is another word.
+    Raises:   ValueError when accumulation is below 1 or precision or on_nonfinite is another word; TypeError when
+              a part is another kind of thing, such as an optimiser of `torch.optim`.
     """
+    check_functions(features=features, forward=forward, loss=loss, clip=clip)
+    check_kinds(
+        sparse_optimizer=sparse_optimizer, dense_optimizer=dense_optimizer, metrics=metrics, life=life, label=label,
+        sample_weight=sample_weight,
+    )  # fmt: skip
+    check_int("accumulation", accumulation, 1)
     for name, word, words in (
         ("precision", precision, get_args(Precision)),
         ("on_nonfinite", on_nonfinite, get_args(OnNonFinite)),
     ):
         if word not in words:
             raise ValueError(f"{name}: got {word!r}, expected one of {words}.")
-    if accumulation < 1:
-        raise ValueError(f"accumulation: got {accumulation}, expected at least 1.")
     plan = plan_tables(embeddings)
-    forward = with_context(forward)
+    check = functools.partial(
+        check_state, kind=TrainState, plan=plan, optimizer=sparse_optimizer, accumulation=accumulation
+    )
+    features = with_names("features", features, "columns")
+    forward = with_names("forward", with_context(forward), "params", "embeddings", "features")
     forward = in_bf16(forward) if precision == "bf16" else forward
     settings: dict[str, Any] = {
         "optimizer_slots": len(sparse_optimizer.slots),
@@ -218,6 +247,7 @@ def train_step(
     draws = Draws()
 
     def init(params: Params, *, stats: Stats | None = None) -> TrainState:
+        params = params_of(params, [t.device for t in plan.tables])
         device = next((p.device for p in params.values()), torch.device(plan.tables[0].device))
 
         def counter() -> Tensor:
@@ -236,7 +266,10 @@ def train_step(
         )
 
     def read(batch: Mapping[str, Any]) -> dict[str, Any]:
-        return {NUM_SAMPLES: batch[NUM_SAMPLES], **features(batch)}
+        check_batch(batch)
+        feats = features(batch)
+        check_features(feats, label, sample_weight)
+        return {NUM_SAMPLES: batch[NUM_SAMPLES], **feats}
 
     def context_of(state: TrainState, valid: Tensor, *, training: bool) -> Context:
         sample = torch.arange(len(valid), device=valid.device)
@@ -253,9 +286,10 @@ def train_step(
         params: Params, blocks: list[list[Tensor]], found: list[Found], feats: dict, context: Context
     ) -> tuple[Tensor, Any]:
         logit, stats = forward(params, _groups(plan, blocks, found), feats, context)
-        _check_shapes(logit, feats, label, sample_weight)
+        check_logit(logit, feats, label, sample_weight)
         # A logit of padding may be NaN, and no multiple of its slope is 0.
         loss_B = loss(torch.where(context.valid, logit, 0.0), feats[label].float())
+        check_loss(loss_B, logit)
         loss_B = loss_B if sample_weight is None else loss_B * feats[sample_weight]
         loss_B = torch.where(context.valid, loss_B, 0.0)
         return loss_B.sum(), (logit, loss_B, stats)
@@ -333,15 +367,18 @@ def train_step(
         return tuple(sum(ids_of(feats, l.feature).values.numel() for l in t.lookups) for t in plan.tables)
 
     def update(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Aux]:
+        check(state)
         feats, state = read(batch), state._replace(tables=tuple(map(copy_of, state.tables)))
         return pure_update(grow_(state, num_ids(feats)), feats)
 
     def update_(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Aux]:
+        check(state)
         with torch.no_grad(), draws.watched(state.step.device):
             feats = read(batch)
             return in_place_update(grow_(state, num_ids(feats)), feats)
 
     def in_graph_(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Aux]:
+        check(state)
         return in_place_update(state, read(batch))
 
     def look_up(state: TrainState, feats: dict) -> tuple[list[list[Tensor]], list[Found]]:
@@ -349,6 +386,7 @@ def train_step(
         return [t.pool(s, f) for t, s, f in zip(tables, state.tables, found, strict=True)], found
 
     def evaluate_(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Aux]:
+        check(state)
         feats = read(batch)
         valid = _valid(feats, label)
         context = context_of(state, valid, training=False)
@@ -357,13 +395,15 @@ def train_step(
         return state, _aux(logit, loss_B, feats)
 
     def predict(state: TrainState, batch: Mapping[str, Any]) -> Tensor:
+        check(state)
         feats = read(_filled(batch, label, sample_weight))
         context = context_of(state, _valid(feats, label), training=False)
         logit, _ = forward(state.params, _groups(plan, *look_up(state, feats)), feats, context)
-        _check_shapes(logit, feats, label, None)
+        check_logit(logit, feats, label, None)
         return logit
 
     def flush_(state: TrainState) -> TrainState:
+        check(state)
         due = state.window.num_batches > 0
         scale = 1.0 / state.window.num_samples.clamp(min=1).float()
         if accumulation > 1:
@@ -483,17 +523,10 @@ def _aux(logit: Tensor, loss_B: Tensor, feats: dict) -> Aux:
 
 def _filled(batch: Mapping[str, Any], *names: str | None) -> dict[str, Any]:
     """The batch with zeros f32 [B, 1] where it lacks a column of that name, as a request lacks its label."""
+    check_batch(batch)
     column = next(column for name, column in batch.items() if name != NUM_SAMPLES)
     num = column.num_samples if isinstance(column, Ragged) else column.shape[0]
     return {name: torch.zeros(num, 1, device=batch[NUM_SAMPLES].device) for name in names if name} | {**batch}
-
-
-def _check_shapes(logit: Tensor, feats: dict, label: str, sample_weight: str | None) -> None:
-    """Other shapes would be broadcast against each other: a loss that is wrong by a factor of B, and no error."""
-    names = [label] if sample_weight is None else [label, sample_weight]
-    shapes = {"logit": logit.shape} | {name: feats[name].shape for name in names}
-    if set(shapes.values()) != {(feats[label].shape[0], 1)}:
-        raise ValueError(f"forward: got { ({n: list(s) for n, s in shapes.items()}) }, expected [B, 1] for each.")
 
 
 def _groups(plan: Plan, blocks: list[list[Tensor]], found: list[Found]) -> dict[str, Tensor]:

@@ -16,9 +16,10 @@ from typing import Any, Literal, Protocol
 import torch
 
 from recfx import checkpoint, metrics
-from recfx.checks import check_int
+from recfx.checks import check_int, check_type
 from recfx.metrics import BinaryCounts
 from recfx.nonfinite import check_finite, is_stopped
+from recfx.run_checks import check_not_trained, check_program, check_reader, check_run, times_trained
 from recfx.step import Step, TrainState
 from recfx.types import NUM_SAMPLES, Batch
 
@@ -141,6 +142,10 @@ def train(
     """
     if type(steps_per_replay) is not int or steps_per_replay < 1:
         raise ValueError(f"steps_per_replay: got {steps_per_replay!r}, expected at least 1, an int.")
+    check_program(step, state, "The order is (step, run, state, reader, config).")
+    check_run(run, state, "step.update_")
+    check_reader(reader)
+    check_type("config", config, TrainConfig)
     if resume and overwrite:
         raise ValueError("overwrite: got True with resume=True, expected one of them. A run goes on or begins again.")
     identity = getattr(reader, "identity", None)
@@ -338,7 +343,9 @@ def evaluate(
     """
     if eval_steps is not None:
         check_int("eval_steps", eval_steps, 1)
-    stream = iter(batches)
+    check_run(run, state, "step.evaluate_")
+    check_type("batches", batches, Iterable, "Give a reader, or a list of batches.")
+    stream, before = iter(batches), times_trained(state)
     first = next(stream, None)
     if first is None:
         raise ValueError(f"batches: got none from {stream}, expected one at least. There is nothing to evaluate.")
@@ -346,6 +353,7 @@ def evaluate(
     reset_metrics_(state)
     for batch in itertools.islice(itertools.chain([first], stream), eval_steps):
         state, _ = run(state, batch)
+    check_not_trained(before, state)
     counts = state.metrics
     values = {
         "auc": metrics.auc(counts),

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recfx.describe import batch_text, or_plain
+
 __all__ = ["Batch", "Field", "Layout", "Params", "Ragged", "Transform", "pack"]
 
 Params = dict[str, Tensor]
@@ -160,6 +162,9 @@ class Batch(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.layout.columns)
+
+    def __repr__(self) -> str:
+        return or_plain(batch_text)(self)
 
 
 def unpack(sections: list[Tensor], layout: Layout) -> dict[str, Tensor | Ragged]:

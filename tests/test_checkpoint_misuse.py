@@ -110,7 +110,7 @@ def test_a_truncated_file(step, saved, size):
     [
         (STATE, r"state.safetensors: missing, expected the file"),
         (SHARD, r"table-0.00000.safetensors: missing, expected the file"),
-        (MANIFEST, r"manifest.json: FileNotFoundError"),
+        (MANIFEST, r"manifest.json: got FileNotFoundError"),
     ],
 )
 def test_a_missing_file(step, saved, name, message):

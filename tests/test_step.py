@@ -275,7 +275,8 @@ def test_prediction_is_the_logit_of_evaluation_and_changes_nothing():
     assert torch.equal(without_label, logit)
     assert logit.std() > 0
     assert torch.equal(logit, step.evaluate_(state, batch)[1].logit)
-    with pytest.raises(KeyError, match="label"):  # zeros are no labels to learn from
+    message = r"feature 'label': missing, got .*, expected it"  # zeros are no labels to learn from
+    with pytest.raises(ValueError, match=message):
         step.update_(state, request)
 
 

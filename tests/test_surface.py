@@ -24,15 +24,15 @@ CODE = [name for name in MODULES if not name.endswith(".__main__") and (HAS_TRIT
 
 # Imports run one way, up this list; what stands in one line may see each other.
 LAYERS = (
-    ("types", "checks"),
+    ("types", "checks", "describe"),
     ("kernels",),
     ("features", "layers", "losses", "metrics", "data"),
     ("policies",),
     ("embeddings", "table", "optim"),
     ("models",),
     ("context",),
-    ("step", "dist"),
-    ("fx_passes", "compiled", "cuda_graph", "capture", "checkpoint", "rows"),
+    ("step_checks", "step", "run_checks", "dist"),
+    ("fx_passes", "rehearsal", "compiled", "cuda_graph", "capture", "checkpoint", "rows"),
     ("nonfinite",),
     ("train",),
     ("examples", "commands"),
@@ -41,10 +41,10 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SEES_ONLY = {
     "data": {"types", "checks", "kernels"},
-    "checkpoint": {"types", "checks", "kernels", "context", "embeddings", "table", "step", "rows"},
+    "checkpoint": {"types", "checks", "kernels", "context", "embeddings", "table", "step", "run_checks", "rows"},
     "models": {"types", "features", "layers", "losses"},
-    "capture": {"types", "step", "compiled", "cuda_graph"},
-    "compiled": {"fx_passes", "kernels"},
+    "capture": {"types", "checks", "step", "run_checks", "compiled", "cuda_graph"},
+    "compiled": {"fx_passes", "kernels", "rehearsal"},
     "fx_passes": {"kernels"},
     "cuda_graph": {"types"},
 }

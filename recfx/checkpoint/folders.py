@@ -67,7 +67,7 @@ def read_manifest(folder: Path) -> dict:
         if type(version) is not int:
             raise TypeError(f"format {version!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or no text
-        raise ValueError(f"{path}: {error!r}, expected a checkpoint's manifest.") from error
+        raise ValueError(f"{path}: got {error!r}, expected a checkpoint's manifest.{_advice(folder)}") from error
     if version != FORMAT:
         advice = "Update recfx." if version > FORMAT else "It was written by a recfx before its first release."
         raise ValueError(f"{path}: got format {version}, expected {FORMAT}. {advice}")
@@ -75,6 +75,17 @@ def read_manifest(folder: Path) -> dict:
         raise ValueError(f"{path}: checksum differs. The file is damaged; use an older checkpoint.")
     _check_parts(path, manifest)
     return manifest
+
+
+def _advice(folder: Path) -> str:
+    """What to give where a folder is not a checkpoint."""
+    if (folder / MANIFEST).exists():
+        return " The file is damaged; use an older checkpoint."
+    if not folder.is_dir():
+        return " Give the folder that `save` returned." if folder.exists() else " The folder does not exist."
+    found = finished(folder)
+    inside = f"the checkpoints {[p.name for p in found[-3:]]}. Give one of them" if found else "no checkpoint"
+    return f" The folder holds {inside}. `latest` finds the newest below a folder."
 
 
 def _check_parts(path: Path, manifest: dict) -> None:

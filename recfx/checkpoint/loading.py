@@ -17,10 +17,12 @@ from torch import Tensor
 from recfx.checkpoint.contents import GENERATOR, WORKERS
 from recfx.checkpoint.files import ShardReader, fetch, read_shard
 from recfx.checkpoint.matching import Move, Source, check_arguments, check_names, dense_pairs, moves_of
+from recfx.checks import check_type
 from recfx.context import set_generator_states
 from recfx.embeddings import TablePlan
 from recfx.kernels.initial import initial_values
 from recfx.kernels.owner import owner
+from recfx.run_checks import check_program
 from recfx.step import Step, TrainState
 from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState, initializer_tensors, restore_
 
@@ -60,7 +62,11 @@ def load(
               parameter when the checkpoint lacks it, has it in another shape, or was made with another seed or
               optimiser; when `state` has rows already. `state` is then as it was.
     """
-    paths = [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
+    many = path if isinstance(path, Sequence) and not isinstance(path, str) else [path]
+    for one in many:
+        check_type("path", one, str | Path, "`latest` returns None where it finds no checkpoint.")
+    check_program(step, state, "The order is (path, step, state).")
+    paths = [Path(p) for p in many]
     check_arguments(paths, state, rank, world_size)
     sources, names = [Source.open(p) for p in paths], dict(names or {})
     for source in sources:

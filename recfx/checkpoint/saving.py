@@ -10,7 +10,8 @@ from typing import Any
 from recfx.checkpoint.background import Job
 from recfx.checkpoint.contents import Contents, contents_of, write
 from recfx.checkpoint.folders import MANIFEST, FolderLock, clear_unfinished, delete, finished, hide, name_of
-from recfx.checks import check_int
+from recfx.checks import check_int, check_type
+from recfx.run_checks import check_program
 from recfx.step import Step, TrainState
 
 __all__ = ["Saver", "save"]
@@ -35,6 +36,9 @@ class Saver:
     def __init__(self, folder: str | Path, step: Step, *, max_to_keep: int = 5, full_every: int = 1) -> None:
         for name, value in (("max_to_keep", max_to_keep), ("full_every", full_every)):
             check_int(name, value, 1)
+        order = "The order is (folder, step)."
+        check_type("folder", folder, str | Path, order)
+        check_type("step", step, Step, order)
         self._folder, self._step, self._max_to_keep, self._full_every = Path(folder), step, max_to_keep, full_every
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +125,7 @@ class Saver:
         self.close()
 
     def _prepare(self, state: TrainState, number: int, loop: dict[str, Any]) -> tuple[Contents, Path | None]:
+        check_program(self._step, state, "Save the state that a step returned.")
         self.finish()
         clear_unfinished(self._folder)
         last = self._last if self._num_saved % self._full_every else None

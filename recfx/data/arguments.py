@@ -32,6 +32,8 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 def check_columns(columns: Sequence[Column]) -> None:
     """Raises when they are no columns, none at all, or not distinct."""
+    if isinstance(columns, Column):
+        raise TypeError(f"columns: got {columns!r}, expected a list of columns. Put it into a list.")
     for column in columns:
         if not isinstance(column, Column):
             raise TypeError(f"columns: got {column!r} among them, expected fixedlen, varlen or hashed columns.")

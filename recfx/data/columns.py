@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from recfx.checks import check_function, check_type, said
 from recfx.kernels.pack_columns import PackedColumn
 
 __all__ = ["Between", "Column", "FixedLen", "OneOf", "Valid", "VarLen", "finite", "fixedlen", "hashed", "varlen"]
@@ -124,9 +125,14 @@ def fixedlen(name: str, default: Sequence[float], *, valid: Valid = finite, null
     Example:  >>> fixedlen("label", [0.0], valid=OneOf(0, 1)).default
               (0.0,)
     """
+    if isinstance(default, str) or not hasattr(default, "__len__"):
+        raise TypeError(
+            f"column '{name}': got default {said(default)}, expected a list, one number for each item of a row. Use "
+            "[0.0] for one."
+        )
     if len(default) == 0:
         raise ValueError(f"column '{name}': got an empty default, expected one number for each item of a row.")
-    return FixedLen(name, tuple(float(x) for x in default), valid, _checked(name, null))
+    return FixedLen(name, tuple(float(x) for x in default), valid, _checked(name, null, valid))
 
 
 def varlen(
@@ -151,13 +157,14 @@ def varlen(
               PackedColumn(name='c1', dtype=torch.int64, width=0, num_levels=1, weighted=False)
     """
     if dtype not in (torch.float32, torch.int64, torch.uint8):
-        raise ValueError(f"column '{name}': got dtype {dtype}, expected torch.float32, torch.int64 or torch.uint8.")
+        raise ValueError(f"column '{name}': got dtype {dtype!r}, expected torch.float32, torch.int64 or torch.uint8.")
+    check_type(f"column '{name}', depth", depth, int)
     if depth < 1:
         raise ValueError(f"column '{name}': got depth {depth}, expected at least 1.")
     checked = None if valid == finite and dtype != torch.float32 else valid
     if checked is not None and dtype == torch.uint8:
         raise ValueError(f"column '{name}': got valid={valid!r}, expected None. Bytes of strings are not checked.")
-    return VarLen(name, dtype, depth, weighted, checked, _checked(name, null))
+    return VarLen(name, dtype, depth, weighted, checked, _checked(name, null, valid))
 
 
 def hashed(
@@ -176,13 +183,21 @@ def hashed(
               name, depth, weighted, null: as for `varlen`.
     Raises:   ValueError when buckets is negative or depth below 1.
     """
+    hashes = "recfx.kernels.string_hash"
+    check_function(
+        f"column '{name}', string_hash", string_hash, "bytes, offsets", "hashes", f"Use farm_hashes of {hashes}."
+    )
+    check_type(f"column '{name}', buckets", buckets, int | None)
     if buckets is not None and buckets < 0:
         raise ValueError(f"column '{name}': got buckets {buckets}, expected None, 0 or a number of buckets.")
     column = varlen(name, torch.int64, depth=depth, weighted=weighted, null=null)
     return VarLen(name, torch.int64, depth, weighted, None, column.null, string_hash, buckets)
 
 
-def _checked(name: str, null: Null) -> Null:
+def _checked(name: str, null: Null, valid: Valid) -> Null:
+    check_type("column", name, str, "It is the name of a column.")
+    if valid is not None and not callable(valid):
+        raise TypeError(f"column '{name}': got valid={valid!r}, expected OneOf(...), Between(low, high) or None.")
     if null not in ("error", "empty"):
         raise ValueError(f"column '{name}': got null={null!r}, expected 'error' or 'empty'.")
     return null

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from recfx.checks import check_number, check_type, said
 from recfx.kernels.optimizer_rows import RowOptimizer, updated_rows
 from recfx.table import Columns, TableState, copy_of
 from recfx.types import Params, Transform
@@ -74,14 +76,28 @@ def rate_at(lr: Rate, t: Tensor) -> Tensor:
     """The learning rate of step t f64 [], f64 []."""
     if isinstance(lr, Tensor):
         return lr.double()
-    return lr(t - 1).double() if callable(lr) else torch.full_like(t, lr)
+    if not callable(lr):
+        return torch.full_like(t, lr)
+    rate = lr(t - 1)
+    check_type("lr", rate, Tensor, "A schedule is traced once, so it must compute: torch.full_like(step, 0.1).")
+    return rate.double()
 
 
 def check_ranges(lr: Rate, **ranges: tuple[float, float, float]) -> None:
-    """Raises ValueError when a value of (value, low, high) is not in [low, high), or lr is a float below 0."""
-    if isinstance(lr, int | float):
+    """Raises ValueError when a value of (value, low, high) is not in [low, high), or lr is a float below 0; TypeError
+    when one is not a number, or lr nothing that gives one."""
+    is_function = callable(lr) and not isinstance(lr, type | nn.Module)
+    if isinstance(lr, int | float) and not isinstance(lr, bool):
         ranges["lr"] = (lr, 0, math.inf)
+    elif not is_function and not isinstance(lr, Tensor | numbers.Real):
+        raise TypeError(
+            f"lr: got {said(lr)}, expected a number, a tensor [] or a function of the steps taken. An optimiser is "
+            "built without parameters: step.init takes them. See recfx.optim.schedules."
+        )
+    if isinstance(lr, Tensor) and lr.dim():
+        raise ValueError(f"lr: got a tensor {list(lr.shape)}, expected [], one rate. Use lr[0].")
     for name, (value, low, high) in ranges.items():
+        check_number(name, value)
         if not low <= value < high:
             raise ValueError(f"{name}: got {value}, expected {low} <= {name} < {high}.")
 
@@ -146,6 +162,11 @@ def dense_optimizer(state_type: Any, formula: Callable, hyper: Callable[[Tensor,
         return state_type(*slots, torch.zeros((), dtype=torch.int64, device=device))
 
     def update(state: Any, params: Params, grads: Params, scale: Tensor, due: Tensor | None) -> tuple[Any, Params]:
+        if type(state) is not state_type:
+            raise TypeError(
+                f"state.dense: got {said(state)}, expected {state_type.__name__}. It was made by a step of another "
+                "dense optimiser. Use the state of this step's init."
+            )
         scalars = hyper(state.step + 1, scale).float().unbind()
         new: list[Params] = [{} for _ in state]
         for name, w in params.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 from recfx.embeddings import TablePlan
 from recfx.kernels.find import find
 from recfx.kernels.op import UNKNOWN
+from recfx.run_checks import check_program
 from recfx.step import Step, TrainState
 from recfx.table import TableState
 
@@ -39,9 +40,7 @@ class Place(NamedTuple):
 
 def place_of(step: Step, state: TrainState, table: str) -> Place:
     """Raises: ValueError on an unknown table, or a state of another step."""
-    widths = [t.width for t in step.plan.tables], [t.grads.shape[1] for t in state.tables]
-    if widths[0] != widths[1]:
-        raise ValueError(f"state: got tables of widths {widths[1]}, expected {widths[0]}. Use the state of this step.")
+    check_program(step, state, "The order is (step, state).")
     names = []
     for plan, t in zip(step.plan.tables, state.tables, strict=True):
         for v, columns in enumerate(plan.vocabularies):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from recfx.checks import check_type
 from recfx.embeddings import Lookup, TablePlan, column_key
 from recfx.kernels import (
     add_row_grads,
@@ -32,6 +33,7 @@ __all__ = ["Columns", "Found", "Occurrences", "Table", "ids_of", "initializer_te
 
 FIRST_SLOTS = 2**16
 BOOKKEEPING_BYTES = 32  # of a row: id 8, vocabulary 4, seen 8, born 4, count 4, its place in the free list 4
+WHOLE = "1e3 is a float: write 1000."
 CANDIDATE_BYTES = 16  # id 8, vocabulary 4, count 4
 
 
@@ -112,11 +114,15 @@ def table(
     Raises:   ValueError when max_rows is not in [1, 2**31), max_bytes holds no row, max_unique is below 1, or a `life`
               that evicts at the cap keeps as many rows; TypeError when its `admit` returns what it should not.
     """
+    check_type("max_rows", max_rows, int, WHOLE)
+    check_type("max_bytes", max_bytes, int | None, WHOLE)
+    check_type("max_unique", max_unique, int | None, WHOLE)
+    check_type("seed", seed, int)
     if not 1 <= max_rows < 2**31:
         raise ValueError(f"max_rows: got {max_rows}, expected 1 to 2**31 - 1. Row numbers are 32-bit.")
     if max_unique is not None and max_unique < 1:
         raise ValueError(f"max_unique: got {max_unique}, expected at least 1. A step could train nothing.")
-    device, width, num_behind = torch.device(plan.device), plan.width, row_slots * len(plan.dims)
+    device, width, num_behind = _device(plan), plan.width, row_slots * len(plan.dims)
     admit = life.admit if life else None
     max_candidates = life.candidates if life and admit else 0
     if max_bytes is not None:
@@ -258,6 +264,17 @@ def table(
         count_steps_=count_steps_with(count_rows.count_rows_),
         grow_=grow_,
     )
+
+
+def _device(plan: TablePlan) -> torch.device:
+    try:
+        return torch.device(plan.device)
+    except (RuntimeError, TypeError) as error:
+        feature = plan.lookups[0].feature
+        raise ValueError(
+            f"feature '{feature}': got device {plan.device!r}, expected one of torch's. Embeddings are kept there. Use "
+            "'cpu' or 'cuda'."
+        ) from error
 
 
 def _rows_in(max_bytes: int, floats: int, width: int, max_unique: int | None, max_candidates: int) -> int:

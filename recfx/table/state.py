@@ -7,6 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from recfx.describe import or_plain, table_text
+
 __all__ = [
     "CANDIDATE_FIELDS",
     "COUNTERS",
@@ -58,6 +60,9 @@ class TableState(NamedTuple):
     num_unique: Tensor  # i64 []
     grads: Tensor  # f32 [U, W], their gradients
     candidates: TableCandidates
+
+    def __repr__(self) -> str:
+        return or_plain(table_text)(self)
 
 
 # What a checkpoint holds of a table, per row and of the table as a whole, beside the numbers of its rows and of those

@@ -1,0 +1,56 @@
+"""What capture, the loop and checkpoints ask of a step, a state and a run, before anything is compiled or changed."""
+
+from __future__ import annotations
+
+from recfx.checks import check_function, check_type, said
+from recfx.step import Step, TrainState
+
+__all__ = ["check_not_trained", "check_program", "check_reader", "check_run", "times_trained"]
+
+OF_INIT = "Make one by step.init(params)."
+
+
+def check_program(step: object, state: object, advice: str) -> None:
+    """Raises TypeError when they are not a step and its state, ValueError when the state is another step's.
+
+    Args:     advice: the order of the arguments, a sentence.
+    """
+    check_type("step", step, Step, f"Build one: recfx.step.train_step(...). {advice}")
+    check_type("state", state, TrainState, f"{OF_INIT} {advice}")
+    assert isinstance(step, Step)
+    assert isinstance(state, TrainState)
+    expected, got = [t.width for t in step.plan.tables], [t.grads.shape[1] for t in state.tables]
+    if got != expected:
+        raise ValueError(f"state: got tables of widths {got}, expected {expected}. Use the state of this step.")
+
+
+def check_run(run: object, state: object, use: str) -> None:
+    """Raises TypeError when they are not a function of (state, batch) and a state.
+
+    Args:     use: what may be given, such as "step.update_".
+    """
+    check_function("run", run, "state, batch", "state, aux", f"Use {use} or its capture.")
+    check_type("state", state, TrainState, OF_INIT)
+
+
+def check_reader(reader: object) -> None:
+    """Raises TypeError when it has no epochs that can be entered anywhere."""
+    if not all(callable(getattr(reader, name, None)) for name in ("epoch", "start_at")):
+        raise TypeError(
+            f"reader: got {said(reader)}, expected one with the methods `epoch` and `start_at`. A run is resumed where "
+            "it stopped. Use recfx.data.reader(...)."
+        )
+
+
+def times_trained(state: TrainState) -> tuple[int, ...]:
+    """Grows with every training step. Read from the device."""
+    return int(state.step), int(state.window.num_batches), *(int(t.tally[0]) for t in state.tables)
+
+
+def check_not_trained(before: tuple[int, ...], state: TrainState) -> None:
+    """Raises ValueError when a step has trained since `times_trained` was `before`."""
+    if times_trained(state) != before:
+        raise ValueError(
+            "run: got one that trains, expected step.evaluate_ or its capture. The state has learnt the batches that "
+            "were held out. Go on from a checkpoint."
+        )
