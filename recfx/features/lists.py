@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recfx.features.columns import expect_ragged, join_and_split, of_one_or_many
+from recfx.features.columns import can_be_read, expect_ragged, join_and_split, of_one_or_many
 from recfx.kernels.select_lists import select_lists
 from recfx.kernels.take_lists import take_lists
 from recfx.types import Ragged
@@ -45,6 +45,8 @@ def select_dense(column: Tensor | Ragged | list[Ragged], dim: int = 1, *, fill: 
     for c in column:
         if expect_ragged("column", c, depth=1).values.dtype != torch.float32:
             raise TypeError(f"column: got {c.values.dtype} values, expected torch.float32 in a list of columns.")
+        if c.num_samples != column[0].num_samples:
+            raise ValueError(f"column: got {c.num_samples} samples, expected {column[0].num_samples}, as in the first.")
     return select_lists([c.values.contiguous() for c in column], [c.offsets.contiguous() for c in column], dim, fill)
 
 
@@ -67,7 +69,7 @@ def to_dense(column: Ragged, width: int, *, fill: float = 0) -> Tensor:
     first, last = column.offsets[:-1, None].long(), column.offsets[1:, None]
     place = first + torch.arange(width, device=first.device)
     values = column.values if column.values.numel() else column.values.new_zeros(1)
-    value = values[place.clamp(max=values.numel() - 1)]
+    value = values[place.clamp(0, values.numel() - 1)]
     return torch.where(place < last, value, fill)
 
 
@@ -167,17 +169,12 @@ def check_length(column: Ragged, longest: int, name: str = "column") -> Tensor:
     """
     length = expect_ragged(name, column).offsets.diff()
     count = (length > longest).sum()
-    if not _is_captured(count) and int(count):
+    if can_be_read(count) and int(count):
         raise ValueError(
             f"{name}: got a list of {int(length.max())} values, expected at most {longest}. Truncate it, or raise the "
             "length."
         )
     return count
-
-
-def _is_captured(t: Tensor) -> bool:
-    is_cuda_graph = t.is_cuda and torch.cuda.is_current_stream_capturing()
-    return torch.compiler.is_compiling() or type(t) is not Tensor or is_cuda_graph
 
 
 def _take(columns: Mapping[str, Ragged], parts: Mapping[str, tuple[Tensor, Tensor, int]]) -> dict[str, Ragged]:

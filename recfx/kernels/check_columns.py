@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from recfx.kernels.build import library
 from recfx.kernels.op import address, c_function, int64s
 
 __all__ = [
-    "Links", "check_columns", "check_forms", "check_num_samples", "links_of", "offsets_fit", "table_of",
+    "Links", "check_columns", "check_forms", "check_num_samples", "check_unfit", "links_of", "offsets_fit", "table_of",
 ]  # fmt: skip
 
 Key = tuple[str, str]  # column, and its part: "dense", or "values", "offsets", "weights", "outer0" and so on
@@ -147,6 +147,13 @@ def check_forms(forms: Mapping[Key, Form]) -> None:
         raise ValueError(f"columns: got {num_samples} samples, expected one number. A batch is cut by sample.")
 
 
+def check_unfit(column: int, values: Sequence[Tensor], offsets: Sequence[Tensor]) -> None:
+    """Raises ValueError where a kernel found that the offsets of a column, one of several, do not fit; -1: of none."""
+    if column >= 0:
+        fault = _fault(offsets[column].tolist(), len(values[column]), "values")
+        raise ValueError(f"column {column} of {len(values)}: got offsets {fault}.")
+
+
 def _check_plain(name: str, part: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"column '{name}': got {part} of type {type(t).__name__}, expected Tensor.")
@@ -173,6 +180,8 @@ def _check_offsets(flat: Mapping[Key, Tensor], forms: Mapping[Key, Form], on_cpu
 
 
 def _fault(offsets: list[int], num_items: int, items: str) -> str:
+    if not offsets:
+        return "without a number, expected one more than there are lists"
     if offsets[0] != 0:
         return f"{offsets[0]} at place 0, expected 0. List l goes from offsets[l] to offsets[l + 1]"
     for place, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False), start=1):

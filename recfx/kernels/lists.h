@@ -9,3 +9,11 @@ static inline bool lists_fit(const int32_t* offsets, int64_t num_lists, int64_t 
   for (int64_t l = 0; l < num_lists; ++l) falls |= offsets[l + 1] < offsets[l];  // no way out: it is vectorised
   return !falls;
 }
+
+// The first of several columns whose lists do not fit, or -1.
+static inline int64_t first_unfit(const int32_t* const* offsets, const int64_t* num_lists, const int64_t* num_items,
+                                  int64_t num_columns) {
+  for (int64_t c = 0; c < num_columns; ++c)
+    if (!lists_fit(offsets[c], num_lists[c], num_items[c])) return c;
+  return -1;
+}
