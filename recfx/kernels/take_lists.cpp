@@ -35,7 +35,10 @@ EXPORT void take_lists(const void* const* values, const int32_t* const* first, c
     if (!within(first[c], length[c], num_lists[c], num_values[c])) *bad = c;
   if (*bad >= 0) return;
   for (int64_t c = 0; c < num_columns; ++c) {
-    const auto run = item_bytes[c] == 8 ? take<int64_t> : item_bytes[c] == 4 ? take<int32_t> : take<uint8_t>;
+    const auto run = item_bytes[c] == 8   ? take<int64_t>
+                     : item_bytes[c] == 4 ? take<int32_t>
+                     : item_bytes[c] == 2 ? take<int16_t>
+                                          : take<uint8_t>;
     run(values[c], first[c], length[c], num_lists[c], capacity[c], out[c], offsets[c]);
   }
 }
