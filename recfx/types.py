@@ -26,6 +26,7 @@ NUM_SAMPLES = "num_samples"  # batch key: i32 [], how many of the B samples are 
 COUNTS = "counts"  # feature key: a dict of tensors that the step hands on in `aux.counts`, as overflow of a capacity
 
 ALIGN_BYTES = 64
+STRIDED = torch.strided
 OUTER = "outer"  # and a level: part of a nested column
 
 
@@ -226,16 +227,16 @@ def pack(columns: Mapping[str, Tensor | Ragged], *, layout: Layout | None = None
     if not names:
         raise ValueError(f"columns: got {list(columns)}, expected one besides '{NUM_SAMPLES}' at least. It has B samples.")
     for name, column in columns.items():
-        if not isinstance(column, (Tensor, Ragged)):
+        if not isinstance(column, (Tensor, Ragged)):  # as a tuple: a union is made at each call
             raise TypeError(f"column '{name}': got {type(column).__name__}, expected Tensor or Ragged.")
     try:
         batch, is_right = _packed(columns, names[0], layout, pin_memory)
     except Exception:
-        _check({name: columns[name] for name in names})  # whose fault it was, in better words
+        _check(columns, names)  # which column it was, in better words
         raise
     if not is_right:
-        _check({name: columns[name] for name in names})
-    if NUM_SAMPLES in columns:
+        _check(columns, names)
+    elif NUM_SAMPLES in columns:
         check_num_samples(NUM_SAMPLES, columns[NUM_SAMPLES], _num_samples(columns[names[0]]))
     return batch
 
@@ -261,15 +262,23 @@ def _packed(columns: Mapping[str, Any], first: str, layout: Layout | None, pin_m
         target[: len(t)].copy_(t) if t.dim() else target.copy_(t)
         if part == "offsets" or part.startswith(OUTER):
             target[len(t) :] = t[-1]
-    is_plain = all([t.is_cpu for t in tensors.values()]) and not zeros.requires_grad
-    return batch, is_plain and offsets_fit(zeros.data_ptr(), table)
+    return batch, all(map(_is_plain, tensors.values())) and offsets_fit(zeros.data_ptr(), table)
 
 
-def _check(columns: Mapping[str, Any]) -> None:
-    for name, column in columns.items():
-        if isinstance(column, Ragged) and not isinstance(column.outer, (tuple, list)):
-            raise TypeError(f"column '{name}': got outer {type(column.outer).__name__}, expected a tuple of tensors.")
-    check_columns(_parts_of(columns))
+def _is_plain(t: Tensor) -> bool:
+    """Whether all that there is to a tensor is its numbers, on the host."""
+    return t.is_cpu and t.layout is STRIDED and not t.requires_grad
+
+
+def _check(columns: Mapping[str, Any], names: list[str]) -> None:
+    """One by one. `names`: all but NUM_SAMPLES."""
+    for name in names:
+        if isinstance(columns[name], Ragged) and not isinstance(columns[name].outer, (tuple, list)):
+            got = type(columns[name].outer).__name__
+            raise TypeError(f"column '{name}': got outer {got}, expected a tuple of tensors.")
+    check_columns(_parts_of({name: columns[name] for name in names}))
+    if NUM_SAMPLES in columns:
+        check_num_samples(NUM_SAMPLES, columns[NUM_SAMPLES], _num_samples(columns[names[0]]))
 
 
 def _num_samples(column: Tensor | Ragged) -> int:
