@@ -368,8 +368,8 @@ def _check_size(plan: TablePlan) -> None:
     if len(plan.vocabularies) > MAX_VOCABULARIES:
         raise ValueError(
             f"table '{plan.vocabularies[0][0].name}' and those of its row shape {plan.dims}: got "
-            f"{len(plan.vocabularies)} vocabularies, expected at most {MAX_VOCABULARIES} in a physical table. The index "
-            "has 16 bits for them. Let features share a table by shared_name, or give some another dim."
+            f"{len(plan.vocabularies)} vocabularies, expected at most {MAX_VOCABULARIES} in a physical table. The "
+            "index has 16 bits for them. Let features share a table by shared_name, or give some another dim."
         )
     plan.check_batch(1)
 

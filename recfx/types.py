@@ -166,8 +166,8 @@ class Batch(Mapping[str, Any]):
     def __init__(self, buffer: Tensor, layout: Layout) -> None:
         if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous():
             raise ValueError(
-                f"buffer: got {buffer.dtype} {list(buffer.shape)} of strides {buffer.stride()}, expected torch.uint8, one "
-                "dimension, contiguous. Columns are views of its bytes."
+                f"buffer: got {buffer.dtype} {list(buffer.shape)} of strides {buffer.stride()}, expected torch.uint8, "
+                "one dimension, contiguous. Columns are views of its bytes."
             )
         if buffer.numel() != layout.num_bytes:
             raise ValueError(f"buffer: got {buffer.numel()} bytes, expected {layout.num_bytes}, the layout's.")
@@ -225,7 +225,7 @@ def pack(columns: Mapping[str, Tensor | Ragged], *, layout: Layout | None = None
     """
     names = [name for name in columns if name != NUM_SAMPLES]
     if not names:
-        raise ValueError(f"columns: got {list(columns)}, expected one besides '{NUM_SAMPLES}' at least. It has B samples.")
+        raise ValueError(f"columns: got {list(columns)}, expected one besides '{NUM_SAMPLES}' at least.")
     for name, column in columns.items():
         if not isinstance(column, (Tensor, Ragged)):  # as a tuple: a union is made at each call
             raise TypeError(f"column '{name}': got {type(column).__name__}, expected Tensor or Ragged.")

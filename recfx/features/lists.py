@@ -69,7 +69,7 @@ def to_dense(column: Ragged, width: int, *, fill: float = 0) -> Tensor:
     first, last = column.offsets[:-1, None].long(), column.offsets[1:, None]
     place = first + torch.arange(width, device=first.device)
     values = column.values if column.values.numel() else column.values.new_zeros(1)
-    value = values[place.clamp(0, values.numel() - 1)]
+    value = values[place.clamp(max=values.numel() - 1)]
     return torch.where(place < last, value, fill)
 
 

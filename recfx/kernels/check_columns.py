@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ def links_of(forms: Mapping[Key, Form], first_bytes: Mapping[Key, int]) -> Links
         elif part != "values":
             inner = (name, "values") if part == "offsets" else (name, f"outer{int(part[5:]) + 1}")
             inner = inner if inner in forms else (name, "offsets")
-            offsets.append((key, first_bytes[key], inner, inner[1] != "values"))
+            offsets.append((key, first_bytes[key], inner, int(inner[1] != "values")))
             if part == "outer0" or (part == "offsets" and (name, "outer0") not in forms):
                 samples.append((key, 1))
         if not _is_form(part, dtype, shape):
@@ -134,9 +135,8 @@ def check_forms(forms: Mapping[Key, Form]) -> None:
                 "Kernels read the bits as such."
             )
         if len(shape) < 1 if part == "dense" else len(shape) != 1:
-            raise ValueError(
-                f"column '{name}': got {part} {list(shape)}, expected {'[B, d]' if part == 'dense' else 'one dimension'}."
-            )
+            axes = "[B, d]" if part == "dense" else "one dimension"
+            raise ValueError(f"column '{name}': got {part} {list(shape)}, expected {axes}.")
         if is_level and shape[0] == 0:
             raise ValueError(f"column '{name}': got no {part}, expected one more than there are lists, the first 0.")
         if part == "weights" and shape != (values := forms[name, "values"][1]):
@@ -184,7 +184,7 @@ def _fault(offsets: list[int], num_items: int, items: str) -> str:
         return "without a number, expected one more than there are lists"
     if offsets[0] != 0:
         return f"{offsets[0]} at place 0, expected 0. List l goes from offsets[l] to offsets[l + 1]"
-    for place, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False), start=1):
+    for place, (a, b) in enumerate(itertools.pairwise(offsets), start=1):
         if b < a:
             return f"falling from {a} to {b} at place {place}, expected rising ones. They are the ends of lists"
         if b > num_items:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from recfx.kernels.build import library
 
@@ -81,7 +82,7 @@ def _refuse_gradients(name: str, overload: Any) -> None:
     def checked(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             for argument, looked_at, value in zip(names, looks_at, args, strict=False):
-                if looked_at and any(t.requires_grad for t in _tensors([value])):
+                if looked_at and any(map(_wants_gradient, _tensors([value]))):
                     raise NotImplementedError(
                         f"{name}: got {argument} of which a gradient is required, expected none. This operator has no "
                         "gradient, and torch would take it for 0. Detach it, or call under torch.no_grad()."
@@ -90,6 +91,11 @@ def _refuse_gradients(name: str, overload: Any) -> None:
 
     if any(looks_at):
         overload._op = checked
+
+
+def _wants_gradient(t: Tensor) -> bool:
+    """Whether torch records what happens to it, backwards or forwards."""
+    return t.requires_grad or (t.is_floating_point() and unpack_dual(t).tangent is not None)
 
 
 def _is_plain(t: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Batches with one thing wrong, by seed: each must be an error that names the column and, in a tensor, the place.
 
-    python -m tests.faults.malformed 0 200     seeds from 0 up to 200; the last line printed is the seed at work
+python -m tests.faults.malformed 0 200     seeds from 0 up to 200; the last line printed is the seed at work
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -135,7 +136,8 @@ def one_sample_more(columns: Columns, rng: random.Random) -> Wrong:
     if name == DENSE:
         columns[name] = rng.choice([c[:-1], torch.cat([c, c]), c[:0]])
     elif name == RAGGED:
-        with_(columns, name, offsets=rng.choice([c.offsets[:-1], c.offsets[:1], torch.cat([c.offsets, c.offsets[-1:]])]))
+        more = torch.cat([c.offsets, c.offsets[-1:]])
+        with_(columns, name, offsets=rng.choice([c.offsets[:-1], c.offsets[:1], more]))
     else:
         with_(columns, name, outer=(c.outer[0][:-1],))
     return name, None
@@ -170,12 +172,11 @@ def feature_ops(name: str, column: Ragged) -> list[Callable[[], Any]]:
 
 def expect_error(call: Callable[[], Any], *words: str) -> str:
     """What the error says."""
-    try:
+    with pytest.raises((ValueError, TypeError)) as raised:
         call()
-    except (ValueError, TypeError) as error:
-        assert all(word in str(error) for word in words), f"{error!r}, expected it to say {words}"
-        return str(error)
-    raise AssertionError("no error")
+    said = str(raised.value)
+    assert all(word in said for word in words), f"{said}: expected it to say {words}"
+    return said
 
 
 def check(seed: int) -> str:

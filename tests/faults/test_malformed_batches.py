@@ -52,7 +52,8 @@ def test_two_thousand_malformed_batches_in_ten_processes(capsys):
         last = seeds.split()[-1] if seeds else "none"
         assert status == 0, f"seed {last}: exit status {status}\n{errors[-2000:]}"
     with capsys.disabled():
-        print(f"\n{sum(len(seeds.split()) for _, seeds, _ in ends)} malformed batches, {NUM_CHILDREN} processes, none died")
+        num = sum(len(seeds.split()) for _, seeds, _ in ends)
+        print(f"\n{num} malformed batches, {NUM_CHILDREN} processes, none died")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_a_batch_of_no_samples_is_a_batch():
         forward=lambda p, e, f: e["e"].sum((1, 2))[:, None] + p["b"],
         sparse_optimizer=sparse_sgd(0.1), dense_optimizer=sgd(0.1), max_rows=64,
     )  # fmt: skip
-    state, aux = step.update_(step.init({"b": torch.zeros(1)}), batch)
+    _, aux = step.update_(step.init({"b": torch.zeros(1)}), batch)
     assert (float(aux.loss), int(aux.num_samples), aux.logit.shape) == (0, 0, (0, 1))
 
 
@@ -119,7 +120,7 @@ def test_a_buffer_made_by_hand_is_bytes_end_to_end():
 def test_a_layout_made_by_hand_is_looked_at():
     forms = {("u", "values"): (torch.int64, (4,)), ("u", "offsets"): (torch.int64, (3,))}
     layout = Layout.of({**forms, ("num_samples", "dense"): (torch.int32, ())})
-    with pytest.raises(TypeError, match="column 'u': got offsets torch.int64, expected torch.int32"):
+    with pytest.raises(TypeError, match=r"column 'u': got offsets torch.int64, expected torch.int32"):
         pack({"u": Ragged(torch.arange(4), torch.tensor([0, 1, 4]))}, layout=layout)
 
 
@@ -162,6 +163,8 @@ def test_a_gradient_of_an_operator_without_one_is_an_error():
         total(rows.clone().requires_grad_())
     with pytest.raises(NotImplementedError, match="pool: got rows of which a gradient is required"):
         torch.func.grad(total)(rows)
+    with pytest.raises(NotImplementedError, match="pool: got rows of which a gradient is required"):
+        torch.func.jvp(total, (rows,), (rows,))
     with torch.no_grad():
         assert float(total(rows.clone().requires_grad_())) == 12
     assert float(total(rows)) == 12
@@ -170,7 +173,7 @@ def test_a_gradient_of_an_operator_without_one_is_an_error():
 
 
 def test_dense_columns_of_2_31_numbers_are_no_lists():
-    with pytest.raises(ValueError, match="x: got .*, expected fewer than 2.*31 numbers"):
+    with pytest.raises(ValueError, match=r"x: got .*, expected fewer than 2.*31 numbers"):
         ops.from_dense(torch.zeros(1, 1).expand(2**16, 2**15))
 
 
@@ -203,8 +206,8 @@ def test_the_plan_of_4000_features_is_linear():
     assert many < 24 * few  # eight times the features; the square would be 64
 
 
-def test_pack_checks_for_less_than_two_percent_of_its_time(monkeypatch, capsys):
-    """40 ragged columns of 1000 samples, of a layout met before. Printed; what is asserted allows for a busy machine."""
+def test_pack_checks_for_less_than_two_percent_of_its_time(capsys):
+    """40 ragged columns of 1000 samples, of a layout met before. Printed; the assertion allows for a busy machine."""
     g = torch.Generator().manual_seed(0)
     columns = {}
     for i in range(40):
@@ -222,6 +225,7 @@ def test_pack_checks_for_less_than_two_percent_of_its_time(monkeypatch, capsys):
         return min(took)
 
     tensors = [t for c in columns.values() for t in c.parts.values()]
+
     def check_all() -> bool:  # as pack does
         return all(map(types._is_plain, tensors)) and check_columns.offsets_fit(batch.buffer.data_ptr(), table)
 
