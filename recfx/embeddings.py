@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +30,9 @@ __all__ = [
     "xavier_normal",
     "xavier_uniform",
 ]
+
+
+MAX_VOCABULARIES = 65_535  # of a physical table: 16 bits of a slot
 
 
 class Initializer(NamedTuple):
@@ -259,10 +264,25 @@ class TablePlan:
         """The vocabulary of each cell of a sample: those of the first lookup, of the second, and so on."""
         return tuple(lookup.vocabulary for lookup in self.lookups for _ in range(lookup.num_cells))
 
+    @functools.cached_property
+    def first_cells(self) -> tuple[int, ...]:
+        """The first cell of each lookup in a sample; then how many there are."""
+        return tuple(itertools.accumulate((lookup.num_cells for lookup in self.lookups), initial=0))
+
+    def check_batch(self, num_samples: int, num_ids: int = 0) -> None:
+        """Raises ValueError where a batch has more cells, or more ids in all lookups, than 32 bits can number."""
+        num_cells = self.first_cells[-1]
+        for got, what in ((num_samples * num_cells, "cells"), (num_ids, "ids")):
+            if got >= 2**31:
+                raise ValueError(
+                    f"features '{self.lookups[0].feature}' to '{self.lookups[-1].feature}': got {got} {what} of "
+                    f"{num_samples} samples with {num_cells} cells, expected fewer than 2**31 in a batch. They have "
+                    "32-bit numbers. Use smaller batches, or shorter tiles."
+                )
+
     def cells_of(self, lookup: int) -> slice:
         """Which cells of a sample are the lookup's."""
-        first = sum(l.num_cells for l in self.lookups[:lookup])
-        return slice(first, first + self.lookups[lookup].num_cells)
+        return slice(*self.first_cells[lookup : lookup + 2])
 
 
 class Cell(NamedTuple):
@@ -303,7 +323,9 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
 
     Args:     groups: embeddings by group name; a group reaches the model as one tensor [B, len(group), dim], where a
               tiled embedding counts as its n cells; or, where dims differ, as their concatenation [B, sum of dims].
-    Raises:   ValueError when a group is empty, or one shared name is given two dims, initialisers, devices or rates.
+    Cost:     linear in the embeddings.
+    Raises:   ValueError when a group is empty, one shared name is given two dims, initialisers, devices or rates, a
+              physical table has more than 65 535 vocabularies, or a sample 2**31 cells of one.
     Example:  >>> plan = plan_tables({"emb": [Embedding("c1", dim=8), Embedding("c2", dim=8)],
               ...                     "bias": [Embedding("c1", dim=1), Embedding("c2", dim=1)]})
               >>> [(t.dims, len(t.vocabularies), len(t.lookups)) for t in plan.tables]
@@ -327,28 +349,32 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
     names_of: dict[tuple[tuple[tuple[str, bool, int], ...], str], list[str]] = {}
     for name, e in logical.items():
         names_of.setdefault((tuple(sorted(readers[name])), e.device), []).append(name)
-    shape_of = {key: (tuple(logical[n].dim for n in names), key[1]) for key, names in names_of.items()}
-    shapes = list(dict.fromkeys(shape_of.values()))
+    keys_of: dict[tuple[tuple[int, ...], str], list[tuple]] = {}  # of each physical table: its vocabularies
+    for key, names in names_of.items():
+        keys_of.setdefault((tuple(logical[n].dim for n in names), key[1]), []).append(key)
 
-    feature_order = list(dict.fromkeys(e.feature for embeddings in groups.values() for e in embeddings))
+    features = dict.fromkeys(e.feature for embeddings in groups.values() for e in embeddings)
+    feature_order = {feature: i for i, feature in enumerate(features)}
     tables, place = [], {}
-    for t, (dims, device) in enumerate(shapes):
-        keys = [key for key, shape in shape_of.items() if shape == (dims, device)]
+    for t, ((dims, device), keys) in enumerate(keys_of.items()):
         lookups = sorted(
             (Lookup(f, v, read_only, n) for v, (how, _) in enumerate(keys) for f, read_only, n in how),
-            key=lambda l: (l.read_only, feature_order.index(l.feature), l.vocabulary, l.length),
+            key=lambda l: (l.read_only, feature_order[l.feature], l.vocabulary, l.length),
         )
-        vocabularies = []
-        for v, key in enumerate(keys):
-            columns = []
-            for k, name in enumerate(names_of[key]):
-                e = logical[name]
-                columns.append(Column(name, sum(dims[:k]), dims[k], e.initializer, *e.rates))
-                for l, lookup in enumerate(lookups):
-                    if lookup.vocabulary == v:
-                        place[name, lookup.feature, lookup.read_only, lookup.length] = (t, k, l)
-            vocabularies.append(tuple(columns))
-        tables.append(TablePlan(device=device, dims=dims, vocabularies=tuple(vocabularies), lookups=tuple(lookups)))
+        names_in = [names_of[key] for key in keys]
+        for l, lookup in enumerate(lookups):
+            for k, name in enumerate(names_in[lookup.vocabulary]):
+                place[name, lookup.feature, lookup.read_only, lookup.length] = (t, k, l)
+        firsts = [sum(dims[:k]) for k in range(len(dims))]
+        vocabularies = tuple(
+            tuple(
+                Column(name, first, dim, logical[name].initializer, *logical[name].rates)
+                for name, first, dim in zip(names, firsts, dims, strict=True)
+            )
+            for names in names_in
+        )
+        tables.append(TablePlan(device=device, dims=dims, vocabularies=vocabularies, lookups=tuple(lookups)))
+        _check_size(tables[-1])
     cells = {
         group: tuple(Cell(*place[_name(group, e), *e.read_as], e.combiner) for e in embeddings)
         for group, embeddings in groups.items()
@@ -369,6 +395,17 @@ def _check_groups(groups: Any) -> None:
         for e in embeddings:
             if not isinstance(e, Embedding):
                 raise TypeError(f"group '{group}': got {said(e)} among them, {expected}.")
+
+
+def _check_size(plan: TablePlan) -> None:
+    """What the kernels number with 16 and with 32 bits."""
+    if len(plan.vocabularies) > MAX_VOCABULARIES:
+        raise ValueError(
+            f"table '{plan.vocabularies[0][0].name}' and those of its row shape {plan.dims}: got "
+            f"{len(plan.vocabularies)} vocabularies, expected at most {MAX_VOCABULARIES} in a physical table. The "
+            "index has 16 bits for them. Let features share a table by shared_name, or give some another dim."
+        )
+    plan.check_batch(1)
 
 
 def _name(group: str, e: Embedding) -> str:

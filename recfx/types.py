@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from recfx.describe import batch_text, or_plain
+from recfx.kernels.check_columns import Links, check_columns, check_num_samples, links_of, offsets_fit, table_of
 
 __all__ = ["Batch", "Field", "Layout", "Params", "Ragged", "Transform", "pack"]
 
@@ -26,6 +27,7 @@ NUM_SAMPLES = "num_samples"  # batch key: i32 [], how many of the B samples are 
 COUNTS = "counts"  # feature key: a dict of tensors that the step hands on in `aux.counts`, as overflow of a capacity
 
 ALIGN_BYTES = 64
+STRIDED = torch.strided
 OUTER = "outer"  # and a level: part of a nested column
 
 
@@ -104,6 +106,24 @@ class Layout:
         return columns
 
     @functools.cached_property
+    def forms(self) -> dict[tuple[str, str], tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape by column name and part."""
+        return {(f.name, f.part): (f.dtype, f.shape) for f in self.fields}
+
+    @functools.cached_property
+    def links(self) -> Links:
+        """How its sizes hang together. TypeError or ValueError where it is not that of a batch."""
+        begins = {dtype: first for dtype, first, _ in self.sections}
+        columns = [f for f in self.fields if f.name != NUM_SAMPLES]
+        first_bytes = {(f.name, f.part): begins[f.dtype] + f.start * f.dtype.itemsize for f in columns}
+        return links_of({(f.name, f.part): (f.dtype, f.shape) for f in columns}, first_bytes)
+
+    @functools.cached_property
+    def table(self) -> Any:
+        """What `offsets_fit` reads of columns that fill it."""
+        return table_of(self.links, self.forms)
+
+    @functools.cached_property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Of the sections."""
         return tuple(dtype for dtype, _, _ in self.sections)
@@ -136,14 +156,20 @@ class Batch(Mapping[str, Any]):
     One buffer is what makes a batch cheap: one copy to the device, and a captured step that takes a handful of
     inputs instead of two per column. Views are made when asked for.
 
-    Shapes:   buffer u8 [layout.num_bytes].
-    Raises:   ValueError when the buffer's size is not the layout's.
+    Shapes:   buffer u8 [layout.num_bytes], as `pack` or a reader made it, or a copy of one: its values and offsets are
+              not looked at, and a step relies on them.
+    Raises:   ValueError when the buffer is not u8, flat and contiguous, or its size is not the layout's.
     Example:  >>> b = pack({"x": torch.ones(2, 1), "c": Ragged(torch.tensor([5, 6]), torch.tensor([0, 1, 2]).int())})
               >>> b["c"].values.tolist(), len(b.sections)
               ([5, 6], 3)
     """
 
     def __init__(self, buffer: Tensor, layout: Layout) -> None:
+        if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous():
+            raise ValueError(
+                f"buffer: got {buffer.dtype} {list(buffer.shape)} of strides {buffer.stride()}, expected torch.uint8, "
+                "one dimension, contiguous. Columns are views of its bytes."
+            )
         if buffer.numel() != layout.num_bytes:
             raise ValueError(f"buffer: got {buffer.numel()} bytes, expected {layout.num_bytes}, the layout's.")
         self.buffer = buffer
@@ -184,37 +210,54 @@ def _column(parts: Mapping[str, Field], sections: Mapping[torch.dtype, Tensor]) 
 def pack(columns: Mapping[str, Tensor | Ragged], *, layout: Layout | None = None, pin_memory: bool = False) -> Batch:
     """Copies a dict of tensors into one buffer. NUM_SAMPLES is added when absent: every sample is real.
 
-    Args:     columns: `Tensor` [B, d] or `Ragged` by name; all with the same B.
+    This is the gate of a step: what a kernel relies on is checked here, once, and not at every step.
+
+    Args:     columns: `Tensor` [B, d] or `Ragged` by name; all with the same B, which may be 0, and on one device.
               layout: of another batch with these columns. The new one is padded to it, with zeros and empty lists, so
               that requests of any size run through one captured graph. None: as large as the columns are.
               pin_memory: as of torch.empty: a copy to a GPU then needs no other on the host.
-    Raises:   ValueError when two columns disagree on B, or do not fit into the layout; TypeError when a column is
-              neither kind.
+    Cost:     of the checks, on a CPU: one pass over all offsets in C++, under 2 % of the copy; on a GPU: a host read.
+    Raises:   TypeError for what is no Tensor or Ragged of them, or of another dtype than a batch holds. ValueError when
+              two columns disagree on B or the device, do not fit into the layout, or have another shape; when offsets
+              do not begin with 0, fall, or end beyond what they count; when weights are not as many as values;
+              when NUM_SAMPLES is not from 0 to B. Both name the column and, where there is one, the place.
     Example:  >>> large = pack({"item": Ragged(torch.zeros(8).long(), torch.zeros(5).int())})  # 4 samples, 8 items
               >>> request = {"item": Ragged(torch.tensor([5, 6]), torch.tensor([0, 2]).int())}
               >>> batch = pack(request, layout=large.layout)
               >>> batch["item"].offsets.tolist(), int(batch["num_samples"])
               ([0, 2, 2, 2, 2], 1)
     """
+    names = [name for name in columns if name != NUM_SAMPLES]
+    if not names:
+        raise ValueError(f"columns: got {list(columns)}, expected one besides '{NUM_SAMPLES}' at least.")
     for name, column in columns.items():
-        if not isinstance(column, Tensor | Ragged):
+        if not isinstance(column, (Tensor, Ragged)):  # as a tuple: a union is made at each call
             raise TypeError(f"column '{name}': got {type(column).__name__}, expected Tensor or Ragged.")
-    num_samples = {
-        name: c.num_samples if isinstance(c, Ragged) else c.shape[0]
-        for name, c in columns.items()
-        if name != NUM_SAMPLES
-    }
-    if len(set(num_samples.values())) != 1:
-        raise ValueError(f"columns: got {num_samples} samples, expected one number. A batch is cut by sample.")
-    batch_size = next(iter(num_samples.values()))
+    try:
+        batch, is_right = _packed(columns, names[0], layout, pin_memory)
+    except Exception:
+        _check(columns, names)  # which column it was, in better words
+        raise
+    if not is_right:
+        _check(columns, names)
+    elif NUM_SAMPLES in columns:
+        check_num_samples(NUM_SAMPLES, columns[NUM_SAMPLES], _num_samples(columns[names[0]]))
+    return batch
+
+
+def _packed(columns: Mapping[str, Any], first: str, layout: Layout | None, pin_memory: bool) -> tuple[Batch, bool]:
+    """The batch, and whether its offsets are known to be right."""
     tensors = _parts_of(columns)
     if NUM_SAMPLES not in columns:
-        tensors[NUM_SAMPLES, "dense"] = torch.tensor(batch_size, dtype=torch.int32)
+        tensors[NUM_SAMPLES, "dense"] = torch.tensor(_num_samples(columns[first]), dtype=torch.int32)
+    forms = {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}
     if layout is None:
-        layout = Layout.of({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})
+        layout = Layout.of(forms)
+        table = layout.table
     else:
-        _check_fits(tensors, layout)
-    device = next(iter(tensors.values())).device
+        _check_fits(forms, layout)
+        table = table_of(layout.links, forms)
+    device = tensors[next(key for key in forms if key[0] == first)].device
     zeros = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device, pin_memory=pin_memory)
     batch = Batch(zeros, layout)
     views = _parts_of(unpack(batch.sections, layout))
@@ -223,7 +266,27 @@ def pack(columns: Mapping[str, Tensor | Ragged], *, layout: Layout | None = None
         target[: len(t)].copy_(t) if t.dim() else target.copy_(t)
         if part == "offsets" or part.startswith(OUTER):
             target[len(t) :] = t[-1]
-    return batch
+    return batch, all(map(_is_plain, tensors.values())) and offsets_fit(zeros.data_ptr(), table)
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether all that there is to a tensor is its numbers, on the host."""
+    return t.is_cpu and t.layout is STRIDED and not t.requires_grad
+
+
+def _check(columns: Mapping[str, Any], names: list[str]) -> None:
+    """One by one. `names`: all but NUM_SAMPLES."""
+    for name in names:
+        if isinstance(columns[name], Ragged) and not isinstance(columns[name].outer, (tuple, list)):
+            got = type(columns[name].outer).__name__
+            raise TypeError(f"column '{name}': got outer {got}, expected a tuple of tensors.")
+    check_columns(_parts_of({name: columns[name] for name in names}))
+    if NUM_SAMPLES in columns:
+        check_num_samples(NUM_SAMPLES, columns[NUM_SAMPLES], _num_samples(columns[names[0]]))
+
+
+def _num_samples(column: Tensor | Ragged) -> int:
+    return column.num_samples if isinstance(column, Ragged) else column.shape[0]
 
 
 def _parts_of(columns: Mapping[str, Tensor | Ragged]) -> dict[tuple[str, str], Tensor]:
@@ -232,17 +295,16 @@ def _parts_of(columns: Mapping[str, Tensor | Ragged]) -> dict[tuple[str, str], T
     return {(name, part): t for name, of_column in parts.items() for part, t in of_column.items()}
 
 
-def _check_fits(tensors: Mapping[tuple[str, str], Tensor], layout: Layout) -> None:
-    fields = {(f.name, f.part): f for f in layout.fields}
-    if tensors.keys() != fields.keys():
-        got, expected = ([" ".join(key) for key in sorted(keys)] for keys in (tensors, fields))
+def _check_fits(forms: Mapping[tuple[str, str], tuple[torch.dtype, tuple[int, ...]]], layout: Layout) -> None:
+    if forms.keys() != layout.forms.keys():
+        got, expected = ([" ".join(key) for key in sorted(keys)] for keys in (forms, layout.forms))
         raise ValueError(f"columns: got {got}, expected {expected}, as in the layout.")
-    for key, t in tensors.items():
-        f = fields[key]
-        if t.dtype != f.dtype or t.shape[1:] != f.shape[1:] or t.shape[:1] > f.shape[:1]:
+    for key, (dtype, shape) in forms.items():
+        held, most = layout.forms[key]
+        if dtype != held or shape[1:] != most[1:] or shape[:1] > most[:1]:
             raise ValueError(
-                f"column '{f.name}': got {f.part} {t.dtype} {list(t.shape)}, expected {f.dtype} of at most "
-                f"{list(f.shape)}. That is what the layout holds. Cut the batch up, or use a layout of a larger one."
+                f"column '{key[0]}': got {key[1]} {dtype} {list(shape)}, expected {held} of at most {list(most)}. That "
+                "is what the layout holds. Cut the batch up, or use a layout of a larger one."
             )
 
 

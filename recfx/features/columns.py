@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
+from recfx.kernels.check_columns import check_columns, check_forms
 from recfx.kernels.join import join, split
 from recfx.types import Ragged
 
-__all__ = ["Column", "expect_ragged", "join_and_split", "of_one_or_many", "on_values"]
+__all__ = ["Column", "can_be_read", "expect_ragged", "join_and_split", "of_one_or_many", "on_values"]
 
 Column = TypeVar("Column", bound=Tensor | Ragged | Mapping[str, Any])
 
@@ -38,15 +40,31 @@ def join_and_split(parts: list[Tensor], function: Callable[[Tensor], Tensor]) ->
     return split(function(join([part.contiguous() for part in parts])), parts)
 
 
+def can_be_read(t: Tensor) -> bool:
+    """Whether the host may look into it: not while a graph is made."""
+    is_cuda_graph = t.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or type(t) is not Tensor or is_cuda_graph)
+
+
 def of_one_or_many(columns: Any, function: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Any:
     """`function` of a dict of columns; of a single one, as a dict of one."""
     return function(columns) if isinstance(columns, Mapping) else function({"column": columns})["column"]
 
 
 def expect_ragged(name: str, column: Any, *, depth: int | None = None) -> Ragged:
-    """Raises TypeError when the column is no Ragged, ValueError when its lists are not nested `depth` levels."""
+    """The column, which kernels may rely on.
+
+    Raises:   TypeError when the column is no Ragged, ValueError when its lists are not nested `depth` levels; and as
+              `recfx.types.pack` for a column that was made by hand. Inside a capture, and on a GPU, only dtypes and
+              shapes are seen here: there kernels look at the offsets, or read nothing outside the values.
+    """
     if not isinstance(column, Ragged):
         raise TypeError(f"{name}: got {type(column).__name__}, expected Ragged. Declare it varlen in the reader.")
+    parts = {(name, part): t for part, t in column.parts.items()}
+    if can_be_read(column.values) and column.offsets.device.type == "cpu":
+        check_columns(parts)
+    else:
+        check_forms({key: (t.dtype, tuple(t.shape)) for key, t in parts.items()})
     if depth is not None and len(column.outer) + 1 != depth:
         raise ValueError(
             f"{name}: got lists nested {len(column.outer) + 1} levels, expected {depth}. Flatten or truncate it first."

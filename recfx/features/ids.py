@@ -133,7 +133,8 @@ def cross(x: Ragged, y: Ragged, *, capacity: int) -> tuple[Ragged, Tensor]:
     Args:     capacity: places for the pairs of a batch. What does not fit is left out, last samples first.
     Returns:  Ragged i64, with weights when a side has some; overflow i64 [], to be reported under
               `recfx.types.COUNTS`.
-    Raises:   TypeError when the ids are not i64, ValueError when samples differ in number or lists are nested.
+    Raises:   TypeError when the ids are not i64, ValueError when samples differ in number, lists are nested, or the
+              capacity is not in [0, 2**31).
     Example:  >>> one = torch.tensor([0, 1]).int()
               >>> pairs, overflow = cross(Ragged(torch.tensor([1]), one), Ragged(torch.tensor([2]), one), capacity=4)
               >>> pairs.values.tolist(), pairs.offsets.tolist(), int(overflow)
@@ -142,6 +143,8 @@ def cross(x: Ragged, y: Ragged, *, capacity: int) -> tuple[Ragged, Tensor]:
     for name, column in (("x", x), ("y", y)):
         if expect_ragged(name, column, depth=1).values.dtype != torch.int64:
             raise TypeError(f"{name}: got {column.values.dtype} values, expected torch.int64 ids.")
+    if not 0 <= capacity < 2**31:
+        raise ValueError(f"capacity: got {capacity}, expected 0 to 2**31 - 1. Offsets are 32-bit.")
     if x.num_samples != y.num_samples:
         raise ValueError(f"y: got {y.num_samples} samples, expected {x.num_samples}, as x has.")
     sides = [

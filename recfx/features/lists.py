@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recfx.features.columns import expect_ragged, join_and_split, of_one_or_many
+from recfx.features.columns import can_be_read, expect_ragged, join_and_split, of_one_or_many
 from recfx.kernels.select_lists import select_lists
 from recfx.kernels.take_lists import take_lists
 from recfx.types import Ragged
@@ -33,7 +33,7 @@ def select_dense(column: Tensor | Ragged | list[Ragged], dim: int = 1, *, fill: 
     """The first `dim` numbers of each sample, `fill` where there are fewer. Of a list of columns, side by side.
 
     Shapes:   Ragged f32 or Tensor [B, >= dim] -> f32 [B, dim]; a list of Ragged f32 -> f32 [B, columns * dim].
-    Raises:   TypeError when a column of a list is no Ragged f32.
+    Raises:   TypeError when a column of a list is no Ragged f32, ValueError when they differ in samples.
     Example:  >>> x = Ragged(torch.tensor([5.0, 7.0]), torch.tensor([0, 1, 1, 2]).int())
               >>> select_dense(x).tolist(), select_dense([x, x], fill=-1.0).tolist()
               ([[5.0], [0.0], [7.0]], [[5.0, 5.0], [-1.0, -1.0], [7.0, 7.0]])
@@ -45,6 +45,8 @@ def select_dense(column: Tensor | Ragged | list[Ragged], dim: int = 1, *, fill: 
     for c in column:
         if expect_ragged("column", c, depth=1).values.dtype != torch.float32:
             raise TypeError(f"column: got {c.values.dtype} values, expected torch.float32 in a list of columns.")
+        if c.num_samples != column[0].num_samples:
+            raise ValueError(f"column: got {c.num_samples} samples, expected {column[0].num_samples}, as in the first.")
     return select_lists([c.values.contiguous() for c in column], [c.offsets.contiguous() for c in column], dim, fill)
 
 
@@ -75,10 +77,13 @@ def from_dense(x: Tensor) -> Ragged:
     """A dense column as lists that all have d values: for an embedding to read, or to cross.
 
     Shapes:   [B, d] -> Ragged of B lists.
+    Raises:   TypeError when x is no tensor [B, d], ValueError when it has 2**31 numbers or more: offsets are i32.
     Example:  >>> from_dense(torch.tensor([[5, 6], [7, 8]])).offsets.tolist()
               [0, 2, 4]
     """
-    batch_size, dim = x.shape
+    batch_size, dim = _matrix(x)
+    if batch_size * dim >= 2**31:
+        raise ValueError(f"x: got {list(x.shape)}, expected fewer than 2**31 numbers. Offsets are 32-bit.")
     return Ragged(x.flatten(), torch.arange(batch_size + 1, dtype=torch.int32, device=x.device) * dim)
 
 
@@ -86,12 +91,12 @@ def split_dense(x: Tensor, names: Sequence[str]) -> dict[str, Ragged]:
     """Column k of a matrix as the feature names[k] with one value per sample: the inverse of select_dense of a list.
 
     Shapes:   [B, columns] -> Ragged of B lists of length 1, for each name.
-    Raises:   ValueError when the columns are not as many as the names.
+    Raises:   TypeError when x is no tensor [B, d], ValueError when its columns are not as many as the names.
     Example:  >>> columns = split_dense(torch.tensor([[5, 6], [7, 8]]), ["a", "b"])
               >>> columns["a"].values.tolist(), columns["b"].values.tolist()
               ([5, 7], [6, 8])
     """
-    if x.shape[1] != len(names):
+    if _matrix(x)[1] != len(names):
         raise ValueError(f"x: got {x.shape[1]} columns, expected {len(names)}, one per name.")
     offsets = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)
     return {name: Ragged(column, offsets) for name, column in zip(names, x.T.contiguous().unbind(), strict=True)}
@@ -140,13 +145,15 @@ def truncate_lists(column: Ragged, count: int, *, side: Side, pad: Side = "right
     Args:     side: "left" drops lists from the left, "right" from the right.
               pad: where the empty lists go.
     Shapes:   the innermost level gets (lists of the level above) * count lists.
-    Raises:   ValueError when there is no outer level, or count is below 1.
+    Raises:   ValueError when there is no outer level, count is below 1, or the lists are 2**31 or more.
     """
     column = expect_ragged("column", column)
     if not column.outer:
         raise ValueError("column: got lists nested 1 level, expected 2 at least. Use truncate.")
     _check_count("count", count, least=1)
     outer = column.outer[-1]
+    if (outer.numel() - 1) * count >= 2**31:
+        raise ValueError(f"count: got {count} of {outer.numel() - 1} lists, expected fewer than 2**31 in all.")
     held = outer.diff()[:, None]
     kept = held.clamp(max=count)
     slot = torch.arange(count, dtype=outer.dtype, device=outer.device)
@@ -185,7 +192,7 @@ def check_length(column: Ragged, longest: int, name: str = "column", *, level: i
     length = levels[level].diff()
     too_long = length > longest
     count = too_long.sum()
-    if not _is_captured(count) and int(count):
+    if can_be_read(count) and int(count):
         first = int(too_long.int().argmax())
         items = "values" if level in (-1, len(levels) - 1) else "lists"
         where = "sample" if level in (0, -len(levels)) else "list"
@@ -194,11 +201,6 @@ def check_length(column: Ragged, longest: int, name: str = "column", *, level: i
             f"the length; the first is {where} {first}."
         )
     return count
-
-
-def _is_captured(t: Tensor) -> bool:
-    is_cuda_graph = t.is_cuda and torch.cuda.is_current_stream_capturing()
-    return torch.compiler.is_compiling() or type(t) is not Tensor or is_cuda_graph
 
 
 def _take(columns: Mapping[str, Ragged], parts: Mapping[str, tuple[Tensor, Tensor, int]]) -> dict[str, Ragged]:
@@ -217,6 +219,14 @@ def _take(columns: Mapping[str, Ragged], parts: Mapping[str, tuple[Tensor, Tenso
         name: Ragged(values, offsets, weights[0] if weights else None, columns[name].outer)
         for name, (offsets, values, *weights) in taken.items()
     }
+
+
+def _matrix(x: Any) -> tuple[int, int]:
+    """Its shape."""
+    if not isinstance(x, Tensor) or x.dim() != 2:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x: got {got}, expected Tensor [B, d].")
+    return x.shape[0], x.shape[1]
 
 
 def _check_count(name: str, value: int, *, least: int = 0) -> None:

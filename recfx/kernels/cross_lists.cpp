@@ -1,8 +1,8 @@
 // The pairs of distinct ids of two ragged features, hashed.
 #include <vector>
 
+#include "lists.h"
 #include "string_hash.h"
-#include "table.h"
 
 struct Side {
   const int64_t* id;
@@ -33,10 +33,13 @@ struct Side {
   }
 };
 
+// `bad`: 0 or 1 where the offsets of x or y leave its ids, and nothing is written; else -1.
 EXPORT void cross_lists(const int64_t* x, const int32_t* x_offsets, const float* x_weights, const int64_t* y,
                         const int32_t* y_offsets, const float* y_weights, int64_t num_lists, int64_t capacity,
                         int32_t* x_first, int32_t* y_first, int32_t* counts, int64_t* out, float* out_weights,
-                        int32_t* offsets, int64_t* overflow) {
+                        int32_t* offsets, int64_t* overflow, int64_t num_x, int64_t num_y, int64_t* bad) {
+  *bad = !lists_fit(x_offsets, num_lists, num_x) ? 0 : !lists_fit(y_offsets, num_lists, num_y) ? 1 : -1;
+  if (*bad >= 0) return;
   const Side a{x, x_offsets, x_weights, x_first}, b{y, y_offsets, y_weights, y_first};
 #pragma omp parallel
   {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recfx.kernels.op import address, c_function, define_op
+from recfx.kernels.check_columns import check_unfit
+from recfx.kernels.op import address, c_function, define_op, int64s
 from recfx.kernels.string_hash import MURMUR, murmur_end, murmur_word
 from recfx.kernels.take_lists import list_of
 
@@ -70,7 +71,7 @@ def _distinct(values: Tensor, offsets: Tensor, weights: Tensor | None) -> tuple[
     return distinct[:capacity], kept[:capacity], before.diff(), before[:-1]
 
 
-_cross_lists = c_function("cross_lists", "ppp" + "ppp" + "ii" + "ppp" + "pppp")
+_cross_lists = c_function("cross_lists", "ppp" + "ppp" + "ii" + "ppp" + "pppp" + "iip")
 
 
 def _fake(x, x_offsets, x_weights, y, y_offsets, y_weights, capacity):  # type: ignore[no-untyped-def]
@@ -79,7 +80,7 @@ def _fake(x, x_offsets, x_weights, y, y_offsets, y_weights, capacity):  # type: 
 
 
 def _cpu(x, x_offsets, x_weights, y, y_offsets, y_weights, capacity):  # type: ignore[no-untyped-def]
-    out = _fake(x, x_offsets, x_weights, y, y_offsets, y_weights, capacity)
+    out, bad = _fake(x, x_offsets, x_weights, y, y_offsets, y_weights, capacity), int64s([-1])
     scratch = x_offsets.new_empty(x.numel()), x_offsets.new_empty(y.numel()), x_offsets.new_empty(len(x_offsets), 2)
     _cross_lists(
         *(address(x), address(x_offsets), None if x_weights is None else address(x_weights)),
@@ -87,7 +88,9 @@ def _cpu(x, x_offsets, x_weights, y, y_offsets, y_weights, capacity):  # type: i
         *(x_offsets.numel() - 1, capacity),
         *map(address, scratch),
         *map(address, out),
+        *(x.numel(), y.numel(), bad),
     )
+    check_unfit(bad[0], (x, y), (x_offsets, y_offsets))
     return out
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from recfx.kernels.build import library
 
@@ -38,6 +39,9 @@ def define_op(
               first call on CPU tensors does. Either falls back to the definition where there is no compiler.
               cuda: module of recfx.kernels.gpu that has the same in Triton under the operator's name. It is imported at
               the first call on CUDA tensors, and gives way to the definition where there is no triton.
+    Raises:   NotImplementedError, when called: an argument requires a gradient, which no operator here has. torch alone
+              would go on, and take it for 0. What the operator writes to or returns decides: where it returns no
+              tensor, its inputs may require one.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
@@ -45,8 +49,7 @@ def define_op(
     overload = getattr(torch.ops.recfx, name).default
 
     def load_or_define(*args: Any) -> Any:
-        on_cpu = next(_tensors(args)).device.type == "cpu"
-        return overload(*args) if on_cpu and library() else definition(*args)
+        return overload(*args) if all(map(_is_plain, _tensors(args))) and library() else definition(*args)
 
     read_flat = [argument.name not in _STRIDED for argument in overload._schema.arguments]
 
@@ -61,7 +64,43 @@ def define_op(
         _LIBRARY.impl(name, lambda *args: (cpu if library() else definition)(*args), "CPU")
     if cuda:
         _LIBRARY.impl(name, launch, "CUDA")
+    _refuse_gradients(name, overload)
     return overload
+
+
+def _refuse_gradients(name: str, overload: Any) -> None:
+    """Makes the overload look at its arguments where gradients are recorded.
+
+    An Autograd kernel would say the same, and cost each call of a captured step, which records none, 5 us: it would be
+    Python between the graph and the kernel. This is called by the graph too, and asks for the mode alone.
+    """
+    schema, call = overload._schema, overload._op
+    gives_tensors = any("Tensor" in str(r.type) for r in schema.returns)
+    names = [a.name for a in schema.arguments]
+    looks_at = [gives_tensors or (a.alias_info is not None and a.alias_info.is_write) for a in schema.arguments]
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            for argument, looked_at, value in zip(names, looks_at, args, strict=False):
+                if looked_at and any(map(_wants_gradient, _tensors([value]))):
+                    raise NotImplementedError(
+                        f"{name}: got {argument} of which a gradient is required, expected none. This operator has no "
+                        "gradient, and torch would take it for 0. Detach it, or call under torch.no_grad()."
+                    )
+        return call(*args, **kwargs)
+
+    if any(looks_at):
+        overload._op = checked
+
+
+def _wants_gradient(t: Tensor) -> bool:
+    """Whether torch records what happens to it, backwards or forwards."""
+    return t.requires_grad or (t.is_floating_point() and unpack_dual(t).tangent is not None)
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether torch hands it to a kernel for CPU tensors."""
+    return t.device.type == "cpu" and t.layout == torch.strided and not t.is_quantized
 
 
 def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:

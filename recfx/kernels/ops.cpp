@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "lists.h"
 #include "table.h"
 
 using torch::stable::Tensor;
@@ -176,17 +177,32 @@ std::tuple<Tensor, Tensor, Tensor> order_lists_op(const Tensors& values, const T
   return {id_P, cell_P, weight_P};
 }
 
+// The offsets i32 of `num_lists` lists of values, whatever made them: no list leaves the values.
+const int32_t* offsets_of(const Tensor& offsets, int64_t num_lists, const Tensor& values) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && values.scalar_type() == ScalarType::Float,
+                  "recfx: got lists of other dtypes than the kernel reads, expected f32 values and i32 offsets.");
+  const int32_t* at = flat<const int32_t>(offsets);
+  STD_TORCH_CHECK(offsets.numel() == num_lists + 1 && lists_fit(at, num_lists, values.numel()),
+                  "recfx: got offsets that do not begin with 0, fall, leave their ", values.numel(),
+                  " values or are not ", num_lists + 1, ", expected the ends of as many lists one after another. The kernel would "
+                  "read outside the column. recfx.types.pack names it.");
+  return at;
+}
+
 Tensor list_sums_op(const Tensor& values, const Tensor& offsets) {
   Tensor sums = torch::stable::new_empty(values, {offsets.numel() - 1});
-  list_sums(flat<float>(values), flat<int32_t>(offsets), sums.numel(), flat<float>(sums));
+  list_sums(flat<float>(values), offsets_of(offsets, sums.numel(), values), sums.numel(), flat<float>(sums));
   return sums;
 }
 
 Tensor select_lists_op(const Tensors& values, const Tensors& offsets, int64_t dim, double fill) {
   const int64_t num_lists = offsets[0].numel() - 1, num_columns = values.size();
   const float number = fill;
+  std::vector<const int32_t*> of_offsets;
+  for (int64_t c = 0; c < num_columns; ++c) of_offsets.push_back(offsets_of(offsets[c], num_lists, values[c]));
   Tensor out = torch::stable::new_empty(values[0], {num_lists, num_columns * dim});
-  select_lists(flat<const float>(values).data(), flat<const int32_t>(offsets).data(), num_columns, num_lists, dim,
+  select_lists(flat<const float>(values).data(), of_offsets.data(), num_columns, num_lists, dim,
                &number, flat<float>(out));
   return out;
 }

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recfx.kernels.check_columns import check_unfit
 from recfx.kernels.hashing import shift_right, signed
 from recfx.kernels.op import addresses, c_function, define_op, int64s
 
@@ -170,8 +171,10 @@ def _fake(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> list[Tensor]:
 
 def _cpu(kernel: Callable[..., None]) -> Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]:
     def run(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> list[Tensor]:
-        out = _fake(values, offsets)
-        kernel(addresses(values), addresses(offsets), int64s([t.numel() for t in out]), len(out), addresses(out))
+        out, bad = _fake(values, offsets), int64s([-1])
+        sizes = int64s([t.numel() for t in values]), int64s([t.numel() for t in out])
+        kernel(addresses(values), sizes[0], addresses(offsets), sizes[1], len(out), addresses(out), bad)
+        check_unfit(bad[0], values, offsets)
         return out
 
     return run
@@ -180,14 +183,14 @@ def _cpu(kernel: Callable[..., None]) -> Callable[[Sequence[Tensor], Sequence[Te
 farm_hashes = define_op(
     "farm_hashes(Tensor[] values, Tensor[] offsets) -> Tensor[]",
     definition=farm_definition,
-    cpu=_cpu(c_function("farm_hashes", "pppip")),
+    cpu=_cpu(c_function("farm_hashes", "ppppipp")),
     cuda="string_hash",
     fake=_fake,
 )
 murmur_hashes = define_op(
     "murmur_hashes(Tensor[] values, Tensor[] offsets) -> Tensor[]",
     definition=murmur_definition,
-    cpu=_cpu(c_function("murmur_hashes", "pppip")),
+    cpu=_cpu(c_function("murmur_hashes", "ppppipp")),
     cuda="string_hash",
     fake=_fake,
 )

@@ -42,7 +42,7 @@ def definition(
     return out
 
 
-_take_lists = c_function("take_lists", "ppppppppi")
+_take_lists = c_function("take_lists", "pppppppppip")
 
 
 def _fake(values, first, length, capacity):  # type: ignore[no-untyped-def]
@@ -51,10 +51,15 @@ def _fake(values, first, length, capacity):  # type: ignore[no-untyped-def]
 
 
 def _cpu(values, first, length, capacity):  # type: ignore[no-untyped-def]
-    out = _fake(values, first, length, capacity)
-    sizes = int64s([v.element_size() for v in values]), int64s([len(f) for f in first]), int64s(capacity)
+    out, bad = _fake(values, first, length, capacity), int64s([-1])
+    numbers = ([v.numel() for v in values], [v.element_size() for v in values], [len(f) for f in first], capacity)
     inputs = addresses(values), addresses(first), addresses(length)
-    _take_lists(*inputs, *sizes, addresses(out[::2]), addresses(out[1::2]), len(values))
+    _take_lists(*inputs, *map(int64s, numbers), addresses(out[::2]), addresses(out[1::2]), len(values), bad)
+    if (c := bad[0]) >= 0:
+        raise ValueError(
+            f"column {c} of {len(values)}: got lists from {first[c].tolist()[:8]} of {length[c].tolist()[:8]} values, "
+            f"expected them within {values[c].numel()}. The first eight are shown."
+        )
     return out
 
 

@@ -186,7 +186,9 @@ def table(
         )
 
     def ids_in(features: dict) -> list[Ragged]:
-        return [ids_of(features, lookup.feature) for lookup in plan.lookups]
+        ragged = [ids_of(features, lookup.feature) for lookup in plan.lookups]
+        plan.check_batch(ragged[0].num_samples, sum(r.values.numel() for r in ragged))
+        return ragged
 
     def find_(state: TableState, ragged: list[Ragged], lookups: Sequence[Lookup], of_cell: Tensor) -> Found:
         id, cell, weight = _ordered(ragged, lookups)
