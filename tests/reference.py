@@ -55,7 +55,7 @@ def initial_value(seed: int, name: str, id: int, column: int, init: Initializer)
 
 
 class Reading(NamedTuple):
-    """What the kernels read: the ids of several lookups in the table's order, padding at the end."""
+    """What the kernels read: the ids of several lookups in the table's order, and padding."""
 
     id: Tensor
     cell: Tensor
@@ -151,6 +151,20 @@ def reading_of(lists: Lists, vocabularies: Sequence[int], *, spare: int = 0) -> 
     cell += [-1] * spare * len(lists)
     ints = [torch.tensor(cell, dtype=torch.int32), torch.tensor(list(vocabularies), dtype=torch.int32)]
     return Reading(torch.tensor(id, dtype=torch.int64), *ints)
+
+
+def scattered(rng: random.Random, reading: Reading) -> tuple[Reading, Tensor]:
+    """The reading with padding put in anywhere, ids there that would be noticed; and where its own positions are."""
+    id, cell, at = [], [], []
+    for i, c in zip(reading.id.tolist(), reading.cell.tolist(), strict=True):
+        num = rng.choice((0, 0, 0, 1, 2, 90))
+        id += [rng.choice((7, *reading.id.tolist()))] * num
+        cell += [-1] * num
+        at.append(len(id))
+        id.append(i)
+        cell.append(c)
+    ints = torch.tensor(cell, dtype=torch.int32), reading.vocabularies
+    return Reading(torch.tensor(id, dtype=torch.int64), *ints), torch.tensor(at, dtype=torch.int64)
 
 
 def random_lists(rng: random.Random, *, lookups: int, samples: int, longest: int, ids: Sequence[int]) -> Lists:
