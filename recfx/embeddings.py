@@ -172,8 +172,8 @@ class Embedding:
             )
         if self.unknown not in ("zeros", "initial"):
             raise ValueError(
-                f"feature '{self.feature}': got unknown {self.unknown!r}, expected 'zeros' or 'initial'. It is the value "
-                "of an id without a row."
+                f"feature '{self.feature}': got unknown {self.unknown!r}, expected 'zeros' or 'initial'. It is the "
+                "value of an id without a row."
             )
         for name, value in (("lr_scale", self.lr_scale), ("weight_decay", self.weight_decay)):
             if value is not None and not 0 <= value < math.inf:

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -193,11 +193,13 @@ def streams(draw: st.DrawFn, max_batches: int = 4) -> Stream:
     return Stream(vocabularies, draw(st.lists(batch, min_size=1, max_size=max_batches)), draw(st.integers(0, 2)))
 
 
-def table_plan(vocabularies: Sequence[int], dims: Sequence[int] = (3, 1)) -> TablePlan:
+def table_plan(
+    vocabularies: Sequence[int], dims: Sequence[int] = (3, 1), *, unknown: Literal["zeros", "initial"] = "zeros"
+) -> TablePlan:
     """A physical table with one lookup per entry; vocabulary v holds logical tables 'v<v>.<k>' of width dims[k]."""
     columns = [
         tuple(
-            Column(f"v{v}.{k}", sum(dims[:k]), dim, truncated_normal(0.5, mean=0.1 * v, bound=2.0))
+            Column(f"v{v}.{k}", sum(dims[:k]), dim, truncated_normal(0.5, mean=0.1 * v, bound=2.0), unknown=unknown)
             for k, dim in enumerate(dims)
         )
         for v in range(max(vocabularies) + 1)

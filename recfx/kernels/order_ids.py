@@ -21,16 +21,16 @@ def check_offsets(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> None:
     for lookup, (value, offset) in enumerate(zip(values, offsets, strict=True)):
         if offset.numel() != num_lists + 1:
             raise RuntimeError(
-                f"offsets of lookup {lookup}: got {offset.numel()} numbers, expected {num_lists + 1}, as many as of lookup "
-                "0. Lookups are of the same samples."
+                f"offsets of lookup {lookup}: got {offset.numel()} numbers, expected {num_lists + 1}, as many as of "
+                "lookup 0. Lookups are of the same samples."
             )
         least = torch.cat([offset.new_zeros(1), offset[:-1]])
         wrong = torch.nonzero((offset < least) | (offset > value.numel()))[:, 0].tolist()
         if wrong:
             raise RuntimeError(
                 f"offsets of lookup {lookup}: got {int(offset[wrong[0]])} at place {wrong[0]}, expected "
-                f"{int(least[wrong[0]])} to {value.numel()}: offsets never fall and end within the values. Ids would be "
-                "read outside their tensor. Make Ragged features with recfx.types.pack, or correct these offsets."
+                f"{int(least[wrong[0]])} to {value.numel()}: offsets never fall and end within the values. Ids would "
+                "be read outside their tensor. Make Ragged features with recfx.types.pack, or correct these offsets."
             )
 
 

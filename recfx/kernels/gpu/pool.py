@@ -62,8 +62,8 @@ def pool_slice(
 
 @triton.jit
 def pool_cells(
-    blocks, rows, row_P, weight_P, marks, stride, num_positions, num_cells, WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr,
-    DIMS: tl.constexpr, COLUMNS: tl.constexpr, CELLS: tl.constexpr,
+    blocks, rows, row_P, weight_P, marks, stride, num_positions, num_cells, WEIGHTED: tl.constexpr,
+    FIRSTS: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     begin, end = places_of(marks, cell, num_positions, num_cells)
