@@ -149,9 +149,11 @@ class Embedding:
               lr_scale: factor of the sparse optimiser's learning rate for this table, >= 0.
               weight_decay: of this table in place of the optimiser's, >= 0.
               frozen: rows are inserted and read, but never updated.
+              unknown: the value of an id without a row (never seen, not admitted, or refused by a full table), in
+              training, evaluation and prediction alike: "zeros", or "initial" for what its row would start with.
               read_only: this feature reads rows that others insert (under the same shared_name) or that were loaded:
-              unknown ids give zeros, nothing is inserted, no gradient reaches the rows, and none counts as seen.
-    Raises:   ValueError on a dim below 1, an unknown combiner, or a rate below 0.
+              nothing is inserted, no gradient reaches the rows, and none counts as seen.
+    Raises:   ValueError on a dim below 1, an unknown combiner or word for `unknown`, or a rate below 0.
     Example:  >>> Embedding("item", dim=8, init=uniform(-0.1, 0.1)).combiner
               'sum'
     """
@@ -165,6 +167,7 @@ class Embedding:
     lr_scale: float = field(default=1.0, kw_only=True)
     weight_decay: float | None = field(default=None, kw_only=True)
     frozen: bool = field(default=False, kw_only=True)
+    unknown: Literal["zeros", "initial"] = field(default="zeros", kw_only=True)
     read_only: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -176,6 +179,11 @@ class Embedding:
         if self.combiner not in ("sum", "mean", "sqrtn") and not isinstance(self.combiner, Tile):
             raise ValueError(
                 f"feature '{self.feature}': got combiner '{self.combiner}', expected 'sum', 'mean', 'sqrtn' or tile(n)."
+            )
+        if self.unknown not in ("zeros", "initial"):
+            raise ValueError(
+                f"feature '{self.feature}': got unknown {self.unknown!r}, expected 'zeros' or 'initial'. It is the "
+                "value of an id without a row."
             )
         for name, value in (("lr_scale", self.lr_scale), ("weight_decay", self.weight_decay)):
             if value is None and name == "weight_decay":
@@ -214,7 +222,7 @@ class Embedding:
     @property
     def of_table(self) -> tuple:
         """What all that read one table must agree on."""
-        return self.dim, self.initializer, self.device, self.rates, self.frozen
+        return self.dim, self.initializer, self.device, self.rates, self.frozen, self.unknown
 
 
 class Column(NamedTuple):
@@ -226,6 +234,7 @@ class Column(NamedTuple):
     init: Initializer
     lr_scale: float = 1.0
     weight_decay: float | None = None  # the optimiser's
+    unknown: Literal["zeros", "initial"] = "zeros"
 
 
 class Lookup(NamedTuple):
@@ -324,8 +333,8 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
     Args:     groups: embeddings by group name; a group reaches the model as one tensor [B, len(group), dim], where a
               tiled embedding counts as its n cells; or, where dims differ, as their concatenation [B, sum of dims].
     Cost:     linear in the embeddings.
-    Raises:   ValueError when a group is empty, one shared name is given two dims, initialisers, devices or rates, a
-              physical table has more than 65 535 vocabularies, or a sample 2**31 cells of one.
+    Raises:   ValueError when a group is empty, one shared name is given two dims, initialisers, devices, rates or
+              words for `unknown`, a physical table has more than 65 535 vocabularies, or a sample 2**31 cells of one.
     Example:  >>> plan = plan_tables({"emb": [Embedding("c1", dim=8), Embedding("c2", dim=8)],
               ...                     "bias": [Embedding("c1", dim=1), Embedding("c2", dim=1)]})
               >>> [(t.dims, len(t.vocabularies), len(t.lookups)) for t in plan.tables]
@@ -340,8 +349,8 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
             known = logical.setdefault(name, e)
             if known.of_table != e.of_table:
                 raise ValueError(
-                    f"table '{name}': got {e} and {known}, expected one dim, init, device, lr_scale, weight_decay and "
-                    "frozen per name."
+                    f"table '{name}': got {e} and {known}, expected one dim, init, device, lr_scale, weight_decay, "
+                    "frozen and unknown per name."
                 )
             if e.read_as not in readers.setdefault(name, []):
                 readers[name].append(e.read_as)
@@ -368,7 +377,7 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
         firsts = [sum(dims[:k]) for k in range(len(dims))]
         vocabularies = tuple(
             tuple(
-                Column(name, first, dim, logical[name].initializer, *logical[name].rates)
+                Column(name, first, dim, logical[name].initializer, *logical[name].rates, logical[name].unknown)
                 for name, first, dim in zip(names, firsts, dims, strict=True)
             )
             for names in names_in

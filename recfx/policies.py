@@ -58,7 +58,7 @@ class Life:
     """Which ids get a row, which rows are deleted and when, for every physical table of a step.
 
     Args:     admit: whether an id without a row gets one at this occurrence; until then it is treated like a refused
-              one (initial value, no gradient) and counted apart. None: always.
+              one (`Embedding.unknown` is its value, it has no gradient) and counted apart. None: always.
               candidates: most ids without a row that are counted for `admit`, exactly, in 27 bytes each; further ones
               count as seen once. Emptied at a sweep that finds it more than half full. 0: `count` is always 0.
               expire: rows to delete.

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -55,7 +55,7 @@ def initial_value(seed: int, name: str, id: int, column: int, init: Initializer)
 
 
 class Reading(NamedTuple):
-    """What the kernels read: the ids of several lookups in the table's order, padding at the end."""
+    """What the kernels read: the ids of several lookups in the table's order, and padding."""
 
     id: Tensor
     cell: Tensor
@@ -153,6 +153,20 @@ def reading_of(lists: Lists, vocabularies: Sequence[int], *, spare: int = 0) -> 
     return Reading(torch.tensor(id, dtype=torch.int64), *ints)
 
 
+def scattered(rng: random.Random, reading: Reading) -> tuple[Reading, Tensor]:
+    """The reading with padding put in anywhere, ids there that would be noticed; and where its own positions are."""
+    id, cell, at = [], [], []
+    for i, c in zip(reading.id.tolist(), reading.cell.tolist(), strict=True):
+        num = rng.choice((0, 0, 0, 1, 2, 90))
+        id += [rng.choice((7, *reading.id.tolist()))] * num
+        cell += [-1] * num
+        at.append(len(id))
+        id.append(i)
+        cell.append(c)
+    ints = torch.tensor(cell, dtype=torch.int32), reading.vocabularies
+    return Reading(torch.tensor(id, dtype=torch.int64), *ints), torch.tensor(at, dtype=torch.int64)
+
+
 def random_lists(rng: random.Random, *, lookups: int, samples: int, longest: int, ids: Sequence[int]) -> Lists:
     return [[rng.choices(ids, k=rng.randint(0, longest)) for _ in range(samples)] for _ in range(lookups)]
 
@@ -179,11 +193,13 @@ def streams(draw: st.DrawFn, max_batches: int = 4) -> Stream:
     return Stream(vocabularies, draw(st.lists(batch, min_size=1, max_size=max_batches)), draw(st.integers(0, 2)))
 
 
-def table_plan(vocabularies: Sequence[int], dims: Sequence[int] = (3, 1)) -> TablePlan:
+def table_plan(
+    vocabularies: Sequence[int], dims: Sequence[int] = (3, 1), *, unknown: Literal["zeros", "initial"] = "zeros"
+) -> TablePlan:
     """A physical table with one lookup per entry; vocabulary v holds logical tables 'v<v>.<k>' of width dims[k]."""
     columns = [
         tuple(
-            Column(f"v{v}.{k}", sum(dims[:k]), dim, truncated_normal(0.5, mean=0.1 * v, bound=2.0))
+            Column(f"v{v}.{k}", sum(dims[:k]), dim, truncated_normal(0.5, mean=0.1 * v, bound=2.0), unknown=unknown)
             for k, dim in enumerate(dims)
         )
         for v in range(max(vocabularies) + 1)

@@ -184,7 +184,7 @@ def test_pure_step_evaluation_and_read_only_lookups(combiner):
 
 
 def test_refused_ids_are_weighted_too():
-    groups = {"emb": [Embedding("a", dim=4, init=INIT, combiner="mean")]}
+    groups = {"emb": [Embedding("a", dim=4, init=INIT, combiner="mean", unknown="initial")]}
     step, oracle, batch = step_of(groups, max_rows=1), Oracle(groups), batch_of(random.Random(2), ("a",))
     state, aux = step.update_(step.init({"w": torch.ones(1)}), batch)
     assert int(state.tables[0].num_refused) > 0

@@ -383,8 +383,8 @@ def test_evaluation_changes_metrics_alone_and_gives_zeros_for_unknown_ids():
     torch.testing.assert_close(aux.loss, loss, rtol=1e-5, atol=1e-6)
 
 
-def test_ids_beyond_max_rows_use_their_initial_value_and_are_counted():
-    step = deepfm_step(max_rows=4)
+def test_ids_beyond_max_rows_use_their_initial_value_where_asked_and_are_counted():
+    step = deepfm_step(max_rows=4, embeddings=deepfm_groups(unknown="initial"))
     state = fresh(step)
     samples = [Sample(1.0, [0.0, 0.0], {"a": [i], "b": [], "c": []}) for i in range(BATCH_SIZE)]
     state, aux = step.update_(state, batch_of(samples))

@@ -26,8 +26,9 @@ from tests.reference import (
 VOCABULARIES = [0, 1, 0, 2]  # two lookups read one vocabulary
 
 
-def make(vocabularies=VOCABULARIES, *, max_rows=4096, max_unique=None, seed=1):
-    return table(table_plan(vocabularies), optimizer_slots=2, seed=seed, max_rows=max_rows, max_unique=max_unique)
+def make(vocabularies=VOCABULARIES, *, max_rows=4096, max_unique=None, seed=1, unknown="zeros"):
+    plan = table_plan(vocabularies, unknown=unknown)
+    return table(plan, optimizer_slots=2, seed=seed, max_rows=max_rows, max_unique=max_unique)
 
 
 def ids_in(lists):
@@ -112,8 +113,9 @@ def test_every_extreme_is_its_own_row_in_every_vocabulary():
     assert len(weights.unique(dim=0)) == len(weights)
 
 
-def test_hard_cap_refuses_and_counts_and_pools_the_initial_value():
-    capped, free = make([0], max_rows=5), make([0])
+@pytest.mark.parametrize("unknown", ["zeros", "initial"])
+def test_hard_cap_refuses_and_counts_and_pools_the_unknown_value(unknown):
+    capped, free = make([0], max_rows=5, unknown=unknown), make([0])
     features = features_of([[[i, i] for i in range(8)]])
     a, found_a = capped.insert_(capped.init(), features)
     capped.grow_(a, 100)
@@ -121,7 +123,8 @@ def test_hard_cap_refuses_and_counts_and_pools_the_initial_value():
     assert found_a.row.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, *[-2] * 6]
     assert (int(a.num_rows), int(a.num_refused), int(a.num_unique)) == (5, 6, 5)
     for x, y in zip(capped.pool(a, found_a), free.pool(b, found_b), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-6, atol=0)
+        torch.testing.assert_close(x[:5], y[:5], rtol=1e-6, atol=0)
+        torch.testing.assert_close(x[5:], y[5:] * (unknown == "initial"), rtol=1e-6, atol=0)
     grads = [torch.ones_like(block) for block in capped.pool(a, found_a)]
     assert capped.add_grads_(a, found_a, grads).grads[:5].eq(2).all()
 

@@ -9,10 +9,11 @@ EXPORT void count_candidates(int64_t* candidate_slots, int64_t* candidate_ids, i
                              const int64_t* num_slots, const int64_t* salt, const int64_t* id_P, const int32_t* cell_P,
                              int64_t num_positions, const int32_t* vocabularies, int64_t num_lookups,
                              int32_t* count_P) {
-  const Ids in{id_P, cell_P, num_positions, vocabularies, num_lookups};
+  const Joined given(id_P, cell_P, nullptr, num_positions);
+  const Ids in{given.id, given.cell, given.count, vocabularies, num_lookups};
   const uint64_t mask = (uint64_t)*num_candidate_slots - 1;
-  const int64_t room = std::min(max_candidates, *num_candidate_slots / 8 * 7), count = in.count();
-  std::vector<int32_t> number(num_positions);
+  const int64_t room = std::min(max_candidates, *num_candidate_slots / 8 * 7), count = in.count;
+  std::vector<int32_t> number(count);
   find_all({slots, ids, (uint64_t)*num_slots - 1, (uint64_t)*salt}, in, count_P);
   find_all({candidate_slots, candidate_ids, mask, (uint64_t)*salt}, in, number.data());
 
@@ -25,18 +26,18 @@ EXPORT void count_candidates(int64_t* candidate_slots, int64_t* candidate_ids, i
     int64_t n = number[k];
     if (n == UNKNOWN) {
       uint64_t at;
-      const uint64_t vocabulary = in.vocabulary(k), hash = hash_id(id_P[k], vocabulary, (uint64_t)*salt);
-      n = probe(candidate_slots, candidate_ids, mask, hash, vocabulary, id_P[k], &at);
+      const uint64_t vocabulary = in.vocabulary(k), hash = hash_id(in.id[k], vocabulary, (uint64_t)*salt);
+      n = probe(candidate_slots, candidate_ids, mask, hash, vocabulary, in.id[k], &at);
       if (n == UNKNOWN && fill < room) {
         n = fill++;
         candidate_slots[at] = make_slot(slot_head(hash, vocabulary), n);
-        candidate_ids[n] = id_P[k];
+        candidate_ids[n] = in.id[k];
         candidate_vocabularies[n] = (int32_t)vocabulary;
         candidate_counts[n] = 0;
       }
     }
     count_P[k] = n == UNKNOWN ? 1 : ++candidate_counts[n];
   }
-  std::fill(count_P + count, count_P + num_positions, 0);
+  given.spread(count_P, 0);
   *num_candidates = fill;
 }

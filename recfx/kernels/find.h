@@ -12,6 +12,52 @@ struct Index {
   uint64_t mask, salt;
 };
 
+// The ids of a batch one after the other. Where padding stands between them they are copied, and what is found for them
+// is written to the first places and then spread out to their own.
+class Joined {
+ public:
+  const int64_t* id;
+  const int32_t* cell;
+  const bool* flag;  // of each id, or null
+  int64_t count;
+
+  Joined(const int64_t* id_P, const int32_t* cell_P, const bool* flag_P, int64_t num_positions)
+      : id(id_P), cell(cell_P), flag(flag_P), count(count_ids(cell_P, num_positions)), num_positions(num_positions) {
+    if (!has_padding(cell_P, count)) return;
+    position.reset(new int32_t[count]);
+    ids.reset(new int64_t[count]);
+    cells.reset(new int32_t[count]);
+    flags.reset(new bool[flag ? count : 0]);
+    int64_t num = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      position[num] = (int32_t)k;
+      ids[num] = id_P[k];
+      cells[num] = cell_P[k];
+      if (flag) flags[num] = flag_P[k];
+      num += cell_P[k] >= 0;
+    }
+    id = ids.get(), cell = cells.get(), flag = flag ? flags.get() : nullptr, count = num;
+  }
+
+  // out[0, count) to the positions of the ids, `of_padding` to all others.
+  void spread(int32_t* out, int32_t of_padding) const {
+    int64_t end = num_positions;
+    for (int64_t n = count - 1; position && n >= 0; --n) {
+      const int64_t k = position[n];
+      std::fill(out + k + 1, out + end, of_padding);
+      out[k] = out[n];
+      end = k;
+    }
+    std::fill(out + (position ? 0 : count), out + end, of_padding);
+  }
+
+ private:
+  int64_t num_positions;
+  std::unique_ptr<int32_t[]> position, cells;
+  std::unique_ptr<int64_t[]> ids;
+  std::unique_ptr<bool[]> flags;
+};
+
 // An id as it is looked up.
 struct Key {
   uint64_t hash;  // within a vocabulary no two ids have the same
@@ -97,9 +143,9 @@ class Finder {
   }
 };
 
-// out[k] for every id k; the padding gets UNKNOWN.
+// out[k] for every id k.
 static inline void find_all(const Index& index, const Ids& in, int32_t* out) {
-  const int64_t count = in.count();
+  const int64_t count = in.count;
   Keys keys(count);
 #pragma omp parallel
   {
@@ -108,5 +154,4 @@ static inline void find_all(const Index& index, const Ids& in, int32_t* out) {
     Finder(index, in, nullptr, keys).find(begin, end, out, [](int64_t) {});
     for (int64_t k = begin; k < end; ++k) out[k] = keys.row[out[k]];
   }
-  std::fill(out + count, out + in.num_positions, UNKNOWN);
 }

@@ -22,8 +22,8 @@ def definition(
 ) -> Tensor:
     """Row of each id, UNKNOWN for absent ids and padding.
 
-    Shapes:   slots i64 [S], ids i64 [R], id_P i64 [P] and cell_P i32 [P] as `order_ids` gives them,
-              vocabularies i32 [L], of each lookup -> i32 [P].
+    Shapes:   slots i64 [S], ids i64 [R], id_P i64 [P] and cell_P i32 [P] as `order_ids` gives them, but for padding
+              (cell -1), which may stand anywhere; vocabularies i32 [L], of each lookup -> i32 [P].
     """
     valid = cell_P >= 0
     row_P = torch.full_like(cell_P, UNKNOWN)

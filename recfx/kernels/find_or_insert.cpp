@@ -34,9 +34,10 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
                            const int32_t* vocabularies, int64_t num_lookups, const int64_t* init_keys,
                            const float* init_params, int64_t width, const bool* admit_P, int32_t* row_P,
                            int32_t* inverse_P) {
-  const Ids in{id_P, cell_P, num_positions, vocabularies, num_lookups};
+  const Joined given(id_P, cell_P, admit_P, num_positions);
+  const Ids in{given.id, given.cell, given.count, vocabularies, num_lookups};
   const uint64_t mask = (uint64_t)*num_slots - 1;
-  const int64_t room = std::min(max_rows, *num_slots / 8 * 7), first_new = *num_rows, count = in.count();
+  const int64_t room = std::min(max_rows, *num_slots / 8 * 7), first_new = *num_rows, count = in.count;
   const Index index{slots, ids, mask, (uint64_t)*salt};
   Keys keys(count);
   const std::unique_ptr<int32_t[]> numbers(new int32_t[count]);
@@ -46,10 +47,10 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
   int64_t fill = first_new, free = first_free, unique = *num_unique, unadmitted = 0, num_without = 0;
   const auto insert = [&](const Key& key) -> int32_t {
     uint64_t at;
-    const int64_t id = id_P[key.position];
+    const int64_t id = in.id[key.position];
     int64_t row = probe(slots, ids, mask, key.hash, key.vocabulary, id, &at);
     if (row != UNKNOWN) return (int32_t)row;
-    const bool admitted = admit_P == nullptr || admit_P[key.position];
+    const bool admitted = given.flag == nullptr || given.flag[key.position];
     unadmitted += !admitted;
     if (!admitted || fill - free >= room) return REFUSED;
     row = free ? free_rows[--free] : fill++;
@@ -96,7 +97,7 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
   {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
     const auto share = [&](int64_t thread) { return first_of_share(count, thread, threads); };
-    Finder(index, in, admit_P, keys).find(share(me), share(me + 1), inverse_P, [&](int64_t place) {
+    Finder(index, in, given.flag, keys).find(share(me), share(me + 1), inverse_P, [&](int64_t place) {
       progress[me].found.store(place, std::memory_order_release);
     });
     progress[me].ended.store(true, std::memory_order_release);
@@ -119,11 +120,11 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
       inverse_P[k] = number[place];
     }
   }
-  std::fill(row_P + count, row_P + num_positions, UNKNOWN);
-  std::fill(inverse_P + count, inverse_P + num_positions, UNKNOWN);
   *num_rows = fill;
   *num_unique = unique;
   if (num_without) *num_refused += std::count(inverse_P, inverse_P + count, UNKNOWN) - unadmitted;
+  given.spread(row_P, UNKNOWN);
+  given.spread(inverse_P, UNKNOWN);
   *num_free = free;
   const int64_t reused = first_free - free, created = reused + fill - first_new;
   tally[LOOKED_UP] += count;

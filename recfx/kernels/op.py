@@ -23,8 +23,8 @@ _LIBRARY = torch.library.Library("recfx", "DEF")
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
 _STRIDED = {"rows", "grads", "blocks"}  # arguments whose strides the kernels know; all others are read as contiguous
 
-UNKNOWN = -1  # row of an id that is not in the table: pools to zeros
-REFUSED = -2  # row of an id that found no room: pools to its initial value, gets no gradient
+UNKNOWN = -1  # row of an id that is not in the table, and of padding
+REFUSED = -2  # row of an id that was to get one and did not: no room, or not admitted
 FREED = -1  # vocabulary of a row that is not in use
 
 

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
@@ -70,12 +72,45 @@ std::vector<T*> flat(const Tensors& tensors) {
   return addresses;
 }
 
+// Raises RuntimeError.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// Raises what `recfx.kernels.order_ids.check_offsets` raises of one lookup: its ids would be read outside their tensor.
+void check_offsets(const int32_t* offsets, int64_t num_lists, int64_t num_values, int64_t lookup) {
+  int32_t falls = offsets[0] < 0 || offsets[num_lists] > num_values;
+  for (int64_t b = 0; b < num_lists; ++b) falls |= offsets[b + 1] < offsets[b];
+  if (!falls) return;
+  int64_t at = 0, least = 0;
+  for (; offsets[at] >= least && offsets[at] <= num_values; ++at) least = offsets[at];
+  fail("offsets of lookup ", lookup, ": got ", offsets[at], " at place ", at, ", expected ", least, " to ", num_values,
+       ": offsets never fall and end within the values. Ids would be read outside their tensor. Make Ragged features ",
+       "with recfx.types.pack, or correct these offsets.");
+}
+
+// Items of equally many offsets per lookup, checked; returns the number of lists.
+int64_t num_lists_of(const Tensors& values, const Tensors& offsets) {
+  const int64_t num_lists = offsets[0].numel() - 1;
+  for (size_t l = 0; l < values.size(); ++l) {
+    if (offsets[l].numel() != num_lists + 1)
+      fail("offsets of lookup ", l, ": got ", offsets[l].numel(), " numbers, expected ", num_lists + 1,
+           ", as many as of lookup 0. Lookups are of the same samples.");
+    check_offsets(flat<const int32_t>(offsets[l]), num_lists, values[l].numel(), l);
+  }
+  return num_lists;
+}
+
 std::tuple<Tensor, Tensor> order_ids_op(const Tensors& values, const Tensors& offsets) {
+  const int64_t num_lists = num_lists_of(values, offsets);
   int64_t positions = 0;
   for (const Tensor& t : values) positions += t.numel();
   Tensor id_P = torch::stable::new_empty(values[0], {positions}), cell_P = torch::stable::new_empty(offsets[0], {positions});
-  order_ids(flat<const int64_t>(values).data(), flat<const int32_t>(offsets).data(), values.size(),
-            offsets[0].numel() - 1, positions, flat<int64_t>(id_P), flat<int32_t>(cell_P));
+  order_ids(flat<const int64_t>(values).data(), flat<const int32_t>(offsets).data(), values.size(), num_lists,
+            positions, flat<int64_t>(id_P), flat<int32_t>(cell_P));
   return {id_P, cell_P};
 }
 
@@ -90,6 +125,7 @@ std::tuple<Tensor, Tensor> order_ids_at_op(const Tensors& values, const Tensors&
     of_values.push_back(all_values[places[i]] + places[i + 1]);
     of_offsets.push_back(all_offsets[places[i + 3]] + places[i + 4]);
     positions += places[i + 2];
+    check_offsets(of_offsets.back(), num_samples, places[i + 2], i / 5);
   }
   Tensor id_P = torch::stable::new_empty(values[0], {positions}), cell_P = torch::stable::new_empty(offsets[0], {positions});
   order_ids(of_values.data(), of_offsets.data(), of_values.size(), num_samples, positions, flat<int64_t>(id_P),
@@ -124,14 +160,15 @@ std::tuple<Tensor, Tensor> find_or_insert_op(
 }
 
 Tensors pool_op(const Tensor& rows, const Tensor& row_P, const Tensor& id_P, const Tensor& cell_P,
-                const Tensor& vocabularies, int64_t batch_size, const Tensor& init_keys, const Tensor& init_params,
-                const Ints& firsts, const Ints& dims, std::optional<Tensor> weight_P) {
+                const Tensor& vocabularies, int64_t batch_size, const Tensor& init_keys,
+                std::optional<Tensor> unknown_params, const Ints& firsts, const Ints& dims,
+                std::optional<Tensor> weight_P) {
   Tensors out;
   for (int64_t dim : dims) out.push_back(torch::stable::new_empty(rows, {batch_size, vocabularies.numel(), dim}));
   pool(strided<float>(rows), rows.stride(0), rows.size(2), flat<int32_t>(row_P), flat<int64_t>(id_P),
        flat<int32_t>(cell_P), cell_P.numel(), flat<int32_t>(vocabularies), vocabularies.numel(), batch_size,
-       flat<int64_t>(init_keys), flat<float>(init_params), dims.size(), firsts.data(), dims.data(),
-       weight_P ? flat<float>(*weight_P) : nullptr, flat<float>(out).data());
+       flat<int64_t>(init_keys), unknown_params ? flat<float>(*unknown_params) : nullptr, dims.size(), firsts.data(),
+       dims.data(), weight_P ? flat<float>(*weight_P) : nullptr, flat<float>(out).data());
   return out;
 }
 
@@ -165,15 +202,20 @@ void add_predictions_op(Tensor histogram, Tensor sums, const Tensor& logit, cons
 std::tuple<Tensor, Tensor, Tensor> order_lists_op(const Tensors& values, const Tensors& offsets,
                                                   const std::vector<std::optional<Tensor>>& weights,
                                                   const Ints& lengths) {
+  const int64_t num_lists = num_lists_of(values, offsets);
   int64_t positions = 0;
-  for (const Tensor& t : values) positions += t.numel();
   std::vector<const float*> of_weights;
-  for (const std::optional<Tensor>& t : weights) of_weights.push_back(t ? flat<const float>(*t) : nullptr);
+  for (size_t l = 0; l < values.size(); ++l) {
+    positions += values[l].numel();
+    of_weights.push_back(weights[l] ? flat<const float>(*weights[l]) : nullptr);
+    if (weights[l] && weights[l]->numel() != values[l].numel())
+      fail("weights of lookup ", l, ": got ", weights[l]->numel(), ", expected ", values[l].numel(),
+           ", one for each id.");
+  }
   Tensor id_P = torch::stable::new_empty(values[0], {positions}), cell_P = torch::stable::new_empty(offsets[0], {positions});
   Tensor weight_P = torch::stable::new_empty(values[0], {positions}, torch::headeronly::ScalarType::Float);
   order_lists(flat<const int64_t>(values).data(), flat<const int32_t>(offsets).data(), of_weights.data(), lengths.data(),
-              values.size(), offsets[0].numel() - 1, positions, flat<int64_t>(id_P), flat<int32_t>(cell_P),
-              flat<float>(weight_P));
+              values.size(), num_lists, positions, flat<int64_t>(id_P), flat<int32_t>(cell_P), flat<float>(weight_P));
   return {id_P, cell_P, weight_P};
 }
 

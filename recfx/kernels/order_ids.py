@@ -9,7 +9,29 @@ from torch import Tensor
 
 from recfx.kernels.op import define_op
 
-__all__ = ["order_ids", "order_ids_at"]
+__all__ = ["check_offsets", "order_ids", "order_ids_at"]
+
+
+def check_offsets(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> None:
+    """Raises RuntimeError when a lookup's ids would be read outside their tensor.
+
+    The same in ops.cpp. A Triton kernel, which cannot raise, reads padding there.
+    """
+    num_lists = offsets[0].numel() - 1
+    for lookup, (value, offset) in enumerate(zip(values, offsets, strict=True)):
+        if offset.numel() != num_lists + 1:
+            raise RuntimeError(
+                f"offsets of lookup {lookup}: got {offset.numel()} numbers, expected {num_lists + 1}, as many as of "
+                "lookup 0. Lookups are of the same samples."
+            )
+        least = torch.cat([offset.new_zeros(1), offset[:-1]])
+        wrong = torch.nonzero((offset < least) | (offset > value.numel()))[:, 0].tolist()
+        if wrong:
+            raise RuntimeError(
+                f"offsets of lookup {lookup}: got {int(offset[wrong[0]])} at place {wrong[0]}, expected "
+                f"{int(least[wrong[0]])} to {value.numel()}: offsets never fall and end within the values. Ids would "
+                "be read outside their tensor. Make Ragged features with recfx.types.pack, or correct these offsets."
+            )
 
 
 def definition(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -18,10 +40,13 @@ def definition(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Ten
     Shapes:   values[l] i64 [capacity of lookup l], offsets[l] i32 [B + 1]
               -> id_P i64 [P], cell_P i32 [P], P the sum of capacities; cell = sample * L + lookup.
               Behind the last id comes padding: id 0, cell -1.
+    Raises:   RuntimeError when offsets fall, begin below 0 or end beyond the values; on a GPU, where a kernel cannot
+              raise, those ids are padding.
     """
+    check_offsets(values, offsets)
     id, cell = [], []
     for lookup, (value, offset) in enumerate(zip(values, offsets, strict=True)):
-        place = torch.arange(int(offset[-1]), device=value.device)
+        place = torch.arange(int(offset[0]), int(offset[-1]), device=value.device)
         sample = torch.bucketize(place, offset[1:].long(), right=True)
         id.append(value[place])
         cell.append(sample * len(values) + lookup)

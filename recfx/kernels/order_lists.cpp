@@ -12,7 +12,7 @@ EXPORT void order_lists(const int64_t* const* values, const int32_t* const* offs
     return lengths[l] ? std::min(n, lengths[l]) : n;
   };
   const auto kept_before = [=](int64_t l, int64_t end) -> int64_t {
-    if (!lengths[l]) return offsets[l][end];
+    if (!lengths[l]) return offsets[l][end] - offsets[l][0];
     int64_t sum = 0;
     for (int64_t b = 0; b < end; ++b) sum += kept(l, b);
     return sum;

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recfx.kernels.op import define_op
+from recfx.kernels.order_ids import check_offsets
 from recfx.kernels.take_lists import list_of
 
 __all__ = ["list_sums", "order_lists"]
@@ -24,13 +25,20 @@ def definition(
     Shapes:   values[l] i64 [capacity of lookup l], offsets[l] i32 [B + 1], weights[l] f32 like values[l] or None
               -> id_P i64 [P], cell_P i32 [P], weight_P f32 [P], P the sum of capacities; a weight is 1 without weights.
               Behind the last id comes padding: id 0, cell -1, weight 0.
+    Raises:   as `order_ids`; RuntimeError when a lookup has not one weight for each id.
     """
+    check_offsets(values, offsets)
+    for lookup, (value, weight) in enumerate(zip(values, weights, strict=True)):
+        if weight is not None and weight.numel() != value.numel():
+            raise RuntimeError(
+                f"weights of lookup {lookup}: got {weight.numel()}, expected {value.numel()}, one for each id."
+            )
     num_cells = sum(max(length, 1) for length in lengths)
     ids, cells, kept_weights, first = [], [], [], 0
     for value, offset, weight, length in zip(values, offsets, weights, lengths, strict=True):
         sample = list_of(offset, value.numel())
         place = torch.arange(value.numel(), device=value.device)
-        real = place < offset[-1]
+        real = (place >= offset[0]) & (place < offset[-1])
         in_list = place - offset.long()[sample]
         kept = real & (in_list < length) if length else real
         cell = sample * num_cells + first + (in_list if length else 0)

@@ -13,11 +13,11 @@ static __attribute__((noinline)) void add_initial_values(const Initializer& init
 
 EXPORT void pool(const float* rows, int64_t stride, int64_t width, const int32_t* row_P, const int64_t* id_P,
                  const int32_t* cell_P, int64_t num_positions, const int32_t* vocabularies, int64_t num_lookups,
-                 int64_t batch_size, const int64_t* init_keys, const float* init_params, int64_t num_slices,
+                 int64_t batch_size, const int64_t* init_keys, const float* unknown_params, int64_t num_slices,
                  const int64_t* firsts, const int64_t* dims, const float* weight_P, float* const* out) {
   constexpr int64_t AHEAD = 48;  // ids beyond the sample whose rows are being fetched
   const Ids in{id_P, cell_P, num_positions, vocabularies, num_lookups};
-  const Initializer init{init_keys, init_params, width};
+  const Initializer unknown{init_keys, unknown_params, width};
 #pragma omp parallel
   {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
@@ -36,11 +36,11 @@ EXPORT void pool(const float* rows, int64_t stride, int64_t width, const int32_t
           for (int64_t k = begin; k < end; ++k) {
             float* __restrict to = block + cell_P[k] * dim;
             const float weight = weight_P ? weight_P[k] : 1.0f;
-            if (row_P[k] >= 0) {
+            if ((row_P[k] | cell_P[k]) >= 0) {
               const float* __restrict from = rows + row_P[k] * stride + firsts[s];
               for (int64_t c = 0; c < dim; ++c) to[c] += weight * from[c];
-            } else if (row_P[k] == REFUSED) {
-              add_initial_values(init, in.vocabulary(k), id_P[k], firsts[s], dim, weight, to);
+            } else if (unknown_params && cell_P[k] >= 0) {
+              add_initial_values(unknown, in.vocabulary(k), id_P[k], firsts[s], dim, weight, to);
             }
           }
         });

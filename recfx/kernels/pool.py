@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recfx.kernels.initial import initial_values
-from recfx.kernels.op import REFUSED, define_op
+from recfx.kernels.op import define_op
 
 __all__ = ["pool"]
 
@@ -21,37 +21,39 @@ def definition(
     vocabularies: Tensor,
     batch_size: int,
     init_keys: Tensor,
-    init_params: Tensor,
+    unknown_params: Tensor | None,
     firsts: Sequence[int],
     dims: Sequence[int],
     weight_P: Tensor | None = None,
 ) -> list[Tensor]:
     """The sum of each list's rows, one block f32 [B, L, dims[s]] per slice of columns firsts[s] .. + dims[s].
 
-    With weights, a row is multiplied by its id's. An UNKNOWN row adds zeros, a REFUSED one its initial value.
+    With weights, a row is multiplied by its id's. An id without a row (row_P < 0) adds what `initial_values` makes of
+    unknown_params, zeros without them. Padding adds nothing.
 
-    Shapes:   rows f32 [R, 1 + slots, W], row_P i32 [P]; id_P, cell_P, vocabularies as in `find`; init as in
-              `find_or_insert_`; weight_P f32 [P].
+    Shapes:   rows f32 [R, 1 + slots, W], row_P i32 [P] as `find` gives it; the others as there; init_keys and
+              unknown_params like init_keys and init_params of `find_or_insert_`; weight_P f32 [P].
     """
     valid = cell_P >= 0
     row, cell = row_P[valid].long(), cell_P[valid].long()
     vocabulary = vocabularies[cell % len(vocabularies)].long()
     values = torch.where((row >= 0)[:, None], rows[row.clamp(min=0), 0], 0)
-    initial = initial_values(id_P[valid], init_keys[vocabulary], init_params[vocabulary])
-    values = torch.where((row == REFUSED)[:, None], initial, values)
+    if unknown_params is not None:
+        initial = initial_values(id_P[valid], init_keys[vocabulary], unknown_params[vocabulary])
+        values = torch.where((row < 0)[:, None], initial, values)
     values = values if weight_P is None else values * weight_P[valid][:, None]
     pooled = rows.new_zeros(batch_size * len(vocabularies), rows.shape[2]).index_add(0, cell, values)
     pooled = pooled.view(batch_size, len(vocabularies), rows.shape[2])
     return [pooled[:, :, first : first + dim].contiguous() for first, dim in zip(firsts, dims, strict=True)]
 
 
-def _fake(rows, row_P, id_P, cell_P, vocabularies, batch_size, init_keys, init_params, firsts, dims, weight_P=None):  # type: ignore[no-untyped-def]
+def _fake(rows, row_P, id_P, cell_P, vocabularies, batch_size, init_keys, unknown_params, firsts, dims, weight_P=None):  # type: ignore[no-untyped-def]
     return [rows.new_empty(batch_size, len(vocabularies), dim) for dim in dims]
 
 
 pool = define_op(
     "pool(Tensor rows, Tensor row_P, Tensor id_P, Tensor cell_P, Tensor vocabularies, int batch_size,"
-    " Tensor init_keys, Tensor init_params, int[] firsts, int[] dims, Tensor? weight_P=None) -> Tensor[]",
+    " Tensor init_keys, Tensor? unknown_params, int[] firsts, int[] dims, Tensor? weight_P=None) -> Tensor[]",
     definition=definition,
     cuda="pool",
     fake=_fake,

@@ -11,8 +11,8 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 constexpr int64_t EMPTY = -1;
-constexpr int32_t UNKNOWN = -1;  // pools to zeros
-constexpr int32_t REFUSED = -2;  // pools to its initial value
+constexpr int32_t UNKNOWN = -1;  // row of an id that is not in the table, and of padding
+constexpr int32_t REFUSED = -2;  // row of an id that was to get one and did not
 constexpr int32_t FREED = -1;    // vocabulary of a row that is not in use
 constexpr int64_t OWNED = 16;    // unique rows in a run that belongs to one thread; runs go round the threads
 constexpr uint64_t RUN = 64;     // slots looked at before probing goes on elsewhere
@@ -130,9 +130,30 @@ static inline int64_t quotient(int32_t cell, int64_t divisor) {
   return divisor == 1 ? cell : (int64_t)((unsigned __int128)reciprocal * (uint64_t)cell >> 64);
 }
 
-// How many ids come before the padding.
+// Whether one of the cells is padding.
+static inline bool has_padding(const int32_t* cell, int64_t n) {
+  constexpr int64_t BLOCK = 64;
+  int32_t any[BLOCK] = {}, in_any = 0;
+  int64_t k = 0;
+  for (; k + BLOCK <= n; k += BLOCK)
+    for (int64_t i = 0; i < BLOCK; ++i) any[i] |= cell[k + i];
+  for (; k < n; ++k) in_any |= cell[k];
+  for (const int32_t a : any) in_any |= a;
+  return in_any < 0;
+}
+
+// One past the last id: all that comes after is padding, and padding may stand between the ids too.
 static inline int64_t count_ids(const int32_t* cell, int64_t num_positions) {
-  return std::partition_point(cell, cell + num_positions, [](int32_t c) { return c >= 0; }) - cell;
+  constexpr int64_t BLOCK = 64;
+  const auto are_all_padding = [cell](int64_t end) {
+    int32_t all = -1;
+    for (int64_t k = end - BLOCK; k < end; ++k) all &= cell[k];
+    return all < 0;
+  };
+  int64_t end = num_positions;
+  while (end >= BLOCK && are_all_padding(end)) end -= BLOCK;
+  while (end > 0 && cell[end - 1] < 0) --end;
+  return end;
 }
 
 // A block of gradients [samples, lookups, dim] whose first two strides are its own: a gradient that is the same for all
@@ -148,16 +169,28 @@ struct GradBlock {
   }
 };
 
-// The ids of one batch in the table's order; cell = sample * num_lookups + lookup, -1 in the padding at the end.
+// The ids of one batch in the table's order; cell = sample * num_lookups + lookup, which never falls from one id to the
+// next, or -1 in padding, which may stand anywhere.
 struct Ids {
   const int64_t* id;
   const int32_t* cell;
   int64_t num_positions;
   const int32_t* vocabularies;  // [L], of each lookup
   int64_t num_lookups;
-  int64_t count() const { return count_ids(cell, num_positions); }
+  int64_t count = count_ids(cell, num_positions);
+  // Where the ids of `sample` and of later ones begin, or the padding before them does.
   int64_t first_of(int64_t sample) const {
-    return std::lower_bound(cell, cell + count(), sample * num_lookups) - cell;
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      int64_t id = middle;
+      while (id < high && cell[id] < 0) ++id;
+      if (id == high || cell[id] >= sample * num_lookups)
+        high = middle;
+      else
+        low = id + 1;
+    }
+    return low;
   }
   int64_t lookup(int64_t k) const { return cell[k] - quotient(cell[k], num_lookups) * num_lookups; }
   int32_t vocabulary(int64_t k) const { return vocabularies[lookup(k)]; }

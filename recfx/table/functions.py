@@ -40,7 +40,7 @@ CANDIDATE_BYTES = 16  # id 8, vocabulary 4, count 4
 class Found(NamedTuple):
     """Where a batch's ids are. Lives inside one step."""
 
-    id: Tensor  # i64 [P], in the order (sample, lookup, place in the list), padding at the end
+    id: Tensor  # i64 [P], in the order (sample, lookup, place in the list), padding anywhere between
     cell: Tensor  # i32 [P], sample * L + cell of the sample, -1 padding; a lookup is one cell, or n that are tiled
     weight: Tensor | None  # f32 [P]; None: all 1
     ragged: list[Ragged]  # the feature of each lookup
@@ -102,8 +102,8 @@ def table(
     Args:     optimizer_slots: f32 values the optimiser keeps per weight.
               row_slots: f32 values it keeps per row of each logical table; they stand behind the weights.
               seed: of the initial weights.
-              max_rows: hard cap; ids beyond it use their initial value, are not trained, and are counted. On a CPU a
-              reserved row costs address space only, on a GPU it costs its memory.
+              max_rows: hard cap; ids beyond it are unknown (`Embedding.unknown` is their value), are not trained, and
+              are counted. On a CPU a reserved row costs address space only, on a GPU it costs its memory.
               max_bytes: the same in bytes of memory: index, bookkeeping, candidates, and the gradients of as many rows
               as one step may touch included. The lower cap counts.
               max_unique: most distinct ids one optimiser step may touch. Default max_rows.
@@ -141,6 +141,7 @@ def table(
     first_reading = sum(lookup.num_cells for lookup in plan.lookups[:num_inserting])
     inserting, reading = vocabularies[:first_reading].clone(), vocabularies[first_reading:].clone()
     init_keys, init_params = (nn.functional.pad(t, (0, num_behind)) for t in initializer_tensors(plan, seed))
+    unknown_params = _unknown_params(plan, init_params)
 
     def init() -> TableState:
         def counter(value: int = 0) -> Tensor:
@@ -226,7 +227,7 @@ def table(
 
     def pool_(state: TableState, found: Found) -> list[Tensor]:
         ids = (found.row, found.id, found.cell, found.vocabularies, found.ragged[0].num_samples)
-        blocks = pool.pool(state.rows, *ids, init_keys, init_params, plan.firsts, plan.dims, found.weight)
+        blocks = pool.pool(state.rows, *ids, init_keys, unknown_params, plan.firsts, plan.dims, found.weight)
         if found.read_only is None:
             return blocks
         return [torch.cat(both, dim=1) for both in zip(blocks, pool_(state, found.read_only), strict=True)]
@@ -346,6 +347,15 @@ def initializer_tensors(plan: TablePlan, seed: int) -> tuple[Tensor, Tensor]:
         [[part for c in columns for part in [c.init[i]] * c.dim] for i in range(3)] for columns in plan.vocabularies
     ]
     return torch.tensor(keys, device=plan.device), torch.tensor(params, dtype=torch.float32, device=plan.device)
+
+
+def _unknown_params(plan: TablePlan, init_params: Tensor) -> Tensor | None:
+    """f32 [V, 3, W], `init_params` where an id without a row has its initial value, 0 elsewhere. None: all are 0."""
+    kept = [[c.unknown == "initial" for c in columns for _ in range(c.dim)] for columns in plan.vocabularies]
+    if not any(map(any, kept)):
+        return None
+    mask = nn.functional.pad(torch.tensor(kept), (0, init_params.shape[2] - plan.width)).to(plan.device)
+    return torch.where(mask[:, None], init_params, 0.0)
 
 
 def _rate_tensor(plan: TablePlan) -> Tensor | None:

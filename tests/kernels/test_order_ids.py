@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from recfx.kernels import order_ids
+from recfx.kernels import order_ids, order_lists
 from tests.reference import on_threads, ragged, random_lists, reading_of, streams
 
 
@@ -47,6 +47,59 @@ def test_one_and_two_threads_give_the_same_order():
         id, cell = on_threads(threads, call, order_ids.order_ids, lists, 3)
         assert torch.equal(id, expected.id)
         assert torch.equal(cell, expected.cell)
+
+
+OUTSIDE = {
+    "beyond": ([0, 3, 99], "got 99 at place 2, expected 3 to 8"),
+    "far beyond": ([0, 1, 900_000_000], "got 900000000 at place 2, expected 1 to 8"),
+    "below 0": ([-1, 2, 4], "got -1 at place 0, expected 0 to 8"),
+    "ends below 0": ([0, 1, -5], "got -5 at place 2, expected 1 to 8"),
+    "falling": ([0, 6, 2], "got 2 at place 2, expected 6 to 8"),
+    "falling from beyond": ([0, 9, 4], "got 9 at place 1, expected 0 to 8"),
+}
+
+
+@pytest.mark.parametrize(("offsets", "says"), OUTSIDE.values(), ids=OUTSIDE)
+def test_offsets_outside_the_values_are_an_error_that_names_the_list(offsets, says):
+    values = [torch.arange(4), torch.arange(1, 9)]
+    of_lookup = [torch.tensor([0, 2, 4]).int(), torch.tensor(offsets).int()]
+    whole, places = torch.cat(of_lookup), [0, 0, 4, 0, 0, 1, 0, 8, 0, 3]
+    calls = (
+        lambda: order_ids.definition(values, of_lookup),
+        lambda: order_ids.order_ids(values, of_lookup),
+        lambda: order_ids.order_ids_at(values, [whole], places, 2),
+        lambda: order_lists.definition(values, of_lookup, [None, None], [0, 2]),
+        lambda: order_lists.order_lists(values, of_lookup, [None, None], [0, 2]),
+    )
+    for call_it in calls:
+        with pytest.raises(RuntimeError, match=f"^offsets of lookup 1: {says}: offsets never fall"):
+            call_it()
+
+
+def test_lookups_of_unequal_samples_and_weights_that_are_too_few_are_errors():
+    values, offsets = [torch.arange(4)] * 2, [torch.tensor([0, 2, 4]).int(), torch.tensor([0, 4]).int()]
+    for op in (order_ids.definition, order_ids.order_ids):
+        with pytest.raises(RuntimeError, match="offsets of lookup 1: got 2 numbers, expected 3, as many"):
+            op(values, offsets)
+    for op in (order_lists.definition, order_lists.order_lists):
+        with pytest.raises(RuntimeError, match="weights of lookup 1: got 3, expected 4, one for each id"):
+            op(values, [offsets[0]] * 2, [None, torch.zeros(3)], [0, 0])
+
+
+def test_lists_may_begin_behind_the_first_value():
+    values, offsets = (
+        [torch.arange(8), torch.arange(10, 14)],
+        [torch.tensor([3, 5, 5]).int(), torch.tensor([1, 1, 4]).int()],
+    )
+    for op in (order_ids.definition, order_ids.order_ids):
+        id, cell = op(values, offsets)
+        assert id.tolist() == [3, 4, 11, 12, 13, *[0] * 7]
+        assert cell.tolist() == [0, 0, 3, 3, 3, *[-1] * 7]
+    for op in (order_lists.definition, order_lists.order_lists):
+        for lengths, expected in (([0, 0], [3, 4, 11, 12, 13]), ([1, 0], [3, 11, 12, 13])):
+            id, cell, weight = op(values, offsets, [None, None], lengths)
+            assert id[cell >= 0].tolist() == expected
+            assert weight.tolist() == (cell >= 0).float().tolist()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")

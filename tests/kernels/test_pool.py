@@ -8,43 +8,46 @@ from hypothesis import strategies as st
 from recfx.kernels import pool
 from recfx.kernels.initial import initial_values
 from recfx.table import initializer_tensors
-from tests.reference import REFUSED, UNKNOWN, on_threads, positions, random_lists, reading_of, streams, table_plan
+from tests.reference import REFUSED, on_threads, positions, random_lists, reading_of, streams, table_plan
 
 DIMS = [(3, 1), (8, 1), (1,), (5,), (16, 4, 2)]
 
 
 def loop(rows, row_P, reading, batch_size, init, firsts, dims):
-    keys, params = init
+    keys, unknown_params = init
     blocks = [torch.zeros(batch_size, len(reading.vocabularies), dim) for dim in dims]
     for b, l, p in positions(reading):
         row, v = int(row_P[p]), int(reading.vocabularies[l])
-        if row == UNKNOWN:
+        if row < 0 and unknown_params is None:
             continue
-        weight = initial_values(reading.id[p : p + 1], keys[v : v + 1], params[v : v + 1])[0]
-        weight = weight if row == REFUSED else rows[row, 0]
+        if row < 0:
+            weight = initial_values(reading.id[p : p + 1], keys[v : v + 1], unknown_params[v : v + 1])[0]
+        else:
+            weight = rows[row, 0]
         for block, first, dim in zip(blocks, firsts, dims, strict=True):
             block[b, l] += weight[first : first + dim]
     return blocks
 
 
-def case(lists, vocabularies, dims, seed, spare=2):
+def case(lists, vocabularies, dims, seed, spare=2, *, unknown=True):
     plan = table_plan(vocabularies, dims)
     g = torch.Generator().manual_seed(seed)
     reading = reading_of(lists, vocabularies, spare=spare)
     rows = torch.randn(10, 3, plan.width, generator=g)
     row_P = torch.randint(REFUSED, 10, reading.id.shape, generator=g, dtype=torch.int32)
-    init = initializer_tensors(plan, 1)
-    return rows, row_P, reading, len(lists[0]), init, plan.firsts, plan.dims
+    row_P = torch.where(reading.cell < 0, -1, row_P)
+    keys, params = initializer_tensors(plan, 1)
+    return rows, row_P, reading, len(lists[0]), (keys, params if unknown else None), plan.firsts, plan.dims
 
 
 def call(op, rows, row_P, reading, batch_size, init, firsts, dims):
     return op(rows, row_P, *reading, batch_size, *init, firsts, dims)
 
 
-@given(stream=streams(max_batches=1), dims=st.sampled_from(DIMS), seed=st.integers(0, 2**31))
+@given(stream=streams(max_batches=1), dims=st.sampled_from(DIMS), seed=st.integers(0, 2**31), unknown=st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_kernel_is_definition_is_loop(stream, dims, seed):
-    args = case(stream.batches[0], stream.vocabularies, dims, seed, stream.spare)
+def test_kernel_is_definition_is_loop(stream, dims, seed, unknown):
+    args = case(stream.batches[0], stream.vocabularies, dims, seed, stream.spare, unknown=unknown)
     expected = loop(*args)
     for op in (pool.definition, pool.pool):
         for a, b in zip(call(op, *args), expected, strict=True):

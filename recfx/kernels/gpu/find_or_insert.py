@@ -131,8 +131,7 @@ def number(
     tl.atomic_add(num_refused, refused, mask=refused > 0, sem="relaxed")
     waiting = tl.sum(unadmitted.to(tl.int64), axis=0)
     tl.atomic_add(tally + UNADMITTED, waiting, mask=waiting > 0, sem="relaxed")
-    next_valid = tl.load(cell_P + k + 1, mask=k + 1 < num_positions, other=-1) >= 0
-    looked_up = tl.sum(tl.where(valid & ~next_valid, k + 1, 0).to(tl.int64), axis=0)
+    looked_up = tl.sum(valid.to(tl.int64), axis=0)
     tl.atomic_add(tally + LOOKED_UP, looked_up, mask=looked_up > 0, sem="relaxed")
     if tl.program_id(0) == 0:
         all_sums = tl.load(sums_P + num_positions - 1)

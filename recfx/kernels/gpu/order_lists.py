@@ -21,6 +21,7 @@ def count_ids(count, offsets, num_lists, batch_size, num_lookups, LENGTHS: tl.co
     lookup = nth % num_lookups
     at = offsets + lookup * (batch_size + 1) + nth // num_lookups
     num = tl.load(at + 1, mask=nth < num_lists, other=0) - tl.load(at, mask=nth < num_lists, other=0)
+    num = tl.maximum(num, 0)
     for l in tl.static_range(len(LENGTHS)):
         if LENGTHS[l] > 0:
             num = tl.where(lookup == l, tl.minimum(num, LENGTHS[l]), num)
@@ -29,7 +30,7 @@ def count_ids(count, offsets, num_lists, batch_size, num_lookups, LENGTHS: tl.co
 
 @triton.jit
 def order_positions(
-    id_P, cell_P, weight_P, ends, offsets, values, weights, num_positions, num_lists, batch_size, steps,
+    id_P, cell_P, weight_P, ends, offsets, values, weights, sizes, num_positions, num_lists, batch_size, steps,
     LENGTHS: tl.constexpr, CELLS: tl.constexpr, WEIGHTED: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     num_lookups: tl.constexpr = len(LENGTHS)
@@ -42,8 +43,13 @@ def order_positions(
     id = tl.zeros([BLOCK], tl.int64)
     weight = tl.zeros([BLOCK], tl.float32)
     cell = sample * CELLS[num_lookups]
+    is_id = k < 0
     for l in tl.static_range(num_lookups):
-        mine = valid & (lookup == l)
+        # Whatever the offsets say: nothing is read outside the values, and no cell is another lookup's.
+        mine = valid & (lookup == l) & (at >= 0) & (at < sizes[l])
+        if LENGTHS[l] > 0:
+            mine &= place < LENGTHS[l]
+        is_id |= mine
         id += tl.load(values[l] + at, mask=mine, other=0)
         cell += tl.where(mine, CELLS[l], 0)
         if LENGTHS[l] > 0:
@@ -54,7 +60,7 @@ def order_positions(
             else:
                 weight += tl.where(mine, 1.0, 0.0)
     tl.store(id_P + k, id, mask=k < num_positions)
-    tl.store(cell_P + k, tl.where(valid, cell, -1), mask=k < num_positions)
+    tl.store(cell_P + k, tl.where(is_id, cell, -1), mask=k < num_positions)
     if WEIGHTED:
         tl.store(weight_P + k, weight, mask=k < num_positions)
 
@@ -91,10 +97,10 @@ def order(
     first_cells = [sum(max(n, 1) for n in lengths[:l]) for l in range(len(lengths) + 1)]
     order_positions[(triton.cdiv(num, BLOCK),)](
         id_P, cell_P, id_P if weight_P is None else weight_P, torch.cumsum(count, 0, dtype=torch.int32), of_lookup,
-        tuple(values), tuple(v if w is None else w for v, w in zip(values, weights, strict=True)), num, num_lists,
-        batch_size, search_steps(num_lists), LENGTHS=tuple(lengths), CELLS=tuple(first_cells),
-        WEIGHTED=weight_P is not None, HAS_WEIGHT=tuple(w is not None for w in weights), BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        tuple(values), tuple(v if w is None else w for v, w in zip(values, weights, strict=True)),
+        tuple(v.numel() for v in values), num, num_lists, batch_size, search_steps(num_lists), LENGTHS=tuple(lengths),
+        CELLS=tuple(first_cells), WEIGHTED=weight_P is not None, HAS_WEIGHT=tuple(w is not None for w in weights),
+        BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return id_P, cell_P
 

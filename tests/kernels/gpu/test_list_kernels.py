@@ -36,11 +36,34 @@ def test_order_is_the_cpu_s(samples):
     torch.testing.assert_close(sums, order_lists.list_sums(weights[1], offsets[1]))
 
 
+@pytest.mark.parametrize(
+    "bad", [[0, 3, 9 * 10**8], [0, 1, -5], [-9, 2, 4], [0, 6, 2], [2**31 - 1, -(2**31), 7]], ids=str
+)
+def test_nothing_is_read_outside_the_values_whatever_the_offsets_say(bad):
+    """Under the interpreter such a read would end the process."""
+    values, offsets = (
+        [torch.arange(1, 9), torch.arange(11, 19)],
+        [torch.tensor(bad).int(), torch.tensor([0, 2, 4]).int()],
+    )
+    weights = [None, torch.arange(11.0, 19.0)]
+    lists = on_device(gpu_order.order_lists)
+    results = (
+        on_device(gpu_order.order_ids)(values, offsets), lists(values, offsets, weights, [0, 0]),
+        lists(values, offsets, weights, [2, 1]), lists(values, offsets, weights[::-1], [1, 0]),
+    )  # fmt: skip
+    for (id, cell, *_), num_cells in zip(results, (2, 2, 3, 2), strict=True):
+        real = cell >= 0
+        assert (cell < 2 * num_cells).all()
+        assert ((id > 0) == real).all()
+        assert set(id[real].tolist()) <= {*range(1, 9), *range(11, 19)}
+
+
 @pytest.mark.parametrize("dims", [(8, 1), (16, 4, 2), (5,)], ids=str)
 @pytest.mark.parametrize("lists", LISTS.values(), ids=LISTS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_pool_is_the_cpu_s(lists, dims, weighted):
-    rows, row_P, reading, batch_size, init, firsts, dims = test_pool.case(lists, [0, 1, 0], dims, 3)
+@pytest.mark.parametrize(("weighted", "unknown"), [(False, True), (True, True), (True, False)])
+def test_pool_is_the_cpu_s(lists, dims, weighted, unknown):
+    case = test_pool.case(lists, [0, 1, 0], dims, 3, unknown=unknown)
+    rows, row_P, reading, batch_size, init, firsts, dims = case
     weight_P = torch.randn(reading.id.numel()) if weighted else None
     arguments = rows, row_P, *reading, batch_size, *init, list(firsts), list(dims), weight_P
     for a, b in zip(on_device(gpu_pool.pool)(*arguments), pool.pool(*arguments), strict=True):
@@ -48,7 +71,7 @@ def test_pool_is_the_cpu_s(lists, dims, weighted):
 
 
 @pytest.mark.parametrize("dims", [(8, 1), (70,)], ids=str)
-def test_pool_of_few_refused_ids_among_many(dims):
+def test_pool_of_few_unknown_ids_among_many(dims):
     """A program looks at 1024 of 1200 cells; a long list and empty ones between."""
     rng = random.Random(0)
     lists = random_lists(rng, lookups=3, samples=400, longest=1, ids=range(9))

@@ -18,6 +18,7 @@ from tests.kernels import (
     test_find_or_insert,
     test_initial,
     test_optimizer_rows,
+    test_padding,
     test_sum_adamw_rows,
 )
 from tests.kernels.gpu.cases import INTERPRETED, LISTS, MARKS, on_device, programs_backwards
@@ -317,6 +318,12 @@ def test_steps_of_touched_rows_are_counted(num, due):
 def test_candidates_are_counted_as_on_a_cpu(max_candidates, known, sizes):
     """Over batches of several blocks; ids of the `known` first ones have rows; a store that gets full."""
     check_candidates(max_candidates, known, sizes, [0, 1, 0], IDS)
+
+
+def test_padding_between_ids_changes_nothing():
+    modules = find, find_or_insert, count_candidates, gpu_pool, add_row_grads, sum_adamw_rows
+    kernels = {name: on_device(getattr(m, name)) for name, m in zip(test_padding.KERNELS, modules, strict=True)}
+    test_padding.check(kernels, 1, samples=20, max_rows=12)
 
 
 def test_candidates_of_one_home_slot_are_told_apart():
