@@ -86,7 +86,7 @@ def test_an_editable_install_is_seen_from_any_folder(tmp_path):
 @pytest.mark.slow
 def test_a_users_program_is_typed(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    text = mypy(tmp_path, "--strict", "program.py", MYPYPATH=str(ROOT))
+    text = mypy(tmp_path, "--strict", "--follow-imports=silent", "program.py", MYPYPATH=str(ROOT))
     state, aux, batch, captured_aux, logit = (line for line in text.splitlines() if "Revealed type" in line)
     assert "fallback=recfx.step.TrainState" in state
     assert "fallback=recfx.step.Aux" in aux
