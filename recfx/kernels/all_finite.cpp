@@ -5,8 +5,6 @@
 
 #include "table.h"
 
-constexpr int64_t CHUNK = 4096;  // numbers of a tensor that one thread takes at a time
-
 static bool has_nonfinite(const float* x, int64_t n) {
   uint32_t found = 0;
 #pragma omp simd reduction(| : found)
@@ -20,33 +18,26 @@ static bool has_nonfinite(const float* x, int64_t n) {
 
 // With what is between the rows, which is 0 in a table's memory: one long loop. Only where that finds something, without.
 static bool rows_have_nonfinite(const float* first, int64_t num, int64_t stride, int64_t width) {
-  if (!has_nonfinite(first, (num - 1) * stride + width)) return false;
+  if (num <= 0 || !has_nonfinite(first, (num - 1) * stride + width)) return false;
   bool found = false;
   for (int64_t u = 0; u < num; ++u) found = found || has_nonfinite(first + u * stride, width);
   return found;
 }
 
-// `tensors` [num_tensors] of lengths[i] numbers each; `grads` [num_tables] of num_unique[t] rows of widths[t] numbers.
-EXPORT void all_finite(const float* const* tensors, const int64_t* lengths, int64_t num_tensors,
-                       const float* const* grads, const int64_t* const* num_unique, const int64_t* strides,
-                       const int64_t* widths, int64_t num_tables, bool* out) {
+// Matrices of num[i] rows of width[i] numbers, stride[i] from one row to the next. By one thread while they are in its
+// cache anyway: a barrier would take as long.
+EXPORT void all_finite(const float* const* first, const int64_t* num, const int64_t* stride, const int64_t* width,
+                       int64_t num_matrices, bool* out) {
+  constexpr int64_t ROWS = 1024, FEW = 1 << 19;
+  int64_t total = 0;
+  for (int64_t i = 0; i < num_matrices; ++i) total += num[i] * stride[i];
   bool found = false;
-#pragma omp parallel reduction(|| : found)
-  {
-    for (int64_t i = 0; i < num_tensors; ++i) {
+#pragma omp parallel reduction(|| : found) if (total > FEW)
+  for (int64_t i = 0; i < num_matrices; ++i) {
 #pragma omp for schedule(static) nowait
-      for (int64_t begin = 0; begin < lengths[i]; begin += CHUNK)
-        found = found || has_nonfinite(tensors[i] + begin, std::min(CHUNK, lengths[i] - begin));
-    }
-    for (int64_t t = 0; t < num_tables; ++t) {
-      const int64_t num = *num_unique[t];
-      // The rows of a run are in the cache of the thread that sums and updates them.
-#pragma omp for schedule(static, 1) nowait
-      for (int64_t begin = 0; begin < num; begin += OWNED) {
-        const int64_t rows = std::min(OWNED, num - begin);
-        found = found || rows_have_nonfinite(grads[t] + begin * strides[t], rows, strides[t], widths[t]);
-      }
-    }
+    for (int64_t begin = 0; begin < num[i]; begin += ROWS)
+      found = found || rows_have_nonfinite(first[i] + begin * stride[i], std::min(ROWS, num[i] - begin), stride[i],
+                                           width[i]);
   }
   *out = !found;
 }

@@ -41,8 +41,7 @@ void list_sums(const float*, const int32_t*, int64_t, float*);
 void select_lists(const float* const*, const int32_t* const*, int64_t, int64_t, int64_t, const float*, float*);
 void clip_row_grads(float*, const int64_t*, int64_t, const float*, const bool*, int64_t, const int64_t*, const double*);
 void squared_norm(const float*, const int64_t*, int64_t, int64_t, double*);
-void all_finite(const float* const*, const int64_t*, int64_t, const float* const*, const int64_t* const*,
-                const int64_t*, const int64_t*, int64_t, bool*);
+void all_finite(const float* const*, const int64_t*, const int64_t*, const int64_t*, int64_t, bool*);
 void untouch_rows(int64_t*, const int32_t*, const int32_t*, int64_t, const int64_t*, const int64_t*, const bool*);
 void sgd_rows(const StepRows*);
 void adagrad_rows(const StepRows*);
@@ -262,33 +261,37 @@ Tensor squared_norm_op(const Tensor& grads, const Tensor& num_unique) {
   return norm;
 }
 
-// The tensor itself where its numbers fill their memory in whatever order of dimensions, else a contiguous copy.
-Tensor dense(const Tensor& t) {
-  if (t.is_contiguous() || (t.dim() == 2 && t.stride(0) == 1 && t.stride(1) == t.size(0))) return t;
-  return torch::stable::contiguous(t);
-}
+// Tensors as matrices whose rows are contiguous.
+struct Matrices {
+  Tensors kept;  // the copies among them
+  std::vector<const float*> first;
+  Ints num, stride, width;
+
+  void add(const Tensor& t, int64_t num_rows, int64_t row_stride, int64_t row_width) {
+    first.push_back(strided<const float>(t));
+    num.push_back(num_rows);
+    stride.push_back(row_stride);
+    width.push_back(row_width);
+  }
+  void add(const Tensor& t) {
+    if (t.is_contiguous()) return add(t, 1, t.numel(), t.numel());
+    for (int64_t inner = 0; t.dim() == 2 && inner < 2; ++inner)
+      if (t.stride(inner) == 1) return add(t, t.size(1 - inner), t.stride(1 - inner), t.size(inner));
+    kept.push_back(torch::stable::contiguous(t));
+    add(kept.back(), 1, t.numel(), t.numel());
+  }
+};
 
 Tensor all_finite_op(const Tensors& tensors, const Tensors& grads, const Tensors& num_unique, const Tensor& due) {
   Tensor result = torch::stable::empty_like(due);
-  if (!*flat<bool>(due)) {
-    *flat<bool>(result) = true;
-    return result;
-  }
-  Tensors kept;
-  std::vector<const float*> of_tensors, of_grads;
-  Ints lengths, strides, widths;
-  for (const Tensor& t : tensors) {
-    kept.push_back(dense(t));
-    of_tensors.push_back(strided<const float>(kept.back()));
-    lengths.push_back(t.numel());
-  }
-  for (const Tensor& g : grads) {
-    of_grads.push_back(strided<const float>(g));
-    strides.push_back(g.stride(0));
-    widths.push_back(g.size(1));
-  }
-  all_finite(of_tensors.data(), lengths.data(), lengths.size(), of_grads.data(), flat<const int64_t>(num_unique).data(),
-             strides.data(), widths.data(), strides.size(), flat<bool>(result));
+  bool* const out = flat<bool>(result);
+  *out = true;
+  if (!*flat<bool>(due)) return result;
+  Matrices m;
+  for (const Tensor& t : tensors) m.add(t);
+  for (size_t i = 0; i < grads.size(); ++i)
+    m.add(grads[i], *flat<int64_t>(num_unique[i]), grads[i].stride(0), grads[i].size(1));
+  all_finite(m.first.data(), m.num.data(), m.stride.data(), m.width.data(), m.num.size(), out);
   return result;
 }
 
