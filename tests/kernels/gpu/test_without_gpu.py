@@ -24,6 +24,7 @@ from recfx.kernels import (
     find,
     find_or_insert,
     join,
+    keep_trained,
     op,
     optimizer_rows,
     order_ids,
@@ -167,12 +168,15 @@ def test_no_operator_reads_the_host_on_cuda():
     with_kernel = {n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(f"recfx::{n}", "CUDA")}
     assert with_kernel == {name for _, name in bench.calls((8, 1))} == {name for _, name in DEFINITIONS}
     on_cpu_alone = {"order_ids_at"}  # put into a graph on a CPU by `recfx.fx_passes`
-    assert names - with_kernel - on_cpu_alone == {"join", "add_predictions_", "owner"}
+    assert names - with_kernel - on_cpu_alone == {"join", "add_predictions_", "owner", "keep_trained_"}
     column, valid = torch.randn(5, 1), torch.ones(5, 1, dtype=torch.bool)
     histogram, sums = torch.zeros(2, 16, dtype=torch.int64), torch.zeros(4, dtype=torch.float64)
     with bench.NoHostReads():
         join.definition([column, column])
         owner.definition(torch.arange(5), torch.zeros(5).int(), 3)
+        rows, number = torch.arange(9), torch.tensor(2)
+        ids = torch.tensor([0, 1, 1, -1, 0]).int(), torch.tensor([0, 1, 2, -1, 4]).int()
+        keep_trained.definition(rows, rows.int(), number, number.int() - 2, number, *ids, torch.tensor([True, False]))
         add_predictions.definition(histogram, sums, column, column, column, valid, 20.0)
     with pytest.raises(AssertionError, match="reads the host"), bench.NoHostReads():
         count_rows.definition(torch.zeros(4).int(), torch.tensor(1), torch.zeros(4).int(), torch.tensor(True))
