@@ -50,10 +50,10 @@ class Golden(NamedTuple):
 
 
 PROGRAMS = {
-    "deepfm": Program("deepfm", "one training step", "update_", 1),
-    "deepfm_accumulate": Program("deepfm", "one micro-batch of an accumulation window", "update_", 4),
+    "deepfm": Program("deepfm", "one training step", "in_graph_", 1),
+    "deepfm_accumulate": Program("deepfm", "one micro-batch of an accumulation window", "in_graph_", 4),
     "deepfm_eval": Program("deepfm", "one evaluation step", "evaluate_", 1),
-    "deepctr": Program("deepctr", "one training step", "update_", 1),
+    "deepctr": Program("deepctr", "one training step", "in_graph_", 1),
 }
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import torch
 from recfx import optim
+from recfx.capture import capture, capture_prediction
 from recfx.data import fixedlen, reader
 from recfx.embeddings import Embedding
 from recfx.step import train_step
@@ -39,6 +40,9 @@ for batch in reader("*.orc", [fixedlen("label", [0.0])]):
     reveal_type(state)
     reveal_type(aux)
     reveal_type(batch)
+    state, aux = capture(step, state, batch)(state, batch)
+    reveal_type(aux)
+    reveal_type(capture_prediction(step, state, batch)(state, batch))
 """
 
 
@@ -82,9 +86,11 @@ def test_an_editable_install_is_seen_from_any_folder(tmp_path):
 @pytest.mark.slow
 def test_a_users_program_is_typed(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    text = mypy(tmp_path, "--strict", "program.py", MYPYPATH=str(ROOT))
-    state, aux, batch = (line for line in text.splitlines() if "Revealed type" in line)
+    text = mypy(tmp_path, "--strict", "--follow-imports=silent", "program.py", MYPYPATH=str(ROOT))
+    state, aux, batch, captured_aux, logit = (line for line in text.splitlines() if "Revealed type" in line)
     assert "fallback=recfx.step.TrainState" in state
     assert "fallback=recfx.step.Aux" in aux
     assert "recfx.types.Batch" in batch
+    assert "fallback=recfx.step.Aux" in captured_aux
+    assert "Tensor" in logit
     assert "error" not in text

@@ -1,4 +1,4 @@
-"""What README.md tells a reader to run, runs; so does every script of examples/."""
+"""What README.md and docs/ tell a reader to run, runs; so does every script of examples/."""
 
 from __future__ import annotations
 
@@ -46,6 +46,14 @@ def readme(language: str) -> list[Block]:
     if not README.exists():
         return []
     return [b for b in blocks_of(README.read_text()) if b.language in language.split() and not b.skipped]
+
+
+def docs() -> list[tuple[Path, Block]]:
+    """The blocks of Python on the pages of docs/."""
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    return [
+        (page, b) for page in pages for b in blocks_of(page.read_text()) if b.language == "python" and not b.skipped
+    ]
 
 
 def name_of(block: Block) -> str:
@@ -130,6 +138,13 @@ def test_python_block(block, tmp_path):
     run_script(script, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("page", "block"), docs(), ids=lambda value: value.stem if isinstance(value, Path) else name_of(value)
+)
+def test_python_block_of_a_page(page, block, tmp_path):
+    test_python_block(block, tmp_path)
+
+
 @pytest.mark.parametrize("block", readme("bash sh shell console"), ids=name_of)
 def test_commands_exist(block):
     """Targets of make, modules and scripts that a command names."""
@@ -164,9 +179,10 @@ def test_ci_runs_the_readmes_test_command_on_the_sample():
 
 @pytest.mark.skipif(not README.exists(), reason="no README.md")
 def test_files_that_are_linked_exist():
-    text = re.sub(r"```.*?```", "", README.read_text(), flags=re.DOTALL)
-    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text)
-    assert not [link for link in links if not (ROOT / link).exists()]
+    for page in (README, *(ROOT / "docs").rglob("*.md")):
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text)
+        assert not [link for link in links if not (page.parent / link).exists()]
 
 
 def test_every_result_is_listed():

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch  # first, so that the kernels share torch's OpenMP runtime
 
-__all__ = ["build_ahead", "library"]
+__all__ = ["build_ahead", "has_compiler", "library"]
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC")
 TORCH = Path(torch.__file__).parent
@@ -64,9 +64,19 @@ def build_ahead() -> None:
     threading.Thread(target=build, name="recfx-build", daemon=True).start()
 
 
+@functools.cache
+def has_compiler() -> bool:
+    """Whether there is one, asked once: what does as well without the library need not warn of it."""
+    return _compiler() is not None
+
+
+def _compiler() -> str | None:
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
 def _built(num_processes: int) -> Path | None:
     """The library's file, compiled if it is not there; None where there is no compiler."""
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    compiler = _compiler()
     if compiler is None:
         return None
     sources = sorted(Path(__file__).parent.glob("*.cpp"))

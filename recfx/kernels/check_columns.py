@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recfx.kernels.build import library
+from recfx.kernels.build import has_compiler, library
 from recfx.kernels.op import address, c_function, int64s
 
 __all__ = [
@@ -83,7 +83,7 @@ def offsets_fit(base: int, table: ctypes.Array | None) -> bool:
               items that they count.
     """
     fit = ctypes.c_int64(0)
-    if table is not None and library():
+    if table is not None and has_compiler() and library():
         _offsets_fit(base, table, len(table) // 3, ctypes.addressof(fit))
     return bool(fit.value)
 
