@@ -133,6 +133,9 @@ def tile(length: int) -> Tile:
     return Tile(length)
 
 
+ReadAs = tuple[str, bool, int, bool]
+
+
 @dataclass(frozen=True)
 class Embedding:
     """One embedding table read through one sparse feature.
@@ -153,6 +156,9 @@ class Embedding:
               training, evaluation and prediction alike: "zeros", or "initial" for what its row would start with.
               read_only: this feature reads rows that others insert (under the same shared_name) or that were loaded:
               nothing is inserted, no gradient reaches the rows, and none counts as seen.
+              trainable: if not, this feature inserts rows and reads them, and they count as seen, but no gradient
+              reaches them through it. A row that a step reads through such features alone is not updated: no decay, no
+              moment moves. Other features of the same shared_name train it. `frozen` is that for a whole table.
     Raises:   ValueError on a dim below 1, an unknown combiner or word for `unknown`, or a rate below 0.
     Example:  >>> Embedding("item", dim=8, init=uniform(-0.1, 0.1)).combiner
               'sum'
@@ -169,6 +175,7 @@ class Embedding:
     frozen: bool = field(default=False, kw_only=True)
     unknown: Literal["zeros", "initial"] = field(default="zeros", kw_only=True)
     read_only: bool = field(default=False, kw_only=True)
+    trainable: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         check_type("feature", self.feature, str, "It is the name of a feature.")
@@ -215,9 +222,10 @@ class Embedding:
         return (0.0, 0.0) if self.frozen else (self.lr_scale, self.weight_decay)
 
     @property
-    def read_as(self) -> tuple[str, bool, int]:
-        """How its ids are read: feature, read only, and how many of a list's ids, 0 for all."""
-        return self.feature, self.read_only, self.combiner.length if isinstance(self.combiner, Tile) else 0
+    def read_as(self) -> ReadAs:
+        """How its ids are read: feature, read only, how many of a list's ids, 0 for all, and trainable."""
+        length = self.combiner.length if isinstance(self.combiner, Tile) else 0
+        return self.feature, self.read_only, length, self.trainable
 
     @property
     def of_table(self) -> tuple:
@@ -244,6 +252,7 @@ class Lookup(NamedTuple):
     vocabulary: int
     read_only: bool = False
     length: int = 0  # of a tiled list; 0: lists are pooled
+    trainable: bool = True
 
     @property
     def num_cells(self) -> int:
@@ -316,11 +325,13 @@ class Plan:
         return {c.name: c.dim for t in self.tables for vocabulary in t.vocabularies for c in vocabulary}
 
     def learns(self, cell: Cell) -> bool:
-        """Whether a gradient of the cell reaches rows: not through a read-only lookup, nor those of a frozen table."""
+        """Whether a gradient of the cell reaches rows: not through a lookup that is read-only or not trainable, nor
+        those of a frozen table."""
         table = self.tables[cell.table]
         lookup = table.lookups[cell.lookup]
         column = table.vocabularies[lookup.vocabulary][cell.column]
-        return not lookup.read_only and (column.lr_scale, column.weight_decay) != (0, 0)
+        trains = lookup.trainable and not lookup.read_only
+        return trains and (column.lr_scale, column.weight_decay) != (0, 0)
 
 
 def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
@@ -342,7 +353,7 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
     """
     _check_groups(groups)
     logical: dict[str, Embedding] = {}
-    readers: dict[str, list[tuple[str, bool, int]]] = {}
+    readers: dict[str, list[ReadAs]] = {}
     for group, embeddings in groups.items():
         for e in embeddings:
             name = _name(group, e)
@@ -355,7 +366,7 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
             if e.read_as not in readers.setdefault(name, []):
                 readers[name].append(e.read_as)
 
-    names_of: dict[tuple[tuple[tuple[str, bool, int], ...], str], list[str]] = {}
+    names_of: dict[tuple[tuple[ReadAs, ...], str], list[str]] = {}
     for name, e in logical.items():
         names_of.setdefault((tuple(sorted(readers[name])), e.device), []).append(name)
     keys_of: dict[tuple[tuple[int, ...], str], list[tuple]] = {}  # of each physical table: its vocabularies
@@ -367,13 +378,13 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
     tables, place = [], {}
     for t, ((dims, device), keys) in enumerate(keys_of.items()):
         lookups = sorted(
-            (Lookup(f, v, read_only, n) for v, (how, _) in enumerate(keys) for f, read_only, n in how),
-            key=lambda l: (l.read_only, feature_order[l.feature], l.vocabulary, l.length),
+            (Lookup(f, v, read_only, n, trains) for v, (how, _) in enumerate(keys) for f, read_only, n, trains in how),
+            key=lambda l: (l.read_only, feature_order[l.feature], l.vocabulary, l.length, not l.trainable),
         )
         names_in = [names_of[key] for key in keys]
         for l, lookup in enumerate(lookups):
             for k, name in enumerate(names_in[lookup.vocabulary]):
-                place[name, lookup.feature, lookup.read_only, lookup.length] = (t, k, l)
+                place[name, lookup.feature, lookup.read_only, lookup.length, lookup.trainable] = (t, k, l)
         firsts = [sum(dims[:k]) for k in range(len(dims))]
         vocabularies = tuple(
             tuple(

@@ -44,7 +44,7 @@ class RowColumns(NamedTuple):
     vocabulary: Tensor  # i32 [R], -1 where a row is freed
     last_step: Tensor  # i64 [R], last step that touched the row
     first_step: Tensor  # i32 [R], step that created it
-    num_steps: Tensor  # i32 [R], steps that touched it
+    num_steps: Tensor  # i32 [R], steps that touched it through a trainable feature
     weight: Tensor  # f32 [R, W], its logical tables side by side
 
 

@@ -23,6 +23,8 @@ struct alignas(64) Progress {
   std::atomic<bool> ended{false};
 };
 
+constexpr uint64_t NO_NUMBER = 0xffffffff;  // in the low half of `seen`
+
 enum { LOOKED_UP, CREATED, EVICTED, UNADMITTED };
 
 EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabularies, int64_t* seen, int32_t* born,
@@ -80,7 +82,7 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
       }
       // Without a branch on "first time in this step", which no predictor guesses: the number is written in any case.
       const int64_t before = last_seen[row[j]];
-      const bool first = ((uint64_t)before ^ now) >> 32 != 0;
+      const bool first = (uint64_t)before - now >= NO_NUMBER;  // of another step, or of this one and without a number
       if (first && next >= max_unique) {
         ++num_without;
         continue;

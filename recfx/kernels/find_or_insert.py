@@ -85,7 +85,7 @@ def definition(
     num_free -= num_reused
 
     held = torch.where(row >= 0, seen[row.clamp(min=0)], -1)
-    unique = torch.where(held >> 32 == step, held & 0xFFFFFFFF, UNKNOWN)
+    unique = torch.where(held >> 32 == step, held << 32 >> 32, UNKNOWN)  # UNKNOWN where `keep_trained_` took it away
     joins = (row >= 0) & (unique == UNKNOWN)
     number = num_unique + torch.cumsum(joins, 0) - 1
     joins &= number < unique_rows.numel()

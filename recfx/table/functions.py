@@ -18,6 +18,7 @@ from recfx.kernels import (
     count_rows,
     find,
     find_or_insert,
+    keep_trained,
     order_ids,
     order_lists,
     pool,
@@ -140,6 +141,8 @@ def table(
     num_inserting = sum(not lookup.read_only for lookup in plan.lookups)
     first_reading = sum(lookup.num_cells for lookup in plan.lookups[:num_inserting])
     inserting, reading = vocabularies[:first_reading].clone(), vocabularies[first_reading:].clone()
+    trains = [l.trainable for l in plan.lookups[:num_inserting] for _ in range(l.num_cells)]
+    trains_L = None if all(trains) else torch.tensor(trains, device=device)
     init_keys, init_params = (nn.functional.pad(t, (0, num_behind)) for t in initializer_tensors(plan, seed))
     unknown_params = _unknown_params(plan, init_params)
 
@@ -207,18 +210,24 @@ def table(
         admits = admit(count, id, inserting[cell % len(inserting)], s.step + 1)
         return checked("admit", admits, torch.bool, id).contiguous()
 
-    def insert_with(op: Callable, count_with: Callable) -> Callable[[TableState, dict], tuple[TableState, Found]]:
+    def insert_with(
+        op: Callable, count_with: Callable, keep: Callable
+    ) -> Callable[[TableState, dict], tuple[TableState, Found]]:
         def insert_(s: TableState, features: dict) -> tuple[TableState, Found]:
             if num_inserting == 0:
                 return s, find_all(s, features)
             ragged = ids_in(features)
             id, cell, weight = _ordered(ragged[:num_inserting], plan.lookups[:num_inserting])
             admits = admitted(count_with, s, id, cell)
+            # Of another type, since an operator must not be given a tensor and its clone.
+            num_before = None if trains_L is None else s.num_unique.int()
             row, inverse = op(
                 s.slots, s.ids, s.vocabularies, s.seen, s.born, s.rows, s.num_rows, s.free_rows, s.num_free,
                 s.num_refused, s.tally, s.num_crowded, s.unique_rows, s.num_unique, s.num_slots, s.salt, s.step + 1,
                 id, cell, inserting, init_keys, init_params, admits,
             )  # fmt: skip
+            if trains_L is not None:
+                inverse = keep(s.seen, s.unique_rows, s.num_unique, num_before, s.step + 1, inverse, cell, trains_L)
             rest = (ragged[num_inserting:], plan.lookups[num_inserting:], reading)
             read_only = find_(s, *rest) if len(reading) else None
             return s, Found(id, cell, weight, ragged, row, inverse, inserting, read_only)
@@ -251,14 +260,15 @@ def table(
 
         return count_steps_
 
-    insert_pure = insert_with(find_or_insert.definition, count_candidates.definition)
+    insert_pure = insert_with(find_or_insert.definition, count_candidates.definition, keep_trained.definition)
+    in_place = find_or_insert.find_or_insert_, count_candidates.count_candidates_, keep_trained.keep_trained_
     add_pure, count_pure = add_with(add_row_grads.definition), count_steps_with(count_rows.definition)
     return Table(
         columns=Columns(plan.dims, _rate_tensor(plan)),
         init=init,
         find=find_all,
         insert=lambda state, features: insert_pure(copy_of(state), features),
-        insert_=insert_with(find_or_insert.find_or_insert_, count_candidates.count_candidates_),
+        insert_=insert_with(*in_place),
         pool=pool_,
         occurrences=occurrences,
         add_grads=lambda state, found, blocks: add_pure(copy_of(state), found, blocks),

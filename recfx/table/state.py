@@ -43,7 +43,7 @@ class TableState(NamedTuple):
     slots: Tensor  # i64 [S], open addressing: tag:16 | vocabulary:16 | row:32, or -1
     ids: Tensor  # i64 [R], id of each row
     vocabularies: Tensor  # i32 [R], vocabulary of each row, -1 where it is freed
-    seen: Tensor  # i64 [R], last step that touched the row << 32 | its unique number in that step
+    seen: Tensor  # i64 [R], last step that touched the row << 32 | its unique number in that step, 2**32 - 1 without
     born: Tensor  # i32 [R], step that created the row
     counts: Tensor  # i32 [R], steps that touched the row; zero without a `Life`
     rows: Tensor  # f32 [R, 1 + optimiser slots, W + row slots], weights first

@@ -73,7 +73,7 @@ def look_up(
     hash = hash_id(id, vocabulary, tl.load(salt))
     row = probe(slots, ids, (tl.load(num_slots) - 1).to(tl.uint64), hash, vocabulary, id, first)
     last = tl.load(seen + row, mask=row >= 0, other=-1)
-    number = tl.where(last >> 32 == tl.load(step), last & 0xFFFFFFFF, UNKNOWN)
+    number = tl.where(last >> 32 == tl.load(step), (last << 32) >> 32, UNKNOWN)
     tl.store(found_P + k, (number << 32) | (row.to(tl.int64) & 0xFFFFFFFF), mask=first)
     joins = first & (row >= 0) & (number < 0)
     tl.store(flags_P + k, tl.full(k.shape, 1, tl.int64), mask=joins)

@@ -24,6 +24,7 @@ from recfx.kernels import (
     find,
     find_or_insert,
     join,
+    keep_trained,
     op,
     optimizer_rows,
     order_ids,
@@ -35,6 +36,7 @@ from recfx.kernels import (
     string_hash,
     sum_adamw_rows,
     take_lists,
+    untouch_rows,
 )
 
 DEFINITIONS = {
@@ -166,13 +168,17 @@ def test_no_operator_reads_the_host_on_cuda():
     names = {name.removeprefix("recfx::") for name in torch._C._dispatch_get_all_op_names() if "recfx::" in name}
     with_kernel = {n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(f"recfx::{n}", "CUDA")}
     assert with_kernel == {name for _, name in bench.calls((8, 1))} == {name for _, name in DEFINITIONS}
-    on_cpu_alone = {"order_ids_at"}  # put into a graph on a CPU by `recfx.fx_passes`
-    assert names - with_kernel - on_cpu_alone == {"join", "add_predictions_", "owner"}
+    on_cpu_alone = {"order_ids_at", "all_finite"}  # by `recfx.fx_passes`, and by a step whose numbers are on a CPU
+    assert names - with_kernel - on_cpu_alone == {"join", "add_predictions_", "owner", "keep_trained_", "untouch_rows_"}
     column, valid = torch.randn(5, 1), torch.ones(5, 1, dtype=torch.bool)
-    histogram, sums = torch.zeros(2, 16, dtype=torch.int64), torch.zeros(4, dtype=torch.float64)
+    histogram, sums = torch.zeros(2, 16, dtype=torch.int64), torch.zeros(5, dtype=torch.float64)
     with bench.NoHostReads():
         join.definition([column, column])
         owner.definition(torch.arange(5), torch.zeros(5).int(), 3)
+        rows, number = torch.arange(9), torch.tensor(2)
+        ids = torch.tensor([0, 1, 1, -1, 0]).int(), torch.tensor([0, 1, 2, -1, 4]).int()
+        keep_trained.definition(rows, rows.int(), number, number.int() - 2, number, *ids, torch.tensor([True, False]))
+        untouch_rows.definition(rows, *ids, number, number, torch.tensor(False))
         add_predictions.definition(histogram, sums, column, column, column, valid, 20.0)
     with pytest.raises(AssertionError, match="reads the host"), bench.NoHostReads():
         count_rows.definition(torch.zeros(4).int(), torch.tensor(1), torch.zeros(4).int(), torch.tensor(True))
