@@ -14,10 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["STAGES", "Flow", "Handed", "flow_of", "handed_on", "is_op", "is_view", "short", "stages_of", "tensors"]
 
-STAGES = ("batch", "features", "lookup", "forward", "backward", "window", "sparse", "dense", "metrics", "aux")
+STAGES = ("batch", "features", "lookup", "forward", "backward", "window", "sparse", "dense", "metrics", "finite", "aux")
 LOOKUPS = ("recfx.order_ids", "recfx.find", "recfx.find_or_insert_", "recfx.pool")
 # The stage whose work a write to this part of the state completes.
-COMPLETES = {"params": "dense", "dense": "dense", "tables": "sparse", "metrics": "metrics", "window": "window"}
+COMPLETES = {
+    "params": "dense", "dense": "dense", "tables": "sparse", "metrics": "metrics", "stats": "metrics",
+    "window": "window", "step": "window", "nonfinite": "finite",
+}  # fmt: skip
 
 
 class Flow(NamedTuple):
@@ -54,6 +57,7 @@ def stages_of(flow: Flow) -> dict[Node, str]:
     backward    what follows from that and ends in a gradient, before any optimiser state enters
     window      what accumulates gradients, or is shared by the optimisers
     sparse, dense, metrics     what ends in a write to that part of the state
+    finite      what asks whether losses, logits and gradients are finite
     """
     ends, sources = _ends(flow), _sources(flow)
     stages: dict[Node, str] = {}

@@ -26,6 +26,7 @@ COLORS = {
     "sparse": "#ea580c",
     "dense": "#dc2626",
     "metrics": "#16a34a",
+    "finite": "#be185d",
     "aux": "#64748b",
 }
 STYLE = """

@@ -17,7 +17,7 @@ def are_finite(tensors: Sequence[Tensor]) -> Tensor:
     largest = [t.abs().amax() for t in tensors if t.numel()]
     if not largest:
         return torch.ones((), dtype=torch.bool)
-    return torch.stack(largest).amax() < torch.inf  # NaN is the largest of all
+    return (largest[0] if len(largest) == 1 else torch.stack(largest).amax()) < torch.inf  # NaN is the largest of all
 
 
 def definition(tensors: Sequence[Tensor], grads: Sequence[Tensor], num_unique: Sequence[Tensor], due: Tensor) -> Tensor:
