@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +29,17 @@ class Captured(NamedTuple):
     state: TrainState
 
 
-def captured_step(work: Workload, *, seed: int = 0) -> Captured:
-    """The step of `python -m recfx.examples.deepfm`, from the baselines' weights and the workload's ids."""
-    args = program.parse(["--data_paths", "", "--gradient_accumulation_steps", "1", "--numeric", "raw"])
+def captured_step(
+    work: Workload, *arguments: str, seed: int = 0, backend: Literal["inductor", "eager"] = "inductor"
+) -> Captured:
+    """The step of `python -m recfx.examples.deepfm`, from the baselines' weights and the workload's ids.
+
+    Args:     arguments: further ones of that program.  backend: of `capture`.
+    """
+    args = program.parse(["--data_paths", "", "--gradient_accumulation_steps", "1", "--numeric", "raw", *arguments])
     step, state = program.build_step(args)
     fill(step, state, work, init_weights(work.table_rows, seed=seed))
-    run = capture(step, state, work.batches[0])
+    run = capture(step, state, work.batches[0], backend=backend)
     return Captured(lambda batch: run(state, batch)[1].loss, state)
 
 
