@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import random
 import re
 import sys
 import time
@@ -18,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Literal, TypeVar, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -28,6 +26,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 from recfx.checks import check_type
 from recfx.compiled import compiled
 from recfx.cuda_graph import Replays, check_sweep, record
+from recfx.generators import check_graph, frozen, kept_generators
 from recfx.run_checks import check_program
 from recfx.step import Aux, Step, TrainState
 from recfx.types import Batch, Layout, unpack
@@ -288,12 +287,20 @@ class _Captured:
 
     def _compiled(self, state: Any, batch: Batch) -> Callable:
         batch = Batch(batch.buffer.to(state.step.device), batch.layout)
-        with torch.no_grad(), _f32_products(self.step.precision), _no_draws(state.step.device):
-            if self.backend == "eager":
-                graph = trace(self.in_graph_, state, batch)
-                _check_generators(graph.graph)
-                return graph
-            return compiled(sections_function(self.in_graph_, batch.layout), state, batch.sections)
+        with torch.no_grad(), _f32_products(self.step.precision):
+            with kept_generators(state.step.device) as drawn:
+                if self.backend == "eager":
+                    function: Callable = trace(self.in_graph_, state, batch)
+                else:
+                    function = compiled(sections_function(self.in_graph_, batch.layout), state, batch.sections)
+            if drawn:  # by the step, or by another thread while it was compiled: tracing takes a second
+                with kept_generators(state.step.device) as drawn:
+                    trace(self.in_graph_, state, batch)
+                if drawn:
+                    raise frozen(drawn[0])
+        if isinstance(function, torch.fx.GraphModule):
+            check_graph(function.graph)
+        return function
 
     @functools.cached_property
     def _replay(self) -> Replays:
@@ -302,39 +309,6 @@ class _Captured:
     def _uncaptured(self, state: Any, batch: Batch) -> tuple[Any, Any]:
         with torch.no_grad(), _f32_products(self.step.precision):
             return self.eager_(state, Batch(batch.buffer.to(state.step.device), batch.layout))
-
-
-@contextmanager
-def _no_draws(device: torch.device) -> Iterator[None]:
-    """Torch's generators come out as they were. Python's and numpy's may not be used: a graph would repeat one number.
-
-    Raises:   ValueError when they were.
-    """
-    devices = [device] if device.type == "cuda" else []
-    before = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-        after = random.getstate(), np.random.get_state()
-        for name, was, now in zip(("random", "numpy.random"), before, after, strict=True):
-            if repr(now) != repr(was):
-                raise ValueError(f"forward: got numbers drawn from Python's {name}, expected none. {FROZEN}")
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-
-
-def _check_generators(graph: torch.fx.Graph) -> None:
-    """A generator that the program made is in no checkpoint."""
-    for node in graph.nodes:
-        if node.kwargs.get("generator") is not None:
-            raise ValueError(f"forward: got numbers drawn from a torch.Generator ({node.target}). {FROZEN}")
-
-
-FROZEN = (
-    "They would be the same at every step, or others after a resume. Use the fourth argument of forward, see "
-    "recfx.context.Context, or torch's random functions without a generator."
-)
 
 
 def _is_recorded(state: Any) -> bool:

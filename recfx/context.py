@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from recfx.kernels.hashing import GOLDEN, mix, shift_right
 from recfx.types import Params
 
-__all__ = ["Context", "Draws", "Stats", "generator_states", "set_generator_states", "with_context"]
+__all__ = ["Context", "Stats", "with_context"]
 
 Stats = dict[str, Tensor]
 BITS = 24  # of a random number: what an f32 holds exactly
@@ -118,35 +117,3 @@ def _check_stats(before: Stats, after: Stats) -> None:
             f"forward: got stats {described(after)}, expected {described(before)}, those given to "
             "`step.init(params, stats=...)`. Their shapes stay the same during training."
         )
-
-
-class Draws:
-    """Whether a step draws from torch's generators: a checkpoint then holds their states. Known after one call."""
-
-    def __init__(self) -> None:
-        self.happened = self.is_known = False
-
-    @contextmanager
-    def watched(self, device: torch.device) -> Iterator[None]:
-        """In the first call: compares the states of the generators of the CPU and of `device` before and after."""
-        if self.is_known:
-            yield
-            return
-        before = generator_states(device)
-        yield
-        after = generator_states(device)
-        self.happened, self.is_known = any(not torch.equal(before[name], after[name]) for name in before), True
-
-
-def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """u8 states of torch's default generators, by kind of device."""
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_generator_states(states: dict[str, Tensor], device: torch.device) -> None:
-    """The inverse of `generator_states`; those of other kinds of device are left alone."""
-    if "cpu" in states:
-        torch.set_rng_state(states["cpu"])
-    if "cuda" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)

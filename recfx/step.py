@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from recfx.checks import check_int
-from recfx.context import Context, Draws, Stats, with_context
+from recfx.context import Context, Stats, with_context
 from recfx.describe import or_plain, state_text, step_text
 from recfx.embeddings import Embedding, Plan, Tile, plan_tables
+from recfx.generators import Draws
 from recfx.kernels import untouch_rows
 from recfx.kernels.add_row_grads import add_row_grads_
 from recfx.kernels.all_finite import all_finite, are_finite

@@ -33,8 +33,8 @@ from recfx.checkpoint.folders import (
     sync_folder,
     write_manifest,
 )
-from recfx.context import generator_states
 from recfx.embeddings import Plan
+from recfx.generators import generator_states
 from recfx.step import Step, TrainState
 from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState
 

@@ -18,8 +18,8 @@ from recfx.checkpoint.contents import GENERATOR, WORKERS
 from recfx.checkpoint.files import ShardReader, fetch, read_shard
 from recfx.checkpoint.matching import Move, Source, check_arguments, check_names, dense_pairs, moves_of
 from recfx.checks import check_type
-from recfx.context import set_generator_states
 from recfx.embeddings import TablePlan
+from recfx.generators import set_generator_states
 from recfx.kernels.initial import initial_values
 from recfx.kernels.owner import owner
 from recfx.run_checks import check_program
