@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from recfx.kernels.gpu.find_or_insert import claim, scratch_table
-from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, lower_bound, search_steps
+from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, list_bounds, lower_bound, search_steps
 from recfx.kernels.gpu.string_hash import hash_pair
 
 __all__ = ["cross_lists"]
@@ -48,11 +48,10 @@ def rank_at(sums_P, position, within):
 
 
 @triton.jit
-def ranks_of(sums_P, offsets, before, owner, within):
+def ranks_of(sums_P, offsets, before, size, owner, num_lists):
     """Ranks from which and up to which a list's distinct ids go; `before`: positions in front of its feature's."""
-    begin = tl.load(offsets + owner, mask=within, other=0) + before
-    end = tl.load(offsets + owner + 1, mask=within, other=0) + before
-    return rank_at(sums_P, begin, within), rank_at(sums_P, end, within)
+    begin, end = list_bounds(offsets, owner, num_lists, size)
+    return rank_at(sums_P, begin + before, owner < num_lists), rank_at(sums_P, end + before, owner < num_lists)
 
 
 @triton.jit
@@ -62,15 +61,15 @@ def count_pairs(
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_first = tl.load(flags_P + k, mask=k < num_positions, other=0) > 0
     tl.store(firsts + rank_at(sums_P, k, is_first), k, mask=is_first)
-    x_begin, x_end = ranks_of(sums_P, x_offsets, 0, k, k < num_lists)
-    y_begin, y_end = ranks_of(sums_P, y_offsets, num_x, k, k < num_lists)
+    x_begin, x_end = ranks_of(sums_P, x_offsets, 0, num_x, k, num_lists)
+    y_begin, y_end = ranks_of(sums_P, y_offsets, num_x, num_positions - num_x, k, num_lists)
     tl.store(num_pairs + k, (x_end - x_begin) * (y_end - y_begin), mask=k < num_lists)
 
 
 @triton.jit
 def write_pairs(
     values, weights, offsets, overflow, ends, firsts, sums_P, x, x_offsets, x_weights, y, y_offsets, y_weights, num_x,
-    num_lists, capacity, steps, X_WEIGHTED: tl.constexpr, Y_WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    num_positions, num_lists, capacity, steps, X_WEIGHTED: tl.constexpr, Y_WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     end = tl.load(ends + k - 1, mask=(k > 0) & (k <= num_lists), other=0)
@@ -78,8 +77,8 @@ def write_pairs(
     owner = lower_bound(ends, num_lists, steps, (k + 1).to(tl.int64))
     has = (k < capacity) & (owner < num_lists)
     nth = k - rank_at(ends, owner, has)
-    x_begin, _ = ranks_of(sums_P, x_offsets, 0, owner, has)
-    y_begin, y_end = ranks_of(sums_P, y_offsets, num_x, owner, has)
+    x_begin, _ = ranks_of(sums_P, x_offsets, 0, num_x, owner, num_lists)
+    y_begin, y_end = ranks_of(sums_P, y_offsets, num_x, num_positions - num_x, owner, num_lists)
     num_y = tl.maximum(y_end - y_begin, 1)
     x_at = tl.load(firsts + x_begin + nth // num_y, mask=has, other=0)
     y_at = tl.load(firsts + y_begin + nth % num_y, mask=has, other=num_x) - num_x
@@ -123,6 +122,6 @@ def cross_lists(
     write_pairs[(triton.cdiv(max(capacity, num_lists + 1), BLOCK),)](
         values, weights, offsets, overflow, torch.cumsum(num_pairs, 0), firsts, sums_P, x, x_offsets,
         weights if x_weights is None else x_weights, y, y_offsets, weights if y_weights is None else y_weights, num_x,
-        num_lists, capacity, steps, X_WEIGHTED=x_weights is not None, Y_WEIGHTED=y_weights is not None, **block,
+        num, num_lists, capacity, steps, X_WEIGHTED=x_weights is not None, Y_WEIGHTED=y_weights is not None, **block,
     )  # fmt: skip
     return values, weights, offsets, overflow

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-__all__ = ["chosen", "columns_of", "cover_of", "lower_bound", "programs", "rows_of", "search_steps", "slices"]
+__all__ = [
+    "chosen", "columns_of", "cover_of", "list_bounds", "lower_bound", "programs", "rows_of", "search_steps", "slices",
+]  # fmt: skip
 
 BLOCK = 128  # positions per program of the kernels that look ids up: one warp, four ids a lane
 NUM_WARPS = 1
@@ -58,6 +60,15 @@ def lower_bound(items, num, steps, key):
         high = tl.where((low < high) & ~less, middle, high)
         low = tl.where((low < high) & less, middle + 1, low)
     return low
+
+
+@triton.jit
+def list_bounds(offsets, list, num_lists, size):
+    """Where each list begins and ends. Whatever the offsets say, 0 <= begin <= end <= size: a kernel cannot raise."""
+    within = list < num_lists
+    begin = tl.minimum(tl.maximum(tl.load(offsets + list, mask=within, other=0), 0), size).to(tl.int32)
+    end = tl.minimum(tl.load(offsets + list + 1, mask=within, other=0), size).to(tl.int32)
+    return begin, tl.maximum(end, begin)
 
 
 @triton.jit

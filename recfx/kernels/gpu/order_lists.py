@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, lower_bound, search_steps
+from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, list_bounds, lower_bound, search_steps
 
 __all__ = ["list_sums", "order_ids", "order_lists"]
 
@@ -66,10 +66,9 @@ def order_positions(
 
 
 @triton.jit
-def sum_lists(sums, values, offsets, num_lists, BLOCK: tl.constexpr):
+def sum_lists(sums, values, offsets, num_lists, num_values, BLOCK: tl.constexpr):
     nth = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    begin = tl.load(offsets + nth, mask=nth < num_lists, other=0)
-    end = tl.load(offsets + nth + 1, mask=nth < num_lists, other=0)
+    begin, end = list_bounds(offsets, nth, num_lists, num_values)
     total = tl.zeros([BLOCK], tl.float32)
     for j in range(tl.max(end - begin, axis=0)):
         total += tl.load(values + begin + j, mask=begin + j < end, other=0.0)
@@ -123,5 +122,7 @@ def list_sums(values: Tensor, offsets: Tensor) -> Tensor:
     num = offsets.numel() - 1
     sums = values.new_empty(num)
     if num:
-        sum_lists[(triton.cdiv(num, BLOCK),)](sums, values, offsets, num, BLOCK=BLOCK, num_warps=NUM_WARPS)
+        sum_lists[(triton.cdiv(num, BLOCK),)](
+            sums, values, offsets, num, values.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
     return sums

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from recfx.kernels import string_hash
-from recfx.kernels.gpu.launch import BLOCK, chosen
+from recfx.kernels.gpu.launch import BLOCK, chosen, list_bounds
 
 __all__ = ["farm_hashes", "hash_pair", "murmur_hashes"]
 
@@ -41,8 +41,8 @@ def word(string, n, place):
     bits = address & 7
     begin = place - bits.to(tl.int32)
     words = (address - bits).to(tl.pointer_type(tl.uint64))
-    low = tl.load(words, mask=(begin > -8) & (begin < n), other=0)
-    high = tl.load(words + 1, mask=(bits > 0) & (begin + 8 < n), other=0)
+    low = tl.load(words, mask=(n > 0) & (begin > -8) & (begin < n), other=0)
+    high = tl.load(words + 1, mask=(n > 0) & (bits > 0) & (begin > -16) & (begin + 8 < n), other=0)
     bits = (8 * bits).to(tl.uint64)
     return (low >> bits) | ((high << 1) << (63 - bits))
 
@@ -163,15 +163,13 @@ def farm(string, n):
 
 
 @triton.jit
-def hash_strings(outs, values, offsets, nums, HASH: tl.constexpr, BLOCK: tl.constexpr):
+def hash_strings(outs, values, offsets, nums, sizes, HASH: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(1)
     nth = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    within = nth < chosen(nums, column)
-    begins = chosen(offsets, column) + nth
-    begin = tl.load(begins, mask=within, other=0)
-    n = tl.load(begins + 1, mask=within, other=0) - begin
-    hash = HASH(chosen(values, column) + begin, n)
-    tl.store(chosen(outs, column) + nth, hash.to(tl.int64, bitcast=True), mask=within)
+    num = chosen(nums, column)
+    begin, end = list_bounds(chosen(offsets, column), nth, num, chosen(sizes, column))
+    hash = HASH(chosen(values, column) + begin, end - begin)
+    tl.store(chosen(outs, column) + nth, hash.to(tl.int64, bitcast=True), mask=nth < num)
 
 
 def hashes(hash: Callable, values: Sequence[Tensor], offsets: Sequence[Tensor]) -> list[Tensor]:
@@ -179,8 +177,9 @@ def hashes(hash: Callable, values: Sequence[Tensor], offsets: Sequence[Tensor]) 
     nums = tuple(t.numel() for t in out)
     if any(nums):
         hash_strings[(triton.cdiv(max(nums), BLOCK), len(nums))](
-            tuple(out), tuple(values), tuple(offsets), nums, HASH=hash, BLOCK=BLOCK, num_warps=WARPS
-        )
+            tuple(out), tuple(values), tuple(offsets), nums, tuple(v.numel() for v in values), HASH=hash, BLOCK=BLOCK,
+            num_warps=WARPS,
+        )  # fmt: skip
     return out
 
 

@@ -17,9 +17,9 @@ __all__ = ["take_lists"]
 
 @triton.jit
 def take_column(
-    out, out_offsets, values, first, ends, has_before, num_lists, capacity, steps, BLOCK: tl.constexpr
+    out, out_offsets, values, size, first, ends, has_before, num_lists, capacity, steps, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """`ends` go on from those of the column before, if there is one."""
+    """`ends` go on from those of the column before, if there is one. Outside the values every item is 0."""
     before = tl.load(ends - 1, mask=has_before, other=0)
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     end = tl.load(ends + k - 1, mask=(k > 0) & (k <= num_lists), other=0)
@@ -28,18 +28,20 @@ def take_column(
     has = (k < capacity) & (owner < num_lists)
     begin = tl.load(ends + owner - 1, mask=has & (owner > 0), other=0)
     place = k - tl.where(owner > 0, begin - before, 0)
-    source = values + tl.load(first + owner, mask=has, other=0)
-    tl.store(out + k, tl.load(source + place, mask=has, other=0), mask=k < capacity)
+    source = tl.load(first + owner, mask=has, other=0) + place
+    has &= (source >= 0) & (source < size)
+    tl.store(out + k, tl.load(values + source, mask=has, other=0), mask=k < capacity)
 
 
 @triton.jit
 def take_columns(
-    outs, out_offsets, values, firsts, ends, steps, BEGINS: tl.constexpr, CAPACITIES: tl.constexpr, BLOCK: tl.constexpr
+    outs, out_offsets, values, sizes, firsts, ends, steps, BEGINS: tl.constexpr, CAPACITIES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     for c in tl.static_range(len(CAPACITIES)):
         if tl.program_id(1) == c:
             take_column(
-                outs[c], out_offsets[c], values[c], firsts[c], ends + BEGINS[c], BEGINS[c] > 0,
+                outs[c], out_offsets[c], values[c], sizes[c], firsts[c], ends + BEGINS[c], BEGINS[c] > 0,
                 BEGINS[c + 1] - BEGINS[c], CAPACITIES[c], steps, BLOCK,
             )  # fmt: skip
 
@@ -51,8 +53,9 @@ def take_lists(
     out = [v.new_empty(size) for v, size in zip(values, capacity, strict=True)]
     offsets = [f.new_empty(f.numel() + 1) for f in first]
     most = max(*capacity, *(o.numel() for o in offsets))
+    ends = torch.cumsum(torch.cat(list(length)).clamp_(min=0), 0)
     take_columns[(triton.cdiv(most, BLOCK), len(values))](
-        tuple(out), tuple(offsets), tuple(values), tuple(first), torch.cumsum(torch.cat(list(length)), 0),
+        tuple(out), tuple(offsets), tuple(values), tuple(v.numel() for v in values), tuple(first), ends,
         search_steps(max(f.numel() for f in first)), BEGINS=(0, *accumulate(f.numel() for f in first)),
         CAPACITIES=tuple(capacity), BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """The Triton kernels that order, pool and make lists, against the oracles of the CPU's; run as `cases.py` says."""
 
+import contextlib
 import random
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from recfx.kernels import order_lists, pool
 from recfx.kernels.order_ids import order_ids
 from tests.kernels import test_cross_lists, test_pool, test_select_lists, test_string_hash, test_take_lists
-from tests.kernels.gpu.cases import INTERPRETED, LISTS, MARKS, on_device, programs_backwards
+from tests.kernels.gpu.cases import INTERPRETED, LISTS, MARKS, addresses_inside, amid, on_device, programs_backwards
 from tests.reference import EXTREMES, ragged, random_lists
-from tests.reference_features import strings
+from tests.reference_features import cross_pair, strings
 
 pytest.importorskip("triton")
 pytestmark = MARKS
@@ -18,6 +19,14 @@ pytestmark = MARKS
 from recfx.kernels.gpu import cross_lists, select_lists, string_hash, take_lists  # noqa: E402  behind importorskip
 from recfx.kernels.gpu import order_lists as gpu_order  # noqa: E402
 from recfx.kernels.gpu import pool as gpu_pool  # noqa: E402
+
+BAD = [[0, 3, 9 * 10**8], [0, 1, -5], [-9, 2, 4], [0, 6, 2], [2**31 - 1, -(2**31), 7], [5, 6, 8]]  # offsets of 8 values
+
+
+@pytest.fixture(autouse=True)
+def _addresses_inside():
+    with addresses_inside():
+        yield
 
 
 @pytest.mark.parametrize("samples", [0, 1, 70])
@@ -36,9 +45,7 @@ def test_order_is_the_cpu_s(samples):
     torch.testing.assert_close(sums, order_lists.list_sums(weights[1], offsets[1]))
 
 
-@pytest.mark.parametrize(
-    "bad", [[0, 3, 9 * 10**8], [0, 1, -5], [-9, 2, 4], [0, 6, 2], [2**31 - 1, -(2**31), 7]], ids=str
-)
+@pytest.mark.parametrize("bad", BAD, ids=str)
 def test_nothing_is_read_outside_the_values_whatever_the_offsets_say(bad):
     """Under the interpreter such a read would end the process."""
     values, offsets = (
@@ -155,3 +162,84 @@ def test_crossed_ids_have_the_golden_values():
     op = on_device(cross_lists.cross_lists)
     for (x, y), value in test_cross_lists.GOLDEN.items():
         assert test_cross_lists.call(op, [[x]], [[y]], 1)[0].tolist() == [value]
+
+
+def clamped(values, offsets):
+    """The lists that are left inside the values."""
+    begins, ends = ([min(max(o, 0), len(values)) for o in part] for part in (offsets[:-1], offsets[1:]))
+    return [values[begin : max(end, begin)] for begin, end in zip(begins, ends, strict=True)]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+def test_lists_that_leave_the_values_end_with_them(bad):
+    """A fixture sees every address; the values stand amid others."""
+    numbers, text = amid(torch.arange(11.0, 19.0)), bytes(range(65, 73))
+    offsets, good = amid(torch.tensor(bad).int()), torch.tensor([0, 2, 8]).int()
+    left, whole = clamped(numbers.tolist(), bad), clamped(numbers.tolist(), good.tolist())
+    assert on_device(gpu_order.list_sums)(numbers, offsets).tolist() == [sum(items) for items in left]
+
+    selected = on_device(select_lists.select_lists)([numbers, numbers], [offsets, good], 3, -1.0)
+    rows = [[(items + [-1.0] * 3)[:3] for items in pair] for pair in zip(left, whole, strict=True)]
+    assert selected.tolist() == [a + b for a, b in rows]
+
+    for name, (oracle, *_) in test_string_hash.HASHES.items():
+        hashes = on_device(getattr(string_hash, f"{name}_hashes"))
+        got = hashes([amid(torch.tensor([*text]).byte())] * 2, [offsets, good])
+        assert [t.tolist() for t in got] == [[oracle(s) for s in clamped(text, o)] for o in (bad, good.tolist())]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize("capacity", [0, 5, 20])
+def test_taken_items_outside_the_values_are_0(bad, capacity):
+    """Where lists begin and how long they are is wrong; the column next to them is as it was."""
+    items, first, length = list(range(11, 19)), bad[:-1], bad[1:]
+    expected, ends = [], [0]
+    for begin, n in zip(first, length, strict=True):
+        expected += [items[p] if 0 <= p < 8 else 0 for p in range(begin, begin + min(max(n, 0), capacity))]
+        ends.append(min(ends[-1] + max(n, 0), capacity))
+    values, first, length = amid(torch.tensor(items)), amid(torch.tensor(first).int()), amid(torch.tensor(length).int())
+    twos = torch.tensor([2, 2]).int()
+    out = on_device(take_lists.take_lists)([values] * 2, [first, twos], [length, twos], [capacity, 4])
+    assert [t.tolist() for t in out] == [(expected + [0] * capacity)[:capacity], ends, [13, 14, 13, 14], [0, 2, 4]]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+def test_crossed_lists_that_leave_the_ids_give_pairs_of_ids(bad):
+    wrong, good = amid(torch.tensor(bad).int()), torch.tensor([0, 2, 8]).int()
+    ids, weights = amid(torch.arange(1, 9) % 6), amid(torch.arange(1.0, 9.0))
+    pairs = {cross_pair(i, j) for i in range(6) for j in range(6)}
+    for offsets in ((wrong, good), (good, wrong)):
+        values, products, ends, overflow = on_device(cross_lists.cross_lists)(
+            ids, offsets[0], weights, ids, offsets[1], weights, 20
+        )
+        num = int(ends[-1])
+        assert (ends.diff() >= 0).all()
+        assert (int(ends[0]), num <= 20, overflow >= 0) == (0, True, True)
+        assert set(values[:num].tolist()) <= pairs
+        assert ((products[:num] >= 1) & (products[:num] <= 64)).all()
+        assert not values[num:].any()
+        assert not products[num:].any()
+
+
+@pytest.mark.parametrize("name", test_string_hash.HASHES)
+def test_no_string_is_read_in_front_of_its_tensor(name):
+    """Lengths that are hashed in different ways begin tensors at different places in a word; a long string follows."""
+    op, oracle = on_device(getattr(string_hash, f"{name}_hashes")), test_string_hash.HASHES[name][0]
+    lengths, shifts = (1, 9, 17, 18, 23, 31, 50), (3, 0, 0, 3, 5, 0, 7)
+    items = [[test_string_hash.EVERY_LENGTH[n] for n in (n, 70, 0)] for n in lengths]
+    columns = [strings(column) for column in items]
+    values = [amid(torch.cat([c.values[:1].repeat(k), c.values]))[k:] for c, k in zip(columns, shifts, strict=True)]
+    got = op(values, [c.offsets for c in columns])
+    assert [t.tolist() for t in got] == [[oracle(s) for s in column] for column in items]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU does not say which address it reads")
+@pytest.mark.parametrize(("num_lists", "num_values", "inside"), [(2, 8, True), (2, 9, False), (3, 8, False)], ids=str)
+def test_an_address_outside_the_tensors_is_seen(num_lists, num_values, inside):
+    """Of a kernel that is told of more values, or of more sums to write, than there are."""
+    from triton.runtime.errors import InterpreterError
+
+    sums, values = amid(torch.zeros(2)), amid(torch.arange(8.0))
+    offsets = amid(torch.tensor([0, 2, 9, 9]).int())
+    with contextlib.nullcontext() if inside else pytest.raises(InterpreterError, match="4 bytes outside every tensor"):
+        gpu_order.sum_lists[(1,)](sums, values, offsets, num_lists, num_values, BLOCK=128, num_warps=1)

@@ -21,7 +21,7 @@ from tests.kernels import (
     test_padding,
     test_sum_adamw_rows,
 )
-from tests.kernels.gpu.cases import INTERPRETED, LISTS, MARKS, on_device, programs_backwards
+from tests.kernels.gpu.cases import INTERPRETED, LISTS, MARKS, addresses_inside, on_device, programs_backwards
 from tests.reference import (
     EXTREMES,
     MAX_INT64,
@@ -50,6 +50,12 @@ from recfx.kernels.gpu import (  # noqa: E402  behind importorskip
 )
 from recfx.kernels.gpu import pool as gpu_pool  # noqa: E402
 from recfx.kernels.gpu import rehash as gpu_rehash  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _addresses_inside():
+    with addresses_inside():
+        yield
 
 
 @pytest.fixture(autouse=True)
