@@ -281,14 +281,15 @@ class _Captured:
         key = batch.layout, torch.get_num_threads()
         if key not in self.graphs:
             begun = time.perf_counter()
-            self.graphs[key] = self._compiled(state, batch), self.step.ids_in(batch)
+            self.graphs[key] = self._compiled(state, batch)
             self.compile_s += time.perf_counter() - begun
         return self.graphs[key]
 
-    def _compiled(self, state: Any, batch: Batch) -> Callable:
+    def _compiled(self, state: Any, batch: Batch) -> tuple[Callable, tuple[int, ...]]:
         batch = Batch(batch.buffer.to(state.step.device), batch.layout)
         with torch.no_grad(), _f32_products(self.step.precision):
             with kept_generators(state.step.device) as drawn:
+                ids = self.step.ids_in(batch)  # first: Dynamo cannot enter the lock of a layout's cached properties
                 if self.backend == "eager":
                     function: Callable = trace(self.in_graph_, state, batch)
                 else:
@@ -300,7 +301,7 @@ class _Captured:
                     raise frozen(drawn[0])
         if isinstance(function, torch.fx.GraphModule):
             check_graph(function.graph)
-        return function
+        return function, ids
 
     @functools.cached_property
     def _replay(self) -> Replays:

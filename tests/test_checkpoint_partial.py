@@ -245,7 +245,7 @@ def test_diff_of_other_models(step, tmp_path):
 
 def test_diff_of_what_is_no_checkpoint(tmp_path, capsys):
     assert cli.main(["diff", str(tmp_path), str(tmp_path)]) == 2
-    assert "manifest.json: FileNotFoundError" in capsys.readouterr().err
+    assert "manifest.json: got FileNotFoundError" in capsys.readouterr().err
 
 
 # In the background.

@@ -96,8 +96,9 @@ def test_evaluation_has_the_same_choice(step):
     batch, state = deepfm_batches(1)[0], fresh(step)
     with pytest.raises(ValueError, match="feature 'a'"):
         capture_evaluation(step, state, batch, new_layout="raise")(state, wider(0))
+    evaluate = capture_evaluation(step, state, batch, new_layout="uncaptured")
     counters.clear()
-    state, aux = capture_evaluation(step, state, batch, new_layout="uncaptured")(state, wider(0))
+    state, aux = evaluate(state, wider(0))
     expected, expected_aux = step.evaluate_(fresh(step), wider(0))
     assert torch.equal(aux.logit, expected_aux.logit)
     assert torch.equal(state.metrics.sums, expected.metrics.sums)

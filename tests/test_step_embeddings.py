@@ -70,7 +70,7 @@ def test_equal_rates_cost_nothing_in_the_graph():
     assert deepfm_step().plan == deepfm_step(embeddings=deepfm_groups(lr_scale=1.0)).plan
     batch = deepfm_batches(1)[0]
     steps = deepfm_step(), deepfm_step(embeddings=deepfm_groups(lr_scale=0.5))
-    plain, scaled = ([n.target for n in trace(s.update_, fresh(s), batch).graph.nodes] for s in steps)
+    plain, scaled = ([n.target for n in trace(s.in_graph_, fresh(s), batch).graph.nodes] for s in steps)
     assert sum("adamw_rows_by_column" in str(t) for t in scaled) == 1
     assert sum("adamw_rows_by_column" in str(t) for t in plain) == 0
 

@@ -32,7 +32,7 @@ RUN_SH = ROOT / "examples" / "deepfm" / "run.sh"
 ROWS = {"rows_per_file": 1100, "train_files": 3, "eval_files": 1, "seed": 42}
 SUMMARY = {  # the issue's, and what the table and the loop add
     "auc", "best_auc", "log_loss", "calibration", "samples_per_s", "first_step_s", "train_s", "rows", "peak_rss_bytes",
-    "steps", "numeric_lr_auc", "refused_ids", "stopped",
+    "steps", "numeric_lr_auc", "refused_ids", "nonfinite_batches", "stopped",
 }  # fmt: skip
 SEED_DEFAULTS = {
     "data_paths": None, "eval_paths": None, "batch_size": 1000, "thread_num": 1, "prefetch": 1, "drop_remainder": True,
@@ -126,7 +126,7 @@ def test_generated_data_is_reused(tmp_path, eager, monkeypatch):
     first = call(None, *more)
     files = {f: f.stat().st_mtime_ns for f in Path("made").rglob("*")}
     monkeypatch.setattr(criteo_synthetic, "_write_all", lambda *_: pytest.fail("generated again"))
-    second = call(None, *more)
+    second = call(None, *more, "--overwrite")
     assert {f: f.stat().st_mtime_ns for f in Path("made").rglob("*")} == files
     assert (first["auc"], first["best_auc"]) == (second["auc"], second["best_auc"])
     message = refused("--generated_rows=2000", "--generated_dir=made")
