@@ -130,18 +130,6 @@ static inline int64_t quotient(int32_t cell, int64_t divisor) {
   return divisor == 1 ? cell : (int64_t)((unsigned __int128)reciprocal * (uint64_t)cell >> 64);
 }
 
-// Whether one of the cells is padding.
-static inline bool has_padding(const int32_t* cell, int64_t n) {
-  constexpr int64_t BLOCK = 64;
-  int32_t any[BLOCK] = {}, in_any = 0;
-  int64_t k = 0;
-  for (; k + BLOCK <= n; k += BLOCK)
-    for (int64_t i = 0; i < BLOCK; ++i) any[i] |= cell[k + i];
-  for (; k < n; ++k) in_any |= cell[k];
-  for (const int32_t a : any) in_any |= a;
-  return in_any < 0;
-}
-
 // One past the last id: all that comes after is padding, and padding may stand between the ids too.
 static inline int64_t count_ids(const int32_t* cell, int64_t num_positions) {
   constexpr int64_t BLOCK = 64;
