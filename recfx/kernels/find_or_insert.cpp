@@ -24,7 +24,6 @@ struct alignas(64) Progress {
   int64_t num_padding = 0;
 };
 
-constexpr uint64_t NO_NUMBER = 0xffffffff;  // in the low half of `seen`
 
 enum { LOOKED_UP, CREATED, EVICTED, UNADMITTED };
 
@@ -82,7 +81,7 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
       }
       // Without a branch on "first time in this step", which no predictor guesses: the number is written in any case.
       const int64_t before = last_seen[row[j]];
-      const bool first = (uint64_t)before - now >= NO_NUMBER;  // of another step, or of this one and without a number
+      const bool first = (uint64_t)before - now >= (uint64_t)NO_NUMBER;  // of another step, or of this one and without a number
       if (first && next >= max_unique) {
         ++num_without;
         continue;

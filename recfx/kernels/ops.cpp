@@ -276,6 +276,7 @@ struct Matrices {
   Ints num, stride, width;
 
   void add(const Tensor& t, int64_t num_rows, int64_t row_stride, int64_t row_width) {
+    if (t.scalar_type() != torch::headeronly::ScalarType::Float) fail("all_finite: got a tensor that is not f32.");
     first.push_back(strided<const float>(t));
     num.push_back(num_rows);
     stride.push_back(row_stride);
@@ -290,16 +291,14 @@ struct Matrices {
   }
 };
 
-Tensor all_finite_op(const Tensors& tensors, const Tensors& grads, const Tensors& num_unique, const Tensor& due) {
-  Tensor result = torch::stable::empty_like(due);
-  bool* const out = flat<bool>(result);
-  *out = true;
-  if (!*flat<bool>(due)) return result;
+Tensor all_finite_op(const Tensors& tensors, const Tensors& grads, const Tensors& num_unique) {
+  Tensor result =
+      torch::stable::new_empty(tensors.empty() ? grads[0] : tensors[0], {}, torch::headeronly::ScalarType::Bool);
   Matrices m;
   for (const Tensor& t : tensors) m.add(t);
   for (size_t i = 0; i < grads.size(); ++i)
     m.add(grads[i], *flat<int64_t>(num_unique[i]), grads[i].stride(0), grads[i].size(1));
-  all_finite(m.first.data(), m.num.data(), m.stride.data(), m.width.data(), m.num.size(), out);
+  all_finite(m.first.data(), m.num.data(), m.stride.data(), m.width.data(), m.num.size(), flat<bool>(result));
   return result;
 }
 

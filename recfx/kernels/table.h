@@ -14,6 +14,7 @@ constexpr int64_t EMPTY = -1;
 constexpr int32_t UNKNOWN = -1;  // row of an id that is not in the table, and of padding
 constexpr int32_t REFUSED = -2;  // row of an id that was to get one and did not
 constexpr int32_t FREED = -1;    // vocabulary of a row that is not in use
+constexpr int64_t NO_NUMBER = 0xffffffffLL;  // low half of `seen` of a row that the step touches and does not update
 constexpr int64_t OWNED = 16;    // unique rows in a run that belongs to one thread; runs go round the threads
 constexpr uint64_t RUN = 64;     // slots looked at before probing goes on elsewhere
 
