@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import dtype_abbrs
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
-from recfx.checks import check_type
+from recfx.checks import check_choice, check_type
 from recfx.compiled import compiled
 from recfx.cuda_graph import Replays, check_sweep, record
 from recfx.generators import check_graph, frozen, kept_generators
@@ -215,12 +215,8 @@ class _Captured:
         to_sweep: Callable[[Any], int] = lambda state: sys.maxsize,
         most: int = 1,
     ) -> None:
-        for name, word, words in (
-            ("new_layout", new_layout, get_args(NewLayout)),
-            ("backend", backend, get_args(Backend)),
-        ):
-            if word not in words:
-                raise ValueError(f"{name}: got {word!r}, expected one of {words}.")
+        check_choice("new_layout", new_layout, get_args(NewLayout))
+        check_choice("backend", backend, get_args(Backend))
         _check_packed(first)
         _keep_freed_memory()
         self.step, self.in_graph_, self.eager_, self.grow_ = step, in_graph_, eager_, grow_

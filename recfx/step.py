@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from recfx.checks import check_int
+from recfx.checks import check_choice, check_int
 from recfx.context import Context, Stats, with_context
 from recfx.describe import or_plain, state_text, step_text
 from recfx.embeddings import Embedding, Plan, Tile, plan_tables
@@ -32,6 +32,7 @@ from recfx.step_checks import (
     check_loss,
     check_state,
     params_of,
+    stats_of,
     with_names,
 )
 from recfx.table import Found, Table, TableState, copy_of, ids_of, is_full, is_sweep_due, table
@@ -81,7 +82,7 @@ class Aux(NamedTuple):
 class Step(NamedTuple):
     """The functions of one training program. Those ending in `_` write into the state they are given.
 
-    init:       (params, stats={}) -> TrainState; stats: what `forward` keeps without training it, by name.
+    init:       (params, stats={}) -> TrainState; stats: what `forward` keeps without training it, by name; copied.
     update:     (state, batch) -> (state, aux); pure, plain torch: the specification, for tests and small tables.
     update_:    the same in place. It first makes room for the batch's ids in the tables, as a captured step does.
     in_graph_:  `update_` without making room, which reads the state on the host: what a capture traces.
@@ -200,12 +201,8 @@ def train_step(
         sample_weight=sample_weight,
     )  # fmt: skip
     check_int("accumulation", accumulation, 1)
-    for name, word, words in (
-        ("precision", precision, get_args(Precision)),
-        ("on_nonfinite", on_nonfinite, get_args(OnNonFinite)),
-    ):
-        if word not in words:
-            raise ValueError(f"{name}: got {word!r}, expected one of {words}.")
+    check_choice("precision", precision, get_args(Precision))
+    check_choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite))
     plan = plan_tables(embeddings)
     check = functools.partial(
         check_state, kind=TrainState, plan=plan, optimizer=sparse_optimizer, accumulation=accumulation
@@ -249,7 +246,7 @@ def train_step(
         return TrainState(
             step=counter(),
             params=params,
-            stats=dict(stats or {}),
+            stats=stats_of({} if stats is None else stats, device),
             dense=tree_map(lambda t: t.to(device), dense_optimizer.init(params)),
             tables=tuple(t.init() for t in tables),
             metrics=counts.init(device),
