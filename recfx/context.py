@@ -28,7 +28,8 @@ class Context:
     """The fourth argument of a `forward` that takes one.
 
     A function, or the `forward` of a Module, takes one when its fourth positional parameter has no default or is called
-    `context` or `ctx`, or when `*args` takes it. A fourth parameter with a default and another name keeps its default.
+    `context` or `ctx`. A fourth parameter with a default and another name keeps its default. `*args` is given three: what
+    such a wrapper calls is known with `functools.wraps` alone.
 
     Random numbers are a function of the step's seed, the number of the optimiser step, the number of the sample in
     that step and `name`. So they do not depend on how a step is cut into micro-batches, and a resumed run draws the
@@ -130,9 +131,7 @@ def _takes_context(forward: Callable[..., Any]) -> bool:
                 f"forward: got {signature}, expected '{p.name}' as the fourth positional parameter. The context is "
                 "given as the fourth argument. Write (params, emb, feats, context)."
             )
-    if len(positional) > 3:
-        return positional[3].default is positional[3].empty or positional[3].name in NAMES
-    return any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return len(positional) > 3 and (positional[3].default is positional[3].empty or positional[3].name in NAMES)
 
 
 def _check_stats(before: Stats, after: Stats) -> None:
