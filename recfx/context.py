@@ -28,8 +28,8 @@ class Context:
     """The fourth argument of a `forward` that takes one.
 
     A function, or the `forward` of a Module, takes one when its fourth positional parameter has no default or is called
-    `context` or `ctx`. A fourth parameter with a default and another name keeps its default. `*args` is given three: what
-    such a wrapper calls is known with `functools.wraps` alone.
+    `context` or `ctx`. A fourth parameter with a default and another name keeps its default. A wrapper that takes `*args`
+    is given three arguments; with `functools.wraps`, what it wraps decides.
 
     Random numbers are a function of the step's seed, the number of the optimiser step, the number of the sample in
     that step and `name`. So they do not depend on how a step is cut into micro-batches, and a resumed run draws the
