@@ -167,7 +167,9 @@ def test_readers_of_files_have_an_identity(tmp_path):
 COLUMNS = [fixedlen("label", [0.0]), varlen("item", torch.int64)]
 WRITERS = {
     "arrow": lambda table, path: feather.write_feather(table, path, compression="uncompressed"),
-    "parquet": lambda table, path: parquet.write_table(table, path, compression="none", write_statistics=False),
+    "parquet": lambda table, path: parquet.write_table(
+        table, path, compression="none", use_dictionary=False, write_statistics=False
+    ),
     "csv": csv.write_csv,
 }
 
