@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import dtype_abbrs
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
-from recfx.checks import check_type
+from recfx.checks import check_choice, check_type
 from recfx.compiled import compiled
 from recfx.cuda_graph import Replays, check_sweep, record
 from recfx.generators import check_graph, frozen, kept_generators
@@ -215,12 +215,8 @@ class _Captured:
         to_sweep: Callable[[Any], int] = lambda state: sys.maxsize,
         most: int = 1,
     ) -> None:
-        for name, word, words in (
-            ("new_layout", new_layout, get_args(NewLayout)),
-            ("backend", backend, get_args(Backend)),
-        ):
-            if word not in words:
-                raise ValueError(f"{name}: got {word!r}, expected one of {words}.")
+        check_choice("new_layout", new_layout, get_args(NewLayout))
+        check_choice("backend", backend, get_args(Backend))
         _check_packed(first)
         _keep_freed_memory()
         self.step, self.in_graph_, self.eager_, self.grow_ = step, in_graph_, eager_, grow_
@@ -241,15 +237,18 @@ class _Captured:
             self._refuse(batch)
             return self._uncaptured(state, batch)
         function, ids = self._function_for(state, batch)
+        if not self.step.draws.is_known:
+            with self.step.draws.watched(state.step.device):
+                return self._run(state, batch, function, ids)
+        return self._run(state, batch, function, ids)
+
+    def _run(self, state: Any, batch: Batch, function: Callable, ids: tuple[int, ...]) -> tuple[Any, Any]:
         if self.is_recorded:
             state, (aux,) = self._replay.run(state, [batch], function, ids)
             return state, aux
         state = self.grow_(state, ids)
         with torch.no_grad():
-            if self.step.draws.is_known:
-                return state, function(state, batch.sections)
-            with self.step.draws.watched(state.step.device):
-                return state, function(state, batch.sections)
+            return state, function(state, batch.sections)
 
     def several(self, state: Any, batches: Sequence[Batch]) -> tuple[Any, list[Any]]:
         if not 1 <= len(batches) <= self.most:
@@ -260,7 +259,9 @@ class _Captured:
         is_recorded = _is_recorded(state)
         layout = batches[0].layout if self.new_layout == "capture" else self.first_layout
         if is_recorded and len(batches) == self.most and all(batch.layout == layout for batch in batches):
-            return self._replay.run(state, batches, *self._function_for(state, batches[0]))
+            function, ids = self._function_for(state, batches[0])
+            with self.step.draws.watched(state.step.device):
+                return self._replay.run(state, batches, function, ids)
         check_sweep(len(batches), self.to_sweep(state))
         auxes = []
         for batch in batches:
@@ -351,7 +352,7 @@ def _recorder(precision: str) -> Callable[..., Any]:
     pool, stream_on = torch.cuda.graph_pool_handle(), functools.cache(torch.cuda.Stream)
 
     def record_in_precision(function: Callable, state: Any, layout: Layout, num: int) -> Any:
-        with _f32_products(precision):
+        with _f32_products(precision), kept_generators(state.step.device):  # warming up draws too
             return record(function, state, layout, num, pool=pool, stream=stream_on(state.step.device))
 
     return record_in_precision

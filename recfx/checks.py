@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import numbers
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["check_function", "check_int", "check_number", "check_type", "names", "said"]
+__all__ = ["check_choice", "check_function", "check_int", "check_number", "check_type", "names", "said", "signature_of"]
 
 MOST_NAMES = 12  # in one error
 
@@ -41,6 +41,18 @@ def names(of: Mapping[Any, Any]) -> str:
     keys = list(of)
     more = f" and {len(keys) - MOST_NAMES} more" if len(keys) > MOST_NAMES else ""
     return f"{keys[:MOST_NAMES]}{more}"
+
+
+def check_choice(name: str, value: object, choices: Sequence[object], *, others: str = "") -> None:
+    """Raises ValueError when the value is not one of the choices.
+
+    Args:     others: what else it may be, such as " or Csv(...)", for the error.
+    Example:  >>> check_choice("side", "top", ("left", "right"))
+              Traceback (most recent call last):
+              ValueError: side: got 'top', expected one of ('left', 'right').
+    """
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {choices}{others}.")
 
 
 def check_int(name: str, value: object, least: int) -> None:
@@ -91,12 +103,19 @@ def check_function(name: str, value: Any, takes: str, gives: str, advice: str = 
     expected = f"expected a function ({takes}) -> {gives}. {advice}".rstrip()
     if not callable(value):
         raise TypeError(f"{name}: got {said(value)}, {expected}")
-    try:  # a Module's own call takes anything
-        signature = inspect.signature(getattr(value, "forward", value))
-    except (TypeError, ValueError):  # what is written in C may have none
+    signature = signature_of(value)
+    if signature is None:
         return
     if not any(_binds(signature, arguments) for arguments in {takes.partition("[")[0], takes}):
         raise TypeError(f"{name}: got {said(value)} that takes {signature}, {expected}")
+
+
+def signature_of(function: Any) -> inspect.Signature | None:
+    """What a function, or a Module, is called with; None where that is not known, as of some functions written in C."""
+    try:  # a Module's own call takes anything
+        return inspect.signature(getattr(function, "forward", function))
+    except (TypeError, ValueError):
+        return None
 
 
 def _binds(signature: inspect.Signature, arguments: str) -> bool:

@@ -27,7 +27,7 @@ def compiled(function: Function, state: Any, sections: list[Tensor]) -> Function
     """`function` compiled by torch.compile as one graph, for states and sections of these shapes. Runs nothing.
 
     Nothing checks the shapes of later calls: Dynamo's guards are dropped, and Dynamo is not called any more. The
-    function as it is where there is no C++ compiler: slow, but the same results.
+    function as it is without a C++ compiler: slow, but the same results.
     """
     try:
         get_cpp_compiler()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recfx.checks import check_type, signature_of
 from recfx.kernels.hashing import GOLDEN, mix, shift_right
 from recfx.types import Params
 
@@ -19,11 +20,15 @@ __all__ = ["Context", "Stats", "with_context"]
 
 Stats = dict[str, Tensor]
 BITS = 24  # of a random number: what an f32 holds exactly
+NAMES = ("context", "ctx")  # of a parameter that is given the context though it has a default
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Context:
     """The fourth argument of a `forward` that takes one.
+
+    A function, or the `forward` of a Module, takes one when its fourth positional parameter has no default or is called
+    `context` or `ctx`, or when `*args` takes it. A fourth parameter with a default and another name keeps its default.
 
     Random numbers are a function of the step's seed, the number of the optimiser step, the number of the sample in
     that step and `name`. So they do not depend on how a step is cut into micro-batches, and a resumed run draws the
@@ -64,10 +69,16 @@ class Context:
     def dropout(self, x: Tensor, p: float, name: str) -> Tensor:
         """x [B, ...] with each element zero with probability p and the others divided by 1 - p; x outside training.
 
-        Raises:   ValueError when p is not in [0, 1).
+        Raises:   ValueError when p is not in [0, 1), or the first axis of x is not the batch's.
         """
         if not 0 <= p < 1:
             raise ValueError(f"p: got {p}, expected 0 <= p < 1, the share of elements that become zero.")
+        batch_size = self.sample.shape[0]
+        if x.dim() == 0 or x.shape[0] != batch_size:
+            raise ValueError(
+                f"x: got {list(x.shape)}, expected [{batch_size}, ...], a row for each sample. Each sample draws its "
+                "own numbers. Expand or reshape x to that first axis."
+            )
         if not self.training or p == 0:
             return x
         return torch.where(self.uniform(name, *x.shape[1:]) >= p, x / (1 - p), 0.0)
@@ -86,11 +97,11 @@ Forward = Callable[[Params, Any, Any, Context], tuple[Tensor, Stats]]
 def with_context(forward: Callable[..., Any]) -> Forward:
     """`forward` as a function of (params, embeddings, features, context) that returns (logit, stats).
 
-    The context is passed on when `forward` has a fourth positional parameter without a default.
+    `Context` says when `forward` is given the context.
+
+    Raises:   TypeError when a parameter for the context is not the fourth, and so would never be given one.
     """
-    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = inspect.signature(forward).parameters.values()
-    takes_context = sum(p.kind in kinds and p.default is p.empty for p in parameters) > 3
+    takes_context = _takes_context(forward)
 
     def run(params: Params, emb: Any, feats: Any, context: Context) -> tuple[Tensor, Stats]:
         result = forward(params, emb, feats, context) if takes_context else forward(params, emb, feats)
@@ -106,14 +117,45 @@ def with_context(forward: Callable[..., Any]) -> Forward:
     return run
 
 
+def _takes_context(forward: Callable[..., Any]) -> bool:
+    signature = signature_of(forward)
+    if signature is None:
+        return False
+    parameters = list(signature.parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    filled = forward.keywords if isinstance(forward, functools.partial) else {}
+    for p in parameters:
+        if p.name in NAMES and p.kind is not p.VAR_POSITIONAL and p not in positional[:4] and p.name not in filled:
+            raise TypeError(
+                f"forward: got {signature}, expected '{p.name}' as the fourth positional parameter. The context is "
+                "given as the fourth argument. Write (params, emb, feats, context)."
+            )
+    if len(positional) > 3:
+        return positional[3].default is positional[3].empty or positional[3].name in NAMES
+    return any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
 def _check_stats(before: Stats, after: Stats) -> None:
     """Other names, shapes or dtypes could not be kept in the state."""
-
-    def described(stats: Stats) -> dict[str, str]:
-        return {name: f"{t.dtype} {list(t.shape)}" for name, t in stats.items()}
-
-    if described(before) != described(after):
+    if before.keys() != after.keys():
+        missing, more = [n for n in before if n not in after], [n for n in after if n not in before]
+        differ = " and ".join([f"without {missing}"] * bool(missing) + [f"with {more}"] * bool(more))
         raise ValueError(
-            f"forward: got stats {described(after)}, expected {described(before)}, those given to "
-            "`step.init(params, stats=...)`. Their shapes stay the same during training."
+            f"forward: got stats {differ}, expected {list(before)}, the names given to `step.init(params, stats=...)`. "
+            "Return these names."
         )
+    for name, old in before.items():
+        new = after[name]
+        check_type(f"forward: stats '{name}'", new, Tensor, "Return a tensor for each name.")
+        if new.dtype != old.dtype:
+            why = ' Under precision="bf16" products are bf16.' * (new.dtype == torch.bfloat16)
+            cast = ".float()" if old.dtype == torch.float32 else f".to({old.dtype})"
+            raise ValueError(
+                f"forward: got {new.dtype} for stats '{name}', expected {old.dtype}, as given to "
+                f"`step.init(params, stats=...)`. A statistic keeps its dtype.{why} Return its {cast}."
+            )
+        if new.shape != old.shape:
+            raise ValueError(
+                f"forward: got {list(new.shape)} for stats '{name}', expected {list(old.shape)}, as given to "
+                "`step.init(params, stats=...)`. A statistic keeps its shape. Reduce it, or give that shape to init."
+            )

@@ -53,7 +53,8 @@ def kept_generators(device: torch.device) -> Iterator[list[str]]:
     """The default generators of torch, Python and numpy come out as they were.
 
     Yields a list that, once the block has ended, names those of Python and numpy that were drawn from: by the block, or
-    by another thread meanwhile.
+    by another thread meanwhile. These are the generators of the functions of the modules `random` and `numpy.random`.
+    A `random.Random()` or `numpy.random.default_rng()` that the program made is not seen.
     """
     drawn: list[str] = []
     before: dict[str, Any] = {"random": random.getstate(), "numpy.random": np.random.get_state()}
@@ -68,7 +69,10 @@ def kept_generators(device: torch.device) -> Iterator[list[str]]:
 
 
 def check_graph(graph: Graph) -> None:
-    """Raises ValueError where an operator draws from a generator that the program made: it is in no checkpoint."""
+    """Raises ValueError where an operator draws from a `torch.Generator` that the program made.
+
+    A checkpoint does not hold its state. Generators of numpy and Python leave no operator in a graph.
+    """
     for node in graph.nodes:
         if node.kwargs.get("generator") is not None:
             raise frozen(f"a torch.Generator, by {node.target}")

@@ -80,7 +80,7 @@ def gauc(group: Tensor, score: Tensor, label: Tensor) -> float:
     """Mean of the AUCs of groups, of a user's samples each, weighted by their sizes; pairs of equal score as half.
 
     Of predictions collected on the host, in any order, from any number of batches and workers. Groups of one class are
-    left out. NaN where there is no other, and where a score is not finite.
+    left out. NaN without a group of two classes, and where a score is not finite.
 
     Shapes:   i64, f32 and label of N elements each; a click is a label above 0.5.
     Raises:   ValueError when one has more elements than another; TypeError on groups of floats.

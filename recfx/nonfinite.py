@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recfx.step import Step, TrainState
 from recfx.table import TableState, ids_of
-from recfx.types import Batch, Ragged
+from recfx.types import NUM_SAMPLES, Batch, Ragged
 
 __all__ = ["check_finite", "is_stopped"]
 
@@ -37,7 +37,7 @@ def check_finite(step: Step, state: TrainState, *, batch: Batch | None = None, w
     if not is_stopped(step, state):
         return
     number, micro_batch = int(state.nonfinite.first_step), int(state.nonfinite.first_batch)
-    feats = None if batch is None else step.read(batch)
+    feats = None if batch is None else step.read(Batch(batch.buffer.to(state.step.device), batch.layout))
     found = [
         *(_in_features(feats) if feats is not None else ()),
         *_in_rows(step, state, feats),
@@ -52,12 +52,21 @@ def check_finite(step: Step, state: TrainState, *, batch: Batch | None = None, w
 
 
 def _in_features(feats: Mapping[str, Any]) -> Iterator[str]:
+    num_samples = int(feats[NUM_SAMPLES])
     for name, value in feats.items():
-        parts = value.parts if isinstance(value, Ragged) else {"": value}
+        parts = _real_parts(value, num_samples)
         for part, t in parts.items():
             if isinstance(t, Tensor) and not _is_finite(t):
                 bad = (~t.isfinite()).nonzero()[0].tolist()
                 yield f"feature '{name}'{' ' * bool(part)}{part} has {t[tuple(bad)].item()} at {bad}"
+
+
+def _real_parts(value: Any, num_samples: int) -> dict[str, Any]:
+    """The tensors of a feature without padding, by the name of the part."""
+    if isinstance(value, Ragged):
+        end = int(value.offsets[-1])
+        return {name: t[:end] for name, t in value.parts.items() if name in ("values", "weights")}
+    return {"": value[:num_samples] if isinstance(value, Tensor) and value.dim() else value}
 
 
 def _in_rows(step: Step, state: TrainState, feats: Mapping[str, Any] | None) -> Iterator[str]:

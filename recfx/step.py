@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from recfx.checks import check_int
+from recfx.checks import check_choice, check_int
 from recfx.context import Context, Stats, with_context
 from recfx.describe import or_plain, state_text, step_text
 from recfx.embeddings import Embedding, Plan, Tile, plan_tables
+from recfx.finite import NonFinite, clean_padding, counts_after, gradients_finite, outputs_finite, untouch, untouch_
 from recfx.generators import Draws
-from recfx.kernels import untouch_rows
 from recfx.kernels.add_row_grads import add_row_grads_
-from recfx.kernels.all_finite import all_finite, are_finite
 from recfx.kernels.order_lists import list_sums
 from recfx.layers import in_bf16
 from recfx.losses import bce_with_logits
@@ -33,6 +32,7 @@ from recfx.step_checks import (
     check_loss,
     check_state,
     params_of,
+    stats_of,
     with_names,
 )
 from recfx.table import Found, Table, TableState, copy_of, ids_of, is_full, is_sweep_due, table
@@ -52,14 +52,6 @@ class Window(NamedTuple):
     grads: Params  # sums over the window's samples; empty when accumulation is 1
     num_samples: Tensor  # i64 []
     num_batches: Tensor  # i64 []
-
-
-class NonFinite(NamedTuple):
-    """Micro-batches whose loss, logit or gradient was NaN or infinite, since the state was made."""
-
-    first_step: Tensor  # i64 [], optimiser step of the first one, from 1; 0: there was none
-    first_batch: Tensor  # i64 [], its place among the micro-batches of that step, from 0
-    num_batches: Tensor  # i64 [], how many there were
 
 
 class TrainState(NamedTuple):
@@ -90,7 +82,7 @@ class Aux(NamedTuple):
 class Step(NamedTuple):
     """The functions of one training program. Those ending in `_` write into the state they are given.
 
-    init:       (params, stats={}) -> TrainState; stats: what `forward` keeps without training it, by name.
+    init:       (params, stats={}) -> TrainState; stats: what `forward` keeps without training it, by name; copied.
     update:     (state, batch) -> (state, aux); pure, plain torch: the specification, for tests and small tables.
     update_:    the same in place. It first makes room for the batch's ids in the tables, as a captured step does.
     in_graph_:  `update_` without making room, which reads the state on the host: what a capture traces.
@@ -209,12 +201,8 @@ def train_step(
         sample_weight=sample_weight,
     )  # fmt: skip
     check_int("accumulation", accumulation, 1)
-    for name, word, words in (
-        ("precision", precision, get_args(Precision)),
-        ("on_nonfinite", on_nonfinite, get_args(OnNonFinite)),
-    ):
-        if word not in words:
-            raise ValueError(f"{name}: got {word!r}, expected one of {words}.")
+    check_choice("precision", precision, get_args(Precision))
+    check_choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite))
     plan = plan_tables(embeddings)
     check = functools.partial(
         check_state, kind=TrainState, plan=plan, optimizer=sparse_optimizer, accumulation=accumulation
@@ -236,11 +224,11 @@ def train_step(
     counts = metrics or binary_metrics()
     in_place = _Spelling(
         lambda t: t.insert_, lambda t: t.add_grads_, lambda t: t.count_steps_, sparse_optimizer.apply_,
-        dense_optimizer.update_, counts.update_, _untouch_, Tensor.copy_,
+        dense_optimizer.update_, counts.update_, untouch_, Tensor.copy_,
     )  # fmt: skip
     pure = _Spelling(
         lambda t: t.insert, lambda t: t.add_grads, lambda t: t.count_steps, sparse_optimizer.apply,
-        dense_optimizer.update, counts.update, _untouch, lambda _, new: new,
+        dense_optimizer.update, counts.update, untouch, lambda _, new: new,
     )  # fmt: skip
 
     skips = on_nonfinite == "skip"
@@ -258,7 +246,7 @@ def train_step(
         return TrainState(
             step=counter(),
             params=params,
-            stats=dict(stats or {}),
+            stats=stats_of({} if stats is None else stats, device),
             dense=tree_map(lambda t: t.to(device), dense_optimizer.init(params)),
             tables=tuple(t.init() for t in tables),
             metrics=counts.init(device),
@@ -288,7 +276,7 @@ def train_step(
     ) -> tuple[Tensor, Any]:
         logit, stats = forward(params, _groups(plan, blocks, found), feats, context)
         check_logit(logit, feats, label, sample_weight)
-        # A logit of padding may be NaN, and no multiple of its slope is 0.
+        # A logit of padding may be NaN: no multiple of its slope is 0.
         loss_B = loss(torch.where(context.valid, logit, 0.0), feats[label].float())
         check_loss(loss_B, logit)
         loss_B = loss_B if sample_weight is None else loss_B * feats[sample_weight]
@@ -305,6 +293,7 @@ def train_step(
 
         def update(state: TrainState, feats: dict) -> tuple[TrainState, Aux]:
             valid = _valid(feats, label)
+            feats = clean_padding(feats, valid)
             context = context_of(state, valid, training=True)
             touched = [s.num_unique.clone() for s in state.tables] if skips else []
             inserted = [do.insert(t)(s, feats) for t, s in zip(tables, state.tables, strict=True)]
@@ -312,9 +301,12 @@ def train_step(
             blocks = [t.pool(s, f) for t, (s, f) in zip(tables, inserted, strict=True)]
             (grads, block_grads), (logit, loss_B, stats) = gradients(state.params, blocks, found, feats, context)
 
-            num_samples, in_metrics, is_good = feats[NUM_SAMPLES], valid, None
+            num_samples, in_metrics = feats[NUM_SAMPLES], valid
+            is_good: Tensor | None = None
+            if skips or (on_nonfinite == "stop" and accumulation > 1):
+                is_good = outputs_finite(logit, loss_B, valid) & gradients_finite(grads, block_grads)
             if skips:
-                is_good = _outputs_finite(logit, loss_B, valid) & _gradients_finite(grads, block_grads)
+                assert is_good is not None
                 grads = {name: torch.where(is_good, g, 0.0) for name, g in grads.items()}
                 stats = {name: torch.where(is_good, new, state.stats[name]) for name, new in stats.items()}
                 inserted = [do.untouch(s, f, n, is_good) for (s, f), n in zip(inserted, touched, strict=True)]
@@ -328,20 +320,20 @@ def train_step(
             window = state.window
             total, num_batches = window.num_samples + num_samples, window.num_batches + 1
             due = num_batches >= accumulation
-            moves = due if is_good is None else due & (is_good | (total > 0))
+            moves = due if is_good is None or not skips else due & (is_good | (total > 0))
             scale = 1.0 / total.clamp(min=1).float()
             if accumulation > 1:
                 grads = {name: window.grads[name] + g for name, g in grads.items()}
-            if on_nonfinite == "stop":
-                sums = None if any(map(fused, tables, states)) else (states, due)
-                is_good = _outputs_finite(logit, loss_B, valid) & _gradients_finite(grads, block_grads, sums)
+            if on_nonfinite == "stop" and is_good is None:
+                sums = None if any(map(fused, tables, states)) else states
+                is_good = outputs_finite(logit, loss_B, valid) & gradients_finite(grads, block_grads, sums)
             scale = scale if clip is None else clip(grads, states, scale)
             always_moves = accumulation == 1 and not skips
             dense, params = do.dense(state.dense, state.params, grads, scale, None if always_moves else moves)
             left = {name: do.store(g, torch.where(due, 0.0, grads[name])) for name, g in window.grads.items()}
             nonfinite = state.nonfinite
             if is_good is not None:
-                new = _counted(nonfinite, ~is_good, state.step + 1, window.num_batches)
+                new = counts_after(nonfinite, ~is_good, state.step + 1, window.num_batches)
                 nonfinite = NonFinite(*map(do.store, nonfinite, new))
             window = Window(
                 left, do.store(window.num_samples, total * ~due), do.store(window.num_batches, num_batches * ~due)
@@ -467,54 +459,6 @@ def train_step(
 def _valid(feats: dict, label: str) -> Tensor:
     """bool [B, 1]: the samples that are not padding."""
     return torch.arange(feats[label].shape[0], device=feats[label].device)[:, None] < feats[NUM_SAMPLES]
-
-
-def _outputs_finite(logit: Tensor, loss_B: Tensor, valid: Tensor) -> Tensor:
-    """bool []: no real sample has a logit or a loss that is NaN or infinite."""
-    return are_finite([torch.where(valid, torch.maximum(logit.abs(), loss_B.abs()), 0.0)])
-
-
-def _gradients_finite(
-    grads: Params, block_grads: list[list[Tensor]], sums: tuple[list[TableState], Tensor] | None = None
-) -> Tensor:
-    """bool []: no gradient is NaN or infinite.
-
-    Args:     sums: tables that hold the sums of all block gradients of the optimiser step, and whether it is due. On a
-              CPU those are read instead: they are fewer, and in the cache.
-    """
-    blocks = [g for of_table in block_grads for g in of_table]
-    numbers = [*grads.values(), *blocks]
-    if numbers[0].device.type != "cpu":
-        return are_finite(numbers)
-    if sums is None:
-        return all_finite(numbers, [], [], torch.ones((), dtype=torch.bool))
-    states, due = sums
-    return all_finite([*grads.values()], [s.grads for s in states], [s.num_unique for s in states], due)
-
-
-def _counted(before: NonFinite, is_bad: Tensor, step: Tensor, batch: Tensor) -> NonFinite:
-    is_first = is_bad & (before.first_step == 0)
-    return NonFinite(
-        torch.where(is_first, step, before.first_step),
-        torch.where(is_first, batch, before.first_batch),
-        before.num_batches + is_bad,
-    )
-
-
-def _untouch_(s: TableState, found: Found, num_before: Tensor, counts: Tensor) -> tuple[TableState, Found]:
-    """Unless the batch counts, no row that it touched is among the step's, and no gradient of it reaches one."""
-    untouch_rows.untouch_rows_(s.seen, found.row, found.inverse, num_before, s.step, counts)
-    s.num_unique.copy_(torch.where(counts, s.num_unique, num_before))
-    return s, found._replace(inverse=torch.where(counts, found.inverse, -1))
-
-
-def _untouch(s: TableState, found: Found, num_before: Tensor, counts: Tensor) -> tuple[TableState, Found]:
-    """`_untouch_`, pure."""
-    seen = s.seen.clone()
-    untouch_rows.definition(seen, found.row, found.inverse, num_before, s.step, counts)
-    num_unique = torch.where(counts, s.num_unique, num_before)
-    inverse = torch.where(counts, found.inverse, -1)
-    return s._replace(seen=seen, num_unique=num_unique), found._replace(inverse=inverse)
 
 
 def _aux(logit: Tensor, loss_B: Tensor, feats: dict) -> Aux:

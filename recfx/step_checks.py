@@ -27,6 +27,7 @@ __all__ = [
     "check_loss",
     "check_state",
     "params_of",
+    "stats_of",
     "with_names",
 ]
 
@@ -90,6 +91,25 @@ def params_of(params: Any, devices: Iterable[torch.device | str]) -> Params:
     _check_devices(params, devices)
     _check_memory(params)
     return {name: p.detach() if p.requires_grad else p for name, p in params.items()}
+
+
+def stats_of(stats: Any, device: torch.device) -> dict[str, Tensor]:
+    """A copy of the statistics that `forward` keeps: a step writes into it.
+
+    Args:     device: of the parameters.
+    Raises:   TypeError when they are not tensors by name, ValueError when one is on another device.
+    """
+    check_type("stats", stats, Mapping, "They are tensors by name.")
+    for name, t in stats.items():
+        check_type("stats", name, str, "They are tensors by name.")
+        advice = f"Flatten it: '{name}.mean' is a name." if isinstance(t, Mapping) else "Use torch.tensor(...)."
+        check_type(f"stats '{name}'", t, Tensor, advice)
+        if t.device.type != device.type or device.index not in (None, t.device.index):
+            raise ValueError(
+                f"stats '{name}': got a tensor on {t.device}, expected {device}, as the parameters or, without any, "
+                "the embeddings. Move it."
+            )
+    return {name: t.detach().clone() for name, t in stats.items()}
 
 
 def _check_devices(params: Params, devices: Iterable[torch.device | str]) -> None:

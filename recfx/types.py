@@ -217,9 +217,9 @@ def pack(columns: Mapping[str, Tensor | Ragged], *, layout: Layout | None = None
               that requests of any size run through one captured graph. None: as large as the columns are.
               pin_memory: as of torch.empty: a copy to a GPU then needs no other on the host.
     Cost:     of the checks, on a CPU: one pass over all offsets in C++, under 2 % of the copy; on a GPU: a host read.
-    Raises:   TypeError for what is no Tensor or Ragged of them, or of another dtype than a batch holds. ValueError when
-              two columns disagree on B or the device, do not fit into the layout, or have another shape; when offsets
-              do not begin with 0, fall, or end beyond what they count; when weights are not as many as values;
+    Raises:   TypeError for what is not a Tensor or Ragged of them, or of another dtype than a batch holds. ValueError
+              when two columns disagree on B or the device, do not fit into the layout, or have another shape; when
+              offsets do not begin with 0, fall, or end beyond what they count; when weights are not as many as values;
               when NUM_SAMPLES is not from 0 to B. Both name the column and, where there is one, the place.
     Example:  >>> large = pack({"item": Ragged(torch.zeros(8).long(), torch.zeros(5).int())})  # 4 samples, 8 items
               >>> request = {"item": Ragged(torch.tensor([5, 6]), torch.tensor([0, 2]).int())}

@@ -1,6 +1,8 @@
 """The fourth argument of forward: random numbers that a resumed run draws again, the real samples, statistics."""
 
+import functools
 import random
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from recfx import checkpoint, optim
 from recfx.capture import capture, capture_evaluation, capture_prediction
-from recfx.context import Context
+from recfx.context import Context, with_context
 from recfx.embeddings import Embedding
 from recfx.step import train_step
 from recfx.train import TrainConfig, evaluate, train
@@ -57,9 +59,101 @@ def test_dropout():
     kept = context(sample=tuple(range(4000))).dropout(x, 0.25, "hidden")
     assert set(kept.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.75))}
     assert abs(float(kept.mean()) - 1) < 0.02
-    assert context(training=False).dropout(x, 0.25, "hidden") is x
+    assert context(sample=tuple(range(4000)), training=False).dropout(x, 0.25, "hidden") is x
     with pytest.raises(ValueError, match=r"p: got 1, expected 0 <= p < 1"):
         context().dropout(x, 1, "hidden")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(1, WIDTH), (6, WIDTH), ()])
+def test_dropout_of_another_first_axis_is_an_error(shape, training):
+    """One row would be broadcast to a matrix in training, and stay a row in evaluation."""
+    with pytest.raises(ValueError, match=rf"x: got {re.escape(str(list(shape)))}, expected \[3, ...\], a row for each"):
+        context(training=training).dropout(torch.ones(shape), 0.5, "hidden")
+
+
+# Which functions are given it.
+
+
+class Model(torch.nn.Module):
+    def forward(self, params, emb, feats, context):
+        return context
+
+
+class WithDefault(torch.nn.Module):
+    def forward(self, params, emb, feats, context=None):
+        return context
+
+
+class Call:
+    def __call__(self, params, emb, feats, ctx=None):
+        return ctx
+
+
+def wrapped(function):
+    @functools.wraps(function)
+    def run(*args):
+        return function(*args)
+
+    return run
+
+
+GIVEN = {
+    "plain": lambda params, emb, feats, anything: anything,
+    "default": lambda params, emb, feats, context=None: context,
+    "short name": lambda params, emb, feats, ctx=None: ctx,
+    "all": lambda *args: args[3],
+    "others": lambda params, emb, *others: others[1],
+    "module": Model(),
+    "module with a default": WithDefault(),
+    "object": Call(),
+    "method": Model().forward,
+    "partial": functools.partial(lambda scale, params, emb, feats, context=None: context, 2.0),
+    "wrapped": wrapped(lambda params, emb, feats, context: context),
+}
+NOT_GIVEN = {
+    "three": lambda params, emb, feats: None,
+    "another default": lambda params, emb, feats, temperature=None: temperature,
+    "default before others": lambda params, emb, feats, temperature=None, *others: temperature,
+    "names only": lambda params, emb, feats, **others: others.get("context"),
+    "wrapped": wrapped(lambda params, emb, feats: None),
+    "partial": functools.partial(lambda params, emb, feats, ctx: ctx, ctx=None),
+    "written in C": zip,  # has no signature
+}
+
+
+@pytest.mark.parametrize("which", GIVEN)
+def test_a_context_is_given_to(which):
+    make(GIVEN[which])
+    here = context()
+    assert with_context(GIVEN[which])({}, {}, {}, here)[0] is here
+
+
+@pytest.mark.parametrize("which", NOT_GIVEN)
+def test_a_context_is_not_given_to(which):
+    make(NOT_GIVEN[which])
+    result, _ = with_context(NOT_GIVEN[which])({}, {}, {}, context())
+    assert result is None or list(result) == []
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [lambda params, emb, feats, *, context=None: None, lambda params, emb, feats, temperature=1.0, ctx=None: None],
+)
+def test_a_parameter_that_would_never_be_given_the_context_is_an_error(forward):
+    with pytest.raises(
+        TypeError, match=r"forward: got \(params, .*, expected '(context|ctx)' as the fourth positional"
+    ):
+        make(forward)
+
+
+def test_a_module_trains_with_dropout():
+    class Dropping(torch.nn.Module):
+        def forward(self, params, emb, feats, context):
+            return with_dropout(params, emb, feats, context)
+
+    a, b = make(Dropping()), make()
+    same(a.update_(init(a), batch(0, 4))[0], b.update_(init(b), batch(0, 4))[0], **EXACT)
 
 
 # In a step.
@@ -209,12 +303,27 @@ def test_padding_is_not_in_the_statistics():
 @pytest.mark.parametrize(
     ("returned", "error", "message"),
     [
-        (lambda logit: (logit, {}), ValueError, r"forward: got stats \{\}, expected \{'mean': 'torch.float32 \[\]'\}"),
+        (
+            lambda logit: (logit, {}),
+            ValueError,
+            r"forward: got stats without \['mean'\], expected \['mean'\], the",
+        ),
+        (
+            lambda logit: (logit, {"Mean": logit}),
+            ValueError,
+            r"got stats without \['mean'\] and with \['Mean'\], expected \['mean'\]",
+        ),
         (
             lambda logit: (logit, {"mean": logit}),
             ValueError,
-            r"got stats \{'mean': 'torch.float32 \[4, 1\]'\}, expected",
+            r"forward: got \[4, 1\] for stats 'mean', expected \[\], .* keeps its shape",
         ),
+        (
+            lambda logit: (logit, {"mean": logit.mean().double()}),
+            ValueError,
+            r"forward: got torch.float64 for stats 'mean', expected torch.float32, .* keeps its dtype. Return",
+        ),
+        (lambda logit: (logit, {"mean": 0.5}), TypeError, r"forward: stats 'mean': got 0.5, expected torch.Tensor"),
         (lambda logit: (logit, {"mean": logit}, 1), TypeError, r"forward: got a tuple \(Tensor, dict, int\), expected"),
     ],
 )
@@ -222,6 +331,56 @@ def test_statistics_that_cannot_be_kept_are_an_error(returned, error, message):
     step = make(lambda params, emb, feats: returned(emb["e"].sum((1, 2))[:, None] + params["w"].sum()))
     with pytest.raises(error, match=message):
         step.update_(init(step, stats={"mean": torch.zeros(())}), batch(0, 4))
+
+
+def test_a_mean_of_bf16_products_says_what_to_do():
+    def with_products(mean):
+        def forward(params, emb, feats, context):
+            raw = emb["e"].flatten(1) @ params["w"].reshape(2, -1)
+            return raw.sum(1, keepdim=True), {"mean": mean(raw)}
+
+        return make(forward, precision="bf16")
+
+    step = with_products(lambda raw: raw.mean(0))
+    with pytest.raises(ValueError, match=r"got torch.bfloat16 for stats 'mean', .*Under precision=.*\.float\(\)"):
+        step.update_(init(step, stats={"mean": torch.zeros(4)}), batch(0, 4))
+    step = with_products(lambda raw: raw.float().mean(0))
+    state, _ = step.update_(init(step, stats={"mean": torch.zeros(4)}), batch(0, 4))
+    assert state.stats["mean"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("stats", "message"),
+    [
+        ({"m": 0.0}, r"stats 'm': got 0.0, expected torch.Tensor. Use torch.tensor"),
+        ({"fc": {"mean": torch.zeros(2)}}, r"stats 'fc': got a dict of \['mean'\], expected .*Flatten it: 'fc.mean'"),
+        ([torch.zeros(2)], r"stats: got a list of torch.Tensor, expected a dict. They are tensors by name"),
+        ([], r"stats: got a list of nothing, expected a dict"),
+        ({1: torch.zeros(2)}, r"stats: got 1, expected str"),
+    ],
+)
+def test_statistics_that_are_not_tensors_by_name_are_an_error(stats, message):
+    with pytest.raises(TypeError, match=message):
+        init(make(), stats=stats)
+
+
+def test_statistics_on_another_device_are_an_error():
+    with pytest.raises(ValueError, match=r"stats 'm': got a tensor on meta, expected cpu, as the parameters.* Move it"):
+        init(make(), stats={"m": torch.zeros(2, device="meta")})
+
+
+def test_a_state_has_a_copy_of_the_statistics():
+    step = make(with_mean)
+    given = {"mean": torch.zeros((), requires_grad=True)}
+    one, other = init(step, stats=given), init(step, stats=given)
+    one, _ = step.update_(one, batch(0, 4))
+    assert float(one.stats["mean"]) > 0
+    assert float(other.stats["mean"]) == given["mean"].item() == 0
+    expanded = torch.zeros(1).expand(3)
+    pair = init(make(), stats={"a": expanded, "b": expanded}).stats
+    pair["a"][0] = 1
+    assert (pair["a"].tolist(), pair["b"].tolist()) == ([1, 0, 0], [0, 0, 0])
+    assert not one.stats["mean"].requires_grad
 
 
 def test_a_model_without_dense_parameters_trains(tmp_path):

@@ -29,7 +29,7 @@ LAYERS = (
     ("policies",),
     ("embeddings", "table", "optim"),
     ("models",),
-    ("context", "generators"),
+    ("context", "finite", "generators"),
     ("step_checks", "step", "run_checks", "dist"),
     ("fx_passes", "rehearsal", "compiled", "cuda_graph", "capture", "checkpoint", "rows"),
     ("nonfinite",),

@@ -230,7 +230,8 @@ class Filling:
             if len(kept) < len(values):
                 values = values.take(kept - first, axis=0)
             if name == "last_seen":
-                name, values = "seen", values.astype(np.int64) << 32
+                steps = int(move.source.small[f"table.{move.table}.step"])
+                name, values = "seen", np.minimum(values, steps).astype(np.int64) << 32
             elif name == "vocabularies":
                 values = move.here[values]
             elif name == "rows" and not keeps_layout:

@@ -13,7 +13,7 @@ from recfx.checks import check_int
 from recfx.data.columns import Column
 from recfx.types import NUM_SAMPLES, Ragged
 
-__all__ = ["Filter", "check_choice", "check_columns", "check_numbers", "check_transformed", "expression_of"]
+__all__ = ["Filter", "check_columns", "check_numbers", "check_transformed", "expression_of"]
 
 Filter: TypeAlias = "pc.Expression | list[tuple] | list[list[tuple]]"
 
@@ -22,12 +22,6 @@ def check_numbers(arguments: Mapping[str, int], least: int) -> None:
     """Raises when one is no int, or below the least."""
     for name, value in arguments.items():
         check_int(name, value, least)
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raises when the value is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {choices}{' or Csv(...)' * (name == 'format')}.")
 
 
 def check_columns(columns: Sequence[Column]) -> None:

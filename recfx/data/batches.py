@@ -14,7 +14,8 @@ from pyarrow import fs
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from recfx.data.arguments import Filter, check_choice, check_columns, check_numbers, check_transformed, expression_of
+from recfx.checks import check_choice
+from recfx.data.arguments import Filter, check_columns, check_numbers, check_transformed, expression_of
 from recfx.data.cache import cache_for
 from recfx.data.columns import Column
 from recfx.data.csv import Csv
@@ -104,7 +105,7 @@ def reader(
     check_choice("on_bad", on_bad, ("raise", "skip"))
     check_choice("shard_by", shard_by, ("file", "unit"))
     if not isinstance(format, Csv):
-        check_choice("format", format, (None, "orc", "parquet", "arrow"))
+        check_choice("format", format, (None, "orc", "parquet", "arrow"), others=" or Csv(...)")
     if pin_memory and not torch.cuda.is_available():
         raise ValueError("pin_memory: got True, expected False. torch finds no CUDA device here.")
     check_columns(columns)

@@ -54,7 +54,7 @@ def of_one_or_many(columns: Any, function: Callable[[Mapping[str, Any]], dict[st
 def expect_ragged(name: str, column: Any, *, depth: int | None = None) -> Ragged:
     """The column, which kernels may rely on.
 
-    Raises:   TypeError when the column is no Ragged, ValueError when its lists are not nested `depth` levels; and as
+    Raises:   TypeError when the column is not a Ragged, ValueError when its lists are not nested `depth` levels; and as
               `recfx.types.pack` for a column that was made by hand. Inside a capture, and on a GPU, only dtypes and
               shapes are seen here: there kernels look at the offsets, or read nothing outside the values.
     """

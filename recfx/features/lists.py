@@ -33,7 +33,7 @@ def select_dense(column: Tensor | Ragged | list[Ragged], dim: int = 1, *, fill: 
     """The first `dim` numbers of each sample, `fill` where there are fewer. Of a list of columns, side by side.
 
     Shapes:   Ragged f32 or Tensor [B, >= dim] -> f32 [B, dim]; a list of Ragged f32 -> f32 [B, columns * dim].
-    Raises:   TypeError when a column of a list is no Ragged f32, ValueError when they differ in samples.
+    Raises:   TypeError when a column of a list is not a Ragged f32, ValueError when they differ in samples.
     Example:  >>> x = Ragged(torch.tensor([5.0, 7.0]), torch.tensor([0, 1, 1, 2]).int())
               >>> select_dense(x).tolist(), select_dense([x, x], fill=-1.0).tolist()
               ([[5.0], [0.0], [7.0]], [[5.0, 5.0], [-1.0, -1.0], [7.0, 7.0]])
@@ -77,7 +77,8 @@ def from_dense(x: Tensor) -> Ragged:
     """A dense column as lists that all have d values: for an embedding to read, or to cross.
 
     Shapes:   [B, d] -> Ragged of B lists.
-    Raises:   TypeError when x is no tensor [B, d], ValueError when it has 2**31 numbers or more: offsets are i32.
+    Raises:   TypeError when x is not a tensor [B, d], ValueError when it has 2**31 numbers or more: offsets are
+              i32.
     Example:  >>> from_dense(torch.tensor([[5, 6], [7, 8]])).offsets.tolist()
               [0, 2, 4]
     """
@@ -91,7 +92,7 @@ def split_dense(x: Tensor, names: Sequence[str]) -> dict[str, Ragged]:
     """Column k of a matrix as the feature names[k] with one value per sample: the inverse of select_dense of a list.
 
     Shapes:   [B, columns] -> Ragged of B lists of length 1, for each name.
-    Raises:   TypeError when x is no tensor [B, d], ValueError when its columns are not as many as the names.
+    Raises:   TypeError when x is not a tensor [B, d], ValueError when its columns are not as many as the names.
     Example:  >>> columns = split_dense(torch.tensor([[5, 6], [7, 8]]), ["a", "b"])
               >>> columns["a"].values.tolist(), columns["b"].values.tolist()
               ([5, 7], [6, 8])
@@ -105,7 +106,7 @@ def split_dense(x: Tensor, names: Sequence[str]) -> dict[str, Ragged]:
 def flatten(column: Ragged) -> Ragged:
     """One level less: each sample's lists become one list, in order.
 
-    Raises:   ValueError when there is no outer level.
+    Raises:   ValueError when the lists are not nested.
     """
     column = expect_ragged("column", column)
     if not column.outer:
@@ -145,7 +146,7 @@ def truncate_lists(column: Ragged, count: int, *, side: Side, pad: Side = "right
     Args:     side: "left" drops lists from the left, "right" from the right.
               pad: where the empty lists go.
     Shapes:   the innermost level gets (lists of the level above) * count lists.
-    Raises:   ValueError when there is no outer level, count is below 1, or the lists are 2**31 or more.
+    Raises:   ValueError when the lists are not nested, count is below 1, or the result has 2**31 lists or more.
     """
     column = expect_ragged("column", column)
     if not column.outer:
@@ -176,7 +177,7 @@ def check_length(column: Ragged, longest: int, name: str = "column", *, level: i
               level: whose lists. 0: a sample's, as RecIS checks them; -1: the innermost, which `truncate` cuts. Where
               lists are not nested both are the same.
     Raises:   ValueError when there is one, in eager code. Inside a capture nothing can raise. TypeError when the column
-              is no Ragged, ValueError when it has no such level or longest is below 0.
+              is not a Ragged, ValueError when it has no such level or longest is below 0.
     Example:  >>> x = Ragged(torch.arange(4), torch.tensor([0, 1, 4]).int(), None, (torch.tensor([0, 2]).int(),))
               >>> int(check_length(x, 2)), int(check_length(x, 3, level=-1))  # one sample of 2 lists, of 1 and 3 values
               (0, 0)

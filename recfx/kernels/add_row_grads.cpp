@@ -8,7 +8,6 @@ EXPORT void add_row_grads(float* grads_UW, int64_t stride, const int32_t* invers
                           const GradBlock* blocks, const float* weight_P) {
   constexpr int64_t CHUNK = 256;
   const int64_t count = count_ids(cell_P, num_positions);
-  const bool padded = has_padding(cell_P, count);
 #pragma omp parallel
   {
     // Every thread walks all ids and takes those of the unique rows it owns, and will own again in the optimiser: a
@@ -25,7 +24,9 @@ EXPORT void add_row_grads(float* grads_UW, int64_t stride, const int32_t* invers
         position[n] = k;
         n += is_mine(inverse_P[k]);
       }
-      if (padded) n = std::remove_if(position, position + n, [=](int64_t k) { return cell_P[k] < 0; }) - position;
+      int32_t in_any = 0;
+      for (int64_t i = 0; i < n; ++i) in_any |= cell_P[position[i]];
+      if (in_any < 0) n = std::remove_if(position, position + n, [=](int64_t k) { return cell_P[k] < 0; }) - position;
       for (int64_t s = 0; s < num_slices; ++s)
         with_dim(dims[s], [&, block = blocks[s], one_stride = blocks[s].one_stride()](auto dim) {
           for (int64_t i = 0; i < n; ++i) {

@@ -24,20 +24,18 @@ static bool rows_have_nonfinite(const float* first, int64_t num, int64_t stride,
   return found;
 }
 
-// Matrices of num[i] rows of width[i] numbers, stride[i] from one row to the next. By one thread while they are in its
-// cache anyway: a barrier would take as long.
+// Matrices of num[i] rows of width[i] numbers, stride[i] from one row to the next. Rows are dealt to threads as those of a
+// step's gradients are: another core would have to fetch them from the one that summed them and is to update them.
 EXPORT void all_finite(const float* const* first, const int64_t* num, const int64_t* stride, const int64_t* width,
                        int64_t num_matrices, bool* out) {
-  constexpr int64_t ROWS = 1024, FEW = 1 << 19;
-  int64_t total = 0;
-  for (int64_t i = 0; i < num_matrices; ++i) total += num[i] * stride[i];
   bool found = false;
-#pragma omp parallel reduction(|| : found) if (total > FEW)
-  for (int64_t i = 0; i < num_matrices; ++i) {
-#pragma omp for schedule(static) nowait
-    for (int64_t begin = 0; begin < num[i]; begin += ROWS)
-      found = found || rows_have_nonfinite(first[i] + begin * stride[i], std::min(ROWS, num[i] - begin), stride[i],
-                                           width[i]);
+#pragma omp parallel reduction(|| : found)
+  {
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    for (int64_t i = 0; i < num_matrices; ++i)
+      for (int64_t begin = me * OWNED; begin < num[i]; begin += threads * OWNED)
+        found = found || rows_have_nonfinite(first[i] + begin * stride[i], std::min(OWNED, num[i] - begin), stride[i],
+                                             width[i]);
   }
   *out = !found;
 }

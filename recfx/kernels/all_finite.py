@@ -20,17 +20,21 @@ def are_finite(tensors: Sequence[Tensor]) -> Tensor:
     return (largest[0] if len(largest) == 1 else torch.stack(largest).amax()) < torch.inf  # NaN is the largest of all
 
 
-def definition(tensors: Sequence[Tensor], grads: Sequence[Tensor], num_unique: Sequence[Tensor], due: Tensor) -> Tensor:
-    """bool []: `tensors` and the first num_unique[t] rows of each grads[t] are finite, or the step is not `due`.
+def definition(tensors: Sequence[Tensor], grads: Sequence[Tensor], num_unique: Sequence[Tensor]) -> Tensor:
+    """bool []: `tensors` and the first num_unique[t] rows of each grads[t] are finite.
 
-    Shapes:   tensors f32, of any shape; grads[t] f32 [U, W], num_unique[t] i64 [], due bool [].
+    Shapes:   tensors f32, of any shape; grads[t] f32 [U, W], num_unique[t] i64 []; at least one of either.
     """
     rows = [g[: int(n)] for g, n in zip(grads, num_unique, strict=True)]
-    return ~due | are_finite([*tensors, *rows]).to(due.device)
+    return are_finite([*tensors, *rows]).to(_fake(tensors, grads, num_unique).device)
+
+
+def _fake(tensors: Sequence[Tensor], grads: Sequence[Tensor], num_unique: Sequence[Tensor]) -> Tensor:
+    return [*tensors, *grads][0].new_empty((), dtype=torch.bool)
 
 
 all_finite = define_op(
-    "all_finite(Tensor[] tensors, Tensor[] grads, Tensor[] num_unique, Tensor due) -> Tensor",
+    "all_finite(Tensor[] tensors, Tensor[] grads, Tensor[] num_unique) -> Tensor",
     definition=definition,
-    fake=lambda tensors, grads, num_unique, due: torch.empty_like(due),
+    fake=_fake,
 )

@@ -76,7 +76,7 @@ def table_of(links: Links, forms: Mapping[Key, Form]) -> ctypes.Array | None:
 
 
 def offsets_fit(base: int, table: ctypes.Array | None) -> bool:
-    """Whether all offsets begin with 0, never fall, and end within what they count. False as well where there is no
+    """Whether all offsets begin with 0, never fall, and end within what they count. False as well without a
     compiler: `check_columns` then looks again, and says what is not right.
 
     Args:     base, table: an address, and for each tensor of offsets its first byte from there, its lists, and the
@@ -92,7 +92,7 @@ def check_columns(tensors: Mapping[Key, Any]) -> None:
     """Raises where a kernel that relies on these columns would read outside them, or something else than they hold.
 
     Cost:     on a GPU one host read.
-    Raises:   TypeError for what is no plain tensor of a dtype that batches hold; ValueError for shapes, devices and
+    Raises:   TypeError for what is not a plain tensor of a dtype that batches hold; ValueError for shapes, devices and
               offsets. Both name the column and, in a tensor, the place.
     """
     for (name, part), t in tensors.items():
@@ -112,7 +112,7 @@ def check_columns(tensors: Mapping[Key, Any]) -> None:
 
 
 def check_num_samples(name: str, num: Any, batch_size: int) -> None:
-    """Raises TypeError when the number of real samples is no i32 [], ValueError when it is not within the batch."""
+    """Raises TypeError when the number of real samples is not an i32 [], ValueError when it is not within the batch."""
     if not isinstance(num, Tensor) or num.dtype != torch.int32 or num.dim() or num.is_meta:
         got = f"{num.dtype} {list(num.shape)}" if isinstance(num, Tensor) else type(num).__name__
         raise TypeError(f"column '{name}': got {got}, expected torch.int32 [], how many samples are not padding.")

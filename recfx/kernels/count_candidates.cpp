@@ -9,17 +9,16 @@ EXPORT void count_candidates(int64_t* candidate_slots, int64_t* candidate_ids, i
                              const int64_t* num_slots, const int64_t* salt, const int64_t* id_P, const int32_t* cell_P,
                              int64_t num_positions, const int32_t* vocabularies, int64_t num_lookups,
                              int32_t* count_P) {
-  const Joined given(id_P, cell_P, nullptr, num_positions);
-  const Ids in{given.id, given.cell, given.count, vocabularies, num_lookups};
+  const Ids in{id_P, cell_P, num_positions, vocabularies, num_lookups};
   const uint64_t mask = (uint64_t)*num_candidate_slots - 1;
   const int64_t room = std::min(max_candidates, *num_candidate_slots / 8 * 7), count = in.count;
-  std::vector<int32_t> number(count);
+  std::vector<int32_t> number(num_positions);
   find_all({slots, ids, (uint64_t)*num_slots - 1, (uint64_t)*salt}, in, count_P);
   find_all({candidate_slots, candidate_ids, mask, (uint64_t)*salt}, in, number.data());
 
   int64_t fill = *num_candidates;
   for (int64_t k = 0; k < count; ++k) {
-    if (count_P[k] != UNKNOWN) {
+    if (count_P[k] != UNKNOWN || cell_P[k] < 0) {
       count_P[k] = 0;
       continue;
     }
@@ -38,6 +37,6 @@ EXPORT void count_candidates(int64_t* candidate_slots, int64_t* candidate_ids, i
     }
     count_P[k] = n == UNKNOWN ? 1 : ++candidate_counts[n];
   }
-  given.spread(count_P, 0);
+  std::fill(count_P + count, count_P + num_positions, 0);
   *num_candidates = fill;
 }

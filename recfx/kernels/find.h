@@ -12,52 +12,6 @@ struct Index {
   uint64_t mask, salt;
 };
 
-// The ids of a batch one after the other. Where padding stands between them they are copied, and what is found for them
-// is written to the first places and then spread out to their own.
-class Joined {
- public:
-  const int64_t* id;
-  const int32_t* cell;
-  const bool* flag;  // of each id, or null
-  int64_t count;
-
-  Joined(const int64_t* id_P, const int32_t* cell_P, const bool* flag_P, int64_t num_positions)
-      : id(id_P), cell(cell_P), flag(flag_P), count(count_ids(cell_P, num_positions)), num_positions(num_positions) {
-    if (!has_padding(cell_P, count)) return;
-    position.reset(new int32_t[count]);
-    ids.reset(new int64_t[count]);
-    cells.reset(new int32_t[count]);
-    flags.reset(new bool[flag ? count : 0]);
-    int64_t num = 0;
-    for (int64_t k = 0; k < count; ++k) {
-      position[num] = (int32_t)k;
-      ids[num] = id_P[k];
-      cells[num] = cell_P[k];
-      if (flag) flags[num] = flag_P[k];
-      num += cell_P[k] >= 0;
-    }
-    id = ids.get(), cell = cells.get(), flag = flag ? flags.get() : nullptr, count = num;
-  }
-
-  // out[0, count) to the positions of the ids, `of_padding` to all others.
-  void spread(int32_t* out, int32_t of_padding) const {
-    int64_t end = num_positions;
-    for (int64_t n = count - 1; position && n >= 0; --n) {
-      const int64_t k = position[n];
-      std::fill(out + k + 1, out + end, of_padding);
-      out[k] = out[n];
-      end = k;
-    }
-    std::fill(out + (position ? 0 : count), out + end, of_padding);
-  }
-
- private:
-  int64_t num_positions;
-  std::unique_ptr<int32_t[]> position, cells;
-  std::unique_ptr<int64_t[]> ids;
-  std::unique_ptr<bool[]> flags;
-};
-
 // An id as it is looked up.
 struct Key {
   uint64_t hash;  // within a vocabulary no two ids have the same
@@ -77,6 +31,8 @@ class Finder {
  public:
   Finder(const Index& index, const Ids& in, const bool* shared_P, Keys& keys)
       : index(index), in(in), shared_P(shared_P), key(keys.key.get()), row(keys.row.get()) {}
+
+  int64_t num_padding = 0;  // among the ids of the share: places are -1 there
 
   // place_P[k] of the ids [begin, end): where `keys` has the key and the row of id k. Whenever more is known,
   // `found(place)` is told that all rows of the share before `place` are.
@@ -101,7 +57,7 @@ class Finder {
  private:
   static constexpr int64_t CHUNK = 64, MET_BITS = 13;
 
-  // The last id of each hash. What it forgets becomes a second key of an id, which is no error.
+  // The last id of each hash. An id that it forgets later gets a second key, which is harmless.
   struct Met {
     uint64_t hash;
     int32_t mark, place;  // mark: the vocabulary; -1: not to be shared
@@ -122,6 +78,9 @@ class Finder {
 
   // Without a branch on "met before", which no predictor guesses: the next key is written in any case.
   int64_t make_keys(int64_t first, int64_t n, int64_t place, int32_t* place_P) {
+    int32_t in_any = 0;
+    for (int64_t i = 0; i < n; ++i) in_any |= in.cell[first + i];
+    if (in_any < 0) return make_keys_between_padding(first, n, place, place_P);
     uint64_t hash[CHUNK];
     int32_t vocabulary[CHUNK], shared[CHUNK];
     for (int64_t i = 0; i < n; ++i) vocabulary[i] = in.vocabulary(first + i);
@@ -141,17 +100,39 @@ class Finder {
     }
     return place;
   }
+
+  // Rare: ids that other processes have sent.
+  __attribute__((noinline)) int64_t make_keys_between_padding(int64_t first, int64_t n, int64_t place,
+                                                              int32_t* place_P) {
+    for (int64_t k = first; k < first + n; ++k) {
+      place_P[k] = -1;
+      if (in.cell[k] < 0) {
+        ++num_padding;
+        continue;
+      }
+      const int32_t vocabulary = in.vocabulary(k);
+      key[place] = {hash_id(in.id[k], vocabulary, index.salt), vocabulary, (int32_t)k};
+      place_P[k] = (int32_t)place++;
+    }
+    return place;
+  }
 };
 
-// out[k] for every id k.
+// out[k] for every id k; padding gets UNKNOWN.
 static inline void find_all(const Index& index, const Ids& in, int32_t* out) {
   const int64_t count = in.count;
   Keys keys(count);
+  std::fill(out + count, out + in.num_positions, UNKNOWN);
 #pragma omp parallel
   {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
     const int64_t begin = count * me / threads, end = count * (me + 1) / threads;
-    Finder(index, in, nullptr, keys).find(begin, end, out, [](int64_t) {});
-    for (int64_t k = begin; k < end; ++k) out[k] = keys.row[out[k]];
+    Finder finder(index, in, nullptr, keys);
+    finder.find(begin, end, out, [](int64_t) {});
+    if (finder.num_padding == 0) {
+      for (int64_t k = begin; k < end; ++k) out[k] = keys.row[out[k]];
+    } else {
+      for (int64_t k = begin; k < end; ++k) out[k] = out[k] < 0 ? UNKNOWN : keys.row[out[k]];
+    }
   }
 }

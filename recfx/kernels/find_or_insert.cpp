@@ -21,9 +21,9 @@ static int64_t first_of_share(int64_t count, int64_t thread, int64_t threads) {
 struct alignas(64) Progress {
   std::atomic<int64_t> found{0};
   std::atomic<bool> ended{false};
+  int64_t num_padding = 0;
 };
 
-constexpr uint64_t NO_NUMBER = 0xffffffff;  // in the low half of `seen`
 
 enum { LOOKED_UP, CREATED, EVICTED, UNADMITTED };
 
@@ -36,8 +36,7 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
                            const int32_t* vocabularies, int64_t num_lookups, const int64_t* init_keys,
                            const float* init_params, int64_t width, const bool* admit_P, int32_t* row_P,
                            int32_t* inverse_P) {
-  const Joined given(id_P, cell_P, admit_P, num_positions);
-  const Ids in{given.id, given.cell, given.count, vocabularies, num_lookups};
+  const Ids in{id_P, cell_P, num_positions, vocabularies, num_lookups};
   const uint64_t mask = (uint64_t)*num_slots - 1;
   const int64_t room = std::min(max_rows, *num_slots / 8 * 7), first_new = *num_rows, count = in.count;
   const Index index{slots, ids, mask, (uint64_t)*salt};
@@ -49,10 +48,10 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
   int64_t fill = first_new, free = first_free, unique = *num_unique, unadmitted = 0, num_without = 0;
   const auto insert = [&](const Key& key) -> int32_t {
     uint64_t at;
-    const int64_t id = in.id[key.position];
+    const int64_t id = id_P[key.position];
     int64_t row = probe(slots, ids, mask, key.hash, key.vocabulary, id, &at);
     if (row != UNKNOWN) return (int32_t)row;
-    const bool admitted = given.flag == nullptr || given.flag[key.position];
+    const bool admitted = admit_P == nullptr || admit_P[key.position];
     unadmitted += !admitted;
     if (!admitted || fill - free >= room) return REFUSED;
     row = free ? free_rows[--free] : fill++;
@@ -82,7 +81,7 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
       }
       // Without a branch on "first time in this step", which no predictor guesses: the number is written in any case.
       const int64_t before = last_seen[row[j]];
-      const bool first = (uint64_t)before - now >= NO_NUMBER;  // of another step, or of this one and without a number
+      const bool first = (uint64_t)before - now >= (uint64_t)NO_NUMBER;  // of another step, or of this one and without a number
       if (first && next >= max_unique) {
         ++num_without;
         continue;
@@ -99,9 +98,11 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
   {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
     const auto share = [&](int64_t thread) { return first_of_share(count, thread, threads); };
-    Finder(index, in, given.flag, keys).find(share(me), share(me + 1), inverse_P, [&](int64_t place) {
+    Finder finder(index, in, admit_P, keys);
+    finder.find(share(me), share(me + 1), inverse_P, [&](int64_t place) {
       progress[me].found.store(place, std::memory_order_release);
     });
+    progress[me].num_padding = finder.num_padding;
     progress[me].ended.store(true, std::memory_order_release);
     for (int64_t t = 0; me == 0 && t < threads; ++t)
       for (int64_t j = share(t), ended = false; !ended;) {
@@ -118,18 +119,24 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
     const int32_t *const row = keys.row.get(), *const number = numbers.get();
     for (int64_t k = share(me); k < share(me + 1); ++k) {
       const int32_t place = inverse_P[k];
+      if (place < 0) {  // padding
+        row_P[k] = UNKNOWN;
+        continue;
+      }
       row_P[k] = row[place];
       inverse_P[k] = number[place];
     }
   }
   *num_rows = fill;
   *num_unique = unique;
-  if (num_without) *num_refused += std::count(inverse_P, inverse_P + count, UNKNOWN) - unadmitted;
-  given.spread(row_P, UNKNOWN);
-  given.spread(inverse_P, UNKNOWN);
+  int64_t num_padding = 0;
+  for (int64_t t = 0; t < omp_get_max_threads(); ++t) num_padding += progress[t].num_padding;
+  if (num_without) *num_refused += std::count(inverse_P, inverse_P + count, UNKNOWN) - unadmitted - num_padding;
+  std::fill(row_P + count, row_P + num_positions, UNKNOWN);
+  std::fill(inverse_P + count, inverse_P + num_positions, UNKNOWN);
   *num_free = free;
   const int64_t reused = first_free - free, created = reused + fill - first_new;
-  tally[LOOKED_UP] += count;
+  tally[LOOKED_UP] += count - num_padding;
   tally[CREATED] += created;
   tally[UNADMITTED] += unadmitted;
 

@@ -66,7 +66,7 @@ void install() {
 
 extern "C" {
 
-// `number` becomes that of the mapping, -1 where there is no room. The caller lets one thread in at a time.
+// `number` becomes that of the mapping, -1 when all are taken. The caller lets one thread in at a time.
 void recfx_watch(uint8_t* begin, int64_t num_bytes, int64_t* number) {
     page_bytes = sysconf(_SC_PAGESIZE);
     install();

@@ -27,7 +27,7 @@ class MappedFile:
     zeros, and `check` raises from then on.
 
     The first one installs a handler of SIGBUS, which hands on what concerns other memory to the handler before it.
-    Without a C++ compiler there is none: then the file is read whole, and `is_mapped` is False.
+    Without a C++ compiler it installs none: then the file is read whole, and `is_mapped` is False.
 
     Cost:     `check` is one stat of the file. No file descriptor stays open.
     Raises:   OSError when the file cannot be opened or mapped.
@@ -72,7 +72,7 @@ class MappedFile:
             )
 
     def _watched(self) -> int:
-        """Its number among the watched mappings; -1 where there is none."""
+        """Its number among the watched mappings; -1 when it is not watched."""
         if library() is None or not self._num_bytes:
             return -1
         number = ctypes.c_int64()

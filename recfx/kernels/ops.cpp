@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <numeric>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -20,7 +21,8 @@ using Ints = std::vector<int64_t>;
 using Tensors = std::vector<Tensor>;
 
 extern "C" {
-void order_ids(const int64_t* const*, const int32_t* const*, int64_t, int64_t, int64_t, int64_t*, int32_t*);
+bool order_ids(const int64_t* const*, const int32_t* const*, const int64_t*, int64_t, int64_t, int64_t, int64_t*,
+               int32_t*);
 void find(const int64_t*, const int64_t*, const int64_t*, const int64_t*, const int64_t*, const int32_t*, int64_t,
           const int32_t*, int64_t, int32_t*);
 void find_or_insert(int64_t*, int64_t*, int32_t*, int64_t*, int32_t*, float*, int64_t*, const int32_t*, int64_t*,
@@ -91,45 +93,50 @@ void check_offsets(const int32_t* offsets, int64_t num_lists, int64_t num_values
        "with recfx.types.pack, or correct these offsets.");
 }
 
-// Items of equally many offsets per lookup, checked; returns the number of lists.
-int64_t num_lists_of(const Tensors& values, const Tensors& offsets) {
+// The number of lists, which is the same for each lookup.
+int64_t equal_lists(const Tensors& offsets) {
   const int64_t num_lists = offsets[0].numel() - 1;
-  for (size_t l = 0; l < values.size(); ++l) {
+  for (size_t l = 0; l < offsets.size(); ++l)
     if (offsets[l].numel() != num_lists + 1)
       fail("offsets of lookup ", l, ": got ", offsets[l].numel(), " numbers, expected ", num_lists + 1,
            ", as many as of lookup 0. Lookups are of the same samples.");
-    check_offsets(flat<const int32_t>(offsets[l]), num_lists, values[l].numel(), l);
-  }
   return num_lists;
 }
 
-std::tuple<Tensor, Tensor> order_ids_op(const Tensors& values, const Tensors& offsets) {
-  const int64_t num_lists = num_lists_of(values, offsets);
-  int64_t positions = 0;
-  for (const Tensor& t : values) positions += t.numel();
-  Tensor id_P = torch::stable::new_empty(values[0], {positions}), cell_P = torch::stable::new_empty(offsets[0], {positions});
-  order_ids(flat<const int64_t>(values).data(), flat<const int32_t>(offsets).data(), values.size(), num_lists,
-            positions, flat<int64_t>(id_P), flat<int32_t>(cell_P));
+using Values = std::vector<const int64_t*>;
+using Offsets = std::vector<const int32_t*>;
+
+std::tuple<Tensor, Tensor> ordered(const Values& values, const Offsets& offsets, const Ints& capacities,
+                                   int64_t num_lists, const Tensor& like_ids, const Tensor& like_cells) {
+  const int64_t positions = std::accumulate(capacities.begin(), capacities.end(), int64_t{0});
+  Tensor id_P = torch::stable::new_empty(like_ids, {positions}), cell_P = torch::stable::new_empty(like_cells, {positions});
+  if (!order_ids(values.data(), offsets.data(), capacities.data(), values.size(), num_lists, positions,
+                 flat<int64_t>(id_P), flat<int32_t>(cell_P)))
+    for (size_t l = 0; l < values.size(); ++l) check_offsets(offsets[l], num_lists, capacities[l], l);
   return {id_P, cell_P};
+}
+
+std::tuple<Tensor, Tensor> order_ids_op(const Tensors& values, const Tensors& offsets) {
+  const int64_t num_lists = equal_lists(offsets);
+  Ints capacities;
+  for (const Tensor& t : values) capacities.push_back(t.numel());
+  return ordered(flat<const int64_t>(values), flat<const int32_t>(offsets), capacities, num_lists, values[0],
+                 offsets[0]);
 }
 
 std::tuple<Tensor, Tensor> order_ids_at_op(const Tensors& values, const Tensors& offsets, const Ints& places,
                                            int64_t num_samples) {
   const std::vector<int64_t*> all_values = flat<int64_t>(values);
   const std::vector<int32_t*> all_offsets = flat<int32_t>(offsets);
-  std::vector<const int64_t*> of_values;
-  std::vector<const int32_t*> of_offsets;
-  int64_t positions = 0;
+  Values of_values;
+  Offsets of_offsets;
+  Ints capacities;
   for (size_t i = 0; i < places.size(); i += 5) {
     of_values.push_back(all_values[places[i]] + places[i + 1]);
     of_offsets.push_back(all_offsets[places[i + 3]] + places[i + 4]);
-    positions += places[i + 2];
-    check_offsets(of_offsets.back(), num_samples, places[i + 2], i / 5);
+    capacities.push_back(places[i + 2]);
   }
-  Tensor id_P = torch::stable::new_empty(values[0], {positions}), cell_P = torch::stable::new_empty(offsets[0], {positions});
-  order_ids(of_values.data(), of_offsets.data(), of_values.size(), num_samples, positions, flat<int64_t>(id_P),
-            flat<int32_t>(cell_P));
-  return {id_P, cell_P};
+  return ordered(of_values, of_offsets, capacities, num_samples, values[0], offsets[0]);
 }
 
 Tensor find_op(const Tensor& slots, const Tensor& ids, const Tensor& num_slots, const Tensor& salt, const Tensor& id_P,
@@ -201,10 +208,11 @@ void add_predictions_op(Tensor histogram, Tensor sums, const Tensor& logit, cons
 std::tuple<Tensor, Tensor, Tensor> order_lists_op(const Tensors& values, const Tensors& offsets,
                                                   const std::vector<std::optional<Tensor>>& weights,
                                                   const Ints& lengths) {
-  const int64_t num_lists = num_lists_of(values, offsets);
+  const int64_t num_lists = equal_lists(offsets);
   int64_t positions = 0;
   std::vector<const float*> of_weights;
   for (size_t l = 0; l < values.size(); ++l) {
+    check_offsets(flat<const int32_t>(offsets[l]), num_lists, values[l].numel(), l);
     positions += values[l].numel();
     of_weights.push_back(weights[l] ? flat<const float>(*weights[l]) : nullptr);
     if (weights[l] && weights[l]->numel() != values[l].numel())
@@ -268,6 +276,7 @@ struct Matrices {
   Ints num, stride, width;
 
   void add(const Tensor& t, int64_t num_rows, int64_t row_stride, int64_t row_width) {
+    if (t.scalar_type() != torch::headeronly::ScalarType::Float) fail("all_finite: got a tensor that is not f32.");
     first.push_back(strided<const float>(t));
     num.push_back(num_rows);
     stride.push_back(row_stride);
@@ -282,16 +291,14 @@ struct Matrices {
   }
 };
 
-Tensor all_finite_op(const Tensors& tensors, const Tensors& grads, const Tensors& num_unique, const Tensor& due) {
-  Tensor result = torch::stable::empty_like(due);
-  bool* const out = flat<bool>(result);
-  *out = true;
-  if (!*flat<bool>(due)) return result;
+Tensor all_finite_op(const Tensors& tensors, const Tensors& grads, const Tensors& num_unique) {
+  Tensor result =
+      torch::stable::new_empty(tensors.empty() ? grads[0] : tensors[0], {}, torch::headeronly::ScalarType::Bool);
   Matrices m;
   for (const Tensor& t : tensors) m.add(t);
   for (size_t i = 0; i < grads.size(); ++i)
     m.add(grads[i], *flat<int64_t>(num_unique[i]), grads[i].stride(0), grads[i].size(1));
-  all_finite(m.first.data(), m.num.data(), m.stride.data(), m.width.data(), m.num.size(), out);
+  all_finite(m.first.data(), m.num.data(), m.stride.data(), m.width.data(), m.num.size(), flat<bool>(result));
   return result;
 }
 

@@ -14,6 +14,7 @@ constexpr int64_t EMPTY = -1;
 constexpr int32_t UNKNOWN = -1;  // row of an id that is not in the table, and of padding
 constexpr int32_t REFUSED = -2;  // row of an id that was to get one and did not
 constexpr int32_t FREED = -1;    // vocabulary of a row that is not in use
+constexpr int64_t NO_NUMBER = 0xffffffffLL;  // low half of `seen` of a row that the step touches and does not update
 constexpr int64_t OWNED = 16;    // unique rows in a run that belongs to one thread; runs go round the threads
 constexpr uint64_t RUN = 64;     // slots looked at before probing goes on elsewhere
 
@@ -128,18 +129,6 @@ static inline void initial_values(const Initializer& init, uint64_t vocabulary, 
 static inline int64_t quotient(int32_t cell, int64_t divisor) {
   const uint64_t reciprocal = UINT64_MAX / (uint64_t)divisor + 1;  // 0 for a divisor of 1
   return divisor == 1 ? cell : (int64_t)((unsigned __int128)reciprocal * (uint64_t)cell >> 64);
-}
-
-// Whether one of the cells is padding.
-static inline bool has_padding(const int32_t* cell, int64_t n) {
-  constexpr int64_t BLOCK = 64;
-  int32_t any[BLOCK] = {}, in_any = 0;
-  int64_t k = 0;
-  for (; k + BLOCK <= n; k += BLOCK)
-    for (int64_t i = 0; i < BLOCK; ++i) any[i] |= cell[k + i];
-  for (; k < n; ++k) in_any |= cell[k];
-  for (const int32_t a : any) in_any |= a;
-  return in_any < 0;
 }
 
 // One past the last id: all that comes after is padding, and padding may stand between the ids too.

@@ -123,11 +123,11 @@ def table(
         raise ValueError(f"max_rows: got {max_rows}, expected 1 to 2**31 - 1. Row numbers are 32-bit.")
     if max_unique is not None and max_unique < 1:
         raise ValueError(f"max_unique: got {max_unique}, expected at least 1. A step could train nothing.")
-    device, width, num_behind = _device(plan), plan.width, row_slots * len(plan.dims)
+    device, width, num_extra = _device(plan), plan.width, row_slots * len(plan.dims)
     admit = life.admit if life else None
     max_candidates = life.candidates if life and admit else 0
     if max_bytes is not None:
-        floats = (width + num_behind) * (1 + optimizer_slots)
+        floats = (width + num_extra) * (1 + optimizer_slots)
         max_rows = min(max_rows, _rows_in(max_bytes, floats, width, max_unique, max_candidates))
     if life and life.at_cap == "evict" and life.keep is not None and life.keep >= max_rows:
         raise ValueError(
@@ -143,7 +143,7 @@ def table(
     inserting, reading = vocabularies[:first_reading].clone(), vocabularies[first_reading:].clone()
     trains = [l.trainable for l in plan.lookups[:num_inserting] for _ in range(l.num_cells)]
     trains_L = None if all(trains) else torch.tensor(trains, device=device)
-    init_keys, init_params = (nn.functional.pad(t, (0, num_behind)) for t in initializer_tensors(plan, seed))
+    init_keys, init_params = (nn.functional.pad(t, (0, num_extra)) for t in initializer_tensors(plan, seed))
     unknown_params = _unknown_params(plan, init_params)
 
     def init() -> TableState:
@@ -166,7 +166,7 @@ def table(
             seen=reserve((max_rows,), torch.int64, device),
             born=reserve((max_rows,), torch.int32, device),
             counts=reserve((max_rows,), torch.int32, device),
-            rows=reserve_rows((max_rows, 1 + optimizer_slots, width + num_behind), device, most_padding=0.25),
+            rows=reserve_rows((max_rows, 1 + optimizer_slots, width + num_extra), device, most_padding=0.25),
             num_rows=counter(),
             free_rows=reserve((max_rows,), torch.int32, device),
             num_free=counter(),

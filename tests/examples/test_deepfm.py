@@ -323,7 +323,7 @@ def test_the_seed_decides(data, eager):
 
 @pytest.mark.parametrize(("name", "word"), [("RANK", "1"), ("WORLD_SIZE", "2"), ("RANK", "one")])
 def test_more_than_one_process_is_an_error(data, monkeypatch, name, word):
-    """Each would train a model of its own, and say nothing."""
+    """Each would train a separate model, and say nothing."""
     monkeypatch.setenv(name, word)
     assert f"error: {name}: got '{word}', expected" in refused(f"--data_paths={data}/train")
     monkeypatch.setenv("RANK", "0")

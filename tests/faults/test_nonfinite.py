@@ -123,13 +123,61 @@ def test_an_own_loop_looks_by_itself():
         check_finite(step, state, batch=BAD["NaN feature"])
 
 
-def test_padding_counts_for_nothing():
-    step, b = make(), batch([1, 2, 3], x=NAN)
-    empty = b["item"]._replace(offsets=torch.tensor([0, 1, 2, 2], dtype=torch.int32))
-    b = pack({**b, "item": empty, "num_samples": torch.tensor(2, dtype=torch.int32)})
-    state, aux = step.update_(init(step), b)
-    assert aux.logit[2].isnan()
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip", "ignore"])
+def test_padding_counts_for_nothing(on_nonfinite):
+    """A logarithm of the zeros that fill a short batch is -inf, and 0 times that is NaN: no gradient may meet it."""
+    step = make(
+        on_nonfinite=on_nonfinite,
+        features=lambda batch: {**batch, "x": batch["x"].log(), "y": batch["y"] / batch["x"]},
+        forward=lambda p, e, f: e["e"].sum((1, 2))[:, None] + f["x"] @ p["w"] + f["y"] * p["b"],
+    )
+    state = {name: step.init({"w": torch.ones(1, 1), "b": torch.ones(1)}) for name in ("short", "whole")}
+    whole = batch([1, 2], x=2.0)
+    short = pack(dict(whole), layout=batch([1, 2, 3]).layout)
+    assert short["x"].tolist() == [[1], [2], [0]]
+    for name, b in (("short", short), ("whole", whole)):
+        for _ in range(3):
+            state[name], _ = step.update_(state[name], b)
+    assert [int(t) for t in state["short"].nonfinite] == [0, 0, 0]
+    for a, b in zip(*(tree_leaves((s.params, s.tables[0].rows[:2])) for s in state.values()), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_error_names_values_of_real_samples_alone():
+    step = make(features=lambda batch: {**batch, "price": batch["x"].log(), "x": batch["x"] * batch["y"].sqrt()})
+    b = pack(dict(batch([1, 2], y=-1.0)), layout=batch([1, 2, 3]).layout)
+    state, _ = step.update_(init(step), b)
+    with pytest.raises(FloatingPointError) as caught:
+        check_finite(step, state, batch=b)
+    assert "feature 'x' has nan at [1, 0]" in str(caught.value)
+    assert "price" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_in_an_incomplete_window_it_is_seen_before_the_flush_and_named_by_its_place(tmp_path, place):
+    """The loss is finite there, the slope is not."""
+    batches = GOOD[:3]
+    batches[place] = BAD["infinite slope"]
+    step = make(accumulation=4)
+    state = init(step)
+    for b in batches:
+        state, _ = step.update_(state, b)
+    step.flush_(state)
+    assert [int(t) for t in state.nonfinite][:2] == [1, place]
+    with pytest.raises(FloatingPointError, match=rf"step 1: .* of micro-batch {place}, which"):
+        train(step, step.update_, init(step), MemoryReader(batches), TrainConfig(output_dir=str(tmp_path)))
+    assert saved_numbers(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_parameters_of_other_types(dtype):
+    step = make(forward=lambda p, e, f: e["e"].sum((1, 2))[:, None] * f["x"] + p["b"].float())
+    state = step.init({"b": torch.full((3,), 0.5, dtype=dtype)[:1].clone()})
+    for b in GOOD:
+        state, _ = step.update_(state, b)
     assert [int(t) for t in state.nonfinite] == [0, 0, 0]
+    state, _ = step.update_(state, BAD["NaN feature"])
+    assert int(state.nonfinite.first_step) == 10
 
 
 def test_ignore_looks_for_nothing(tmp_path):
@@ -198,6 +246,29 @@ def test_a_window_of_skipped_batches_moves_nothing():
     after = tree_leaves((state.params, state.dense, state.tables[0].rows[:3]))
     assert all(map(torch.equal, before, after))
     assert (int(state.step), int(state.dense.step), int(state.window.num_batches)) == (2, 1, 0)
+
+
+def test_skipped_and_resumed_rows_that_are_only_read_are_not_taken_for_others(tmp_path):
+    """A feature that does not train leaves a mark in the rows of its table."""
+    step = make(
+        on_nonfinite="skip",
+        embeddings={
+            "e": [Embedding("item", dim=2, shared_name="items")],
+            "only read": [Embedding("seen", dim=2, shared_name="items", trainable=False)],
+        },
+    )
+
+    def both(b, seen):
+        return pack({**b, "seen": Ragged(torch.tensor(seen), torch.arange(3, dtype=torch.int32))})
+
+    state = init(step)
+    state, _ = step.update_(state, both(GOOD[0], [7, 8]))
+    state, _ = step.update_(state, both(BAD["NaN feature"], [7, 8]))
+    loaded, _ = checkpoint.load(checkpoint.save(tmp_path, step, state, number=2, loop={}), step, init(step))
+    for s in (state, loaded):
+        step.update_(s, both(batch([7, 1]), [8, 20]))
+    num = int(state.tables[0].num_rows)
+    assert torch.equal(state.tables[0].rows[:num], loaded.tables[0].rows[:num])
 
 
 def test_train_skips_counts_and_saves(tmp_path):

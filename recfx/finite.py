@@ -1,0 +1,93 @@
+"""What a step does about NaN and infinity: it looks, counts, and leaves a batch out. `nonfinite` tells of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recfx.kernels import untouch_rows
+from recfx.kernels.all_finite import all_finite, are_finite
+from recfx.table import Found, TableState
+from recfx.types import Params
+
+__all__ = [
+    "NonFinite",
+    "clean_padding",
+    "counts_after",
+    "gradients_finite",
+    "outputs_finite",
+    "untouch",
+    "untouch_",
+]
+
+
+class NonFinite(NamedTuple):
+    """Micro-batches whose loss, logit or gradient was NaN or infinite, since the state was made."""
+
+    first_step: Tensor  # i64 [], optimiser step of the first one, from 1; 0: there was none
+    first_batch: Tensor  # i64 [], its place among the micro-batches of that step, from 0
+    num_batches: Tensor  # i64 [], how many there were
+
+
+def clean_padding(feats: dict[str, Any], valid: Tensor) -> dict[str, Any]:
+    """The features with 0 for NaN and infinity in samples that are padding.
+
+    A logarithm of the zeros that fill a short batch would otherwise reach every gradient: 0 times infinity is NaN.
+    """
+
+    def cleaned(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape[:1] != valid.shape[:1]:
+            return t
+        return torch.where(valid.view(-1, *[1] * (t.dim() - 1)) | t.isfinite(), t, 0.0)
+
+    return {name: cleaned(value) for name, value in feats.items()}
+
+
+def outputs_finite(logit: Tensor, loss_B: Tensor, valid: Tensor) -> Tensor:
+    """bool []: no real sample has a logit or a loss that is NaN or infinite."""
+    return are_finite([torch.where(valid, torch.maximum(logit.abs(), loss_B.abs()), 0.0)])
+
+
+def gradients_finite(grads: Params, block_grads: list[list[Tensor]], sums: list[TableState] | None = None) -> Tensor:
+    """bool []: no gradient of a batch is NaN or infinite.
+
+    Args:     sums: tables that hold the sums of the block gradients, and of no other batch. On a CPU those are read
+              instead: they are fewer, and in the cache.
+    """
+    numbers = [*grads.values(), *(g for of_table in block_grads for g in of_table)]
+    if numbers[0].device.type != "cpu":
+        return are_finite(numbers)
+    if sums is not None:
+        numbers = [*grads.values()]
+    others = [g for g in numbers if g.dtype != torch.float32]
+    numbers, states = [g for g in numbers if g.dtype == torch.float32], sums or []
+    found = all_finite(numbers, [s.grads for s in states], [s.num_unique for s in states])
+    return found & are_finite(others) if others else found
+
+
+def counts_after(before: NonFinite, is_bad: Tensor, step: Tensor, batch: Tensor) -> NonFinite:
+    """The counters after one more micro-batch of the optimiser step of that number."""
+    is_first = is_bad & (before.first_step == 0)
+    return NonFinite(
+        torch.where(is_first, step, before.first_step),
+        torch.where(is_first, batch, before.first_batch),
+        before.num_batches + is_bad,
+    )
+
+
+def untouch_(s: TableState, found: Found, num_before: Tensor, counts: Tensor) -> tuple[TableState, Found]:
+    """Unless the batch counts, no row that it touched is among the step's, and no gradient of it reaches one."""
+    untouch_rows.untouch_rows_(s.seen, found.row, found.inverse, num_before, s.step, counts)
+    s.num_unique.copy_(torch.where(counts, s.num_unique, num_before))
+    return s, found._replace(inverse=torch.where(counts, found.inverse, -1))
+
+
+def untouch(s: TableState, found: Found, num_before: Tensor, counts: Tensor) -> tuple[TableState, Found]:
+    """`untouch_`, pure."""
+    seen = s.seen.clone()
+    untouch_rows.definition(seen, found.row, found.inverse, num_before, s.step, counts)
+    num_unique = torch.where(counts, s.num_unique, num_before)
+    inverse = torch.where(counts, found.inverse, -1)
+    return s._replace(seen=seen, num_unique=num_unique), found._replace(inverse=inverse)
