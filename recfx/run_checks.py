@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from recfx.checks import check_function, check_type, said
 from recfx.step import Step, TrainState
 
-__all__ = ["check_not_trained", "check_program", "check_reader", "check_run", "times_trained"]
+__all__ = [
+    "check_new",
+    "check_not_trained",
+    "check_program",
+    "check_reader",
+    "check_run",
+    "data_of",
+    "described_by",
+    "times_trained",
+]
 
 OF_INIT = "Make one by step.init(params)."
 
@@ -40,6 +51,30 @@ def check_reader(reader: object) -> None:
             f"reader: got {said(reader)}, expected one with the methods `epoch` and `start_at`. A run is resumed where "
             "it stopped. Use recfx.data.reader(...)."
         )
+
+
+def check_new(state: TrainState, found: Path) -> None:
+    """Raises ValueError when a state that a checkpoint is to be loaded into has been trained or loaded already."""
+    step, num_rows = int(state.step), sum(int(t.num_rows) for t in state.tables)
+    if step or num_rows:
+        raise ValueError(
+            f"state: got one of step {step} with {num_rows} rows, and resume=True, expected a new one. output_dir "
+            f"holds {found}, which would replace what was loaded or trained already. Load other weights only where "
+            "checkpoint.latest(output_dir) is None."
+        )
+
+
+def described_by(thing: object) -> str | None:
+    """What a reader, or an iterator of one, says of itself in errors: those of `recfx.data` do."""
+    described = getattr(thing, "described", None)
+    return described if isinstance(described, str) else None
+
+
+def data_of(described: str | None, identity: object) -> str:
+    """A reader in an error: by its data, or else by its identity."""
+    if described is not None:
+        return f"one of {described}"
+    return "one without an identity" if identity is None else f"one of {identity}"
 
 
 def times_trained(state: TrainState) -> tuple[int, ...]:

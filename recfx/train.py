@@ -19,7 +19,16 @@ from recfx import checkpoint, metrics
 from recfx.checks import check_int, check_type
 from recfx.metrics import BinaryCounts
 from recfx.nonfinite import check_finite, is_stopped
-from recfx.run_checks import check_not_trained, check_program, check_reader, check_run, times_trained
+from recfx.run_checks import (
+    check_new,
+    check_not_trained,
+    check_program,
+    check_reader,
+    check_run,
+    data_of,
+    described_by,
+    times_trained,
+)
 from recfx.step import Step, TrainState
 from recfx.types import NUM_SAMPLES, Batch
 
@@ -48,7 +57,8 @@ Event = Literal[
 class Reader(Protocol):
     """Epochs of batches, by number, that can be entered anywhere; an iterator has a JSON-able `position`.
 
-    It may have an `identity`, a str: a position of a reader with another one is not its own. Without, all are one.
+    It may have an `identity`, a str: positions of a reader with another identity are not read. Without, they all are.
+    It may have `described`, a str that names its data in errors; so may its iterators, of their position.
     """
 
     def epoch(self, number: int) -> Any: ...
@@ -64,7 +74,8 @@ class TrainConfig:
               save_steps: steps between checkpoints; one is saved at the end, and when ctrl-C, SIGTERM or SIGHUP ends
               the run.
               train_steps: stop after so many steps, counted from the state that `train` was given; None: after the
-              data.  train_epoch: passes over the data.
+              data. With resume=True they are counted from where the interrupted call began. After a call that
+              reached them, one with the same reader trains nothing more.  train_epoch: passes over the data.
               max_to_keep: checkpoints kept.  full_save_every: of so many saves one holds every row, see `Saver`.
               save_in_background: training goes on while a checkpoint is written, see `Saver`.
     Raises:   TypeError when a count is no int, ValueError when it is below 1.
@@ -128,15 +139,16 @@ def train(
               Events of steps then come once a call, and a signal finishes it.
               resume: continue from the newest checkpoint in output_dir, if there is one. When this reader wrote it, the
               bytes are the same as never having stopped. When a run over other data ended with it, this run begins
-              with its own data.
+              at the start of its data.
               overwrite: delete the checkpoints in output_dir before the first step.
               evaluate_with: state -> values by name, called after every epoch and after `train_steps`; a resumed run
               that has nothing left to train is evaluated too. Torch's generators come out of it as they were.
               on_event: told of every phase.
     Returns:  the state after the last step, and where training stands.
     Raises:   ValueError when steps_per_replay is below 1, there is nothing to train on, output_dir holds checkpoints
-              and neither resume, overwrite nor a state loaded from there says what to do, or the newest one stands
-              within other data; FloatingPointError when the step met NaN or infinity and is to stop, see
+              and neither resume, overwrite nor a state loaded from there says what to do, or it holds some to resume
+              from and the state is loaded or trained already, or the newest one was saved in the middle of other data;
+              FloatingPointError when the step met NaN or infinity, before or in this call, and is to stop, see
               `check_finite`; what `run`, the reader, a listener and the checkpoint raise. A save that is being written
               is waited for.
     """
@@ -148,7 +160,7 @@ def train(
     check_type("config", config, TrainConfig)
     if resume and overwrite:
         raise ValueError("overwrite: got True with resume=True, expected one of them. A run goes on or begins again.")
-    identity = getattr(reader, "identity", None)
+    identity, described = getattr(reader, "identity", None), described_by(reader)
     progress, position = Progress(step=int(state.step)), None
     begun, began = time.perf_counter(), progress.step
     looked: tuple[int, dict | None] = progress.step, None  # where all was finite: step, position in this epoch
@@ -168,13 +180,13 @@ def train(
         look(position)
         on_event("before_save", progress, state)
         write = saver.save_in_background if config.save_in_background else saver.save
-        of_reader = {"position": position, "reader": identity, "began": began, "ended": is_end}
+        of_reader = {"position": position, "reader": identity, "data": described, "began": began, "ended": is_end}
         write(state, number=progress.step, loop={"epoch": progress.epoch, **of_reader})
         saving = True
         saved()
 
     def save_unless_last(stream: Iterator[Batch], position: dict) -> Iterator[Batch]:
-        """Saves between two batches. Behind the last one the epoch's end saves, with the place of the next epoch."""
+        """Saves between two batches. After the last one the epoch's end saves, with the place of the next epoch."""
         try:
             following = list(itertools.islice(stream, 1))
         except Exception:
@@ -232,24 +244,28 @@ def train(
         if found is not None and not resume and not overwrite:
             _check_follows(found, progress.step, config.output_dir)
         if found is not None and resume:
+            check_new(state, found)
             state, loop = checkpoint.load(found, step, state)
             progress.step = began = int(state.step)
             if loop.get("reader", identity) == identity:
                 progress.epoch, position = loop.get("epoch", 0), loop.get("position")
                 began = loop.get("began", 0)
             elif not loop.get("ended"):
+                got, expected = data_of(described, identity), data_of(loop.get("data"), loop["reader"])
                 raise ValueError(
-                    f"reader: got one of {identity}, expected one of {loop['reader']}: {found} was saved within other "
-                    "data, the rest of which would never be trained. Finish it with its reader, or leave it: give "
-                    "train a state loaded from there, without resume."
+                    f"reader: got {got}, expected {expected}{' as it was' if got == expected else ''}: {found} was "
+                    "saved in the middle of other data, the rest of which would never be trained. Finish it with its "
+                    "reader, or leave it: give train a state loaded from there, without resume."
                 )
-            looked = progress.step, position
-        if progress.epoch >= config.train_epoch or should_stop():
-            warnings.warn(
-                f"recfx: nothing is left to train: {found} has come to the end of what was asked for. Give other data, "
-                "more epochs or more steps.",
-                stacklevel=2,
-            )
+        check_finite(step, state, where=", before this call of train")
+        started, looked = progress.step, (progress.step, position)
+        if should_stop() or progress.epoch >= config.train_epoch:
+            if progress.stopped != "interrupted":
+                warnings.warn(
+                    f"recfx: nothing is left to train: {found} has come to the end of what was asked for. Give other "
+                    "data, more epochs or more steps.",
+                    stacklevel=2,
+                )
             evaluate_now()
         while progress.epoch < config.train_epoch and not should_stop():
             reset_metrics_(state)
@@ -296,7 +312,8 @@ def train(
             evaluate_now()
         read_metrics(progress, state)
         progress.train_s = time.perf_counter() - begun
-        save(position, is_end=progress.stopped != "interrupted")
+        if progress.step > started or progress.stopped != "interrupted":
+            save(position, is_end=progress.stopped != "interrupted" or progress.epoch >= config.train_epoch)
         saved(wait=True)
     return state, progress
 
@@ -317,18 +334,22 @@ def _first_bad(
 ) -> tuple[Batch | None, str]:
     """The first batch that was not finite, read again from where all still was, and what to say of its place."""
     number, micro_batch = int(state.nonfinite.first_step), int(state.nonfinite.first_batch)
-    place = (number - 1 - looked) * step.accumulation + micro_batch
-    batches = reader.epoch(epoch) if position is None else reader.start_at(position)
+    place, batches = (number - 1 - looked) * step.accumulation + micro_batch, None
     try:
+        batches = reader.epoch(epoch) if position is None else reader.start_at(position)
         stream = iter(batches)
         for _ in range(place):
             next(stream)
             position = batches.position
-        return next(stream), f", which follows position {position} of epoch {epoch}"
+        where = "is the first one" if position is None else f"follows position {position}"
+        described = described_by(batches)
+        return next(stream), f", which {where} of epoch {epoch}{f' ({described})' if described else ''}"
     except Exception as error:  # only the message suffers
-        return None, f" of epoch {epoch}, which could not be read again ({error})"
+        why = str(error) or type(error).__name__
+        return None, f" of epoch {epoch}, which could not be read again ({why})"
     finally:
-        batches.close()
+        if batches is not None:
+            batches.close()
 
 
 def evaluate(
@@ -392,9 +413,11 @@ def _count(progress: Progress, batches: list[Batch], clock: float, run: Any) -> 
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Collects ctrl-C, SIGTERM and SIGHUP instead of raising, so that a step is never cut in half. A second one raises.
+    """Collects ctrl-C, SIGTERM and SIGHUP instead of raising, so that a step is never cut in half.
 
-    A signal that the process was started to ignore, as `nohup` does with SIGHUP, stays ignored.
+    A second one of the same kind raises: supervisors send SIGTERM and SIGHUP together. A signal that the process was
+    started to ignore, as `nohup` does with SIGHUP, stays ignored, and one that is handled outside Python is left alone:
+    its handler could not be put back.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -402,15 +425,15 @@ def _interrupts() -> Iterator[list[int]]:
         return
 
     def receive(number: int, frame: Any) -> None:
-        if received:
+        if number in received:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         received.append(number)
 
-    before = {number: signal.getsignal(number) for number in STOPPING}
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
     try:
-        for number, handler in before.items():
-            if handler != signal.SIG_IGN:
-                signal.signal(number, receive)
+        for number in before:
+            signal.signal(number, receive)
         yield received
     finally:
         for number, handler in before.items():

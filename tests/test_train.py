@@ -149,7 +149,7 @@ def test_no_steps_per_replay(tmp_path, num):
 
 
 class Restarts(MemoryReader):
-    """Its epochs are iterables that begin anew whenever they are iterated."""
+    """Its epochs are iterables that begin again whenever they are iterated."""
 
     def start_at(self, position: dict) -> Any:
         reader, first = self, position["batch"]
@@ -229,6 +229,40 @@ def test_an_error_of_the_reader_is_not_swallowed(tmp_path):
     with pytest.raises(ValueError, match="file 'x': got 0 bytes"):
         go(tmp_path, reader)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_nan_from_before_is_an_error_before_the_first_step(tmp_path):
+    """Training on would only lose what is still whole."""
+    step, log = deepfm_step(), Log()
+    state = fresh(step)
+    state.nonfinite.first_step.fill_(1)
+    config = TrainConfig(output_dir=str(tmp_path), log_steps=100)
+    with pytest.raises(FloatingPointError, match=r"step 1: .*, before this call of train, expected finite numbers"):
+        train(step, step.update_, state, reader_of(2), config, on_event=log)
+    assert log.events == saved(tmp_path) == []
+
+
+def test_nan_is_told_of_where_the_reader_cannot_read_again(tmp_path):
+    """A file that is gone does not replace the error."""
+    reader = reader_of(4)
+    begin, calls = reader.start_at, []
+
+    def start_at(position: dict) -> Any:
+        calls.append(position)
+        if len(calls) > 1:
+            raise FileNotFoundError("part-0 is gone")
+        return begin(position)
+
+    reader.start_at = start_at
+    step = deepfm_step()
+
+    def run(state: TrainState, batch: Batch) -> Any:
+        state.nonfinite.first_step.fill_(1)
+        return step.update_(state, batch)
+
+    config = TrainConfig(output_dir=str(tmp_path), log_steps=1)
+    with pytest.raises(FloatingPointError, match=r"of epoch 0, which could not be read again \(part-0 is gone\)"):
+        train(step, run, fresh(step), reader, config)
 
 
 # Metrics and evaluation.

@@ -32,7 +32,6 @@ __all__ = ["BatchIterator", "Reader", "reader"]
 
 Columns = dict[str, Tensor | Ragged]
 Position = dict[str, Any]
-MAX_NAMED = 3  # files in an error
 
 
 def reader(
@@ -163,8 +162,17 @@ class Reader(IterableDataset):
 
     @property
     def identity(self) -> str:
-        """Of all that the order of its rows depends on: a `position` belongs to readers of one identity."""
+        """Of all that the order of its rows depends on: a `position` belongs to readers of one identity.
+
+        It holds the names, sizes and samples of the files, so they may be moved. Cost: the first time, five reads of
+        each file that this worker reads.
+        """
         return self.plan.fingerprint
+
+    @property
+    def described(self) -> str:
+        """Its files, for an error: the paths of the first ones, and how many more there are."""
+        return self.plan.described
 
     def __iter__(self) -> BatchIterator:
         return BatchIterator(self, Place(), 0, self.epochs)
@@ -263,13 +271,20 @@ class BatchIterator(Iterator[Batch]):
         place, taken = self._position
         return {**place._asdict(), "taken": taken, "of": self._plan.fingerprint}
 
+    @property
+    def described(self) -> str:
+        """The place that `position` holds, for an error."""
+        place, taken = self._position
+        file = self._plan.files[self._plan.epoch_files(place.epoch)[place.file]]
+        window = "the shuffled window that begins in " if self._plan.shuffle_rows else ""
+        return f"{taken} rows after the start of {window}unit {place.unit} of '{file.path}'"
+
     def __str__(self) -> str:
         """Where it reads and the rows that made no batch: what an error says where there was none."""
-        reader, paths = self._reader, [f"'{self._plan.files[i].path}'" for i in self._plan.own_files]
-        named = ", ".join(paths[:MAX_NAMED]) + f" and {len(paths) - MAX_NAMED} more" * (len(paths) > MAX_NAMED)
+        reader = self._reader
         bad = f", {self._num_bad} bad ones left out" if self._num_bad else ""
         options = f"batch_size={reader.batch_size}, drop_remainder={reader.drop_remainder}"
-        return f"{self._num_left} rows in {named} ({options}{bad})"
+        return f"{self._num_left} rows in {self._plan.described} ({options}{bad})"
 
     @property
     def num_bad(self) -> int:
@@ -288,7 +303,7 @@ class BatchIterator(Iterator[Batch]):
             place = Place(*map(operator.index, Place(**numbers)))
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"position: got {state}, expected what `BatchIterator.position` gave.") from None
-        if of != self._plan.fingerprint or min(*place, taken) < 0:
+        if of not in (self._plan.fingerprint, self._plan.fingerprint_of_sizes) or min(*place, taken) < 0:
             raise ValueError(
                 f"position: got one of {of}, expected one of {self._plan.fingerprint}. Resume needs the files it was "
                 "taken from and the same seed, shuffle_rows, filter, split, on_bad, rank, world_size and shard_by."

@@ -19,6 +19,7 @@ __all__ = ["CHUNK_BYTES", "File", "Paths", "checksum", "match_files", "read_mani
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 CHUNK_BYTES = 1 << 22
 MAGIC_CHARACTERS = frozenset("*?[")
+SAMPLE_BYTES, TAIL_BYTES = 1 << 12, 1 << 16  # of a file that tell it from others: footers are at the end
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,28 @@ class File:
     def is_local(self) -> bool:
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
+    def sample(self) -> str:
+        """XXH3 of the last 64 KiB, of 4 KiB at the start and at three places between, or of all of a smaller file.
+
+        Tells files of one size apart wherever they are moved to. Cost: up to five reads, once for each `File`.
+
+        Raises:   ValueError when the file cannot be read.
+        """
+        if "_sample" not in self.__dict__:  # not functools.cached_property, whose lock lets one file at a time be read
+            self.__dict__["_sample"] = self._read_sample()
+        return self.__dict__["_sample"]
+
+    def _read_sample(self) -> str:
+        digest, tail = xxhash.xxh3_64(), self.size - TAIL_BYTES
+        parts = [*((tail * i // 4, SAMPLE_BYTES) for i in range(4)), (tail, TAIL_BYTES)]
+        try:
+            with self.filesystem.open_input_file(self.path) as stream:
+                for start, num_bytes in parts if tail > 4 * SAMPLE_BYTES else [(0, self.size)]:
+                    digest.update(stream.read_at(num_bytes, start))
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"file '{self.path}': got {error}, expected a readable file.") from error
+        return digest.hexdigest()
+
     def check_unchanged(self) -> None:
         """Raises ValueError when a local file is not the one that was found. Elsewhere it would cost a request."""
         if not self.is_local:
@@ -47,7 +70,7 @@ class File:
         if now.type != fs.FileType.NotFound and (now.size, now.mtime_ns) != (self.size, self.mtime_ns):
             raise ValueError(
                 f"file '{self.path}': got {now.size} bytes, written at {_time(now.mtime_ns)}, expected {self.size}, "
-                f"written at {_time(self.mtime_ns)}. It was changed while it was read. Build the reader anew."
+                f"written at {_time(self.mtime_ns)}. It was changed while it was read. Build the reader again."
             )
 
 

@@ -26,6 +26,9 @@ from recfx.kernels.pack_records import Records
 
 __all__ = ["Chunk", "Place", "Plan", "chunks"]
 
+MAX_NAMED = 3  # files in an error
+SAMPLING_THREADS = 32  # each waits for a file system, which may be far away
+
 
 class Place(NamedTuple):
     """Where a chunk begins."""
@@ -79,9 +82,27 @@ class Plan:
         all_files = range(len(self.files))
         return list(all_files[self.rank :: self.world_size] if self.shard_by == "file" else all_files)
 
+    @property
+    def described(self) -> str:
+        """The paths of the first of this worker's files, and how many more there are: for errors."""
+        paths = [f"'{self.files[i].path}'" for i in self.own_files]
+        return ", ".join(paths[:MAX_NAMED]) + f" and {len(paths) - MAX_NAMED} more" * (len(paths) > MAX_NAMED)
+
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of all that the order of rows depends on."""
+        """Of all that the order of rows depends on, and of samples of this worker's files. Folders do not count.
+
+        Cost:     the first time, `File.sample` of each of this worker's files, several at once.
+        Raises:   ValueError when a file cannot be read.
+        """
+        files = [self.files[i] for i in self.own_files]
+        with ThreadPoolExecutor(min(len(files), SAMPLING_THREADS), thread_name_prefix="recfx-sample") as pool:
+            samples = list(pool.map(File.sample, files))
+        return xxhash.xxh3_64_hexdigest(repr((self.fingerprint_of_sizes, samples)).encode())
+
+    @functools.cached_property
+    def fingerprint_of_sizes(self) -> str:
+        """What positions were of before samples of files counted: they are still read."""
         recipe = self.decoder.recipe
         rows = (recipe.filter_key, recipe.split, recipe.format, recipe.on_bad)
         order = (self.rank, self.world_size, self.shard_by, self.shuffle_rows, self.seed)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from recfx import checkpoint
+from recfx import train as train_module
 from recfx.data import fixedlen, reader, varlen
 from recfx.train import TrainConfig, train
 from tests.conftest import deepfm_batches, deepfm_step
@@ -151,7 +152,86 @@ def test_readers_of_files_have_an_identity(tmp_path):
     assert monday.identity != tuesday.identity
 
 
+def test_readers_are_named_by_what_they_have(tmp_path):
+    """An identity, a description, or nothing."""
+    go(tmp_path, Day("monday"), listener=Log(("after_step", 2), interrupt))
+    with pytest.raises(ValueError, match="reader: got one without an identity, expected one of monday: "):
+        go(tmp_path, reader_of(6), resume=True)
+    go(tmp_path / "b", reader_of(6), listener=Log(("after_step", 2), interrupt))
+    tuesday = Day("0123456789abcdef")
+    tuesday.described = "tuesday's log"
+    with pytest.raises(ValueError, match="reader: got one of tuesday's log, expected one without an identity: "):
+        go(tmp_path / "b", tuesday, resume=True)
+
+
+# Weights of another folder.
+
+
+def test_a_warm_start_is_restarted_where_the_folder_holds_nothing(tmp_path):
+    go(tmp_path / "a", reader_of(3))
+
+    def warm(*, always=False, at=None):
+        step, folder = deepfm_step(), tmp_path / "b"
+        state = fresh(step)
+        if always or checkpoint.latest(folder) is None:
+            state, _ = checkpoint.load(checkpoint.latest(tmp_path / "a"), step, state)
+        listener = Log(at, interrupt)
+        config = TrainConfig(output_dir=str(folder))
+        return train(step, step.update_, state, reader_of(6), config, resume=True, on_event=listener)[1]
+
+    assert warm(at=("before_epoch", 3)).stopped == "interrupted"
+    assert saved(tmp_path / "b") == [4]
+    assert warm(at=("after_step", 6)).stopped == "interrupted"
+    message = (
+        r"state: got one of step 3 with \d+ rows, and resume=True, expected a new one. output_dir holds .*b/step-0"
+    )
+    with pytest.raises(ValueError, match=message):
+        warm(always=True)
+    assert warm().step == 9
+
+
 # Signals.
+
+
+def test_data_that_a_signal_found_trained_has_ended(tmp_path):
+    """The last window is an incomplete one: the signal comes after all that there was."""
+    _, progress = go(tmp_path, Day("monday", 3), accumulation=2, listener=Log(("after_step", 2), interrupt))
+    assert (progress.step, progress.stopped) == (2, "interrupted")
+    _, progress = go(tmp_path, Day("tuesday", 3), accumulation=2, resume=True)
+    assert progress.step == 4
+
+
+@pytest.mark.parametrize("num_trained", [0, 3, 6])
+def test_a_signal_before_the_first_step_leaves_everything_as_it_was(tmp_path, monkeypatch, num_trained):
+    if num_trained:
+        go(tmp_path, reader_of(6), listener=Log(("after_step", num_trained), interrupt))
+    before, latest, log = num_trained and last_bytes(tmp_path), checkpoint.latest, Log()
+    monkeypatch.setattr(train_module.checkpoint, "latest", lambda folder: (interrupt(), latest(folder))[1])
+    _, progress = go(tmp_path, reader_of(6), resume=True, listener=log)
+    assert (progress.step, progress.stopped, log.events) == (num_trained, "interrupted", [])
+    assert saved(tmp_path) == [num_trained] * bool(num_trained)
+    monkeypatch.undo()
+    assert (num_trained and last_bytes(tmp_path)) == before
+
+
+def test_two_kinds_of_signals_at_once_save(tmp_path):
+    """As a supervisor sends them."""
+
+    def both():
+        for name in ("SIGTERM", "SIGHUP", "SIGINT"):
+            os.kill(os.getpid(), getattr(signal, name))
+
+    _, progress = go(tmp_path, reader_of(6), listener=Log(("after_step", 3), both))
+    assert (progress.step, progress.stopped, saved(tmp_path)) == (3, "interrupted", [3])
+
+
+def test_a_handler_from_outside_python_is_left_alone(tmp_path, monkeypatch):
+    found, put = signal.getsignal, []
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGHUP else found(number))
+    set_one = signal.signal
+    monkeypatch.setattr(signal, "signal", lambda number, handler: put.append(number) or set_one(number, handler))
+    assert go(tmp_path, reader_of(2))[1].step == 2
+    assert set(put) == {signal.SIGINT, signal.SIGTERM}
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
