@@ -28,7 +28,7 @@ class Context:
     """The fourth argument of a `forward` that takes one.
 
     A function, or the `forward` of a Module, takes one when its fourth positional parameter has no default or is called
-    `context` or `ctx`. A fourth parameter with a default and another name keeps its default. A wrapper that takes `*args`
+    `context` or `ctx`. A fourth parameter with a default and another name keeps its default. A wrapper of `*args`
     is given three arguments; with `functools.wraps`, what it wraps decides.
 
     Random numbers are a function of the step's seed, the number of the optimiser step, the number of the sample in

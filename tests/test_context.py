@@ -214,8 +214,17 @@ def test_a_step_draws_the_same_however_it_is_cut_into_micro_batches():
     same(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("forward", [with_dropout, with_torch_dropout, with_mean])
-@pytest.mark.parametrize("backend", [None, "eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("forward", "backend"),
+    [
+        (with_dropout, None), (with_torch_dropout, "eager"), (with_mean, None),
+        *(
+            pytest.param(forward, backend, marks=pytest.mark.slow)
+            for forward in (with_dropout, with_torch_dropout, with_mean)
+            for backend in ("eager", "inductor")
+        ),
+    ],
+)  # fmt: skip
 def test_resumed_is_never_having_stopped(tmp_path, forward, backend):
     stats = {"mean": torch.zeros(())} if forward is with_mean else {}
 

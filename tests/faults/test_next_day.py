@@ -52,9 +52,14 @@ def two_days(tmp_path_factory):
 @pytest.mark.parametrize(
     "kill_at",
     [
-        ("before_epoch", 12), ("before_step", 12), ("after_step", 13), ("before_save", 16), ("after_save", 16),
-        ("after_step", 17), ("after_epoch", 18), ("before_epoch", 18), ("after_step", 23), ("before_save", 24),
-        ("after_save", 24),
+        ("before_epoch", 12), ("after_step", 13), ("after_save", 16), ("after_epoch", 18), ("after_save", 24),
+        *(
+            pytest.param(moment, marks=pytest.mark.slow)
+            for moment in (
+                ("before_step", 12), ("before_save", 16), ("after_step", 17), ("before_epoch", 18), ("after_step", 23),
+                ("before_save", 24),
+            )
+        ),
     ],
 )  # fmt: skip
 def test_a_kill_at_any_moment_of_the_second_day_changes_no_byte(two_days, tmp_path, kill_at):
