@@ -85,7 +85,8 @@ def stages_of(flow: Flow) -> dict[Node, str]:
         ):
             stages[node] = "backward"
         elif sources[node] & {"window", "dense", "tables", "metrics"} or ends[node] == {"metrics"}:
-            stages[node] = next(iter(ends[node])) if len(ends[node]) == 1 else "window"
+            own = {COMPLETES[p] for s in flow.writes[node] if (p := _part(s)) in COMPLETES} or ends[node]
+            stages[node] = next(iter(own)) if len(own) == 1 else "window"
     # The rest, constants and views of inputs, belongs to who uses it first.
     for node in reversed(flow.nodes):
         if node.op == "call_function" and not stages.get(node):

@@ -291,6 +291,13 @@ def train_step(
             is_faster = do is in_place and nothing_between and s.rows.device.type in FUSED_ON
             return sparse_optimizer.fused_for(t.columns) if is_faster else None
 
+        def checked(states: list[TableState], grads: Params) -> list[Callable] | None:
+            """The sparse optimiser of each table that looks at all gradients of a step, where it can."""
+            on_cpu = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in grads.values())
+            on_cpu = on_cpu and all(s.rows.device.type == "cpu" for s in states)
+            steps = [sparse_optimizer.checked_for(t.columns) for t in tables]
+            return [c for c in steps if c] if do is in_place and nothing_between and on_cpu and all(steps) else None
+
         def update(state: TrainState, feats: dict) -> tuple[TrainState, Aux]:
             valid = _valid(feats, label)
             feats = clean_padding(feats, valid)
@@ -324,28 +331,37 @@ def train_step(
             scale = 1.0 / total.clamp(min=1).float()
             if accumulation > 1:
                 grads = {name: window.grads[name] + g for name, g in grads.items()}
-            if on_nonfinite == "stop" and is_good is None:
-                sums = None if any(map(fused, tables, states)) else states
-                is_good = outputs_finite(logit, loss_B, valid) & gradients_finite(grads, block_grads, sums)
             scale = scale if clip is None else clip(grads, states, scale)
             always_moves = accumulation == 1 and not skips
             dense, params = do.dense(state.dense, state.params, grads, scale, None if always_moves else moves)
             left = {name: do.store(g, torch.where(due, 0.0, grads[name])) for name, g in window.grads.items()}
-            nonfinite = state.nonfinite
-            if is_good is not None:
-                new = counts_after(nonfinite, ~is_good, state.step + 1, window.num_batches)
-                nonfinite = NonFinite(*map(do.store, nonfinite, new))
             window = Window(
                 left, do.store(window.num_samples, total * ~due), do.store(window.num_batches, num_batches * ~due)
             )
             if life is not None:
                 states = [do.count_steps(t)(s, moves) for t, s in zip(tables, states, strict=True)]
-            states = [
-                one(s, t.occurrences(f, g), scale, due)
-                if (one := fused(t, s))
-                else do.sparse(s, scale, moves, t.columns)
-                for t, s, f, g in zip(tables, states, found, block_grads, strict=True)
-            ]
+            one_kernel = any(map(fused, tables, states))
+            looks = on_nonfinite == "stop" and is_good is None
+            if looks and not one_kernel and (steps := checked(states, grads)):
+                others = [[*grads.values()], *([] for _ in steps[1:])]
+                both = [c(s, scale, moves, o) for c, s, o in zip(steps, states, others, strict=True)]
+                states = [s for s, _ in both]
+                is_good = functools.reduce(Tensor.logical_and, [ok for _, ok in both])
+                is_good = is_good & outputs_finite(logit, loss_B, valid)
+            else:
+                if looks:
+                    is_good = gradients_finite(grads, block_grads, None if one_kernel else states)
+                    is_good = is_good & outputs_finite(logit, loss_B, valid)
+                states = [
+                    one(s, t.occurrences(f, g), scale, due)
+                    if (one := fused(t, s))
+                    else do.sparse(s, scale, moves, t.columns)
+                    for t, s, f, g in zip(tables, states, found, block_grads, strict=True)
+                ]
+            nonfinite = state.nonfinite
+            if is_good is not None:
+                new = counts_after(nonfinite, ~is_good, state.step + 1, num_batches - 1)
+                nonfinite = NonFinite(*map(do.store, nonfinite, new))
             counted = do.metrics(state.metrics, logit, feats[label], loss_B, in_metrics)
             kept = {name: do.store(state.stats[name], new) for name, new in stats.items()}
             number = do.store(state.step, state.step + due)

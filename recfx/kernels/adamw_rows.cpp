@@ -2,13 +2,14 @@
 #include "table.h"
 
 EXPORT void adamw_rows(float* rows, float* grads_UW, int64_t* num_unique, const int32_t* unique_rows, int64_t row_stride,
-                       int64_t grad_stride, int64_t width, const double* hyper, const bool* due) {
+                       int64_t grad_stride, int64_t width, const double* hyper, const bool* due, bool* is_finite) {
   if (!*due) return;
+  uint32_t found = 0;  // a gradient that is NaN or infinite: here it costs nothing to look
   const float decay = hyper[0], b1 = hyper[1], c1 = hyper[2], b2 = hyper[3], c2 = hyper[4];
   const float alpha = hyper[5], eps = hyper[6], scale = hyper[7];
   const int64_t num = *num_unique, ahead = rows_ahead();
-  with_dim(width, [=](auto dim) {
-#pragma omp parallel for schedule(static, OWNED)
+  with_dim(width, [=, &found](auto dim) {
+#pragma omp parallel for schedule(static, OWNED) reduction(| : found)
     for (int64_t u = 0; u < num; ++u) {
       if (u + ahead < num)
         for (int64_t c = 0; c < 3 * dim; c += 16) __builtin_prefetch(rows + unique_rows[u + ahead] * row_stride + c, 1);
@@ -16,9 +17,10 @@ EXPORT void adamw_rows(float* rows, float* grads_UW, int64_t* num_unique, const 
       float* __restrict m = w + dim;
       float* __restrict v = m + dim;
       float* __restrict g = grads_UW + u * grad_stride;
-#pragma omp simd
+#pragma omp simd reduction(| : found)
       for (int64_t c = 0; c < dim; ++c) {
         const float gc = g[c] * scale;
+        found |= is_nonfinite(g[c]);
         m[c] = b1 * m[c] + c1 * gc;
         v[c] = b2 * v[c] + c2 * gc * gc;
         w[c] = decay * w[c] - alpha * m[c] / (std::sqrt(v[c]) + eps);
@@ -27,4 +29,5 @@ EXPORT void adamw_rows(float* rows, float* grads_UW, int64_t* num_unique, const 
     }
   });
   *num_unique = 0;
+  if (is_finite != nullptr) *is_finite = *is_finite && !found;
 }

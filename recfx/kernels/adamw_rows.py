@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from recfx.kernels import all_finite
 from recfx.kernels.op import define_op
 
-__all__ = ["adamw_rows_", "adamw_update"]
+__all__ = ["adamw_rows_", "adamw_rows_checked_", "adamw_update"]
 
 
 def adamw_update(
@@ -46,10 +48,36 @@ def definition(
     num_unique.zero_()
 
 
+def checked_definition(
+    rows: Tensor,
+    grads: Tensor,
+    num_unique: Tensor,
+    unique_rows: Tensor,
+    hyper: Tensor,
+    due: Tensor,
+    others: Sequence[Tensor],
+) -> Tensor:
+    """`adamw_rows_`; returns bool []: whether grads[:num_unique] and `others` were finite.
+
+    Shapes:   others f32, of any shape.
+    """
+    found = all_finite.definition(others, [grads], [num_unique] if due else [torch.zeros_like(num_unique)])
+    definition(rows, grads, num_unique, unique_rows, hyper, due)
+    return found
+
+
 adamw_rows_ = define_op(
     "adamw_rows_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) num_unique, Tensor unique_rows, Tensor hyper,"
     " Tensor due) -> ()",
     definition=definition,
     cuda="optimizer_rows",
     fake=lambda *_: None,
+)
+
+# On a CPU, where the rows' gradients are read for the update anyway. On others the definition reads the host.
+adamw_rows_checked_ = define_op(
+    "adamw_rows_checked_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) num_unique, Tensor unique_rows, Tensor hyper,"
+    " Tensor due, Tensor[] others) -> Tensor",
+    definition=checked_definition,
+    fake=lambda *args: torch.empty_like(args[5]),
 )

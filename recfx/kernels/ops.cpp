@@ -36,7 +36,7 @@ void add_row_grads(float*, int64_t, const int32_t*, const int32_t*, int64_t, int
                    const GradBlock*, const float*);
 void add_predictions(int64_t*, double*, const float*, const float*, const float*, const bool*, int64_t, int64_t,
                      double);
-void adamw_rows(float*, float*, int64_t*, const int32_t*, int64_t, int64_t, int64_t, const double*, const bool*);
+void adamw_rows(float*, float*, int64_t*, const int32_t*, int64_t, int64_t, int64_t, const double*, const bool*, bool*);
 void order_lists(const int64_t* const*, const int32_t* const*, const float* const*, const int64_t*, int64_t, int64_t,
                  int64_t, int64_t*, int32_t*, float*);
 void list_sums(const float*, const int32_t*, int64_t, float*);
@@ -196,7 +196,7 @@ void add_row_grads_op(Tensor grads, const Tensor& inverse_P, const Tensor& cell_
 void adamw_rows_op(Tensor rows, Tensor grads, Tensor num_unique, const Tensor& unique_rows, const Tensor& hyper,
                    const Tensor& due) {
   adamw_rows(strided<float>(rows), strided<float>(grads), flat<int64_t>(num_unique), flat<int32_t>(unique_rows),
-             rows.stride(0), grads.stride(0), rows.size(2), flat<double>(hyper), flat<bool>(due));
+             rows.stride(0), grads.stride(0), rows.size(2), flat<double>(hyper), flat<bool>(due), nullptr);
 }
 
 void add_predictions_op(Tensor histogram, Tensor sums, const Tensor& logit, const Tensor& label, const Tensor& loss,
@@ -302,6 +302,17 @@ Tensor all_finite_op(const Tensors& tensors, const Tensors& grads, const Tensors
   return result;
 }
 
+Tensor adamw_rows_checked_op(Tensor rows, Tensor grads, Tensor num_unique, const Tensor& unique_rows,
+                             const Tensor& hyper, const Tensor& due, const Tensors& others) {
+  Tensor result = torch::stable::empty_like(due);
+  Matrices m;
+  for (const Tensor& t : others) m.add(t);
+  all_finite(m.first.data(), m.num.data(), m.stride.data(), m.width.data(), m.num.size(), flat<bool>(result));
+  adamw_rows(strided<float>(rows), strided<float>(grads), flat<int64_t>(num_unique), flat<int32_t>(unique_rows),
+             rows.stride(0), grads.stride(0), rows.size(2), flat<double>(hyper), flat<bool>(due), flat<bool>(result));
+  return result;
+}
+
 void untouch_rows_op(Tensor seen, const Tensor& row_P, const Tensor& inverse_P, const Tensor& num_before,
                      const Tensor& step, const Tensor& counts) {
   untouch_rows(flat<int64_t>(seen), flat<int32_t>(row_P), flat<int32_t>(inverse_P), row_P.numel(),
@@ -329,6 +340,7 @@ STABLE_TORCH_LIBRARY_IMPL(recfx, CPU, library) {
   library.impl("pool", TORCH_BOX(&pool_op));
   library.impl("add_row_grads_", TORCH_BOX(&add_row_grads_op));
   library.impl("adamw_rows_", TORCH_BOX(&adamw_rows_op));
+  library.impl("adamw_rows_checked_", TORCH_BOX(&adamw_rows_checked_op));
   library.impl("add_predictions_", TORCH_BOX(&add_predictions_op));
   library.impl("order_lists", TORCH_BOX(&order_lists_op));
   library.impl("list_sums", TORCH_BOX(&list_sums_op));

@@ -76,6 +76,13 @@ struct Initializer {
   int64_t width;
 };
 
+// 1 where the exponent bits are all ones, else 0. An integer, so that loops vectorise.
+static inline uint32_t is_nonfinite(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return (bits & 0x7f800000u) == 0x7f800000u;
+}
+
 static inline float log_positive(float x) {  // relative error below 2e-7, vectorises
   int32_t bits;
   std::memcpy(&bits, &x, 4);

@@ -14,15 +14,17 @@ Ref: Loshchilov & Hutter 2019, arXiv:1711.05101, Alg. 2.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from recfx.kernels.adamw_rows import adamw_rows_, adamw_update
+from recfx.kernels.adamw_rows import adamw_rows_, adamw_rows_checked_, adamw_update
 from recfx.kernels.optimizer_rows import adamw_rows_by_column
 from recfx.kernels.sum_adamw_rows import sum_adamw_rows_
 from recfx.optim.protocol import (
+    Checked,
     Fused,
     Rate,
     Scalars,
@@ -176,13 +178,24 @@ def _sparse(scalars: Scalars, lr: Rate, weight_decay: float) -> SparseOptimizer:
         state.step.add_(due)
         return state
 
+    def apply_checked_(
+        state: TableState, scale: Tensor, due: Tensor, others: Sequence[Tensor]
+    ) -> tuple[TableState, Tensor]:
+        hyper = _stacked(scalars, lr, weight_decay, state.step + 1, scale)
+        touched = state.num_unique, state.unique_rows
+        is_finite = adamw_rows_checked_(state.rows, state.grads, *touched, hyper, due, others)
+        state.step.add_(due)
+        return state, is_finite
+
     def sum_and_apply_(state: TableState, occurrences: Occurrences, scale: Tensor, due: Tensor) -> TableState:
         hyper = _stacked(scalars, lr, weight_decay, state.step + 1, scale)
         sum_adamw_rows_(state.rows, state.num_unique, state.unique_rows, hyper, *occurrences)
         state.step.add_(due)
         return state
 
-    return by_column._replace(apply_=apply_, fused=Fused(apply_, sum_and_apply_))
+    return by_column._replace(
+        apply_=apply_, fused=Fused(apply_, sum_and_apply_), checked=Checked(apply_, apply_checked_)
+    )
 
 
 def _without_denormals(*tensors_and_scalars: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from recfx.table import Columns, TableState, copy_of
 from recfx.types import Params, Transform
 
 __all__ = [
+    "Checked",
     "Fused",
     "Rate",
     "Scalars",
@@ -45,6 +46,18 @@ class Fused(NamedTuple):
     apply_: Callable[..., TableState]
 
 
+class Checked(NamedTuple):
+    """An optimiser's `apply_` that looks whether gradients are finite while it reads them. For tables on a CPU.
+
+    of:         that `apply_`, as of `Fused`.
+    apply_:     (TableState, scale, due, other tensors f32 to look at) -> (TableState, whether all is finite, bool []);
+                for rows without learning rates of their own.
+    """
+
+    of: Callable[..., TableState]
+    apply_: Callable[..., tuple[TableState, Tensor]]
+
+
 class SparseOptimizer(NamedTuple):
     """An optimiser of the rows one step touched. It declares what it keeps next to a weight; the table owns the memory.
 
@@ -56,6 +69,7 @@ class SparseOptimizer(NamedTuple):
                 columns a row is one logical table.
     apply_:     the same, in place: what is captured.
     fused:      the same with the sum of the gradients, where a kernel does both.
+    checked:    the same with a look whether gradients are finite, where a kernel does both.
     """
 
     slots: tuple[str, ...]
@@ -64,12 +78,19 @@ class SparseOptimizer(NamedTuple):
     apply: Callable[..., TableState]
     apply_: Callable[..., TableState]
     fused: Fused | None = None
+    checked: Checked | None = None
 
     def fused_for(self, columns: Columns) -> Callable[..., TableState] | None:
         """`fused.apply_` where it does to rows of these columns what `apply_` does."""
         if self.fused is None or self.fused.of is not self.apply_ or columns.rates is not None:
             return None
         return self.fused.apply_
+
+    def checked_for(self, columns: Columns) -> Callable[..., tuple[TableState, Tensor]] | None:
+        """`checked.apply_` where it does to rows of these columns what `apply_` does."""
+        if self.checked is None or self.checked.of is not self.apply_ or columns.rates is not None:
+            return None
+        return self.checked.apply_
 
 
 def rate_at(lr: Rate, t: Tensor) -> Tensor:

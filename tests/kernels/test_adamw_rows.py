@@ -66,3 +66,31 @@ def test_one_and_two_threads_give_the_same_bytes_and_the_definition():
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_opcheck():
     torch.library.opcheck(adamw_rows.adamw_rows_, (*case(9, 5), HYPER, torch.tensor(True)))
+
+
+@pytest.mark.parametrize(
+    "op", [adamw_rows.checked_definition, adamw_rows.adamw_rows_checked_], ids=["definition", "kernel"]
+)
+@pytest.mark.parametrize("width", [1, 9, 17])
+def test_checked_is_the_same_and_says_whether_gradients_are_finite(op, width):
+    rows, grads, num, unique_rows = case(width, 20)
+    expected = call(adamw_rows.adamw_rows_, rows, grads, num, unique_rows)
+    for bad in (None, math.nan, math.inf, -math.inf):
+        for row in (0, 19, 20):  # the last one is not in use
+            for others in ([], [torch.ones(3)], [torch.ones(3), torch.tensor([1, bad or 0.0])]):
+                there, state = grads.clone(), (rows.clone(), num.clone())
+                there[row, -1] = there[row, -1] if bad is None else bad
+                is_finite = op(state[0], there, state[1], unique_rows, HYPER, torch.tensor(True), others)
+                assert bool(is_finite) == (bad is None or (row == 20 and len(others) < 2))
+                if is_finite:
+                    assert torch.equal(state[0], expected[0])
+                assert int(state[1]) == 0
+    grads[:] = math.nan
+    assert op(rows.clone(), grads, num.clone(), unique_rows, HYPER, torch.tensor(False), [])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_opcheck_of_checked():
+    rows, grads, num, unique_rows = case(9, 5)
+    arguments = rows, grads, num, unique_rows, HYPER, torch.tensor(True), [torch.ones(3)]
+    torch.library.opcheck(adamw_rows.adamw_rows_checked_, arguments)
