@@ -168,11 +168,8 @@ def test_no_operator_reads_the_host_on_cuda():
     names = {name.removeprefix("recfx::") for name in torch._C._dispatch_get_all_op_names() if "recfx::" in name}
     with_kernel = {n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(f"recfx::{n}", "CUDA")}
     assert with_kernel == {name for _, name in bench.calls((8, 1))} == {name for _, name in DEFINITIONS}
-    on_cpu_alone = {
-        "order_ids_at",
-        "all_finite",
-        "adamw_rows_checked_",
-    }  # by `recfx.fx_passes`, and by a step whose numbers are on a CPU
+    # Of `recfx.fx_passes`, and of a step whose numbers are on a CPU.
+    on_cpu_alone = {"order_ids_at", "all_finite", "adamw_rows_checked_"}
     assert names - with_kernel - on_cpu_alone == {"join", "add_predictions_", "owner", "keep_trained_", "untouch_rows_"}
     column, valid = torch.randn(5, 1), torch.ones(5, 1, dtype=torch.bool)
     histogram, sums = torch.zeros(2, 16, dtype=torch.int64), torch.zeros(5, dtype=torch.float64)
