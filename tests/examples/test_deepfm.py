@@ -107,7 +107,8 @@ def test_captured_end_to_end_on_generated_data(tmp_path, capsys):
     assert 0.05 < summary["log_loss"] < 0.7
     assert summary["rows"] > 10_000
     assert summary["peak_rss_bytes"] > 2**26
-    assert 0 < summary["first_step_s"] < summary["train_s"]
+    assert summary["first_step_s"] > 0.5  # with the time of compiling, which is before training
+    assert summary["train_s"] > 0
     assert summary["samples_per_s"] > 100
     assert Path("out/step-000000040").is_dir()
 

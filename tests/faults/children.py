@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def folder_for_all() -> Iterator[Path]:
+    """A new folder that every user can enter, unlike one in a private TMPDIR."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
 
 
 def in_child(work: Callable[[], object]) -> None:

@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import signal
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from recfx.data.identity import NoIdentityError, identity_of
 from recfx.kernels import mapped_files
 from recfx.kernels.string_hash import farm_hashes, murmur_hashes
 from tests.data.rows import all_rows, write
-from tests.faults.children import in_child
+from tests.faults.children import folder_for_all, in_child
 
 NUM_ROWS, UNIT_ROWS, BATCH_SIZE = 8000, 2000, 100
 COLUMNS = [fixedlen("x", [0.0]), varlen("c", torch.int64)]
@@ -275,9 +274,7 @@ def test_a_disk_with_too_little_room_warns_once(folder):
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_a_folder_that_is_read_only_is_read_from_and_warns_once():
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
+    with folder_for_all() as folder:
         write(
             folder / "a.parquet", pa.table({"x": [float(i) for i in range(400)], "c": [[i] for i in range(400)]}), 100
         )

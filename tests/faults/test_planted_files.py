@@ -7,13 +7,12 @@ import os
 import pwd
 import stat
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from recfx.kernels import build
-from tests.faults.children import in_child
+from tests.faults.children import folder_for_all, in_child
 
 ELSEWHERE = "Set TMPDIR to a folder of yours"
 
@@ -101,9 +100,9 @@ def test_the_name_of_a_user_is_no_path(temporary, monkeypatch, name):
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_a_user_without_a_name(monkeypatch):
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o777)
-        monkeypatch.setattr(build.tempfile, "gettempdir", lambda: folder)
+    with folder_for_all() as folder:
+        folder.chmod(0o777)
+        monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(folder))
         monkeypatch.setattr(build, "_compile", lambda compiler, sources, path, num_processes: touch(path))
 
         def work() -> None:
