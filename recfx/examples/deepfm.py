@@ -199,8 +199,11 @@ def _show(bar: tqdm, event: Event, progress: Progress) -> None:
         )
         bar.update(progress.num_samples - bar.n)
     elif event == "after_evaluation":
-        values = " ".join(f"{name}={value:.4f}" for name, value in progress.evaluation.items() if name != "num_samples")
-        bar.write(f"epoch {progress.epoch} step {progress.step} held out: {values}")
+        names = ("auc", "log_loss", "calibration")
+        values = " ".join(f"{name}={progress.evaluation[name]:.4f}" for name in names)
+        bad = int(progress.evaluation["num_nonfinite"])
+        more = f", {bad} samples with NaN or infinity" if bad else ""
+        bar.write(f"epoch {progress.epoch} step {progress.step} held out: {values}{more}")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
