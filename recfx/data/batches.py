@@ -171,8 +171,8 @@ class Reader(IterableDataset):
 
     @property
     def described(self) -> str:
-        """Its files, for an error: the paths of the first ones, and how many more there are."""
-        return self.plan.described
+        """The first of its files, by their last folder and name, and how many more there are: for a checkpoint."""
+        return self.plan.described_anywhere
 
     def __iter__(self) -> BatchIterator:
         return BatchIterator(self, Place(), 0, self.epochs)

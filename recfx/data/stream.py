@@ -85,8 +85,18 @@ class Plan:
     @property
     def described(self) -> str:
         """The paths of the first of this worker's files, and how many more there are: for errors."""
-        paths = [f"'{self.files[i].path}'" for i in self.own_files]
-        return ", ".join(paths[:MAX_NAMED]) + f" and {len(paths) - MAX_NAMED} more" * (len(paths) > MAX_NAMED)
+        return self._listed(None)
+
+    @property
+    def described_anywhere(self) -> str:
+        """As `described`, by the last folder and the name: the same where the files are moved together."""
+        return self._listed(2)
+
+    def _listed(self, num_parts: int | None) -> str:
+        """The last parts of the paths of the first files; None: all parts."""
+        paths = [self.files[i].path.split("/") for i in self.own_files]
+        named = [f"'{'/'.join(parts[-num_parts:] if num_parts else parts)}'" for parts in paths[:MAX_NAMED]]
+        return ", ".join(named) + f" and {len(paths) - MAX_NAMED} more" * (len(paths) > MAX_NAMED)
 
     @functools.cached_property
     def fingerprint(self) -> str:
