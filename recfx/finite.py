@@ -18,7 +18,6 @@ __all__ = [
     "counts_after",
     "gradients_finite",
     "outputs_finite",
-    "untouch",
     "untouch_",
 ]
 
@@ -86,12 +85,3 @@ def untouch_(s: TableState, found: Found, num_before: Tensor, counts: Tensor) ->
     untouch_rows.untouch_rows_(s.seen, found.row, found.inverse, num_before, s.step, counts)
     s.num_unique.copy_(torch.where(counts, s.num_unique, num_before))
     return s, found._replace(inverse=torch.where(counts, found.inverse, -1))
-
-
-def untouch(s: TableState, found: Found, num_before: Tensor, counts: Tensor) -> tuple[TableState, Found]:
-    """`untouch_`, pure."""
-    seen = s.seen.clone()
-    untouch_rows.definition(seen, found.row, found.inverse, num_before, s.step, counts)
-    num_unique = torch.where(counts, s.num_unique, num_before)
-    inverse = torch.where(counts, found.inverse, -1)
-    return s._replace(seen=seen, num_unique=num_unique), found._replace(inverse=inverse)

@@ -14,7 +14,7 @@ from recfx.checks import check_choice, check_int
 from recfx.context import Context, Stats, with_context
 from recfx.describe import or_plain, state_text, step_text
 from recfx.embeddings import Embedding, Plan, Tile, plan_tables
-from recfx.finite import NonFinite, clean_padding, counts_after, gradients_finite, outputs_finite, untouch, untouch_
+from recfx.finite import NonFinite, clean_padding, counts_after, gradients_finite, outputs_finite, untouch_
 from recfx.generators import Draws
 from recfx.kernels.add_row_grads import add_row_grads_
 from recfx.kernels.order_lists import list_sums
@@ -140,7 +140,6 @@ class _Spelling(NamedTuple):
     sparse: Callable
     dense: Callable
     metrics: Callable
-    untouch: Callable
     store: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -224,11 +223,11 @@ def train_step(
     counts = metrics or binary_metrics()
     in_place = _Spelling(
         lambda t: t.insert_, lambda t: t.add_grads_, lambda t: t.count_steps_, sparse_optimizer.apply_,
-        dense_optimizer.update_, counts.update_, untouch_, Tensor.copy_,
+        dense_optimizer.update_, counts.update_, Tensor.copy_,
     )  # fmt: skip
     pure = _Spelling(
         lambda t: t.insert, lambda t: t.add_grads, lambda t: t.count_steps, sparse_optimizer.apply,
-        dense_optimizer.update, counts.update, untouch, lambda _, new: new,
+        dense_optimizer.update, counts.update, lambda _, new: new,
     )  # fmt: skip
 
     skips = on_nonfinite == "skip"
@@ -316,7 +315,8 @@ def train_step(
                 assert is_good is not None
                 grads = {name: torch.where(is_good, g, 0.0) for name, g in grads.items()}
                 stats = {name: torch.where(is_good, new, state.stats[name]) for name, new in stats.items()}
-                inserted = [do.untouch(s, f, n, is_good) for (s, f), n in zip(inserted, touched, strict=True)]
+                # In place in the pure step too: `insert` has copied the table.
+                inserted = [untouch_(s, f, n, is_good) for (s, f), n in zip(inserted, touched, strict=True)]
                 found = [f for _, f in inserted]
                 num_samples, in_metrics = num_samples * is_good, valid & is_good
             states = [
