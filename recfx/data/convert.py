@@ -16,11 +16,11 @@ from pyarrow import parquet as pq
 
 from recfx.data.files import File, Paths, match_files
 from recfx.data.formats import EXTENSIONS, Format, open_source, reading
+from recfx.data.lines import COMPRESSIONS
 from recfx.data.schema import as_list, decoded, is_list, item_type, packed_list
 
 __all__ = ["TYPES", "convert"]
 
-COMPRESSIONS = ("gz", "bz2", "zst", "lz4")
 TYPES: dict[str, pa.DataType] = {"float": pa.float32(), "int": pa.int64(), "string": pa.string()}
 
 

@@ -13,11 +13,10 @@ import pyarrow.compute as pc
 from pyarrow import csv as pa_csv
 
 from recfx.data.files import CHUNK_BYTES, File
+from recfx.data.lines import Lines
 from recfx.data.rows import BadRow, Rows
 
 __all__ = ["Csv", "CsvSource"]
-
-COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +51,12 @@ class CsvSource:
     unit_name, null_is_missing = "block", True
 
     def __init__(self, file: File, options: Csv, types: Mapping[str, pa.DataType]) -> None:
-        self._file, self._options, self._text = file, options, _decompressed(file)
-        size = file.size if self._text is None else len(self._text)
-        self._block_bytes = options.block_bytes if self._text is None else max(size, 1)
-        first_line = self._line_at(0)
-        self._start = 0 if options.column_names else len(first_line)
+        self._options, self._lines = options, Lines(file, options.block_bytes)
+        first_line = self._lines.line_at(0)
+        self._lines.start = 0 if options.column_names else len(first_line)
         self._names = list(options.column_names or _cells(first_line, options.delimiter))
         self._types = {name: kind for name, kind in types.items() if name in self._names}
-        self.num_units = -(-(size - self._start) // self._block_bytes)
+        self.num_units = self._lines.num_blocks
         known = {name: pa.list_(kind) if options.list_separator else kind for name, kind in self._types.items()}
         guessed = self._guess() if self.num_units and len(known) < len(self._names) else {}
         self.schema = pa.schema([(name, known.get(name, guessed.get(name, pa.null()))) for name in self._names])
@@ -83,14 +80,14 @@ class CsvSource:
         return rows.batch.num_rows + len(rows.bad)
 
     def _guess(self) -> dict[str, pa.DataType]:
-        text, _ = _without_unclosed(self._block(0, min(self._block_bytes, CHUNK_BYTES)), self._options.delimiter)
+        text, _ = _without_unclosed(self._lines.block(0, CHUNK_BYTES), self._options.delimiter)
         if not text.strip():
             return dict.fromkeys(self._names, pa.null())
         table = pa_csv.read_csv(pa.BufferReader(text), **self._how(len(text), self._names, {}, []))
         return {field.name: field.type for field in table.schema}
 
     def _parse(self, unit: int, types: Mapping[str, pa.DataType]) -> Rows:
-        text, unclosed = _without_unclosed(self._block(unit, self._block_bytes), self._options.delimiter)
+        text, unclosed = _without_unclosed(self._lines.block(unit), self._options.delimiter)
         if not text.strip():
             empty = pa.RecordBatch.from_pydict({name: pa.array([], kind) for name, kind in types.items()})
             return Rows(empty, np.empty(0, np.int64), unclosed)
@@ -148,31 +145,6 @@ class CsvSource:
         offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
         rows = np.searchsorted(offsets, np.array(list(wrong), dtype=np.int64), side="right") - 1
         return pa.ListArray.from_arrays(pa.array(offsets), items), dict(zip(rows.tolist(), wrong.values(), strict=True))
-
-    def _read(self, begin: int, num_bytes: int) -> bytes:
-        if self._text is not None:
-            return self._text[begin : begin + num_bytes]
-        with self._file.filesystem.open_input_file(self._file.path) as stream:
-            stream.seek(begin)
-            return stream.read(num_bytes)
-
-    def _line_at(self, place: int) -> bytes:
-        """From a place to the end of its line, line end included."""
-        line = b""
-        while b"\n" not in line and (chunk := self._read(place + len(line), 1 << 16)):
-            line += chunk
-        return line[: line.find(b"\n") + 1 or len(line)]
-
-    def _block(self, unit: int, num_bytes: int) -> bytes:
-        """The lines that begin in the unit's part of the file."""
-        begin = self._start + unit * self._block_bytes
-        text = self._read(begin, num_bytes)
-        if unit > 0 and self._read(begin - 1, 1) != b"\n":  # the first line began in the unit before
-            cut = text.find(b"\n") + 1
-            text = text[cut:] if cut else b""
-        if not text or text.endswith(b"\n"):
-            return text
-        return text + self._line_at(begin + num_bytes)
 
 
 def _without_unclosed(text: bytes, delimiter: str) -> tuple[bytes, list[BadRow]]:
@@ -236,14 +208,6 @@ def _parses(cell: str, kind: pa.DataType) -> bool:
     except pa.ArrowInvalid:
         return False
     return True
-
-
-def _decompressed(file: File) -> bytes | None:
-    """All of a file whose extension names a compression; None for other files."""
-    if not file.path.endswith(COMPRESSED):
-        return None
-    with file.filesystem.open_input_stream(file.path, compression="detect") as stream:
-        return stream.read()
 
 
 def _cells(line: bytes, delimiter: str) -> list[str]:

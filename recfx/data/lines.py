@@ -1,0 +1,61 @@
+"""Text files as blocks of whole lines, so that a large one is read in parallel and resumed in its middle."""
+
+from __future__ import annotations
+
+from recfx.data.files import File
+
+__all__ = ["COMPRESSIONS", "Lines"]
+
+COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "bz2": "bz2", "zst": "zstd", "zstd": "zstd", "lz4": "lz4"}  # by extension
+
+
+class Lines:
+    """The lines of a file. A compressed file, as its extension says, is decompressed at once and is one block.
+
+    Args:     block_bytes: of the text in one block, but for its last line, which is whole.
+    """
+
+    def __init__(self, file: File, block_bytes: int) -> None:
+        self._file, self._text = file, _decompressed(file)
+        self._num_bytes = file.size if self._text is None else len(self._text)
+        self._block_bytes = block_bytes if self._text is None else max(self._num_bytes, 1)
+        self.start = 0  # the byte where the first block begins: after a header
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-(self._num_bytes - self.start) // self._block_bytes)
+
+    def block(self, number: int, max_bytes: int | None = None) -> bytes:
+        """The lines that begin in this block, or in its first max_bytes bytes."""
+        num_bytes = min(self._block_bytes, max_bytes or self._block_bytes)
+        begin = self.start + number * self._block_bytes
+        text = self._read(begin, num_bytes)
+        if number > 0 and self._read(begin - 1, 1) != b"\n":  # the first line began in the block before
+            cut = text.find(b"\n") + 1
+            text = text[cut:] if cut else b""
+        if not text or text.endswith(b"\n"):
+            return text
+        return text + self.line_at(begin + num_bytes)
+
+    def line_at(self, place: int) -> bytes:
+        """From a byte to the end of its line, line end included."""
+        line = b""
+        while b"\n" not in line and (chunk := self._read(place + len(line), 1 << 16)):
+            line += chunk
+        return line[: line.find(b"\n") + 1 or len(line)]
+
+    def _read(self, begin: int, num_bytes: int) -> bytes:
+        if self._text is not None:
+            return self._text[begin : begin + num_bytes]
+        with self._file.filesystem.open_input_file(self._file.path) as stream:
+            stream.seek(begin)
+            return stream.read(num_bytes)
+
+
+def _decompressed(file: File) -> bytes | None:
+    """All of a file whose extension names a compression; None for other files."""
+    compression = COMPRESSIONS.get(file.name.rpartition(".")[2].lower())
+    if compression is None:
+        return None
+    with file.filesystem.open_input_stream(file.path, compression=compression) as stream:
+        return stream.read()
