@@ -133,7 +133,7 @@ def tile(length: int) -> Tile:
     return Tile(length)
 
 
-ReadAs = tuple[str, bool, int, bool]
+ReadAs = tuple[str, bool, int, bool, int | None]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Embedding:
     """One embedding table read through one sparse feature.
 
     Args:     feature: name of the i64 feature that holds the ids: Ragged, or dense [B, n] for lists of n. Every id of
-              a dense feature counts, none means padding; lists of unequal length are Ragged.
+              a dense feature counts but `padding_id`.
               dim: width of a weight row.
               shared_name: tables of one name are one table. Default: '<group>/<feature>', a table of its own.
               combiner: how the rows of a sample's list become one; empty lists give zeros. With w the feature's
@@ -159,7 +159,11 @@ class Embedding:
               trainable: if not, this feature inserts rows and reads them, and they count as seen, but no gradient
               reaches them through it. A row that a step reads through such features alone is not updated: no decay, no
               moment moves. Other features of the same shared_name train it. `frozen` is that for a whole table.
-    Raises:   ValueError on a dim below 1, an unknown combiner or word for `unknown`, or a rate below 0.
+              padding_id: an id that fills lists up, such as 0. This feature reads a list as if it did not hold it: no
+              row, no gradient, and no part in a combiner or its divisor. A tiled list keeps its places: a cell of
+              padding is zeros. None: every id counts.
+    Raises:   ValueError on a dim below 1, an unknown combiner or word for `unknown`, a rate below 0, or a padding_id
+              beyond int64.
     Example:  >>> Embedding("item", dim=8, init=uniform(-0.1, 0.1)).combiner
               'sum'
     """
@@ -176,6 +180,7 @@ class Embedding:
     unknown: Literal["zeros", "initial"] = field(default="zeros", kw_only=True)
     read_only: bool = field(default=False, kw_only=True)
     trainable: bool = field(default=True, kw_only=True)
+    padding_id: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_type("feature", self.feature, str, "It is the name of a feature.")
@@ -198,7 +203,19 @@ class Embedding:
             check_number(f"feature '{self.feature}', {name}", value)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"feature '{self.feature}': got {name} {value}, expected 0 <= {name} < inf.")
+        self._check_padding()
         self._check_init()
+
+    def _check_padding(self) -> None:
+        if self.padding_id is None:
+            return
+        if type(self.padding_id) is not int:
+            raise TypeError(f"feature '{self.feature}': got padding_id {said(self.padding_id)}, expected an int.")
+        if not -(2**63) <= self.padding_id < 2**63:
+            raise ValueError(
+                f"feature '{self.feature}': got padding_id {self.padding_id}, expected -2**63 to 2**63 - 1. Ids are "
+                "int64: subtract 2**64 from larger ones."
+            )
 
     def _check_init(self) -> None:
         try:
@@ -223,9 +240,9 @@ class Embedding:
 
     @property
     def read_as(self) -> ReadAs:
-        """How its ids are read: feature, read only, how many of a list's ids, 0 for all, and trainable."""
+        """How its ids are read: feature, read only, how many of a list's ids, 0 for all, trainable, and padding."""
         length = self.combiner.length if isinstance(self.combiner, Tile) else 0
-        return self.feature, self.read_only, length, self.trainable
+        return self.feature, self.read_only, length, self.trainable, self.padding_id
 
     @property
     def of_table(self) -> tuple:
@@ -253,6 +270,7 @@ class Lookup(NamedTuple):
     read_only: bool = False
     length: int = 0  # of a tiled list; 0: lists are pooled
     trainable: bool = True
+    padding_id: int | None = None
 
     @property
     def num_cells(self) -> int:
@@ -368,7 +386,9 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
 
     names_of: dict[tuple[tuple[ReadAs, ...], str], list[str]] = {}
     for name, e in logical.items():
-        names_of.setdefault((tuple(sorted(readers[name])), e.device), []).append(name)
+        names_of.setdefault(
+            (tuple(sorted(readers[name], key=lambda how: (*how[:-1], *_in_order(how[-1])))), e.device), []
+        ).append(name)
     keys_of: dict[tuple[tuple[int, ...], str], list[tuple]] = {}  # of each physical table: its vocabularies
     for key, names in names_of.items():
         keys_of.setdefault((tuple(logical[n].dim for n in names), key[1]), []).append(key)
@@ -378,13 +398,20 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
     tables, place = [], {}
     for t, ((dims, device), keys) in enumerate(keys_of.items()):
         lookups = sorted(
-            (Lookup(f, v, read_only, n, trains) for v, (how, _) in enumerate(keys) for f, read_only, n, trains in how),
-            key=lambda l: (l.read_only, feature_order[l.feature], l.vocabulary, l.length, not l.trainable),
+            (Lookup(f, v, *rest) for v, (how, _) in enumerate(keys) for f, *rest in how),
+            key=lambda l: (
+                l.read_only,
+                feature_order[l.feature],
+                l.vocabulary,
+                l.length,
+                not l.trainable,
+                *_in_order(l.padding_id),
+            ),
         )
         names_in = [names_of[key] for key in keys]
         for l, lookup in enumerate(lookups):
             for k, name in enumerate(names_in[lookup.vocabulary]):
-                place[name, lookup.feature, lookup.read_only, lookup.length, lookup.trainable] = (t, k, l)
+                place[name, lookup.feature, *lookup[2:]] = (t, k, l)
         firsts = [sum(dims[:k]) for k in range(len(dims))]
         vocabularies = tuple(
             tuple(
@@ -426,6 +453,11 @@ def _check_size(plan: TablePlan) -> None:
             "index has 16 bits for them. Let features share a table by shared_name, or give some another dim."
         )
     plan.check_batch(1)
+
+
+def _in_order(padding_id: int | None) -> tuple[bool, int]:
+    """To sort by: None, which is not a number, comes first."""
+    return padding_id is not None, padding_id or 0
 
 
 def _name(group: str, e: Embedding) -> str:

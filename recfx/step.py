@@ -503,20 +503,23 @@ def _groups(plan: Plan, blocks: list[list[Tensor]], found: list[Found]) -> dict[
         for c in cells:
             part = blocks[c.table][c.column][:, plan.tables[c.table].cells_of(c.lookup)]
             part = part if plan.learns(c) else part.detach()
-            divisor = _divisor(c.combiner, found[c.table].ragged[c.lookup])
+            padding_id = plan.tables[c.table].lookups[c.lookup].padding_id
+            divisor = _divisor(c.combiner, found[c.table].ragged[c.lookup], padding_id)
             parts.append(part if divisor is None else part / divisor[:, None, None])
         same = len({part.shape[2] for part in parts}) == 1
         groups[name] = torch.cat(parts if same else [part.flatten(1) for part in parts], dim=1)
     return groups
 
 
-def _divisor(combiner: str | Tile, ids: Ragged) -> Tensor | None:
+def _divisor(combiner: str | Tile, ids: Ragged, padding_id: int | None) -> Tensor | None:
     """What the sum of each list's weighted rows is divided by, [B]."""
     if combiner not in ("mean", "sqrtn"):
         return None
-    if ids.weights is None:
+    if ids.weights is None and padding_id is None:
         count = ids.offsets.diff().clamp(min=1)
         return count if combiner == "mean" else count.sqrt()
-    sums = list_sums(ids.weights if combiner == "mean" else ids.weights.square(), ids.offsets)
+    weights = torch.ones_like(ids.values, dtype=torch.float32) if ids.weights is None else ids.weights
+    weights = weights if padding_id is None else torch.where(ids.values == padding_id, 0.0, weights)
+    sums = list_sums(weights if combiner == "mean" else weights.square(), ids.offsets)
     sums = sums if combiner == "mean" else sums.sqrt()
     return torch.where(sums == 0, 1, sums)

@@ -44,7 +44,8 @@ EXPORT void order_lists(const int64_t* const* values, const int32_t* const* offs
 EXPORT void list_sums(const float* values, const int32_t* offsets, int64_t num_lists, float* out) {
 #pragma omp parallel for schedule(static)
   for (int64_t l = 0; l < num_lists; ++l) {
-    out[l] = 0.0f;
-    for (int32_t p = offsets[l]; p < offsets[l + 1]; ++p) out[l] += values[p];
+    double sum = 0;
+    for (int32_t p = offsets[l]; p < offsets[l + 1]; ++p) sum += values[p];
+    out[l] = sum;
   }
 }

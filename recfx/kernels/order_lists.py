@@ -68,10 +68,13 @@ order_lists = define_op(
 
 
 def list_sums_definition(values: Tensor, offsets: Tensor) -> Tensor:
-    """The sum of values[offsets[l] : offsets[l + 1]], in order. Shapes: f32 [capacity], i32 [B + 1] -> f32 [B]."""
-    num_lists = offsets.numel() - 1
-    sums = values.new_zeros(num_lists + 1).index_add(0, list_of(offsets, values.numel()), values)
-    return sums[:num_lists]
+    """The sum of values[offsets[l] : offsets[l + 1]], in order and in f64: a list of 2**24 ones and more is counted.
+
+    Shapes:   f32 [capacity], i32 [B + 1] -> f32 [B].
+    """
+    num_lists, numbers = offsets.numel() - 1, values.double()
+    sums = numbers.new_zeros(num_lists + 1).index_add(0, list_of(offsets, values.numel()), numbers)
+    return sums[:num_lists].float()
 
 
 def _list_sums_fake(values, offsets):  # type: ignore[no-untyped-def]

@@ -10,7 +10,9 @@ from torch import Tensor
 from recfx.kernels.initial import initial_values
 from recfx.kernels.op import define_op
 
-__all__ = ["pool"]
+__all__ = ["LONG", "pool"]
+
+LONG = 2**16
 
 
 def definition(
@@ -28,7 +30,8 @@ def definition(
 ) -> list[Tensor]:
     """The sum of each list's rows, one block f32 [B, L, dims[s]] per slice of columns firsts[s] .. + dims[s].
 
-    With weights, a row is multiplied by its id's. An id without a row (row_P < 0) adds what `initial_values` makes of
+    Sums are f32; of a sample with LONG ids or more f64, so that 2**24 ones and more are counted, but not on a GPU. With
+    weights, a row is multiplied by its id's. An id without a row (row_P < 0) adds what `initial_values` makes of
     unknown_params, zeros without them. Padding adds nothing.
 
     Shapes:   rows f32 [R, 1 + slots, W], row_P i32 [P] as `find` gives it; the others as there; init_keys and
@@ -42,7 +45,11 @@ def definition(
         initial = initial_values(id_P[valid], init_keys[vocabulary], unknown_params[vocabulary])
         values = torch.where((row < 0)[:, None], initial, values)
     values = values if weight_P is None else values * weight_P[valid][:, None]
-    pooled = rows.new_zeros(batch_size * len(vocabularies), rows.shape[2]).index_add(0, cell, values)
+    sample = cell // len(vocabularies)
+    is_long = torch.bincount(sample, minlength=batch_size)[sample] >= LONG
+    zeros = rows.new_zeros(batch_size * len(vocabularies), rows.shape[2])
+    long = zeros.double().index_add(0, cell[is_long], values[is_long].double()).float()
+    pooled = zeros.index_add(0, cell[~is_long], values[~is_long]) + long
     pooled = pooled.view(batch_size, len(vocabularies), rows.shape[2])
     return [pooled[:, :, first : first + dim].contiguous() for first, dim in zip(firsts, dims, strict=True)]
 

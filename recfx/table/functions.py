@@ -51,6 +51,14 @@ class Found(NamedTuple):
     read_only: Found | None = None  # where the ids of read-only lookups are, which come after the others
 
 
+class Cells(NamedTuple):
+    """What fills the cells of a sample: some of the lookups."""
+
+    lookups: Sequence[Lookup]
+    vocabularies: Tensor  # i32 [L], of each cell
+    padding: tuple[Tensor, Tensor] | None  # i64 [L], an id that is not counted, and bool [L], whether there is one
+
+
 class Occurrences(NamedTuple):
     """The gradients of a batch's ids, and the unique rows they are of, as the kernels take them."""
 
@@ -137,11 +145,10 @@ def table(
     if admit is not None:  # asked here once, since an error within a capture is torch's
         id = torch.zeros(2, dtype=torch.int64, device=device)
         checked("admit", admit(id.int() + 1, id, id.int(), id[0] + 1), torch.bool, id)
-    vocabularies = torch.tensor(plan.cell_vocabularies, dtype=torch.int32, device=device)
     num_inserting = sum(not lookup.read_only for lookup in plan.lookups)
-    first_reading = sum(lookup.num_cells for lookup in plan.lookups[:num_inserting])
-    inserting, reading = vocabularies[:first_reading].clone(), vocabularies[first_reading:].clone()
-    trains = [l.trainable for l in plan.lookups[:num_inserting] for _ in range(l.num_cells)]
+    parts = plan.lookups, plan.lookups[:num_inserting], plan.lookups[num_inserting:]
+    all_cells, inserting, reading = (_cells(lookups, device) for lookups in parts)
+    trains = [l.trainable for l in inserting.lookups for _ in range(l.num_cells)]
     trains_L = None if all(trains) else torch.tensor(trains, device=device)
     init_keys, init_params = (nn.functional.pad(t, (0, num_extra)) for t in initializer_tensors(plan, seed))
     unknown_params = _unknown_params(plan, init_params)
@@ -194,20 +201,20 @@ def table(
         plan.check_batch(ragged[0].num_samples, sum(r.values.numel() for r in ragged))
         return ragged
 
-    def find_(state: TableState, ragged: list[Ragged], lookups: Sequence[Lookup], of_cell: Tensor) -> Found:
-        id, cell, weight = _ordered(ragged, lookups)
-        row = find.find(state.slots, state.ids, state.num_slots, state.salt, id, cell, of_cell)
-        return Found(id, cell, weight, ragged, row, torch.full_like(row, -1), of_cell)
+    def find_(state: TableState, ragged: list[Ragged], cells: Cells) -> Found:
+        id, cell, weight = _ordered(ragged, cells)
+        row = find.find(state.slots, state.ids, state.num_slots, state.salt, id, cell, cells.vocabularies)
+        return Found(id, cell, weight, ragged, row, torch.full_like(row, -1), cells.vocabularies)
 
     def find_all(state: TableState, features: dict) -> Found:
-        return find_(state, ids_in(features), plan.lookups, vocabularies)
+        return find_(state, ids_in(features), all_cells)
 
     def admitted(count_with: Callable, s: TableState, id: Tensor, cell: Tensor) -> Tensor | None:
         if admit is None:
             return None
-        table = s.slots, s.ids, s.num_slots, s.salt
-        count = count_with(*s.candidates, *table, id, cell, inserting) if max_candidates else torch.zeros_like(cell)
-        admits = admit(count, id, inserting[cell % len(inserting)], s.step + 1)
+        table, in_cell = (s.slots, s.ids, s.num_slots, s.salt), inserting.vocabularies
+        count = count_with(*s.candidates, *table, id, cell, in_cell) if max_candidates else torch.zeros_like(cell)
+        admits = admit(count, id, in_cell[cell % len(in_cell)], s.step + 1)
         return checked("admit", admits, torch.bool, id).contiguous()
 
     def insert_with(
@@ -217,20 +224,19 @@ def table(
             if num_inserting == 0:
                 return s, find_all(s, features)
             ragged = ids_in(features)
-            id, cell, weight = _ordered(ragged[:num_inserting], plan.lookups[:num_inserting])
+            id, cell, weight = _ordered(ragged[:num_inserting], inserting)
             admits = admitted(count_with, s, id, cell)
             # Of another type, since an operator must not be given a tensor and its clone.
             num_before = None if trains_L is None else s.num_unique.int()
             row, inverse = op(
                 s.slots, s.ids, s.vocabularies, s.seen, s.born, s.rows, s.num_rows, s.free_rows, s.num_free,
                 s.num_refused, s.tally, s.num_crowded, s.unique_rows, s.num_unique, s.num_slots, s.salt, s.step + 1,
-                id, cell, inserting, init_keys, init_params, admits,
+                id, cell, inserting.vocabularies, init_keys, init_params, admits,
             )  # fmt: skip
             if trains_L is not None:
                 inverse = keep(s.seen, s.unique_rows, s.num_unique, num_before, s.step + 1, inverse, cell, trains_L)
-            rest = (ragged[num_inserting:], plan.lookups[num_inserting:], reading)
-            read_only = find_(s, *rest) if len(reading) else None
-            return s, Found(id, cell, weight, ragged, row, inverse, inserting, read_only)
+            read_only = find_(s, ragged[num_inserting:], reading) if reading.lookups else None
+            return s, Found(id, cell, weight, ragged, row, inverse, inserting.vocabularies, read_only)
 
         return insert_
 
@@ -308,14 +314,27 @@ def _rows_in(max_bytes: int, floats: int, width: int, max_unique: int | None, ma
     return rows
 
 
-def _ordered(ragged: list[Ragged], lookups: Sequence[Lookup]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Id, cell and weight of all lists in the table's order."""
+def _cells(lookups: Sequence[Lookup], device: torch.device) -> Cells:
+    of_cells = [lookup for lookup in lookups for _ in range(lookup.num_cells)]
+    vocabularies = torch.tensor([l.vocabulary for l in of_cells], dtype=torch.int32, device=device)
+    has_one = [l.padding_id is not None for l in of_cells]
+    ids = torch.tensor([l.padding_id or 0 for l in of_cells], dtype=torch.int64, device=device)
+    return Cells(lookups, vocabularies, (ids, torch.tensor(has_one, device=device)) if any(has_one) else None)
+
+
+def _ordered(ragged: list[Ragged], cells: Cells) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Id, cell and weight of all lists in the table's order. An id that is padding has cell -1."""
     values, offsets = [r.values.contiguous() for r in ragged], [r.offsets.contiguous() for r in ragged]
-    lengths = [lookup.length for lookup in lookups]
+    lengths, weight = [lookup.length for lookup in cells.lookups], None
     if not any(lengths) and all(r.weights is None for r in ragged):
-        return *order_ids.order_ids(values, offsets), None
-    weights = [None if r.weights is None else r.weights.contiguous() for r in ragged]
-    return order_lists.order_lists(values, offsets, weights, lengths)
+        id, cell = order_ids.order_ids(values, offsets)
+    else:
+        weights = [None if r.weights is None else r.weights.contiguous() for r in ragged]
+        id, cell, weight = order_lists.order_lists(values, offsets, weights, lengths)
+    if cells.padding is not None:
+        padding_id, has_one = (t[cell % len(t)] for t in cells.padding)
+        cell = torch.where(has_one & (id == padding_id), -1, cell)
+    return id, cell, weight
 
 
 def ids_of(features: dict, name: str) -> Ragged:

@@ -85,3 +85,9 @@ def test_opcheck():
     torch.library.opcheck(order_lists.order_lists, large())
     _, offsets, weights, _ = large()
     torch.library.opcheck(order_lists.list_sums, (weights[0], offsets[0]))
+
+
+def test_list_sums_count_ones_beyond_what_f32_can():
+    ones, offsets = torch.ones(2**24 + 2), torch.tensor([0, 2**24 + 2], dtype=torch.int32)
+    for op in (order_lists.list_sums, order_lists.list_sums_definition):
+        assert op(ones, offsets).tolist() == [2**24 + 2]

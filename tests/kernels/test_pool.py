@@ -77,3 +77,32 @@ def test_one_and_two_threads_give_the_same_bytes():
 def test_opcheck():
     rows, row_P, reading, batch_size, init, firsts, dims = case([[[1, 2], []], [[1], [3, 3]]], [0, 1], (8, 1), 0)
     torch.library.opcheck(pool.pool, (rows, row_P, *reading, batch_size, *init, firsts, dims))
+
+
+def long_list(num, *, with_padding=False):
+    """Sample 0 has two ids in the first lookup and `num` in the second, sample 1 has one: every row is 1."""
+    cell = torch.cat([torch.zeros(2), torch.ones(num), torch.full((1,), 2.0)]).int()
+    if with_padding:  # as many positions again, which hold nothing
+        cell = torch.stack([cell, torch.full_like(cell, -1)], dim=1).flatten()
+    row_P = torch.where(cell < 0, -1, 0).int()
+    plan = table_plan([0, 0], (1,))
+    init = initializer_tensors(plan, 1)[0], None
+    rows = torch.ones(1, 1, 1)
+    return rows, row_P, (torch.zeros(len(cell), dtype=torch.int64), cell, torch.zeros(2).int()), 2, init, (0,), (1,)
+
+
+@pytest.mark.parametrize("num", [2**16 - 3, 2**16, 2**24 + 3])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_long_lists_are_counted_exactly(num, num_threads):
+    (block,) = on_threads(num_threads, call, pool.pool, *long_list(num))
+    assert block.flatten().tolist() == [2.0, float(torch.tensor(num, dtype=torch.float32)), 1.0, 0.0]
+
+
+@pytest.mark.parametrize("num", [2**16 - 3, 2**16 + 1])
+def test_padding_does_not_make_a_list_long(num):
+    rows, row_P, reading, *rest = long_list(num, with_padding=True)
+    rows, weight_P = rows + 0.3, torch.linspace(0.1, 2.0, len(row_P))
+    kernel, definition = (
+        op(rows, row_P, *reading, rest[0], *rest[1], *rest[2:], weight_P) for op in (pool.pool, pool.definition)
+    )
+    torch.testing.assert_close(kernel[0], definition[0], rtol=1e-6 if num > 2**16 else 1e-3, atol=0)

@@ -69,10 +69,10 @@ def order_positions(
 def sum_lists(sums, values, offsets, num_lists, num_values, BLOCK: tl.constexpr):
     nth = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     begin, end = list_bounds(offsets, nth, num_lists, num_values)
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float64)
     for j in range(tl.max(end - begin, axis=0)):
-        total += tl.load(values + begin + j, mask=begin + j < end, other=0.0)
-    tl.store(sums + nth, total, mask=nth < num_lists)
+        total += tl.load(values + begin + j, mask=begin + j < end, other=0.0).to(tl.float64)
+    tl.store(sums + nth, total.to(tl.float32), mask=nth < num_lists)
 
 
 def order(
