@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from recfx import checkpoint, metrics
+from recfx.checkpoint.folders import FolderLock
 from recfx.checks import check_int, check_type
 from recfx.labels import check_held_out_labels, check_labels, find_bad_label
 from recfx.metrics import BinaryCounts
@@ -356,11 +357,11 @@ def train(
 def check_output(config: TrainConfig, step: int = 0, *, resume: bool = False, overwrite: bool = False) -> None:
     """Raises what `train` raises of output_dir; a program calls it before it compiles, which takes longer.
 
-    Makes the folder where there is none, and writes a temporary file into it.
+    Makes the folder where there is none, and writes a temporary file of 1 MiB into it.
 
     Args:     step: that the run begins at.  resume, overwrite: as of `train`.
     Raises:   NotADirectoryError when output_dir is a file or below one; OSError when it cannot be written or has no
-              room; ValueError when it holds checkpoints and neither resume nor overwrite is given, or both are.
+              room; BlockingIOError when another process saves there; ValueError when it holds checkpoints and neither resume nor overwrite is given, or both are.
     """
     if resume and overwrite:
         raise ValueError("overwrite: got True with resume=True, expected one of them. A run goes on or begins again.")
@@ -379,6 +380,7 @@ def check_output(config: TrainConfig, step: int = 0, *, resume: bool = False, ov
             f"output_dir: got '{folder}', where nothing can be written ({error.strerror or error}), expected a folder "
             "for checkpoints. Nothing was trained. Choose another path, or make room there.",
         ) from error
+    FolderLock(folder).release()
     found = None if resume or overwrite else checkpoint.latest(folder)
     if found is not None:
         _check_follows(found, step, config.output_dir)

@@ -40,7 +40,7 @@ class Bar:
         self._file = sys.stderr if file is None else file
         self._saves_in_background = saves_in_background
         self._line = _line_on(self._file)
-        self._phase, self._began, self._status = "", 0.0, ""
+        self._phase, self._began, self._status, self._trains = "", 0.0, "", False
         self._save_began = 0.0  # in the background
         self._ticker: tuple[threading.Thread, threading.Event] | None = None
 
@@ -49,7 +49,8 @@ class Bar:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, KeyboardInterrupt) and self._phase and not error.args:
-            error.args = (f"while {self._phase}, after {self._seconds()}",)
+            lost = "What was trained since the last checkpoint is lost" if self._trains else "Nothing was trained"
+            error.args = (f"interrupted while {self._phase}, after {self._seconds()}. {lost}.",)
         self._end(" stopped after" if error else "")
         if self._line is not None:
             self._line.close()
@@ -71,6 +72,7 @@ class Bar:
 
     def on_event(self, event: Event, progress: Progress, state: object = None) -> None:
         """Shows what `train` tells of."""
+        self._trains = True
         if event in STARTS and not (event == "before_save" and self._saves_in_background):
             self._start(STARTS[event])
         elif event == "before_save":

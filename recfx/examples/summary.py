@@ -117,8 +117,9 @@ def run_program(run: Callable[[Any], Mapping[str, Any]], args: Any) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {_said(error)}") from error
     except KeyboardInterrupt as stop:
-        when = f" {stop}" if str(stop) else ""
-        print(f"\ninterrupted{when}. What was trained since the last checkpoint is lost.", file=sys.stderr)
+        print(
+            stop if str(stop) else "interrupted. What was trained since the last checkpoint is lost.", file=sys.stderr
+        )
         raise SystemExit(130) from stop
     print(text_of(summary))
 

@@ -27,10 +27,7 @@ def loop(num_bins, logit, label, loss, valid):
         histogram[int(y > 0.5), bin] += int(v)
         both = x.isfinite() and l.isfinite()
         if v:
-            sums = [
-                a + float(b)
-                for a, b in zip(sums, (1, y, l, x.sigmoid(), not both, not 0 <= y <= 1), strict=True)
-            ]
+            sums = [a + float(b) for a, b in zip(sums, (1, y, l, x.sigmoid(), not both, not 0 <= y <= 1), strict=True)]
     return histogram, torch.tensor(sums, dtype=torch.float64)
 
 
@@ -66,5 +63,12 @@ def test_threads_do_not_change_a_bit(batch_size):
 @pytest.mark.parametrize("num_sums", [5, 6])
 def test_opcheck(num_sums):
     logit = torch.randn(6, 1)
-    args = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(num_sums, dtype=torch.float64), logit, logit, logit, logit > 0
+    args = (
+        torch.zeros(2, 8, dtype=torch.int64),
+        torch.zeros(num_sums, dtype=torch.float64),
+        logit,
+        logit,
+        logit,
+        logit > 0,
+    )
     torch.library.opcheck(add_predictions.add_predictions_, (*args, RANGE))
