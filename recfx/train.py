@@ -361,7 +361,8 @@ def check_output(config: TrainConfig, step: int = 0, *, resume: bool = False, ov
 
     Args:     step: that the run begins at.  resume, overwrite: as of `train`.
     Raises:   NotADirectoryError when output_dir is a file or below one; OSError when it cannot be written or has no
-              room; BlockingIOError when another process saves there; ValueError when it holds checkpoints and neither resume nor overwrite is given, or both are.
+              room; BlockingIOError when another process saves there; ValueError when it holds checkpoints and neither
+              resume nor overwrite is given, or both are.
     """
     if resume and overwrite:
         raise ValueError("overwrite: got True with resume=True, expected one of them. A run goes on or begins again.")

@@ -117,9 +117,8 @@ def run_program(run: Callable[[Any], Mapping[str, Any]], args: Any) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {_said(error)}") from error
     except KeyboardInterrupt as stop:
-        print(
-            stop if str(stop) else "interrupted. What was trained since the last checkpoint is lost.", file=sys.stderr
-        )
+        said = str(stop) or "interrupted. What was trained since the last checkpoint is lost."
+        print(said, file=sys.stderr)
         raise SystemExit(130) from stop
     print(text_of(summary))
 

@@ -62,13 +62,10 @@ def test_ctrl_c_ends_with_130_and_one_line(capsys):
     def run(args):
         raise KeyboardInterrupt(*args)
 
-    for args, said in (
-        ([], "interrupted. What was"),
-        (["interrupted while compiling, after 3.1 s. Nothing"], "interr"),
-    ):
+    for args in ([], ["interrupted while compiling, after 3.1 s. Nothing was trained."]):
         with pytest.raises(SystemExit) as stop:
             run_program(run, args)
         assert stop.value.code == 130
         err = capsys.readouterr().err
-        assert err.startswith(said)
+        assert err.startswith("interrupted")
         assert err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Labels outside [0, 1]: counted in the step, and an error where a loop logs, before it saves, and after an evaluation."""
+"""Labels outside [0, 1]: counted in the step, an error where a loop logs, before it saves and after an evaluation."""
 
 import math
 
@@ -72,11 +72,10 @@ def test_before_every_save(tmp_path, config):
 
 
 def test_in_the_second_epoch_and_of_soft_labels(tmp_path):
+    days, step = MemoryReader(GOOD), make()
+    days.epoch = lambda number: MemoryReader(GOOD if number == 0 else [batch(3.0, 0.0)]).start_at({"batch": 0})
+    config = TrainConfig(output_dir=str(tmp_path / "x"), train_epoch=2)
     with pytest.raises(ValueError, match="is the first one of epoch 2"):
-        days = MemoryReader(GOOD)
-        days.epoch = lambda number: MemoryReader(GOOD if number == 0 else [batch(3.0, 0.0)]).start_at({"batch": 0})
-        step = make()
-        config = TrainConfig(output_dir=str(tmp_path / "x"), train_epoch=2)
         train(step, step.update_, init(step), days, config)
     _, progress = go(tmp_path / "soft", GOOD)
     assert progress.step == 2
@@ -120,7 +119,7 @@ def test_which_steps_check(tmp_path, how, checks):
 
 
 def test_another_kind_of_flag_is_an_error():
-    with pytest.raises(TypeError, match="check_labels: got 'no', expected bool or None. None: they are checked"):
+    with pytest.raises(TypeError, match=r"check_labels: got 'no', expected bool or None. None: they are checked"):
         make(check_labels="no")
 
 
