@@ -23,7 +23,7 @@ __all__ = ["Bar"]
 
 WIDTH, HEIGHT = 79, 24  # of a terminal that does not say
 TICK_S = 1.0
-STARTS: dict[str, str] = {"before_evaluation": "evaluating", "before_save": "saving"}
+STARTS: dict[str, str] = {"before_epoch": "reading", "before_evaluation": "evaluating", "before_save": "saving"}
 ENDS = ("after_evaluation", "after_save")
 
 
@@ -82,7 +82,7 @@ class Bar:
             if self._line is None:
                 print(f"saved in the background: {seconds:.1f} s", file=self._file, flush=True)
             self._draw()
-        elif event in ENDS:
+        elif event in ENDS or (event == "before_step" and self._phase):  # the first batch of an epoch is read
             self._end()
         if event == "after_evaluation":
             self.write(_held_out(progress))
