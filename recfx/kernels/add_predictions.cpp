@@ -7,7 +7,8 @@
 constexpr int64_t CHUNK = 512;  // samples summed before their sums are added: the same for any number of threads
 
 struct Sums {
-  double samples = 0, clicks = 0, loss = 0, predicted = 0, nonfinite = 0, bad_labels = 0;
+  double clicks = 0, loss = 0, predicted = 0;
+  int32_t samples = 0, nonfinite = 0, bad_labels = 0;
 };
 
 EXPORT void add_predictions(int64_t* histogram, double* sums, const float* logit, const float* label, const float* loss,
@@ -28,8 +29,9 @@ EXPORT void add_predictions(int64_t* histogram, double* sums, const float* logit
       s.loss += loss[b];
       s.predicted += 1.0f / (1.0f + std::exp(-logit[b]));
       s.nonfinite += !(std::isfinite(logit[b]) && std::isfinite(loss[b]));
-      s.bad_labels += !(label[b] >= 0.0f && label[b] <= 1.0f);  // NaN too
     }
+    for (int64_t b = chunk * CHUNK; b < std::min((chunk + 1) * CHUNK, batch_size); ++b)  // a loop of vectors
+      s.bad_labels += valid[b] & !((label[b] >= 0.0f) & (label[b] <= 1.0f));              // NaN too
     chunk_sums[chunk] = s;
   }
   for (int64_t b = 0; b < batch_size; ++b) histogram[place[b]] += valid[b];
