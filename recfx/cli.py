@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
 
+import recfx
 from recfx.commands import convert, inspect
 
-__all__ = ["main"]
+__all__ = ["main", "version"]
+
+
+class Version(argparse.Action):
+    """Prints `version()` as it is: argparse's own would join its lines, and needs them before it is asked."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(version())
+        parser.exit()
 
 
 def diff(args: argparse.Namespace) -> int:
@@ -29,9 +44,21 @@ def compact(args: argparse.Namespace) -> int:
     return 0
 
 
+def version() -> str:
+    """What a report of a bug needs to name: recfx, Python, torch, pyarrow and the platform. Imports none of them."""
+    parts = [f"recfx {recfx.__version__}", f"Python {platform.python_version()}"]
+    for package in ("torch", "pyarrow"):
+        try:
+            parts.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            parts.append(f"{package} not installed")
+    return f"{', '.join(parts)}\n{platform.platform()}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status; what the user got wrong is told on stderr, status 2."""
     parser = argparse.ArgumentParser(prog="recfx")
+    parser.add_argument("--version", action=Version, help="show the versions of recfx, Python, torch and pyarrow")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(command: object, *arguments: tuple[str, dict]) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "calibration",
     "gauc",
     "log_loss",
+    "num_bad_labels",
     "num_nonfinite",
     "threshold_auc",
 ]
@@ -33,7 +34,8 @@ class BinaryCounts(NamedTuple):
     """What a phase has predicted so far."""
 
     histogram: Tensor  # i64 [2, bins], samples by label and logit bin
-    sums: Tensor  # f64 [5]: samples, clicks, loss in nats, predicted clicks, samples whose logit or loss is not finite
+    sums: Tensor  # f64 [6]: samples, clicks, loss in nats, predicted clicks, samples whose logit or loss is not finite,
+    #               samples whose label is not in [0, 1]; [5], without the last, of a step that does not check labels
 
 
 def binary_metrics(num_bins: int = 2**16) -> Transform:
@@ -47,7 +49,7 @@ def binary_metrics(num_bins: int = 2**16) -> Transform:
 
     def init(device: torch.device | str = "cpu") -> BinaryCounts:
         histogram = torch.zeros(2, num_bins, dtype=torch.int64, device=device)
-        return BinaryCounts(histogram, torch.zeros(5, dtype=torch.float64, device=device))
+        return BinaryCounts(histogram, torch.zeros(6, dtype=torch.float64, device=device))
 
     def update(state: BinaryCounts, logit: Tensor, label: Tensor, loss: Tensor, valid: Tensor) -> BinaryCounts:
         new = BinaryCounts(*(t.clone() for t in state))
@@ -159,10 +161,16 @@ def log_loss(counts: BinaryCounts) -> float:
 def calibration(counts: BinaryCounts) -> float:
     """Predicted clicks per observed click: 1 is calibrated. NaN without a click, and as `auc`."""
     check_type("counts", counts, BinaryCounts, OF_STATE)
-    _, clicks, _, predicted, _ = counts.sums.tolist()
+    _, clicks, _, predicted, *_ = counts.sums.tolist()
     return predicted / clicks if clicks and not num_nonfinite(counts) else math.nan
 
 
 def num_nonfinite(counts: BinaryCounts) -> int:
     """Samples whose logit or loss was NaN or infinite."""
     return int(counts.sums[4])
+
+
+def num_bad_labels(counts: BinaryCounts) -> int:
+    """Samples whose label was below 0, above 1 or NaN. 0 where labels are not checked, see `recfx.step.train_step`."""
+    check_type("counts", counts, BinaryCounts, OF_STATE)
+    return int(counts.sums[5]) if counts.sums.numel() > 5 else 0

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recfx.labels import check_labels
+from recfx.run_checks import described_by, place_of
 from recfx.step import Step, TrainState
 from recfx.table import TableState, ids_of
 from recfx.types import NUM_SAMPLES, Batch, Ragged
 
-__all__ = ["check_finite", "is_stopped"]
+__all__ = ["check_finite", "find_nonfinite", "is_stopped"]
 
 MOST_NAMED = 5
 CHUNK_ROWS = 2**20
@@ -24,16 +26,19 @@ def is_stopped(step: Step, state: TrainState) -> bool:
 
 
 def check_finite(step: Step, state: TrainState, *, batch: Batch | None = None, where: str = "") -> None:
-    """Raises when a loss, a logit or a gradient was NaN or infinite, and the step is one that stops then.
+    """Raises when a loss, a logit or a gradient was NaN or infinite, and the step is one that stops then; and when a
+    label was outside [0, 1], see `recfx.labels.check_labels`.
 
-    Call it before each save and where a loop logs: the state remembers the first optimiser step that met one.
+    Call it before each save and where a loop logs: the state remembers the first optimiser step that met one. Call it
+    before metrics are reset, too: they hold the count of such labels.
 
     Args:     batch: that of the first one, if it is at hand: its features are looked through, and only its ids.
               where: what to say of where the batch was read.
-    Cost:     one host read; when it raises, a pass over the tables.
+    Cost:     two host reads; when it raises, a pass over the tables.
     Raises:   FloatingPointError naming the step, its micro-batch, and the features, ids and parameters with values that
-              are not finite.
+              are not finite; ValueError of labels.
     """
+    check_labels(step, state, where=where)
     if not is_stopped(step, state):
         return
     number, micro_batch = int(state.nonfinite.first_step), int(state.nonfinite.first_batch)
@@ -49,6 +54,32 @@ def check_finite(step: Step, state: TrainState, *, batch: Batch | None = None, w
         f"expected finite numbers. Not finite now: {named or 'nothing in the state'}. Nothing was saved since. Mend "
         "the feature or the model, or leave such batches out with train_step(on_nonfinite='skip')."
     )
+
+
+def find_nonfinite(
+    step: Step, state: TrainState, reader: Any, epoch: int, looked: int, position: dict | None
+) -> tuple[Batch | None, str]:
+    """The first batch that was not finite, read again from where all still was, and what to say of its place.
+
+    Args:     reader: see `recfx.train.Reader`.  epoch: in progress, from 0.
+              looked: optimiser step after which all was finite.  position: of the reader then, None at the start.
+    """
+    number, micro_batch = int(state.nonfinite.first_step), int(state.nonfinite.first_batch)
+    place, batches = (number - 1 - looked) * step.accumulation + micro_batch, None
+    try:
+        batches = reader.epoch(epoch) if position is None else reader.start_at(position)
+        stream = iter(batches)
+        for _ in range(place):
+            next(stream)
+            position = batches.position
+        where = place_of(position, epoch, described_by(batches))
+        return next(stream), f", which {where}"
+    except Exception as error:  # only the message suffers
+        why = str(error) or type(error).__name__
+        return None, f" of epoch {epoch + 1}, which could not be read again ({why})"
+    finally:
+        if batches is not None:
+            batches.close()
 
 
 def _in_features(feats: Mapping[str, Any]) -> Iterator[str]:

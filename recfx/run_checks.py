@@ -15,6 +15,7 @@ __all__ = [
     "check_run",
     "data_of",
     "described_by",
+    "place_of",
     "times_trained",
 ]
 
@@ -75,6 +76,16 @@ def data_of(described: str | None, identity: object) -> str:
     if described is not None:
         return f"one of {described}"
     return "one without an identity" if identity is None else f"one of {identity}"
+
+
+def place_of(position: dict | None, epoch: int, described: str | None) -> str:
+    """Where a batch is, for an error: "follows position ... of epoch 1 (...)".
+
+    Args:     position: that it follows, None for the first one.  epoch: its number, from 0: people count from 1.
+              described: see `described_by`.
+    """
+    where = "is the first one" if position is None else f"follows position {position}"
+    return f"{where} of epoch {epoch + 1}{f' ({described})' if described else ''}"
 
 
 def times_trained(state: TrainState) -> tuple[int, ...]:

@@ -104,6 +104,7 @@ class Step(NamedTuple):
     slots: what the sparse optimiser keeps beside a weight and, then, per row.
     precision: of the dense part's products, as `train_step` was asked.
     on_nonfinite: what a micro-batch with NaN or infinity leads to, as `train_step` was asked.
+    label: name of the feature that holds the target.
     draws: whether the step draws from torch's generators.
     """
 
@@ -125,6 +126,7 @@ class Step(NamedTuple):
     slots: tuple[str, ...]
     precision: Precision
     on_nonfinite: OnNonFinite
+    label: str
     draws: Draws
 
     def __repr__(self) -> str:
@@ -164,6 +166,7 @@ def train_step(
     sum_row_grads: Callable[..., None] = add_row_grads_,
     precision: Precision = "fp32",
     on_nonfinite: OnNonFinite = "stop",
+    check_labels: bool | None = None,
 ) -> Step:
     """Composes feature function, embeddings, model and optimisers into one step.
 
@@ -191,13 +194,16 @@ def train_step(
               in which step it happened first, and `recfx.train` raises before it saves or logs. "skip": the micro-batch
               is left out. Parameters, rows, optimiser states, statistics and metrics stay as they were, its samples
               are not counted, and rows that it inserted keep their initial value. "ignore": nothing is looked for.
+              check_labels: whether labels of real samples that are not in [0, 1], NaN too, are counted, so that
+              `recfx.train` raises before it saves or logs, and after an evaluation. None: with the default loss, which
+              has no minimum at such a label. False accepts them; True checks them with another loss too.
     Raises:   ValueError when accumulation is below 1 or precision or on_nonfinite is another word; TypeError when
               a part is another kind of thing, such as an optimiser of `torch.optim`.
     """
     check_functions(features=features, forward=forward, loss=loss, clip=clip)
     check_kinds(
         sparse_optimizer=sparse_optimizer, dense_optimizer=dense_optimizer, metrics=metrics, life=life, label=label,
-        sample_weight=sample_weight,
+        sample_weight=sample_weight, check_labels=check_labels,
     )  # fmt: skip
     check_int("accumulation", accumulation, 1)
     check_choice("precision", precision, get_args(Precision))
@@ -221,6 +227,7 @@ def train_step(
     }
     tables = [table(t, **settings) for t in plan.tables]
     counts = metrics or binary_metrics()
+    counts_labels = loss is bce_with_logits if check_labels is None else check_labels
     in_place = _Spelling(
         lambda t: t.insert_, lambda t: t.add_grads_, lambda t: t.count_steps_, sparse_optimizer.apply_,
         dense_optimizer.update_, counts.update_, Tensor.copy_,
@@ -248,7 +255,7 @@ def train_step(
             stats=stats_of({} if stats is None else stats, device),
             dense=tree_map(lambda t: t.to(device), dense_optimizer.init(params)),
             tables=tuple(t.init() for t in tables),
-            metrics=counts.init(device),
+            metrics=_counts_of(counts.init(device), labels=counts_labels),
             window=Window(window, counter(), counter()),
             nonfinite=NonFinite(counter(), counter(), counter()),
         )
@@ -468,8 +475,14 @@ def train_step(
         slots=(*sparse_optimizer.slots, *sparse_optimizer.row_slots),
         precision=precision,
         on_nonfinite=on_nonfinite,
+        label=label,
         draws=draws,
     )
+
+
+def _counts_of(counts: BinaryCounts, *, labels: bool) -> BinaryCounts:
+    """The metrics with the count of labels that are not in [0, 1], or without."""
+    return counts if labels else counts._replace(sums=counts.sums[:5].clone())
 
 
 def _valid(feats: dict, label: str) -> Tensor:

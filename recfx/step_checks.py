@@ -47,6 +47,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "life": (Life | None, "Build one: recfx.policies.Life(...)."),
     "label": (str, "It is the name of a feature."),
     "sample_weight": (str | None, "It is the name of a feature."),
+    "check_labels": (bool | None, "None: they are checked with the default loss."),
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import signal
+import tempfile
 import threading
 import time
 import warnings
@@ -16,9 +18,11 @@ from typing import Any, Literal, Protocol
 import torch
 
 from recfx import checkpoint, metrics
+from recfx.checkpoint.folders import FolderLock
 from recfx.checks import check_int, check_type
+from recfx.labels import check_held_out_labels, check_labels, find_bad_label
 from recfx.metrics import BinaryCounts
-from recfx.nonfinite import check_finite, is_stopped
+from recfx.nonfinite import check_finite, find_nonfinite, is_stopped
 from recfx.run_checks import (
     check_new,
     check_not_trained,
@@ -38,6 +42,8 @@ __all__ = [
     "Reader",
     "TrainConfig",
     "check_finite",
+    "check_labels",
+    "check_output",
     "evaluate",
     "read_metrics",
     "reset_metrics_",
@@ -45,6 +51,7 @@ __all__ = [
 ]
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ROOM_BYTES = 2**20  # written to the output folder, and deleted, to see whether it has any room
 
 Run = Callable[[TrainState, Batch], tuple[TrainState, Any]]
 RunSteps = Callable[[TrainState, Sequence[Batch]], tuple[TrainState, Any]]
@@ -55,7 +62,7 @@ Event = Literal[
 
 
 class Reader(Protocol):
-    """Epochs of batches, by number, that can be entered anywhere; an iterator has a JSON-able `position`.
+    """Epochs of batches, by number from 0, that can be entered anywhere; an iterator has a JSON-able `position`.
 
     It may have an `identity`, a str: positions of a reader with another identity are not read. Without, they all are.
     It may have `described`, a str that names its data in errors; so may its iterators, of their position.
@@ -99,11 +106,18 @@ class TrainConfig:
 
 @dataclass
 class Progress:
-    """Where training stands; what event listeners are shown."""
+    """Where training stands; what event listeners are shown.
 
-    epoch: int = 0
+    Wherever a person reads of an epoch, in bars, log lines and errors, the first one is epoch 1: `epoch_number`, and
+    `epoch_text`. `epoch` is the index in code, from 0, as `reader.epoch(0)` and the `loop` of a checkpoint have it.
+    """
+
+    epoch: int = 0  # how many epochs are complete; so also the index, from 0, of the one in progress
+    epoch_number: int = 0  # the epoch in progress or, between two, the one before, from 1; 0: none has begun
+    num_epochs: int = 0  # `TrainConfig.train_epoch`
     step: int = 0  # optimiser steps since the model began, `TrainState.step`
-    num_samples: int = 0  # of this run, the first call left out: it waits for the compiler
+    num_samples: int = 0  # real samples trained in this run, all of them
+    timed_samples: int = 0  # of these, the ones in `seconds`: all but the first call's, which waits for the compiler
     seconds: float = 0.0  # that they took, reading and logging included, saving and evaluating left out
     first_step_s: float = 0.0  # of this run, with the time that compiling it took
     train_s: float = 0.0
@@ -115,7 +129,13 @@ class Progress:
 
     @property
     def samples_per_s(self) -> float:
-        return self.num_samples / self.seconds if self.seconds else float("nan")
+        """Over `timed_samples`; NaN before there are any."""
+        return self.timed_samples / self.seconds if self.seconds else float("nan")
+
+    @property
+    def epoch_text(self) -> str:
+        """The epoch for people: "epoch 1 of 3"."""
+        return f"epoch {self.epoch_number} of {max(self.num_epochs, self.epoch_number)}"
 
 
 def train(
@@ -147,10 +167,11 @@ def train(
     Returns:  the state after the last step, and where training stands.
     Raises:   ValueError when steps_per_replay is below 1, there is nothing to train on, output_dir holds checkpoints
               and neither resume, overwrite nor a state loaded from there says what to do, or it holds some to resume
-              from and the state is loaded or trained already, or the newest one was saved in the middle of other data;
-              FloatingPointError when the step met NaN or infinity, before or in this call, and is to stop, see
-              `check_finite`; what `run`, the reader, a listener and the checkpoint raise. A save that is being written
-              is waited for.
+              from and the state is loaded or trained already, or the newest one was saved in the middle of other data,
+              or when labels were outside [0, 1], before or in this call, see `check_labels`; FloatingPointError when
+              the step met NaN or infinity, before or in this call, and is to stop, see `check_finite`; OSError when
+              output_dir cannot be written, see `check_output`; what `run`, the reader, a listener and the checkpoint
+              raise. A save that is being written is waited for.
     """
     if type(steps_per_replay) is not int or steps_per_replay < 1:
         raise ValueError(f"steps_per_replay: got {steps_per_replay!r}, expected at least 1, an int.")
@@ -158,19 +179,34 @@ def train(
     check_run(run, state, "step.update_")
     check_reader(reader)
     check_type("config", config, TrainConfig)
-    if resume and overwrite:
-        raise ValueError("overwrite: got True with resume=True, expected one of them. A run goes on or begins again.")
+    check_output(config, int(state.step), resume=resume, overwrite=overwrite)
     identity, described = getattr(reader, "identity", None), described_by(reader)
-    progress, position = Progress(step=int(state.step)), None
+    progress, position = Progress(step=int(state.step), num_epochs=config.train_epoch), None
     begun, began = time.perf_counter(), progress.step
     looked: tuple[int, dict | None] = progress.step, None  # where all was finite: step, position in this epoch
     saving = False
 
+    def where_labels() -> str:
+        """The steps since the last look, and such a label read again."""
+        before, position = looked
+        num, steps = (progress.step - before) * step.accumulation, f" in steps {before + 1} to {progress.step}"
+        if not num:  # evaluate_with has counted them
+            return ""
+        try:
+            batches = reader.epoch(progress.epoch) if position is None else reader.start_at(position)
+            try:
+                return steps + find_bad_label(step, state, batches, num, position, progress.epoch)
+            finally:
+                batches.close()
+        except Exception as error:  # only the message suffers
+            return f"{steps}, which could not be read again ({str(error) or type(error).__name__})"
+
     def look(position: dict | None) -> None:
-        """Raises when a step since the last look met NaN or infinity."""
+        """Raises when a step since the last look met a label outside [0, 1], NaN or infinity."""
         nonlocal looked
+        check_labels(step, state, where=where_labels)
         if is_stopped(step, state):
-            batch, where = _first_bad(step, state, reader, progress.epoch, *looked)
+            batch, where = find_nonfinite(step, state, reader, progress.epoch, *looked)
             check_finite(step, state, batch=batch, where=where)
         looked = progress.step, position
 
@@ -241,8 +277,6 @@ def train(
     keep = {"max_to_keep": config.max_to_keep, "full_every": config.full_save_every}
     with checkpoint.Saver(config.output_dir, step, **keep) as saver, _interrupts() as interrupted:
         found = checkpoint.latest(config.output_dir)
-        if found is not None and not resume and not overwrite:
-            _check_follows(found, progress.step, config.output_dir)
         if found is not None and resume:
             check_new(state, found)
             state, loop = checkpoint.load(found, step, state)
@@ -257,6 +291,7 @@ def train(
                     "saved in the middle of other data, the rest of which would never be trained. Finish it with its "
                     "reader, or leave it: give train a state loaded from there, without resume."
                 )
+        progress.epoch_number = progress.epoch + (position is not None)
         check_finite(step, state, where=", before this call of train")
         started, looked = progress.step, (progress.step, position)
         if should_stop() or progress.epoch >= config.train_epoch:
@@ -269,6 +304,7 @@ def train(
             evaluate_now()
         while progress.epoch < config.train_epoch and not should_stop():
             reset_metrics_(state)
+            progress.epoch_number = progress.epoch + 1
             on_event("before_epoch", progress, state)
             batches = reader.epoch(progress.epoch) if position is None else reader.start_at(position)
             stream = iter(batches)
@@ -318,6 +354,39 @@ def train(
     return state, progress
 
 
+def check_output(config: TrainConfig, step: int = 0, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Raises what `train` raises of output_dir; a program calls it before it compiles, which takes longer.
+
+    Makes the folder where there is none, and writes a temporary file of 1 MiB into it.
+
+    Args:     step: that the run begins at.  resume, overwrite: as of `train`.
+    Raises:   NotADirectoryError when output_dir is a file or below one; OSError when it cannot be written or has no
+              room; BlockingIOError when another process saves there; ValueError when it holds checkpoints and neither
+              resume nor overwrite is given, or both are.
+    """
+    if resume and overwrite:
+        raise ValueError("overwrite: got True with resume=True, expected one of them. A run goes on or begins again.")
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM_BYTES))
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(
+            errno.ENOTDIR, f"output_dir: got '{folder}', a file or below one, expected a folder. Choose another path."
+        ) from error
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"output_dir: got '{folder}', where nothing can be written ({error.strerror or error}), expected a folder "
+            "for checkpoints. Nothing was trained. Choose another path, or make room there.",
+        ) from error
+    FolderLock(folder).release()
+    found = None if resume or overwrite else checkpoint.latest(folder)
+    if found is not None:
+        _check_follows(found, step, config.output_dir)
+
+
 def _check_follows(found: Path, step: int, folder: str) -> None:
     """Checkpoints are ordered by their steps: a run whose numbers begin below those in its folder would be lost."""
     newest = int(found.name.rpartition("-")[2])
@@ -329,38 +398,17 @@ def _check_follows(found: Path, step: int, folder: str) -> None:
         )
 
 
-def _first_bad(
-    step: Step, state: TrainState, reader: Reader, epoch: int, looked: int, position: dict | None
-) -> tuple[Batch | None, str]:
-    """The first batch that was not finite, read again from where all still was, and what to say of its place."""
-    number, micro_batch = int(state.nonfinite.first_step), int(state.nonfinite.first_batch)
-    place, batches = (number - 1 - looked) * step.accumulation + micro_batch, None
-    try:
-        batches = reader.epoch(epoch) if position is None else reader.start_at(position)
-        stream = iter(batches)
-        for _ in range(place):
-            next(stream)
-            position = batches.position
-        where = "is the first one" if position is None else f"follows position {position}"
-        described = described_by(batches)
-        return next(stream), f", which {where} of epoch {epoch}{f' ({described})' if described else ''}"
-    except Exception as error:  # only the message suffers
-        why = str(error) or type(error).__name__
-        return None, f" of epoch {epoch}, which could not be read again ({why})"
-    finally:
-        if batches is not None:
-            batches.close()
-
-
 def evaluate(
     run: Run, state: TrainState, batches: Iterable[Batch], *, eval_steps: int | None = None
 ) -> dict[str, float]:
     """AUC, log loss, calibration and number of samples of held-out batches; the state's own metrics come out unchanged.
 
     AUC, log loss and calibration are NaN when a logit or loss was not finite; `num_nonfinite` counts those samples.
+    Padding of a short batch counts for nothing: give a reader with drop_remainder=False, and every row is evaluated.
 
     Args:     run: `step.evaluate_` or its capture.  eval_steps: batches to read; None: all.
-    Raises:   ValueError when there is no batch, or eval_steps is below 1.
+    Raises:   ValueError when there is no batch, eval_steps is below 1, or a label is outside [0, 1] and the step is one
+              that checks labels: it says in which batch, which is read again where `batches` can be.
     """
     if eval_steps is not None:
         check_int("eval_steps", eval_steps, 1)
@@ -370,22 +418,29 @@ def evaluate(
     first = next(stream, None)
     if first is None:
         raise ValueError(f"batches: got none from {stream}, expected one at least. There is nothing to evaluate.")
-    kept = state._replace(metrics=BinaryCounts(*(t.clone() for t in state.metrics)))
-    reset_metrics_(state)
-    for batch in itertools.islice(itertools.chain([first], stream), eval_steps):
-        state, _ = run(state, batch)
-    check_not_trained(before, state)
-    counts = state.metrics
-    values = {
+    kept, num = [t.clone() for t in state.metrics], 0
+    try:
+        reset_metrics_(state)
+        for batch in itertools.islice(itertools.chain([first], stream), eval_steps):
+            state, _ = run(state, batch)
+            num += 1
+        check_not_trained(before, state)
+        values = _values_of(state.metrics)
+        check_held_out_labels(metrics.num_bad_labels(state.metrics), run, state, batches, num)
+    finally:
+        for target, source in zip(state.metrics, kept, strict=True):
+            target.copy_(source)
+    return values
+
+
+def _values_of(counts: BinaryCounts) -> dict[str, float]:
+    return {
         "auc": metrics.auc(counts),
         "log_loss": metrics.log_loss(counts),
         "calibration": metrics.calibration(counts),
         "num_samples": float(counts.sums[0]),
         "num_nonfinite": float(metrics.num_nonfinite(counts)),
     }
-    for target, source in zip(state.metrics, kept.metrics, strict=True):
-        target.copy_(source)
-    return values
 
 
 def read_metrics(progress: Progress, state: TrainState) -> None:
@@ -401,9 +456,10 @@ def reset_metrics_(state: TrainState) -> None:
 
 
 def _count(progress: Progress, batches: list[Batch], clock: float, run: Any) -> float:
-    now = time.perf_counter()
+    now, num = time.perf_counter(), sum(int(batch[NUM_SAMPLES]) for batch in batches)
+    progress.num_samples += num
     if progress.first_step_s:
-        progress.num_samples += sum(int(batch[NUM_SAMPLES]) for batch in batches)
+        progress.timed_samples += num
         progress.seconds += now - clock
     else:
         compile_s = run.take_compile_s() if hasattr(run, "take_compile_s") else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+import recfx
 from recfx import checkpoint, rows
 from recfx.cli import main
 from recfx.data import reader, varlen
@@ -121,3 +123,22 @@ def test_arguments_that_are_none(arguments, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert "usage: recfx" in capsys.readouterr().err
+
+
+def test_version_names_what_a_report_of_a_bug_needs():
+    """Without importing torch, which takes seconds."""
+    code = "import sys; from recfx.cli import main; sys.modules['torch'] = None; main(['--version'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, system = done.stdout.splitlines()
+    names = {word.rsplit(" ", 1)[0]: word.rsplit(" ", 1)[1] for word in first.split(", ")}
+    assert names["recfx"] == recfx.__version__
+    assert names["torch"] == torch.__version__
+    assert names["pyarrow"] == pa.__version__
+    assert names["Python"] == platform.python_version()
+    assert system == platform.platform()
+
+
+def test_version_by_the_module():
+    done = subprocess.run([sys.executable, "-m", "recfx", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"recfx {recfx.__version__}, Python {platform.python_version()}, torch ")

@@ -207,3 +207,16 @@ def test_gauc_of_a_score_that_is_not_finite_is_nan(bad):
     group, label = torch.tensor([1, 1, 2, 2]), torch.tensor([0.0, 1.0, 0.0, 1.0])
     assert metrics.gauc(group, torch.tensor([0.1, 0.2, 0.3, 0.4]), label) == 1.0
     assert math.isnan(metrics.gauc(group, torch.tensor([0.1, 0.2, bad, 0.4]), label))
+
+
+def test_labels_outside_0_to_1_are_counted_unless_the_count_is_left_out():
+    binary, ones = metrics.binary_metrics(), torch.ones(6, 1)
+    label = torch.tensor([[0.0], [1.0], [0.5], [-0.5], [math.nan], [2.0]])
+    valid = torch.tensor([[True]] * 5 + [[False]])
+    for update in (binary.update, binary.update_):
+        counts = update(binary.init(), ones, label, ones, valid)
+        assert metrics.num_bad_labels(counts) == 2
+        counts = update(binary.init()._replace(sums=torch.zeros(5, dtype=torch.float64)), ones, label, ones, valid)
+        assert (metrics.num_bad_labels(counts), float(counts.sums[0])) == (0, 5)
+    with pytest.raises(TypeError, match=r"counts: got .*, expected .*BinaryCounts. Those of a training state"):
+        metrics.num_bad_labels(ones)

@@ -132,7 +132,7 @@ def test_train_steps_count_from_the_very_beginning(tmp_path):
     go(tmp_path, reader_of(6), train_steps=2)
     _, progress = go(tmp_path, reader_of(6), train_steps=5, resume=True)
     assert (progress.step, progress.stopped) == (5, "train_steps")
-    assert progress.num_samples == 2 * BATCH_SIZE
+    assert progress.num_samples == 3 * BATCH_SIZE
 
 
 def test_more_epochs_after_the_last(tmp_path):

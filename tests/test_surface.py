@@ -32,7 +32,7 @@ LAYERS = (
     ("context", "finite", "generators"),
     ("step_checks", "step", "run_checks", "dist"),
     ("fx_passes", "rehearsal", "compiled", "cuda_graph", "capture", "checkpoint", "rows"),
-    ("nonfinite",),
+    ("labels", "nonfinite"),
     ("train",),
     ("examples", "commands"),
     ("cli", "__main__"),

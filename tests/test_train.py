@@ -79,9 +79,10 @@ def test_no_batch_is_an_error(tmp_path):
 def test_samples_and_times(tmp_path):
     _, progress = go(tmp_path, reader_of(5, short_last=True), train_epoch=2)
     short = BATCH_SIZE // 2 - 1
-    assert progress.num_samples == 2 * (4 * BATCH_SIZE + short) - BATCH_SIZE
+    assert progress.num_samples == 2 * (4 * BATCH_SIZE + short)
+    assert progress.timed_samples == progress.num_samples - BATCH_SIZE  # the first call waits for the compiler
     assert 0 < progress.seconds + progress.first_step_s < progress.train_s
-    assert progress.samples_per_s == progress.num_samples / progress.seconds
+    assert progress.samples_per_s == progress.timed_samples / progress.seconds
     assert progress.samples_per_s > 1
 
 
@@ -194,6 +195,41 @@ def test_order_of_events(tmp_path):
     assert progress.evaluation is values
 
 
+def test_people_count_epochs_from_one(tmp_path):
+    """Also between two, where the number of complete ones has gone on already, and after a resume."""
+    seen = []
+
+    def look(event: str, progress: Progress, state: TrainState) -> None:
+        if event in ("before_epoch", "log", "after_epoch", "after_evaluation", "before_save"):
+            seen.append((event, progress.epoch, progress.epoch_text))
+
+    config = {"train_epoch": 2, "log_steps": 3, "listener": look, "evaluate_with": lambda state: {}}
+    assert Progress().epoch_number == 0
+    _, progress = go(tmp_path, reader_of(3), train_steps=4, **config)
+    first, second = "epoch 1 of 2", "epoch 2 of 2"
+    one = [("before_epoch", 0, first), ("log", 0, first), ("after_epoch", 1, first), ("after_evaluation", 1, first)]
+    two = [("after_evaluation", 1, second), ("before_save", 1, second)]
+    assert seen == [*one, ("before_epoch", 1, second), *two]
+    assert progress.epoch_text == second
+    seen.clear()
+    _, progress = go(tmp_path, reader_of(3), resume=True, **config)
+    assert seen[0] == ("before_epoch", 1, second)
+    assert (progress.epoch, progress.epoch_number, progress.num_epochs) == (2, 2, 2)
+    with pytest.warns(match="nothing is left to train"):
+        assert go(tmp_path, reader_of(3), resume=True, **config)[1].epoch_text == second
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(tmp_path, monkeypatch, how):
+    def full(**_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    step, config = deepfm_step(), TrainConfig(output_dir=str(tmp_path / "new"))
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(OSError, match=r"output_dir: got '.*new', where nothing can be written \(No space left on"):
+        train(step, lambda state, batch: pytest.fail("trained"), fresh(step), reader_of(2), config, **how)
+
+
 def test_the_checkpoint_is_there_after_save(tmp_path):
     def look(event: str, progress: Progress, state: TrainState) -> None:
         if event.endswith("_save"):
@@ -261,7 +297,7 @@ def test_nan_is_told_of_where_the_reader_cannot_read_again(tmp_path):
         return step.update_(state, batch)
 
     config = TrainConfig(output_dir=str(tmp_path), log_steps=1)
-    with pytest.raises(FloatingPointError, match=r"of epoch 0, which could not be read again \(part-0 is gone\)"):
+    with pytest.raises(FloatingPointError, match=r"of epoch 1, which could not be read again \(part-0 is gone\)"):
         train(step, run, fresh(step), reader, config)
 
 
@@ -349,7 +385,7 @@ def test_nothing_to_evaluate(batches, eval_steps, message):
     state.metrics.sums.fill_(3)
     with pytest.raises(ValueError, match=message):
         evaluate(step.evaluate_, state, batches, eval_steps=eval_steps)
-    assert state.metrics.sums.tolist() == [3] * 5
+    assert state.metrics.sums.tolist() == [3] * 6
 
 
 def test_evaluating_changes_nothing_in_training(tmp_path):

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,16 +20,17 @@ from recfx import features as ops
 from recfx.capture import capture, capture_evaluation
 from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
 from recfx.embeddings import Embedding, tile
+from recfx.examples.bar import Bar
 from recfx.examples.deepctr_data import LONGEST, NUM_DENSE, generate
 from recfx.examples.environment import check_one_process
+from recfx.examples.summary import run_program, summary_of, write_summary
 from recfx.layers import init_linear, mlp
 from recfx.optim import adamw, sparse_adamw
 from recfx.step import Step, TrainState, train_step
-from recfx.table import num_live
-from recfx.train import Event, Progress, TrainConfig, evaluate, train
+from recfx.train import TrainConfig, check_output, evaluate, train
 from recfx.types import COUNTS, Params
 
-__all__ = ["build_step", "features", "forward", "main", "parse", "run"]
+__all__ = ["build_step", "features", "forward", "main", "parse", "read", "run"]
 
 COLUMNS: list[Column] = [
     fixedlen("label", [0.0], valid=OneOf(0, 1)),
@@ -125,51 +124,47 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"eval_paths: got {args.eval_paths} without data_paths, expected both or neither. Generated clicks have "
             "held-out files of their own."
         )
-    planted: dict[str, Any] = {}
-    if args.data_paths is None:
-        print(f"no --data_paths: using generated click logs in {args.generated_dir}", flush=True)
-        planted = generate(args.generated_dir, rows=args.generated_rows, seed=args.seed)
-        args.data_paths, args.eval_paths = f"{args.generated_dir}/train", f"{args.generated_dir}/eval"
-
-    def read(paths: str, *, drop_remainder: bool) -> Reader:
-        return reader(
-            paths, COLUMNS, args.batch_size, drop_remainder=drop_remainder, shuffle_rows=10_000, seed=args.seed
+    with Bar() as bar:
+        planted = _generated(args, bar) if args.data_paths is None else {}
+        config = TrainConfig(output_dir=args.output_dir, log_steps=args.log_steps, train_epoch=args.train_epoch)
+        batches = read(args, args.data_paths, drop_remainder=True)
+        held_out = read(args, args.eval_paths or args.data_paths, drop_remainder=False)
+        step, state = build_step(args)
+        with bar.phase("reading"):
+            first = batches.first()
+            held_out.first()  # where there is none, better said now than after an epoch
+        check_output(config, resume=args.resume, overwrite=args.overwrite)
+        with bar.phase("compiling"):
+            evaluation, captured = capture_evaluation(step, state, first), capture(step, state, first)
+        state, progress = train(
+            step,
+            captured,
+            state,
+            batches,
+            config,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            evaluate_with=lambda state: evaluate(evaluation, state, held_out),
+            on_event=bar.on_event,
         )
-
-    batches = read(args.data_paths, drop_remainder=True)
-    step, state = build_step(args)
-    first = batches.first()
-    held_out = read(args.eval_paths or args.data_paths, drop_remainder=False)
-    held_out.first()  # where there is none, better said now than after an epoch
-    evaluation = capture_evaluation(step, state, first)
-    state, progress = train(
-        step,
-        capture(step, state, first),
-        state,
-        batches,
-        TrainConfig(output_dir=args.output_dir, log_steps=args.log_steps, train_epoch=args.train_epoch),
-        resume=args.resume,
-        overwrite=args.overwrite,
-        evaluate_with=lambda state: evaluate(evaluation, state, held_out),
-        on_event=_show,
-    )
-    summary = {
-        "auc": progress.evaluation.get("auc", progress.auc),
-        "best_auc": planted.get("best_auc"),
-        "log_loss": progress.evaluation.get("log_loss", progress.loss),
-        "samples_per_s": progress.samples_per_s,
-        "first_step_s": progress.first_step_s,
-        "rows": sum(num_live(t) for t in state.tables),
-        "steps": progress.step,
-    }
-    summary = {name: None if value != value else value for name, value in summary.items()}  # JSON has no NaN
-    Path(args.output_dir, "summary.json").write_text(json.dumps(summary, indent=1))
+    summary = summary_of(progress, state, {"best_auc": planted.get("best_auc")})
+    write_summary(args.output_dir, summary)
     return summary
 
 
-def _show(event: Event, progress: Progress, state: TrainState) -> None:
-    if event == "log":
-        print(f"step {progress.step} loss {progress.loss:.4f} auc {progress.auc:.4f}", flush=True)
+def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reader:
+    """A reader over the files."""
+    return reader(paths, COLUMNS, args.batch_size, drop_remainder=drop_remainder, shuffle_rows=10_000, seed=args.seed)
+
+
+def _generated(args: argparse.Namespace, bar: Bar) -> dict[str, Any]:
+    """Writes the generated files where there are none, and gives the arguments their paths."""
+    bar.write(f"no --data_paths: using generated click logs in {args.generated_dir}")
+    with bar.phase("generating"):
+        planted = generate(args.generated_dir, rows=args.generated_rows, seed=args.seed)
+    args.data_paths, args.eval_paths = f"{args.generated_dir}/train", f"{args.generated_dir}/eval"
+    bar.write(f"best possible AUC on the held-out rows: {planted['best_auc']:.4f}")
+    return planted
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -202,12 +197,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `python -m recfx.examples.deepctr`."""
-    try:
-        summary = run(parse(argv))
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
-    for name, value in summary.items():
-        print(f"{name:>14}  {value}")
+    run_program(run, parse(argv))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,10 @@ that the AUC reached can be held against the best one possible.
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from recfx import features as ops
 from recfx.capture import capture, capture_evaluation, capture_steps
@@ -23,12 +18,13 @@ from recfx.checks import check_int
 from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
 from recfx.data.criteo_synthetic import generate
 from recfx.embeddings import Embedding, truncated_normal
+from recfx.examples.bar import Bar
 from recfx.examples.environment import check_one_process
+from recfx.examples.summary import run_program, summary_of, write_summary
 from recfx.models import deepfm
 from recfx.optim import SparseOptimizer, adamw, sparse_adamw
 from recfx.step import Step, TrainState, train_step
-from recfx.table import num_live
-from recfx.train import Event, Progress, TrainConfig, evaluate, train
+from recfx.train import TrainConfig, check_output, evaluate, train
 
 __all__ = ["build_step", "main", "parse", "read", "run"]
 
@@ -102,47 +98,40 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _check(args)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
-    planted: dict[str, Any] = {}
-    if args.data_paths is None:
-        print(f"no --data_paths: using generated click logs in {args.generated_dir}", flush=True)
-        planted = generate(
-            args.generated_dir,
-            rows_per_file=args.generated_rows // NUM_GENERATED_FILES,
-            train_files=NUM_GENERATED_FILES,
-            eval_files=1,
-            seed=args.seed,
+    with Bar(saves_in_background=args.save_in_background) as bar:
+        planted = _generated(args, bar) if args.data_paths is None else {}
+        config = TrainConfig(
+            output_dir=args.output_dir,
+            log_steps=args.log_steps,
+            save_steps=args.save_steps,
+            train_steps=args.train_steps,
+            train_epoch=args.train_epoch,
+            max_to_keep=args.max_to_keep,
+            full_save_every=args.full_save_every,
+            save_in_background=args.save_in_background,
         )
-        args.data_paths, args.eval_paths = f"{args.generated_dir}/train", f"{args.generated_dir}/eval"
-        print(f"best possible AUC on the held-out rows: {planted['best_auc']:.4f}", flush=True)
+        batches = read(args, args.data_paths, drop_remainder=args.drop_remainder)
+        held_out = None if args.eval_paths is None else read(args, args.eval_paths, drop_remainder=False)
+        step, state = build_step(args)
+        with bar.phase("reading"):
+            first = batches.first()
+            if held_out is not None:
+                held_out.first()  # where there is none, better said now than after an epoch
+        check_output(config, resume=args.resume, overwrite=args.overwrite)
+        many, evaluate_with = args.steps_per_replay, None
+        with bar.phase("compiling"):
+            if held_out is not None:
+                evaluation = capture_evaluation(step, state, first)
 
-    batches = read(args, args.data_paths, drop_remainder=args.drop_remainder)
-    step, state = build_step(args)
-    first = batches.first()
+                def evaluate_with(state: TrainState) -> dict[str, float]:
+                    return evaluate(evaluation, state, held_out, eval_steps=args.eval_steps)
 
-    evaluate_with = None
-    if args.eval_paths is not None:
-        held_out = read(args, args.eval_paths, drop_remainder=False)
-        held_out.first()  # where there is none, better said now than after an epoch
-        evaluation = capture_evaluation(step, state, first)
-
-        def evaluate_with(state: TrainState) -> dict[str, float]:
-            return evaluate(evaluation, state, held_out, eval_steps=args.eval_steps)
-
-    config = TrainConfig(
-        output_dir=args.output_dir,
-        log_steps=args.log_steps,
-        save_steps=args.save_steps,
-        train_steps=args.train_steps,
-        train_epoch=args.train_epoch,
-        max_to_keep=args.max_to_keep,
-        full_save_every=args.full_save_every,
-        save_in_background=args.save_in_background,
-    )
-    many = args.steps_per_replay
-    with tqdm(unit=" samples", unit_scale=True, dynamic_ncols=True) as bar:
+            captured = (
+                capture(step, state, first) if many == 1 else capture_steps(step, state, first, steps_per_replay=many)
+            )
         state, progress = train(
             step,
-            capture(step, state, first) if many == 1 else capture_steps(step, state, first, steps_per_replay=many),
+            captured,
             state,
             batches,
             config,
@@ -150,28 +139,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             resume=args.resume,
             overwrite=args.overwrite,
             evaluate_with=evaluate_with,
-            on_event=lambda event, progress, state: _show(bar, event, progress),
+            on_event=bar.on_event,
         )
-    summary = {
-        "auc": progress.evaluation.get("auc", progress.auc),
-        "best_auc": planted.get("best_auc"),
-        "numeric_lr_auc": planted.get("numeric_lr_auc"),
-        "log_loss": progress.evaluation.get("log_loss", progress.loss),
-        "calibration": progress.evaluation.get("calibration"),
-        "samples_per_s": progress.samples_per_s,
-        "first_step_s": progress.first_step_s,
-        "train_s": progress.train_s,
-        "rows": sum(num_live(t) for t in state.tables),
-        "refused_ids": sum(int(t.num_refused) for t in state.tables),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
-        "nonfinite_batches": progress.num_nonfinite,
-        "steps": progress.step,
-        "stopped": progress.stopped or "end of data",
-    }
-    summary = {name: None if value != value else value for name, value in summary.items()}  # JSON has no NaN
-    Path(args.output_dir, "summary.json").write_text(json.dumps(summary, indent=1))
+    known = {name: planted.get(name) for name in ("best_auc", "numeric_lr_auc")}
+    summary = summary_of(progress, state, known)
+    write_summary(args.output_dir, summary)
     return summary
+
+
+def _generated(args: argparse.Namespace, bar: Bar) -> dict[str, Any]:
+    """Writes the generated files where there are none, and gives the arguments their paths."""
+    bar.write(f"no --data_paths: using generated click logs in {args.generated_dir}")
+    with bar.phase("generating"):
+        planted = generate(
+            args.generated_dir,
+            rows_per_file=args.generated_rows // NUM_GENERATED_FILES,
+            train_files=NUM_GENERATED_FILES,
+            eval_files=1,
+            seed=args.seed,
+        )
+    args.data_paths, args.eval_paths = f"{args.generated_dir}/train", f"{args.generated_dir}/eval"
+    bar.write(f"best possible AUC on the held-out rows: {planted['best_auc']:.4f}")
+    return planted
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -190,20 +179,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("device: got cuda, expected cpu. torch finds no CUDA device here.")
     if args.device == "cuda" and args.save_in_background:
         raise ValueError("save_in_background: got true on cuda, expected false. A forked child cannot read a GPU.")
-
-
-def _show(bar: tqdm, event: Event, progress: Progress) -> None:
-    if event == "log":
-        bar.set_postfix(
-            epoch=progress.epoch, step=progress.step, loss=f"{progress.loss:.4f}", auc=f"{progress.auc:.4f}"
-        )
-        bar.update(progress.num_samples - bar.n)
-    elif event == "after_evaluation":
-        names = ("auc", "log_loss", "calibration")
-        values = " ".join(f"{name}={progress.evaluation[name]:.4f}" for name in names)
-        bad = int(progress.evaluation["num_nonfinite"])
-        more = f", {bad} samples with NaN or infinity" if bad else ""
-        bar.write(f"epoch {progress.epoch} step {progress.step} held out: {values}{more}")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -273,13 +248,7 @@ def _flag(word: str) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `python -m recfx.examples.deepfm`."""
-    args = parse(argv)
-    try:
-        summary = run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
-    for name, value in summary.items():
-        print(f"{name:>16}  {value}")
+    run_program(run, parse(argv))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ void pool(const float*, int64_t, int64_t, const int32_t*, const int64_t*, const 
           float* const*);
 void add_row_grads(float*, int64_t, const int32_t*, const int32_t*, int64_t, int64_t, const int64_t*, const int64_t*,
                    const GradBlock*, const float*);
-void add_predictions(int64_t*, double*, const float*, const float*, const float*, const bool*, int64_t, int64_t,
+void add_predictions(int64_t*, double*, const float*, const float*, const float*, const bool*, int64_t, int64_t, int64_t,
                      double);
 void adamw_rows(float*, float*, int64_t*, const int32_t*, int64_t, int64_t, int64_t, const double*, const bool*, bool*);
 void order_lists(const int64_t* const*, const int32_t* const*, const float* const*, const int64_t*, int64_t, int64_t,
@@ -202,7 +202,7 @@ void adamw_rows_op(Tensor rows, Tensor grads, Tensor num_unique, const Tensor& u
 void add_predictions_op(Tensor histogram, Tensor sums, const Tensor& logit, const Tensor& label, const Tensor& loss,
                         const Tensor& valid, double logit_range) {
   add_predictions(flat<int64_t>(histogram), flat<double>(sums), flat<float>(logit), flat<float>(label),
-                  flat<float>(loss), flat<bool>(valid), logit.numel(), histogram.size(1), logit_range);
+                  flat<float>(loss), flat<bool>(valid), logit.numel(), histogram.size(1), sums.numel(), logit_range);
 }
 
 std::tuple<Tensor, Tensor, Tensor> order_lists_op(const Tensors& values, const Tensors& offsets,

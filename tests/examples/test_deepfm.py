@@ -25,6 +25,7 @@ from recfx import checkpoint
 from recfx.data import criteo_synthetic
 from recfx.examples import deepfm as program
 from recfx.examples.environment import check_one_process
+from recfx.examples.summary import text_of
 from recfx.step import Step
 
 ROOT = Path(__file__).parents[2]
@@ -115,11 +116,17 @@ def test_captured_end_to_end_on_generated_data(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "no --data_paths: using generated click logs in made" in out
     assert f"best possible AUC on the held-out rows: {info['best_auc']:.4f}" in out
-    held_out = {name: f"{summary[name]:.4f}" for name in ("auc", "log_loss", "calibration")}  # not of the training rows
-    assert f"epoch 2 step 40 held out: {' '.join(f'{name}={value}' for name, value in held_out.items())}\n" in out
-    for name, value in summary.items():
-        assert re.search(rf"^ *{name}  {re.escape(str(value))}$", out, flags=re.MULTILINE), name
-    assert re.search(r"samples/s.*auc=0\.\d+.*loss=0\.\d+", err)
+    names = {"auc": "AUC", "log_loss": "log loss", "calibration": "calibration"}  # not of the training rows
+    held_out = ", ".join(f"{said} {summary[name]:.4f}" for name, said in names.items())
+    assert f"epoch 2 of 2, step 40, held out: {held_out}\n" in out
+    assert out.endswith(text_of(summary) + "\n")
+    phases = [line.split(" ... ")[0] for line in err.splitlines() if " ... " in line]
+    assert phases == ["generating", "reading", "compiling", *["reading", "evaluating"] * 2, "saving"]
+    compiling = float(re.search(r"^compiling \.\.\. (\d+\.\d) s$", err, flags=re.MULTILINE)[1])
+    assert compiling > 0.5
+    log = r"epoch 2 of 2, step 40: loss 0\.\d{4}, AUC 0\.\d{4}, [\d,]+ samples/s, 40,000 samples"
+    assert re.search(rf"^{log}$", err, flags=re.MULTILINE)
+    assert "\r" not in out + err
 
 
 def test_generated_data_is_reused(tmp_path, eager, monkeypatch):
@@ -402,7 +409,7 @@ def test_arguments_that_cannot_be_read(argv, message, capsys):
         (["--data_paths={data}/train", "--sparse_lr=-1"], r"lr: got -1.0, expected 0"),
         (
             ["--data_paths={data}/train", "--output_dir={data}/info.json"],
-            r"folder: got .*info.json, a file or below one, expected",
+            r"output_dir: got .*info.json', a file or below one, expected",
         ),
         (["--generated_rows=5", "--generated_dir=made"], r"generated_rows: got 5, expected at least 10"),
         (["--num_threads=0"], r"num_threads: got 0, expected at least 1"),
@@ -415,6 +422,42 @@ def test_errors_are_one_line(data, eager, argv, message):
     assert got.startswith("error: ")
     assert "\n" not in got
     assert re.search(message, got), got
+
+
+def test_what_is_wrong_with_the_output_folder_is_said_before_anything_compiles(data, eager, monkeypatch):
+    call(data, "--train_steps=1")
+    for name in ("capture", "capture_evaluation"):
+        monkeypatch.setattr(program, name, lambda *_: pytest.fail("compiled"))
+    paths = f"--data_paths={data}/train", "--batch_size=100"
+    assert "which holds step-000000001, for a run that begins at step 0" in refused(*paths, "--output_dir=out")
+    Path("file").touch()
+    for folder in ("file", "file/below"):
+        assert f"output_dir: got '{folder}', a file or below one" in refused(*paths, f"--output_dir={folder}")
+    got = refused(*paths, "--output_dir=/proc/none")
+    assert re.match(r"error: output_dir: got '/proc/none', where nothing can be written \(.*\), expected a folder", got)
+    with checkpoint.Saver("busy", program.build_step(program.parse([]))[0]):
+        monkeypatch.setattr("recfx.checkpoint.folders.LOCK_WAIT_S", 0.0)
+        assert "writes checkpoints there, expected no other writer" in refused(*paths, "--output_dir=busy")
+
+    def full(**_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    got = refused(*paths, "--output_dir=new")
+    assert got.startswith("error: output_dir: got 'new', where nothing can be written (No space left on device), exp")
+
+
+def test_ctrl_c_while_it_compiles(data, monkeypatch, capsys):
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "capture_evaluation", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        call(data)
+    assert stop.value.code == 130
+    err = capsys.readouterr().err
+    assert re.search(r"\ninterrupted while compiling, after \d\.\d s\. Nothing was trained\.\n$", err)
+    assert "Traceback" not in err
 
 
 def test_a_label_that_is_no_click_is_named(data, eager):

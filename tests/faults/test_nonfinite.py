@@ -76,7 +76,7 @@ def test_train_stops_before_the_save_and_names_step_place_feature_and_ids(tmp_pa
     with pytest.raises(FloatingPointError, match=message) as caught:
         train(step, step.update_, init(step), MemoryReader(with_bad(4, kind)), config)
     if kind != "infinite slope":  # the sum of an accumulation window is looked at at its end
-        assert "follows position {'batch': 4} of epoch 0" in str(caught.value)
+        assert "follows position {'batch': 4} of epoch 1" in str(caught.value)
         assert "feature 'item' id" in str(caught.value)
     assert saved_numbers(tmp_path) == ([2, 4] if accumulation == 1 else [2])
     state, _ = checkpoint.load(checkpoint.latest(tmp_path), step, init(step))
@@ -101,7 +101,7 @@ def test_the_loop_looks_at_each_log_and_before_every_save(tmp_path, when):
 def test_after_a_resume_the_batch_is_found_too(tmp_path):
     step, reader = make(), MemoryReader(with_bad(7))
     train(step, step.update_, init(step), reader, TrainConfig(output_dir=str(tmp_path), train_steps=4))
-    with pytest.raises(FloatingPointError, match=r"step 8: .*follows position {'batch': 7} of epoch 0"):
+    with pytest.raises(FloatingPointError, match=r"step 8: .*follows position {'batch': 7} of epoch 1"):
         train(step, step.update_, init(step), reader, TrainConfig(output_dir=str(tmp_path)), resume=True)
     assert saved_numbers(tmp_path) == [4]
 

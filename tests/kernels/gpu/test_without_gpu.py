@@ -172,7 +172,7 @@ def test_no_operator_reads_the_host_on_cuda():
     on_cpu_alone = {"order_ids_at", "all_finite", "adamw_rows_checked_"}
     assert names - with_kernel - on_cpu_alone == {"join", "add_predictions_", "owner", "keep_trained_", "untouch_rows_"}
     column, valid = torch.randn(5, 1), torch.ones(5, 1, dtype=torch.bool)
-    histogram, sums = torch.zeros(2, 16, dtype=torch.int64), torch.zeros(5, dtype=torch.float64)
+    histogram, sums = torch.zeros(2, 16, dtype=torch.int64), torch.zeros(6, dtype=torch.float64)
     with bench.NoHostReads():
         join.definition([column, column])
         owner.definition(torch.arange(5), torch.zeros(5).int(), 3)

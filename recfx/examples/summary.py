@@ -1,0 +1,129 @@
+"""What a program says at its end: numbers for people on the screen, and all digits in summary.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from recfx.step import TrainState
+from recfx.table import num_live
+from recfx.train import Progress
+
+__all__ = ["run_program", "summary_of", "text_of", "write_summary"]
+
+FILE = "summary.json"
+LABELS = {
+    "auc": "AUC",
+    "best_auc": "best possible AUC",
+    "numeric_lr_auc": "AUC of the numbers alone",
+    "samples_per_s": "speed",
+    "first_step_s": "first step, compiled",
+    "train_s": "train time",
+    "refused_ids": "ids without a row",
+    "peak_rss_bytes": "peak memory",
+    "nonfinite_batches": "batches with NaN",
+}
+
+
+def summary_of(progress: Progress, state: TrainState, planted: Mapping[str, float | None]) -> dict[str, Any]:
+    """The numbers of a run, for JSON: None for NaN.
+
+    Args:     planted: what is known of generated data, by name.
+    """
+    summary = {
+        "auc": progress.evaluation.get("auc", progress.auc),
+        **planted,
+        "log_loss": progress.evaluation.get("log_loss", progress.loss),
+        "calibration": progress.evaluation.get("calibration"),
+        "samples_per_s": progress.samples_per_s,
+        "first_step_s": progress.first_step_s,
+        "train_s": progress.train_s,
+        "rows": sum(num_live(t) for t in state.tables),
+        "refused_ids": sum(int(t.num_refused) for t in state.tables),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+        "nonfinite_batches": progress.num_nonfinite,
+        "steps": progress.step,
+        "stopped": progress.stopped or "end of data",
+    }
+    return {name: None if value != value else value for name, value in summary.items()}  # JSON has no NaN
+
+
+def write_summary(folder: str | Path, summary: Mapping[str, Any]) -> None:
+    """Writes <folder>/summary.json, whole or not at all.
+
+    Raises:   OSError naming the file, with the numbers, when the disk is full or not writable.
+    """
+    path = Path(folder, FILE)
+    unfinished = path.with_name(f".unfinished-{FILE}")
+    try:
+        unfinished.write_text(json.dumps(summary, indent=1))
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise type(error)(
+            error.errno,
+            f"{path}: {error.strerror or error}. The run has ended and its checkpoints are whole; this file was not "
+            f"written. Its content: {json.dumps(summary)}",
+        ) from error
+
+
+def text_of(summary: Mapping[str, Any]) -> str:
+    """A line for each number, with its unit: four significant digits, counts in full, times to a tenth of a second.
+
+    Example:  >>> print(text_of({"auc": 0.74801234, "rows": 203441, "train_s": 12.3456, "peak_rss_bytes": 1.23e9}))
+                      AUC  0.7480
+                     rows  203,441
+               train time  12.3 s
+              peak memory  1.2 GB
+    """
+    labels = {name: LABELS.get(name, name.replace("_", " ")) for name in summary}
+    width = max(map(len, labels.values()), default=0)
+    return "\n".join(f"{labels[name]:>{width}}  {_value(name, value)}" for name, value in summary.items())
+
+
+def _value(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, int | float):
+        return str(value)
+    if name.endswith("_bytes"):
+        return f"{value / 1e9:,.1f} GB" if value >= 1e9 else f"{value / 1e6:,.0f} MB"
+    if name == "samples_per_s":
+        return f"{_digits(value)} samples/s"
+    if name.endswith("_s"):
+        return f"{value:,.1f} s" if value >= 1 else f"{value:.2g} s"
+    return f"{value:,}" if isinstance(value, int) else _digits(value)
+
+
+def _digits(number: float) -> str:
+    """Four significant digits, without an exponent where there are usual ones."""
+    rounded = float(f"{number:.4g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:#.4g}"
+
+
+def run_program(run: Callable[[Any], Mapping[str, Any]], args: Any) -> None:
+    """Runs a program and prints its summary; what went wrong is one line on standard error.
+
+    Raises:   SystemExit: 1 on an error, 130 where ctrl-C ended it before it could save, as shells have it.
+    """
+    try:
+        summary = run(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"error: {_said(error)}") from error
+    except KeyboardInterrupt as stop:
+        said = str(stop) or "interrupted. What was trained since the last checkpoint is lost."
+        print(said, file=sys.stderr)
+        raise SystemExit(130) from stop
+    print(text_of(summary))
+
+
+def _said(error: Exception) -> str:
+    """An error of the system without its number where a message of ours follows."""
+    ours = isinstance(error, OSError) and error.filename is None and error.strerror
+    return str(error.strerror) if ours else str(error)  # type: ignore[attr-defined]

@@ -1,0 +1,129 @@
+"""What is said of a run or an evaluation that met labels outside [0, 1]: how many, in which steps, and one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from recfx.metrics import num_bad_labels
+from recfx.run_checks import described_by, place_of
+from recfx.step import Step, TrainState
+from recfx.types import NUM_SAMPLES, Batch
+
+__all__ = ["check_held_out_labels", "check_labels", "find_bad_label"]
+
+WHY = "Binary cross entropy has no minimum there: the logit of such a label grows without end."
+ADVICE = (
+    "Let the reader name the row: fixedlen('{label}', [0.0], valid=OneOf(0, 1)). Another loss is not checked, and "
+    "train_step(check_labels=False) accepts such labels."
+)
+
+
+def check_labels(step: Step, state: TrainState, *, where: str | Callable[[], str] = "") -> None:
+    """Raises when a label of a real sample was outside [0, 1], or NaN, and the step is one that checks labels.
+
+    Call it before each save, where a loop logs, and before the metrics are reset: they hold the count.
+    `recfx.train.check_finite` calls it too.
+
+    Args:     where: what to say of the steps and of one such label, or what makes it.
+    Cost:     one host read.
+    Raises:   ValueError naming the feature, how many labels there were and what to do.
+    """
+    count = num_bad_labels(state.metrics)
+    if count:
+        where = where if isinstance(where, str) else where()
+        raise ValueError(
+            f"feature '{step.label}': got {_labels(count)} outside [0, 1]{where}, expected 0 to 1. {WHY} Nothing was "
+            f"saved since. {ADVICE.format(label=step.label)}"
+        )
+
+
+def find_bad_label(step: Step, state: TrainState, batches: Any, num: int, position: dict | None, epoch: int) -> str:
+    """The first label outside [0, 1] in the next `num` batches and its place, for an error; "" where there is none.
+
+    Args:     batches: what a reader's `epoch` or `start_at` returned.  position: where it begins, None at the start.
+              epoch: its number, from 0.
+    """
+    stream = iter(batches)
+    for _ in range(num):
+        place = place_of(position, epoch, described_by(batches))
+        batch = next(stream, None)
+        if batch is None:
+            break
+        found = _bad_label(step.read(Batch(batch.buffer.to(state.step.device), batch.layout)), step.label)
+        if found is not None:
+            return f", such as {found} of the batch that {place}"
+        position = batches.position
+    return ""
+
+
+def check_held_out_labels(
+    count: int, run: Callable[[TrainState, Batch], Any], state: TrainState, batches: Iterable[Batch], num: int
+) -> None:
+    """Raises what `evaluate` raises of held-out batches. The metrics of the state are then overwritten.
+
+    Args:     count: of labels outside [0, 1].  run: as of `evaluate`.
+              batches: run again one by one until there is such a label; an iterator is spent already.
+              num: how many of them were run.
+    Raises:   ValueError when count is not 0.
+    """
+    if not count:
+        return
+    try:
+        where = "" if isinstance(batches, Iterator) else _place(run, state, iter(batches), num)
+    except Exception as error:  # only the message suffers
+        where = f" (the batches could not be read again: {str(error) or type(error).__name__})"
+    raise ValueError(
+        f"batches: got {_labels(count)} outside [0, 1]{where}, expected 0 to 1. {WHY} AUC and calibration would be "
+        f"wrong too. {ADVICE.format(label='label')}"
+    )
+
+
+def _place(run: Callable[[TrainState, Batch], Any], state: TrainState, stream: Iterator[Batch], num: int) -> str:
+    """Which batch has the first one.
+
+    What the feature function makes of a label is not known here: a column is named where it alone has as many such
+    values.
+    """
+    for number in range(1, num + 1):
+        described = described_by(stream)
+        batch = next(stream)
+        for t in state.metrics:
+            t.zero_()
+        run(state, batch)
+        count = num_bad_labels(state.metrics)
+        if count:
+            getattr(stream, "close", lambda: None)()
+            columns = [name for name, t in batch.items() if _is_column(t) and _num_bad(batch, t) == count]
+            value = f", where column '{columns[0]}' has {_bad_label(batch, columns[0])}" if len(columns) == 1 else ""
+            return f", the first in batch {number}{f' ({described})' if described else ''}{value}"
+    return ""
+
+
+def _is_column(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.dim() == 2 and t.shape[1] == 1
+
+
+def _num_bad(feats: Any, values: Tensor) -> int:
+    return int(_is_bad(_real(feats, values)).sum())
+
+
+def _bad_label(feats: Any, label: str) -> str | None:
+    """The first value outside [0, 1] of a real sample, and its place."""
+    values = _real(feats, feats[label])
+    places = _is_bad(values).nonzero().tolist()
+    return f"{values[tuple(places[0])].item()} at {places[0]}" if places else None
+
+
+def _real(feats: Any, values: Tensor) -> Tensor:
+    return values[: int(feats[NUM_SAMPLES])].float()
+
+
+def _is_bad(values: Tensor) -> Tensor:
+    return ~((values >= 0) & (values <= 1))
+
+
+def _labels(count: int) -> str:
+    return f"{count} label{'s' * (count > 1)}"
