@@ -23,7 +23,7 @@ from recfx.checks import check_int
 from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
 from recfx.data.criteo_synthetic import generate
 from recfx.embeddings import Embedding, truncated_normal
-from recfx.examples.environment import check_one_process
+from recfx.examples.environment import check_one_process, use_threads
 from recfx.models import deepfm
 from recfx.optim import SparseOptimizer, adamw, sparse_adamw
 from recfx.step import Step, TrainState, train_step
@@ -100,8 +100,7 @@ def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reade
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains, evaluates, saves; returns the summary that is also written to <output_dir>/summary.json."""
     _check(args)
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
+    use_threads(args.num_threads)
     planted: dict[str, Any] = {}
     if args.data_paths is None:
         print(f"no --data_paths: using generated click logs in {args.generated_dir}", flush=True)
@@ -259,7 +258,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of products of matrices; tf32: on cuda")
     add("--max_rows", type=int, default=2**26, help="most embedding rows; on cuda their memory is taken at once")
     add("--numeric", choices=["log1p", "raw"], default="log1p", help="log(1 + max(x, 0)), or the seed's own raw inputs")
-    add("--num_threads", type=int, default=None, help="threads of the step; None: torch's own number")
+    add(
+        "--num_threads",
+        type=int,
+        default=None,
+        help="threads of the step; None: torch's number, or the CPU quota",
+    )
     add("--generated_dir", default="./demo/data", help="where generated files are kept")
     add("--generated_rows", type=int, default=2_000_000, help="training rows to generate, in 10 files")
     return parser.parse_args(argv)
