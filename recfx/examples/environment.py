@@ -51,11 +51,12 @@ def use_threads(num_threads: int | None) -> None:
     """
     import torch
 
-    if num_threads is None:
-        if any(name in os.environ for name in THREADS):
-            return
-        num_threads = allowed_threads(torch.get_num_threads())
-    torch.set_num_threads(num_threads)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    elif not any(name in os.environ for name in THREADS):
+        own = torch.get_num_threads()
+        if (allowed := allowed_threads(own)) < own:
+            torch.set_num_threads(allowed)
 
 
 def allowed_threads(most: int, root: Path = Path("/")) -> int:

@@ -123,6 +123,12 @@ def test_a_program_uses_what_is_allowed(threads):
     assert threads == [3]
 
 
+def test_where_all_are_allowed_torch_is_told_nothing(threads, monkeypatch):
+    monkeypatch.setattr(environment, "allowed_threads", lambda most: most)
+    use_threads(None)
+    assert threads == []
+
+
 def test_a_number_that_the_user_gives_holds(threads, monkeypatch):
     use_threads(6)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
