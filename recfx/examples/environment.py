@@ -15,7 +15,7 @@ __all__ = ["allowed_threads", "check_one_process", "use_threads", "wait_briefly"
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what a user may have said of it
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-SPINS = 10_000
+SPINS = 20_000
 
 
 def check_one_process() -> None:
@@ -32,11 +32,11 @@ def check_one_process() -> None:
 
 
 def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Lets a thread that waits for another spin for half a millisecond and then sleep, if the user has set no policy.
+    """Lets a thread that waits for another spin for about a millisecond and then sleep, if the user has set no policy.
 
     libgomp, torch's OpenMP on Linux, spins 300 000 times, up to 16 ms. That is longer than a turn on a busy core: a
-    thread spins through its turn while the other one waits for a core, and a step of 2 ms takes 20 to 40. 10 000 spins
-    last as long as what one thread computes alone within a step, so on an idle host no thread falls asleep in it.
+    thread spins through its turn while the other one waits for a core, and a step of 2 ms takes 20 to 40. 20 000 spins
+    are longer than what one thread computes alone within a step, so on an idle host no thread falls asleep in it.
 
     libgomp reads this when it is loaded. Once torch is imported, nothing is set.
     """
