@@ -32,9 +32,9 @@ slow: $(VENV)/installed
 
 BENCH := $(PY) -m pytest --benchmark-only -p no:cacheprovider -o addopts= -s
 
-# The step and the program, beside their peers. bench-all: also features, readers, checkpoints and growth.
+# The step, alone and on a busy host, and the program, beside their peers. bench-all: also features, readers, checkpoints and growth.
 bench: $(VENV)/bench-installed
-	$(BENCH) bench/test_step.py bench/test_end_to_end.py
+	$(BENCH) bench/test_step.py bench/test_busy.py bench/test_end_to_end.py
 
 bench-all: $(VENV)/bench-installed
 	$(BENCH) bench

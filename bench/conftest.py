@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 
 from bench.harness import NUM_THREADS, Claims, use_threads
+from recfx.examples.environment import wait_briefly
 
 CLAIMS = pytest.StashKey[Claims]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[CLAIMS] = Claims()
+    wait_briefly()  # as the programs do, before torch is imported
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 NUM_THREADS = 2
 PAUSE_S = 0.02  # longer than libgomp's and Eigen's spinning before sleep
 RESULTS = Path(__file__).parent / "results" / "latest.json"
+FOUND = frozenset(os.environ)  # conftest.py imports this module before recfx's programs set how threads wait
 
 BASELINES = {
     "functional_textbook": "torch compiled, formula as written",
@@ -79,7 +81,8 @@ class Child:
         context = multiprocessing.get_context("spawn")
         self.pipe, remote = context.Pipe()
         self.process = context.Process(target=serve, args=(remote, target, parameters), daemon=True)
-        self.process.start()
+        with found_environment():
+            self.process.start()
         remote.close()
         self.receive()
 
@@ -108,6 +111,16 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def found_environment() -> Iterator[None]:
+    """Without the waiting policy that recfx's programs set where the user has set none: it is recfx's side alone."""
+    ours = {name: os.environ.pop(name) for name in ("GOMP_SPINCOUNT",) if name in os.environ and name not in FOUND}
+    try:
+        yield
+    finally:
+        os.environ.update(ours)
 
 
 def serve(pipe: Any, target: str, parameters: dict[str, Any]) -> None:

@@ -20,7 +20,8 @@ from bench.workload import Workload, init_weights, make_batches
 
 NUM_BATCHES, SMALL, LARGE = 16, 200_000, 10_000_000
 TARGETS = {1000: 1.8, 4096: 1.5, 16_384: 1.4}
-no_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
+HAS_JAX = importlib.util.find_spec("jax") is not None
+no_jax = pytest.mark.skipif(not HAS_JAX, reason="jax is not installed")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
 from recfx.embeddings import Embedding, tile
 from recfx.examples.bar import Bar
 from recfx.examples.deepctr_data import LONGEST, NUM_DENSE, generate
-from recfx.examples.environment import check_one_process
+from recfx.examples.environment import check_one_process, use_threads
 from recfx.examples.summary import run_program, summary_of, write_summary
 from recfx.layers import init_linear, mlp
 from recfx.optim import adamw, sparse_adamw
@@ -117,6 +117,7 @@ def build_step(args: argparse.Namespace) -> tuple[Step, TrainState]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains, evaluates, saves; returns the summary that is also written to <output_dir>/summary.json."""
     check_one_process()
+    use_threads(None)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got cuda, expected cpu. torch finds no CUDA device here.")
     if args.eval_paths is not None and args.data_paths is None:

@@ -19,7 +19,7 @@ from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
 from recfx.data.criteo_synthetic import generate
 from recfx.embeddings import Embedding, truncated_normal
 from recfx.examples.bar import Bar
-from recfx.examples.environment import check_one_process
+from recfx.examples.environment import check_one_process, use_threads
 from recfx.examples.summary import run_program, summary_of, write_summary
 from recfx.models import deepfm
 from recfx.optim import SparseOptimizer, adamw, sparse_adamw
@@ -96,8 +96,7 @@ def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reade
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains, evaluates, saves; returns the summary that is also written to <output_dir>/summary.json."""
     _check(args)
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
+    use_threads(args.num_threads)
     with Bar(saves_in_background=args.save_in_background) as bar:
         planted = _generated(args, bar) if args.data_paths is None else {}
         config = TrainConfig(
@@ -234,7 +233,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of products of matrices; tf32: on cuda")
     add("--max_rows", type=int, default=2**26, help="most embedding rows; on cuda their memory is taken at once")
     add("--numeric", choices=["log1p", "raw"], default="log1p", help="log(1 + max(x, 0)), or the seed's own raw inputs")
-    add("--num_threads", type=int, default=None, help="threads of the step; None: torch's own number")
+    add(
+        "--num_threads",
+        type=int,
+        default=None,
+        help="threads of the step; None: torch's number, or the CPU quota",
+    )
     add("--generated_dir", default="./demo/data", help="where generated files are kept")
     add("--generated_rows", type=int, default=2_000_000, help="training rows to generate, in 10 files")
     return parser.parse_args(argv)
