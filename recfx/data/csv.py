@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +13,10 @@ import pyarrow.compute as pc
 from pyarrow import csv as pa_csv
 
 from recfx.checks import check_int, check_type
-from recfx.data.csv_cells import Cells, guess, read_cells, rounded
+from recfx.data.csv_cells import Cells, guess, is_fast, may_be_rounded, read_cells
 from recfx.data.csv_lines import cells_of, with_short_delimiter, without_unclosed
 from recfx.data.files import CHUNK_BYTES, File
-from recfx.data.lines import Lines
+from recfx.data.lines import Lines, first_lines
 from recfx.data.rows import BadRow, Rows
 
 __all__ = ["Csv", "CsvSource", "check_named_columns"]
@@ -30,16 +31,16 @@ class Csv:
 
     Args:     delimiter: between cells: one character or several, such as "::".
               column_names: None: they are in the first line.
-              quote: a character around cells that hold delimiters; None: there is none, quotes are text.
-              list_separator: between the items of a list in one cell, characters; None: every cell is one value. One for
-                  all splits each column whose type the caller gives, and each text column. A dict splits the columns
-                  that it names. It may be the delimiter, where cells are quoted.
-              weight_separator: between an item of a list and its weight, the last one of an item: "id:0.5" is read by
-                  `varlen(weighted=True)` and `hashed(weighted=True)`. An item without a weight has weight 1. One for all
-                  or a dict, as for `list_separator`; one for all leaves columns that are not weighted as they are.
-              nulls: more spellings of a missing value, such as ("\\\\N", "NULL"), in every column and for the items of
-                  lists. A quoted cell is text.
-              skip_lines: before the names, or before the first row.
+              quote: a character around cells that hold delimiters; None: there is none, and quotes are text.
+              list_separator: characters between the items of a list in one cell; None: every cell is one value. A
+                  string splits every text column, and every column whose type the caller gives; a dict splits the
+                  columns that it names. It may be the delimiter, where cells are quoted.
+              weight_separator: between an item of a list and its weight: "id:0.5" is read by `varlen(weighted=True)`
+                  and `hashed(weighted=True)`. The last one of an item counts; an item without one has weight 1. A
+                  string or a dict, as above; `convert` takes a string for columns in which every item has a weight.
+              nulls: more spellings of a missing value, such as ("\\N", "NULL"), in every column and for the items of
+                  lists. A quoted cell is not missing.
+              skip_lines: lines before the names, or before the first row.
               block_bytes: decoded at once. A compressed file (.gz, .zst, ...) is one block.
     Raises:   TypeError or ValueError on anything else.
     """
@@ -67,7 +68,10 @@ class Csv:
         for name in ("list_separator", "weight_separator"):
             object.__setattr__(self, name, self._separator(name, getattr(self, name)))
         for column in (None, *self.named_columns):
-            separator, weights = self.separator_of(column, "list_separator"), self.separator_of(column, "weight_separator")
+            separator, weights = (
+                self.separator_of(column, "list_separator"),
+                self.separator_of(column, "weight_separator"),
+            )
             if separator is not None and separator == weights:
                 raise ValueError(f"weight_separator: got {weights!r}, expected another one than the list_separator.")
 
@@ -88,12 +92,14 @@ class Csv:
             values = [] if value is None else [value]
         else:
             check_type(argument, value, Mapping | tuple, "Give a string, or a dict of strings by column.")
-            value = tuple(sorted((value.items() if isinstance(value, Mapping) else value)))
+            value = tuple(sorted(value.items() if isinstance(value, Mapping) else value))
             values = [separator for _, separator in value]
         for separator in values:
             check_type(argument, separator, str)
             if separator == "" or (separator == self.delimiter and self.quote is None):
-                raise ValueError(f"{argument}: got {separator!r}, expected characters, and without quotes no delimiter.")
+                raise ValueError(
+                    f"{argument}: got {separator!r}, expected characters, and without quotes no delimiter."
+                )
         return value
 
 
@@ -104,8 +110,9 @@ def check_named_columns(files: Sequence[File], format: object) -> None:
     for file in files if missing else ():
         assert isinstance(format, Csv)
         try:
-            names = _header(Lines(file, format.block_bytes), format)[0]
-        except Exception:  # noqa: BLE001  whoever reads the file will say what is wrong with it
+            head = first_lines(file, format.skip_lines + 1)
+            names, _ = _header(partial(_line_of, head), format)
+        except Exception:  # whoever reads the file will say what is wrong with it
             return
         missing = {column: argument for column, argument in missing.items() if column not in names}
         if not missing:
@@ -120,18 +127,18 @@ def check_named_columns(files: Sequence[File], format: object) -> None:
 class CsvSource:
     """An open CSV file.
 
-    Args:     types: of the columns that the caller knows; other ones are what the first block looks like. Binary takes
-                  cells as they are, int64 whole numbers up to 2**64 - 1, as the same 64 bits, float64 whole numbers that
-                  it holds exactly, and other ones; struct{k, v} items with their weights.
+    Args:     types: of the columns that the caller knows; other ones are what the first rows look like. Binary takes
+                  cells as they are, int64 whole numbers up to 2**64 - 1 with the same 64 bits, float64 numbers, whole
+                  ones where it holds them exactly, struct{k, v} items with their weights.
     """
 
     unit_name, null_is_missing = "block", True
 
     def __init__(self, file: File, options: Csv, types: Mapping[str, pa.DataType]) -> None:
         self._options, self._lines = options, Lines(file, options.block_bytes)
-        self._names, self._lines.start = _header(self._lines, options)
+        self._names, self._lines.start = _header(self._lines.line_at, options)
         self._nulls = pa.array([null.encode() for null in options.nulls], pa.binary())
-        self._slow: set[str] = set()  # columns that pyarrow's parser did not take before
+        self._slow: frozenset[str] = frozenset()  # columns that pyarrow's parser did not take before
         self.num_units = self._lines.num_blocks
         known = {name: self._known(name, kind) for name, kind in types.items() if name in self._names}
         self._cells = {**self._guess([name for name in self._names if name not in known]), **known}
@@ -142,23 +149,25 @@ class CsvSource:
 
     def read(self, unit: int, names: Sequence[str]) -> Rows:
         for name in names:
-            if self._names.count(name) > 1:
-                raise ValueError(f"{self._names.count(name)} columns of the name '{name}'")
-        fast = {name: self._cells[name].fast for name in names if name not in self._slow}
-        types = {name: fast.get(name) or pa.binary() for name in names}
-        slow = {name for name in names if fast.get(name) is None}
+            if (count := self._names.count(name)) > 1:
+                raise ValueError(f"{count} columns of the name '{name}'")
+        kinds = {name: self._cells[name].fast for name in names if name not in self._slow}
+        fast = {name: kind for name, kind in kinds.items() if kind is not None}
+        rows = self._read_fast(unit, names, fast)
+        if rows is None:
+            rows = self._parse(unit, dict.fromkeys(names, pa.binary()))
+            self._slow = self._slow | {n for n, kind in fast.items() if not is_fast(rows.batch.column(n), kind)}
+            fast = {}
+        return self._convert(rows, set(names) - set(fast)) if len(fast) < len(names) else rows
+
+    def _read_fast(self, unit: int, names: Sequence[str], fast: Mapping[str, pa.DataType]) -> Rows | None:
+        """Some columns as pyarrow's parser reads them, the others as bytes; None where it cannot, or not exactly."""
         try:
-            rows = self._parse(unit, types)
+            rows = self._parse(unit, {name: fast.get(name, pa.binary()) for name in names})
         except pa.ArrowInvalid:
-            slow = set(names)
-        else:
-            doubles = [name for name, kind in types.items() if kind == pa.float64()]
-            inexact = {name for name in doubles if rounded(rows.batch.column(name))}
-            if not inexact:
-                return self._convert(rows, slow) if slow else rows
-            slow |= inexact
-        rows = self._parse(unit, {name: pa.binary() if name in slow else types[name] for name in names})
-        return self._convert(rows, slow)
+            return None
+        doubles = [name for name, kind in fast.items() if kind == pa.float64()]
+        return None if any(may_be_rounded(rows.batch.column(name)) for name in doubles) else rows
 
     def num_rows(self, unit: int) -> int:
         rows = self._parse(unit, {self._names[0]: pa.binary()})
@@ -194,11 +203,8 @@ class CsvSource:
     def _rows(self, text: bytes, types: Mapping[str, pa.DataType]) -> Rows:
         options = self._options
         text, delimiter = with_short_delimiter(text, options.delimiter, options.quote)
-        text, unclosed = without_unclosed(text, delimiter, options.quote)
-        if delimiter != options.delimiter.encode():
-            long = options.delimiter
-            unclosed = [row._replace(got=row.got.replace(repr(delimiter.decode())[1:-1], long)) for row in unclosed]
-        if not text.strip():
+        text, unclosed = without_unclosed(text, delimiter, options.delimiter, options.quote)
+        if not text or text.isspace():
             empty = pa.RecordBatch.from_pydict({name: pa.array([], kind) for name, kind in types.items()})
             return Rows(empty, np.empty(0, np.int64), unclosed)
         bad: list[BadRow] = []
@@ -251,15 +257,19 @@ class CsvSource:
         return Rows(batch.filter(pa.array(keep)), rows.numbers[keep], sorted(bad, key=lambda row: row.number))
 
 
-def _header(lines: Lines, options: Csv) -> tuple[list[str], int]:
+def _header(line_at: Callable[[int], bytes], options: Csv) -> tuple[list[str], int]:
     """The names of the columns, and where the first row begins."""
     start = 0
     for _ in range(options.skip_lines):
-        start += len(lines.line_at(start))
-    line = lines.line_at(start)
+        start += len(line_at(start))
+    line = line_at(start)
     if options.column_names is None:
         return cells_of(line, options.delimiter, options.quote), start + len(line)
     return list(options.column_names), start + len(codecs.BOM_UTF8) * line.startswith(codecs.BOM_UTF8)
+
+
+def _line_of(text: bytes, place: int) -> bytes:
+    return text[place : text.find(b"\n", place) + 1 or len(text)]
 
 
 def _with_delimiter(array: pa.Array, short: bytes, long: str) -> pa.Array:

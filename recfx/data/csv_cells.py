@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-__all__ = ["Cells", "guess", "read_cells", "rounded"]
+__all__ = ["Cells", "guess", "is_fast", "may_be_rounded", "read_cells"]
 
-WHOLE, UNSIGNED = r"^(0|-?[1-9][0-9]*)$", r"^(0|[1-9][0-9]*)$"  # one spelling for each number
+WHOLE, UNSIGNED = r"^-?(0|[1-9][0-9]*)$", r"^(0|[1-9][0-9]*)$"  # one spelling for each number, but for -0
 BOOLEANS = (r"^(true|false)$", r"^(True|False)$", r"^(TRUE|FALSE)$")
 DECIMAL = (  # 1e-05 is how Python and Arrow write 0.00001; other exponents without a point may be codes
     r"^(-?((0|[1-9][0-9]*)(\.[0-9]*([eE][+-]?[0-9]+)?)?|\.[0-9]+([eE][+-]?[0-9]+)?|[1-9]e[+-][0-9]{2,3}|inf)|nan|NaN)$"
@@ -52,7 +52,12 @@ class Cells:
 
 
 def guess(
-    cells: pa.Array, nulls: pa.Array, *, separator: str | None, weight_separator: str | None, is_named: tuple[bool, bool]
+    cells: pa.Array,
+    nulls: pa.Array,
+    *,
+    separator: str | None,
+    weight_separator: str | None,
+    is_named: tuple[bool, bool],
 ) -> Cells:
     """What a column looks like: a type whose values spell out as the cells do, or numbers with a point, else text.
 
@@ -100,8 +105,18 @@ def read_cells(cells: pa.Array, how: Cells, nulls: pa.Array) -> tuple[pa.Array, 
     return lists, {int(row): items[int(i)].as_py() for row, i in zip(rows[::-1], wrong[::-1], strict=True)}
 
 
-def rounded(numbers: pa.Array) -> bool:
-    """Whether a float64 column may have whole numbers among its cells that float64 cannot hold."""
+def is_fast(cells: pa.Array, kind: pa.DataType) -> bool:
+    """Whether pyarrow's parser takes these cells, and exactly."""
+    text = cells if kind in (pa.binary(), pa.string()) else _trimmed(cells)
+    try:
+        values = text.cast(kind)
+    except pa.ArrowInvalid:
+        return False
+    return kind != pa.float64() or not may_be_rounded(values)
+
+
+def may_be_rounded(numbers: pa.Array) -> bool:
+    """Whether whole numbers among the cells of a float64 column may be other ones than float64 holds."""
     limits = pc.min_max(numbers)
     return any((limit.as_py() or 0) >= EXACT for limit in (limits["max"], pc.negate(limits["min"])))
 
@@ -134,13 +149,17 @@ def _values(cells: pa.Array, kind: pa.DataType, pattern: str | None) -> tuple[pa
         return pa.nulls(len(cells)), _places(cells.is_valid())
     if kind in (pa.binary(), pa.string()):
         return _cast(cells, kind)
-    text = cells.view(pa.string())
     if pattern is not None:
-        return _guessed(text, kind, pattern)
-    text = pc.ascii_trim(text, characters=" \t")  # as pyarrow's parser does
+        return _guessed(cells.view(pa.string()), kind, pattern)
+    text = _trimmed(cells)
     if kind == pa.int64():
         return _int64(text)
     return _float64(text) if kind == pa.float64() else _cast(text, kind)
+
+
+def _trimmed(cells: pa.Array) -> pa.Array:
+    """As text, without the blanks that pyarrow's parser passes over."""
+    return pc.ascii_trim(cells.view(pa.string()), characters=" \t")
 
 
 def _guessed(text: pa.Array, kind: pa.DataType, pattern: str) -> tuple[pa.Array, np.ndarray]:
@@ -167,11 +186,10 @@ def _is_canonical(text: pa.Array, values: pa.Array) -> bool:
     begin, end = ends[text.offset], ends[text.offset + len(text)]
     letters = np.frombuffer(data, np.uint8)[begin:end]
     numbers = values.drop_null().to_numpy()
-    num_letters = len(numbers) + int((numbers < 0).sum())
+    sizes = np.abs(numbers).view(np.uint64)
+    num_letters = len(numbers) + np.count_nonzero(numbers < 0)
     for power in range(1, 20):
-        longer = int((numbers >= np.uint64(10**power)).sum()) if numbers.dtype == np.uint64 else 0
-        if numbers.dtype == np.int64 and power < 19:
-            longer = int(((numbers >= 10**power) | (numbers <= -(10**power))).sum())
+        longer = np.count_nonzero(sizes >= np.uint64(10**power))
         if not longer:
             break
         num_letters += longer

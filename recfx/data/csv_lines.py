@@ -52,18 +52,20 @@ def cells_of(line: bytes, delimiter: str, quote: str | None) -> list[str]:
     return [cell.replace(short.decode(), delimiter) for cell in cells]
 
 
-def without_unclosed(text: bytes, delimiter: bytes, quote: str | None) -> tuple[bytes, list[BadRow]]:
+def without_unclosed(text: bytes, short: bytes, delimiter: str, quote: str | None) -> tuple[bytes, list[BadRow]]:
     """The text without the lines that do not close a quote, and these, by their number among the rows.
 
     A row is a line, whatever block it is in: no quote may reach into the next one.
+
+    Args:     short: the delimiter in the text, of one character; `delimiter` is that of the file, for errors.
     """
     if quote is None or quote.encode() not in text:
         return text, []
     codes = np.frombuffer(b"\n" + text + b"\n", np.uint8)
     ends = np.flatnonzero(codes[1:] == ord("\n"))
     begins = np.append(0, ends[:-1] + 1)
-    pattern = _closed(delimiter, quote.encode())
-    to_look_at = _to_look_at(codes, ends, delimiter, ord(quote))
+    pattern = _closed(short, quote.encode())
+    to_look_at = _to_look_at(codes, ends, short, ord(quote))
     lines = [i for i in to_look_at if pattern.fullmatch(text, begins[i], ends[i]) is None]
     if not lines:
         return text, []
@@ -71,7 +73,7 @@ def without_unclosed(text: bytes, delimiter: bytes, quote: str | None) -> tuple[
     keep, bad = np.ones(len(text), dtype=bool), []
     for i in lines:
         keep[begins[i] : ends[i] + 1] = False
-        cells = text[begins[i] : ends[i]].decode(errors="replace")
+        cells = text[begins[i] : ends[i]].replace(short, delimiter.encode()).decode(errors="replace")
         bad.append(
             BadRow(int(numbers[i]), None, f"a quote that is not closed, {cells[:50]!r}", "a whole row in a line")
         )
