@@ -204,7 +204,7 @@ class CsvSource:
         options = self._options
         text, delimiter = with_short_delimiter(text, options.delimiter, options.quote)
         text, unclosed = without_unclosed(text, delimiter, options.delimiter, options.quote)
-        if not text or text.isspace():
+        if not text.lstrip(b"\r\n"):
             empty = pa.RecordBatch.from_pydict({name: pa.array([], kind) for name, kind in types.items()})
             return Rows(empty, np.empty(0, np.int64), unclosed)
         bad: list[BadRow] = []

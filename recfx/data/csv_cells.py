@@ -76,7 +76,7 @@ def guess(
     items, _ = _items(cells, separator, nulls)
     if weight_separator is not None:
         keys, weights = _weighted(items, weight_separator)
-        if is_named[1] or (weights.null_count == items.null_count and not len(_float64(weights.view(pa.string()))[1])):
+        if is_named[1] or (weights.null_count == items.null_count and not len(_float64(_trimmed(weights))[1])):
             return Cells(*_guess(keys), separator, weight_separator, is_guessed=True)
     return Cells(*_guess(items), separator, is_guessed=True)
 
@@ -96,7 +96,7 @@ def read_cells(cells: pa.Array, how: Cells, nulls: pa.Array) -> tuple[pa.Array, 
     else:
         keys, weights = _weighted(items, how.weight_separator)
         ids, wrong = _values(keys, how.item, how.pattern)
-        numbers, no_weights = _float64(weights.view(pa.string()))
+        numbers, no_weights = _float64(_trimmed(weights))
         numbers = pc.if_else(pc.and_(weights.is_null(), items.is_valid()), 1.0, numbers)
         values = pa.StructArray.from_arrays([ids, numbers], ["k", "v"], mask=items.is_null())
         wrong = np.union1d(wrong, no_weights)

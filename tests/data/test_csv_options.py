@@ -23,6 +23,7 @@ from recfx.data.identity import identity_of
 from recfx.kernels.string_hash import farm_hashes
 from tests.data.rows import all_rows
 
+COLUMNS_XY = [varlen(name, torch.int64, null="empty") for name in "xy"]
 WAYS = [
     {"delimiter": ","},
     {"delimiter": "::"},
@@ -275,3 +276,12 @@ def test_the_slow_way_is_found_once(tmp_path, monkeypatch):
         -1
     ] * 20
     assert len(parsed) == source.num_units + 1
+
+
+@pytest.mark.parametrize("delimiter", ["\t", " ", "\t\t"])
+@pytest.mark.parametrize("block_bytes", [1, 1000])
+def test_rows_of_missing_values_alone_are_rows(tmp_path, delimiter, block_bytes):
+    """Also where the delimiter is blank; a blank line is none."""
+    (tmp_path / "a.csv").write_text(f"x{delimiter}y\n{delimiter}\n\n{delimiter}\r\n")
+    how = Csv(delimiter=delimiter, block_bytes=block_bytes)
+    assert all_rows(reader(tmp_path / "a.csv", COLUMNS_XY, 1, format=how)) == [{"x": [], "y": []}] * 2
