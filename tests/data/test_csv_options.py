@@ -12,6 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
 from recfx.data import Csv, fixedlen, hashed, reader, varlen
@@ -285,3 +287,23 @@ def test_rows_of_missing_values_alone_are_rows(tmp_path, delimiter, block_bytes)
     (tmp_path / "a.csv").write_text(f"x{delimiter}y\n{delimiter}\n\n{delimiter}\r\n")
     how = Csv(delimiter=delimiter, block_bytes=block_bytes)
     assert all_rows(reader(tmp_path / "a.csv", COLUMNS_XY, 1, format=how)) == [{"x": [], "y": []}] * 2
+
+
+@given(
+    st.sampled_from(WAYS).map(lambda way: Csv(**way)),
+    st.lists(st.tuples(st.text("a:|¦\",'é \t\0", min_size=1, max_size=5), st.text("7 'é|:", min_size=1, max_size=4))),
+    st.sampled_from([1, 9, 1000]),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_text_comes_back(tmp_path_factory, how, rows, block_bytes):
+    d, q = how.delimiter, how.quote
+    if q is None:
+        rows = [tuple(text.replace(d[0], "a") for text in row) for row in rows]
+        lines = [d.join(row) for row in rows]
+    else:
+        lines = [d.join(f"{q}{text.replace(q, q * 2)}{q}" for text in row) for row in rows]
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    path.write_bytes("\n".join([f"x{d}y", *lines]).encode())
+    columns = [varlen(name, torch.uint8) for name in "xy"]
+    batches = reader(path, columns, 4, drop_remainder=False, format=dataclasses.replace(how, block_bytes=block_bytes))
+    assert [(row["x"][0], row["y"][0]) for row in all_rows(batches)] == [(x.encode(), y.encode()) for x, y in rows]

@@ -154,3 +154,11 @@ def test_one_column_twice(tmp_path):
     with pytest.raises(ValueError, match=r"file '.*a.csv': got \"2 columns of the name 'x'\""):
         describe(match_files(path))
     assert all_rows(reader(path, [varlen("y", torch.int64)], 1)) == [{"y": [2]}]
+
+
+@pytest.mark.parametrize("filter", [[("x", "==", "é")], [("x", "in", ["é", "b"])], [("x", ">", "z")]])
+def test_a_filter_on_a_column_that_is_read_as_bytes(tmp_path, filter):
+    path = file_of(tmp_path, [LATIN, "é".encode(), b"a"])
+    assert [row["x"] for row in all_rows(reader(path, [varlen("x", torch.uint8)], 1, filter=filter))] == [
+        ["é".encode()]
+    ]
