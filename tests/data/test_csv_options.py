@@ -242,6 +242,13 @@ def test_equal_options_are_equal_everywhere():
     assert len({identity_of(how, "format") for how in [one, *others]}) == 7
 
 
+def test_positions_of_the_first_version_are_still_of_the_same_text():
+    old = "Csv(delimiter=',', column_names=('x',), list_separator='|', block_bytes=9)"
+    assert repr(Csv(column_names=("x",), list_separator="|", block_bytes=9)) == old
+    assert repr(Csv(column_names=("x",), list_separator="|", block_bytes=9, quote=None)) == old[:-1] + ", quote=None)"
+    assert "delimiter='::'" in repr(Csv(delimiter="::"))
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "match"),
     [
