@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from pyarrow import fs, orc
 from pyarrow import parquet as pq
 
+from recfx.data.csv import check_named_columns
 from recfx.data.files import File, Paths, match_files
 from recfx.data.formats import EXTENSIONS, Format, open_source, reading
 from recfx.data.lines import COMPRESSIONS
@@ -55,7 +56,9 @@ def convert(
     if rows_per_unit < 1:
         raise ValueError(f"rows_per_unit: got {rows_per_unit}, expected at least 1.")
     _check_compression(to, compression)
-    targets = _targets(match_files(paths, filesystem), Path(folder), to)
+    files = match_files(paths, filesystem)
+    check_named_columns(files, format)
+    targets = _targets(files, Path(folder), to)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for target, file in targets.items():
         scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")

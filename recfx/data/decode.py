@@ -170,9 +170,11 @@ def _conformed(rows: Rows, columns: Sequence[Column]) -> pa.RecordBatch | BadRow
 
 
 def _csv_type(column: Column) -> pa.DataType:
-    if column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash):
-        return pa.string()
-    return pa.int64() if column.item == pa.int64() else pa.float64()
+    """What is asked of formats that have no types."""
+    is_text = column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash)
+    item = pa.binary() if is_text else pa.int64() if column.item == pa.int64() else pa.float64()
+    is_weighted = isinstance(column, VarLen) and column.weighted
+    return pa.struct([("k", item), ("v", pa.float64())]) if is_weighted else item
 
 
 def _needed(file: File, schema: pa.Schema, recipe: Recipe) -> list[str]:
