@@ -345,7 +345,11 @@ def train(
                 stops = bool(goes_on or window) and should_stop()  # a window that was flushed may be the last step
                 if goes_on and not stops and progress.step % config.save_steps == 0:
                     save(position)
-            evaluate_now()
+            try:
+                evaluate_now()
+            except Exception:  # held-out data that cannot be read must not cost what was trained
+                save(position, is_end=progress.epoch >= config.train_epoch)
+                raise
         read_metrics(progress, state)
         progress.train_s = time.perf_counter() - begun
         if progress.step > started or progress.stopped != "interrupted":

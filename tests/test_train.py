@@ -248,6 +248,22 @@ def test_evaluated_when_stopped_by_train_steps(tmp_path):
     assert log.names()[-4:] == ["before_evaluation", "after_evaluation", "before_save", "after_save"]
 
 
+@pytest.mark.parametrize(("save_steps", "numbers"), [(2000, [3]), (3, [3]), (2, [2, 3])])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_an_evaluation_that_fails_does_not_cost_what_was_trained(tmp_path, save_steps, numbers, epochs):
+    def fail(state):
+        raise ValueError("held-out files are gone")
+
+    how = {"train_epoch": epochs, "save_steps": save_steps}
+    with pytest.raises(ValueError, match="held-out files are gone"):
+        go(tmp_path / "fails", reader_of(3), evaluate_with=fail, **how)
+    assert saved(tmp_path / "fails") == numbers
+    if epochs == 2:
+        go(tmp_path / "fails", reader_of(3), resume=True, evaluate_with=lambda state: {}, **how)
+        go(tmp_path / "works", reader_of(3), evaluate_with=lambda state: {}, **how)
+        assert last_bytes(tmp_path / "fails") == last_bytes(tmp_path / "works")
+
+
 def test_iterators_are_closed_when_training_stops_early(tmp_path):
     reader = reader_of(5)
     go(tmp_path, reader, train_steps=3)
