@@ -213,7 +213,7 @@ def _bad(wrong: Wrong, lists: _Lists, column: Column) -> BadRows:
 
 def _said(item: Any, value: np.generic) -> str:
     """What a file holds, and what became of it."""
-    return f"{item}, which is {value} in float32" if np.isinf(value) and item != value else f"{value}"
+    return f"{item}, which is {value} in float32" if np.isinf(value) and item != float(value) else f"{value}"
 
 
 def _is_valid_throughout(values: np.ndarray, valid: Valid) -> bool:

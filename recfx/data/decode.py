@@ -118,11 +118,11 @@ class Decoder:
         num_bad += self._judge(rows.bad, file, source, unit)
         with reading(file, where, "rows that the filter can look at"):
             rows = _filtered(rows._replace(batch=_named(rows.batch, columns, recipe.split)), recipe.filter)
-        is_split = recipe.split is None or recipe.split.key is None
+        split = None if recipe.split is None or recipe.split.key is None else recipe.split
         while True:
             try:
-                if not is_split:
-                    rows, is_split = _part(rows, recipe.split), True
+                if split is not None:
+                    rows, split = _part(rows, split), None
                 return Decoded(conform(rows.batch, columns, from_text=from_text), num_bad)
             except BadRows as bad:
                 found = [BadRow(int(number), bad.column, bad.got, bad.expected) for number in rows.numbers[bad.rows]]

@@ -127,7 +127,8 @@ def _changed_decimals(large: pa.Array, kind: pa.DataType) -> np.ndarray:
     """The whole ones that do, one by one: few decimals are that large."""
     to_kind = kind.to_pandas_dtype()
     with np.errstate(over="ignore"):
-        return np.array([x == x.to_integral_value() and Decimal(float(to_kind(x))) != x for x in large.to_pylist()])
+        changed = [x == x.to_integral_value() and Decimal(float(to_kind(x))) != x for x in large.to_pylist()]
+    return np.array(changed, dtype=bool)
 
 
 class Spelled(NamedTuple):

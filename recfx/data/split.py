@@ -81,7 +81,8 @@ def check_key(path: str, name: str, kind: pa.DataType) -> None:
     is_number = pa.types.is_integer(item) or pa.types.is_floating(item) or pa.types.is_decimal(item)
     if not (is_number or is_text(item) or pa.types.is_null(item)):
         raise ValueError(
-            f"split: got key '{name}' of {kind} in '{path}', expected whole numbers or strings. Equal keys must be equal."
+            f"split: got key '{name}' of {kind} in '{path}', expected whole numbers or strings. Equal keys must be "
+            "equal."
         )
 
 
