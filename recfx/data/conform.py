@@ -17,7 +17,7 @@ import torch
 from recfx.data.columns import Between, Column, FixedLen, Valid, VarLen, finite
 from recfx.data.numbers import Wrong, rounded, to_float, to_int64
 from recfx.data.rows import BadRows, ColumnError
-from recfx.data.schema import as_list, decoded, is_list, typed, without_views
+from recfx.data.schema import as_list, decoded, is_list, is_plain, typed, without_views
 from recfx.kernels.pack_columns import Block, BlockColumn
 
 __all__ = ["BadRows", "block_of", "conform"]
@@ -62,7 +62,7 @@ def conform(batch: pa.RecordBatch, columns: Sequence[Column], *, from_text: bool
 def _conform(array: pa.Array, column: Column, from_text: bool) -> pa.Array:
     if _is_conformed(array, column):
         return array
-    lists = _take_apart(without_views(typed(array, column)), column)
+    lists = _take_apart(array if is_plain(array.type) else without_views(typed(array, column)), column)
     if isinstance(column, FixedLen):
         return _fixed(_without_nulls(lists, column), column, from_text)
     lists = _truncated(lists, column)
@@ -125,9 +125,11 @@ def _take_apart(array: pa.Array, column: Column) -> _Lists:
 
 def _truncated(lists: _Lists, column: VarLen) -> _Lists:
     """The innermost lists cut to as many items as the column keeps."""
+    if column.truncate is None:
+        return lists
     offsets = lists.offsets[-1]
     lengths = np.diff(offsets)
-    if column.truncate is None or not len(lengths) or lengths.max() <= column.truncate:
+    if not len(lengths) or lengths.max() <= column.truncate:
         return lists
     kept = np.minimum(lengths, np.int32(min(column.truncate, 2**31 - 1)))
     ends = np.append(np.int32(0), np.cumsum(kept, dtype=np.int32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from recfx.data.formats import Format, Source, open_source, reading
 from recfx.data.identity import identity_of
 from recfx.data.records import as_records
 from recfx.data.rows import BadRow, BadRows, ColumnError, Decoded, Rows
-from recfx.data.schema import check_schema, column_at, path_to, type_at, without_views
+from recfx.data.schema import check_schema, column_at, is_plain, path_to, type_at, without_views
 from recfx.data.split import Split, check_key
 from recfx.kernels.pack_columns import PackPlan
 
@@ -77,7 +77,7 @@ class Decoder:
         self._checksums = checksums
         self._verified: set[File] = set()
         self._units: dict[File, list[int]] = {}
-        self._opened: dict[File, tuple[Source, list[str]]] = {}
+        self._opened: dict[File, tuple[Source, _Names]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}
@@ -114,10 +114,11 @@ class Decoder:
         columns = [replace(c, null="empty") for c in recipe.columns] if from_text else recipe.columns
         where = f" in {source.unit_name} {unit}"
         with reading(file, where, "a whole file"):
-            rows = source.read(unit, names)
+            rows = source.read(unit, names.read)
         num_bad += self._judge(rows.bad, file, source, unit)
         with reading(file, where, "rows that the filter can look at"):
-            rows = _filtered(rows._replace(batch=_named(rows.batch, columns, recipe.split)), recipe.filter)
+            rows = rows if names.are_plain else rows._replace(batch=_named(rows.batch, columns, recipe.split))
+            rows = _filtered(rows, recipe.filter)
         split = None if recipe.split is None or recipe.split.key is None else recipe.split
         while True:
             try:
@@ -131,7 +132,7 @@ class Decoder:
             except ColumnError as error:
                 raise error.of(file.path, where) from error
 
-    def _open(self, file: File) -> tuple[Source, list[str]]:
+    def _open(self, file: File) -> tuple[Source, _Names]:
         """The file, and the columns of it that are read."""
         file.check_unchanged()
         opened = self._opened.get(file)
@@ -144,19 +145,19 @@ class Decoder:
             self._opened[file] = opened
         return opened
 
-    def _open_source(self, file: File) -> tuple[Source, list[str]]:
+    def _open_source(self, file: File) -> tuple[Source, _Names]:
         key = None if self.recipe.split is None else self.recipe.split.key
         types = {} if key is None else {key: pa.binary()}
         types |= {column.name: _csv_type(column) for column in self.recipe.columns}
         source = open_source(file, types, self.recipe.format)
         check_schema(file.path, source.schema, self.recipe.columns)
         names = _needed(file, source.schema, self.recipe)
-        if names:
+        if names.read:
             return source, names
         first = source.schema.names[:1]  # of any type: it says how many rows there are
         if isinstance(source, CsvSource):
             source = open_source(file, dict.fromkeys(first, pa.binary()), self.recipe.format)
-        return source, first
+        return source, _Names(first, True)
 
     def _verify(self, file: File) -> None:
         assert self._checksums is not None
@@ -185,7 +186,14 @@ def _csv_type(column: Column) -> pa.DataType:
     return pa.int64() if column.item == pa.int64() else pa.float64()
 
 
-def _needed(file: File, schema: pa.Schema, recipe: Recipe) -> list[str]:
+class _Names(NamedTuple):
+    """Of the columns that a file is asked for."""
+
+    read: list[str]
+    are_plain: bool  # they have the names that the recipe asks for, and types that Arrow can filter
+
+
+def _needed(file: File, schema: pa.Schema, recipe: Recipe) -> _Names:
     """Names of the columns that batches, filter and split read, of those that the file has."""
     paths = [path_to(schema, column.name) for column in recipe.columns]
     if recipe.split is not None and recipe.split.key is not None:
@@ -202,7 +210,8 @@ def _needed(file: File, schema: pa.Schema, recipe: Recipe) -> list[str]:
             raise ValueError(f"filter: got {recipe.filter}, which does not fit '{file.path}', {schema.names}.")
         fields = enumerate(schema.names)
         names += [name for i, name in fields if not _binds(recipe.filter, schema.remove(i))]
-    return list(dict.fromkeys(names))
+    kinds = [type_at(schema, name) for name in names]
+    return _Names(list(dict.fromkeys(names)), all(kind is not None and is_plain(kind) for kind in kinds))
 
 
 def _binds(expression: pc.Expression, schema: pa.Schema) -> bool:

@@ -17,6 +17,7 @@ __all__ = [
     "column_at",
     "decoded",
     "is_list",
+    "is_plain",
     "is_text",
     "item_type",
     "map_leaves",
@@ -31,6 +32,9 @@ LISTS = frozenset({
     pa.lib.Type_LIST, pa.lib.Type_LARGE_LIST, pa.lib.Type_FIXED_SIZE_LIST,
     pa.lib.Type_LIST_VIEW, pa.lib.Type_LARGE_LIST_VIEW, pa.lib.Type_MAP,
 })  # fmt: skip
+
+
+ODD = frozenset({pa.lib.Type_NA, pa.lib.Type_STRING_VIEW, pa.lib.Type_BINARY_VIEW})
 
 
 def check_schema(path: str, schema: pa.Schema, columns: Sequence[Column]) -> None:
@@ -144,13 +148,20 @@ def without_views(array: pa.Array) -> pa.Array:
 
     Cost:     none where there are no views.
     """
-    return map_leaves(array, decoded) if "_view" in str(array.type) else array
+    return array if is_plain(array.type) else map_leaves(array, decoded)
+
+
+def is_plain(kind: pa.DataType) -> bool:
+    """Whether nothing in it is of Arrow's null type, or a view of strings."""
+    if pa.types.is_dictionary(kind):
+        return is_plain(kind.value_type)
+    return kind.id not in ODD and all(is_plain(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def typed(array: pa.Array, column: Column) -> pa.Array:
     """An array in which Arrow's null type is the column's: its rows, lists and items that are null stay so."""
     kind = array.type
-    if not _holds_null_type(kind):
+    if is_plain(kind):
         return array
     wanted: pa.DataType = column.item
     if isinstance(column, VarLen):
@@ -160,14 +171,6 @@ def typed(array: pa.Array, column: Column) -> pa.Array:
         for _ in range(column.depth):
             wanted = pa.list_(wanted)
     return _filled_in(array, wanted)
-
-
-def _holds_null_type(kind: pa.DataType) -> bool:
-    if is_list(kind):
-        return _holds_null_type(item_type(kind))
-    if pa.types.is_struct(kind):
-        return any(_holds_null_type(field.type) for field in kind)
-    return pa.types.is_null(kind)
 
 
 def _filled_in(array: pa.Array, wanted: pa.DataType) -> pa.Array:
