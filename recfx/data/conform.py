@@ -36,12 +36,11 @@ class _Lists(NamedTuple):
         return np.unique(items)
 
 
-def conform(batch: pa.RecordBatch, columns: Sequence[Column], *, from_text: bool = False) -> pa.RecordBatch:
+def conform(batch: pa.RecordBatch, columns: Sequence[Column]) -> pa.RecordBatch:
     """The columns of a batch whose schema was checked, each in its conformed type.
 
     A column that the batch does not have, and need not have, is empty in every row.
 
-    Args:     from_text: doubles were read from text: from 2**53 on they may be other numbers than the text's.
     Cost:     no copy of lists of float, int64 or binary; one pass otherwise, and one over numbers to check them.
     Raises:   BadRows at the first column that finds any, ColumnError where Arrow cannot convert one.
     """
@@ -49,9 +48,9 @@ def conform(batch: pa.RecordBatch, columns: Sequence[Column], *, from_text: bool
     for column in columns:
         try:
             if column.name not in names and column.missing == "empty":
-                arrays.append(_conform(pa.nulls(batch.num_rows), replace(column, null="empty"), from_text))
+                arrays.append(_conform(pa.nulls(batch.num_rows), replace(column, null="empty")))
             else:
-                arrays.append(_conform(batch.column(column.name), column, from_text))
+                arrays.append(_conform(batch.column(column.name), column))
         except BadRows:
             raise
         except Exception as error:
@@ -59,21 +58,21 @@ def conform(batch: pa.RecordBatch, columns: Sequence[Column], *, from_text: bool
     return pa.RecordBatch.from_arrays(arrays, [column.name for column in columns])
 
 
-def _conform(array: pa.Array, column: Column, from_text: bool) -> pa.Array:
+def _conform(array: pa.Array, column: Column) -> pa.Array:
     if _is_conformed(array, column):
         return array
     lists = _take_apart(array if is_plain(array.type) else without_views(typed(array, column)), column)
     if isinstance(column, FixedLen):
-        return _fixed(_without_nulls(lists, column), column, from_text)
+        return _fixed(_without_nulls(lists, column), column)
     lists = _truncated(lists, column)
     if column.weighted:
         keys, weights = (
             _without_nulls(lists._replace(items=decoded(items)), column) for items in lists.items.flatten()
         )
-        fields = [_items(keys, column, from_text), _numbers(weights, column, pa.float32(), finite, from_text)]
+        fields = [_items(keys, column), _numbers(weights, column, pa.float32(), finite)]
         items = pa.StructArray.from_arrays(fields, ["value", "weight"])
     else:
-        items = _items(_without_nulls(lists, column), column, from_text)
+        items = _items(_without_nulls(lists, column), column)
     for offsets in reversed(lists.offsets):
         items = pa.ListArray.from_arrays(pa.array(offsets), items)
     return items
@@ -151,13 +150,13 @@ def _present(array: pa.Array, column: Column, expected: str) -> np.ndarray:
     return present
 
 
-def _fixed(lists: _Lists, column: FixedLen, from_text: bool) -> pa.Array:
+def _fixed(lists: _Lists, column: FixedLen) -> pa.Array:
     lengths, width = np.diff(lists.offsets[0]), len(column.default)
     wrong = np.flatnonzero((lengths != width) & (lengths != 0))
     if len(wrong):
         expected = f"{width}, the length of the default, or none"
         raise BadRows(column.name, wrong, lambda row: f"{lengths[row]} values", expected)
-    values = _numbers(lists, column, column.item, column.valid, from_text).to_numpy(zero_copy_only=False)
+    values = _numbers(lists, column, column.item, column.valid).to_numpy(zero_copy_only=False)
     if len(values) < len(lengths) * width:
         dense = np.tile(np.array(column.default, dtype=np.float32), (len(lengths), 1))
         dense[lengths > 0] = values.reshape(-1, width)
@@ -165,12 +164,12 @@ def _fixed(lists: _Lists, column: FixedLen, from_text: bool) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(values), width)
 
 
-def _items(lists: _Lists, column: VarLen, from_text: bool) -> pa.Array:
+def _items(lists: _Lists, column: VarLen) -> pa.Array:
     if column.string_hash is not None:
         return _hash(lists.items.cast(pa.binary()), column)
     if column.item == pa.binary():
         return lists.items.cast(pa.binary())
-    return _numbers(lists, column, column.item, column.valid, from_text)
+    return _numbers(lists, column, column.item, column.valid)
 
 
 def _hash(strings: pa.Array, column: VarLen) -> pa.Array:
@@ -189,7 +188,7 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _numbers(lists: _Lists, column: Column, kind: pa.DataType, valid: Valid, from_text: bool) -> pa.Array:
+def _numbers(lists: _Lists, column: Column, kind: pa.DataType, valid: Valid) -> pa.Array:
     """The items as numbers, each with its value or its 64 bits, and all of them valid."""
     numbers = to_int64(lists.items) if kind == pa.int64() else to_float(lists.items, kind)
     if isinstance(numbers, Wrong):
@@ -202,7 +201,7 @@ def _numbers(lists: _Lists, column: Column, kind: pa.DataType, valid: Valid, fro
                 Wrong(wrong, _said(lists.items[int(wrong[0])].as_py(), values[wrong[0]]), str(valid)), lists, column
             )
     if kind == pa.float32() and column.rounding == "error":
-        changed = rounded(lists.items, numbers, from_text=from_text)
+        changed = rounded(lists.items, numbers)
         if changed is not None:
             advice = f"{changed.expected}, or rounding='allow' for the column"
             raise _bad(changed._replace(expected=advice), lists, column)

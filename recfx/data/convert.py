@@ -14,8 +14,9 @@ from pyarrow import fs, orc
 from pyarrow import parquet as pq
 
 from recfx.checks import check_choice
+from recfx.data.csv import CsvSource, check_named_columns
 from recfx.data.files import File, Paths, match_files
-from recfx.data.formats import EXTENSIONS, Format, open_source, reading
+from recfx.data.formats import EXTENSIONS, Format, Source, open_source, reading
 from recfx.data.lines import COMPRESSIONS
 from recfx.data.numbers import Rounding
 from recfx.data.rows import BadRow, BadRows, Rows
@@ -71,7 +72,9 @@ def convert(
     check_choice("rounding", rounding, ("error", "allow"))
     _check_compression(to, compression)
     how = _How(to, columns, {name: check_asked(name, kind) for name, kind in (types or {}).items()}, rounding, as_lists)
-    targets = _targets(match_files(paths, filesystem), Path(folder), to)
+    files = match_files(paths, filesystem)
+    check_named_columns(files, format)
+    targets = _targets(files, Path(folder), to)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for target, file in targets.items():
         scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -150,23 +153,34 @@ def _stem(name: str) -> str:
 
 def _tables(file: File, how: _How, format: Format | None, not_text: Set[str]) -> Iterator[pa.Table]:
     """The units of a file, converted, and first an empty table, for its schema."""
-    source = open_source(file, {name: read_as(kind) for name, kind in how.types.items()}, format)
+    source = _open(file, how, format)
     names = list(how.columns or source.schema.names)
     for name in (*names, *how.types):
         if name not in source.schema.names:
             raise ValueError(f"column '{name}' of '{file.path}': got no such column, expected {source.schema.names}.")
     kinds = {name: _kind(file, name, source.schema.field(name).type, how, not_text) for name in names}
     empty = [column.combine_chunks() for column in source.schema.empty_table().select(names).columns]
-    first_row, from_text = 0, source.null_is_missing
+    first_row = 0
     no_rows = Rows(pa.RecordBatch.from_arrays(empty, names), np.empty(0, np.int64))
-    yield _converted(no_rows, file, 0, kinds, how, from_text)
+    yield _converted(no_rows, file, 0, kinds, how)
     for unit in range(source.num_units):
         with reading(file, f" in {source.unit_name} {unit}", "a whole file"):
             rows = source.read(unit, names)
         if rows.bad:
             raise rows.bad[0].error(file.path, first_row)
-        yield _converted(rows, file, first_row, kinds, how, from_text)
+        yield _converted(rows, file, first_row, kinds, how)
         first_row += rows.batch.num_rows
+
+
+def _open(file: File, how: _How, format: Format | None) -> Source:
+    """The file; of CSV its strings as bytes, since later rows may not be UTF-8."""
+    types = {name: read_as(kind, how.rounding) for name, kind in how.types.items()}
+    source = open_source(file, types, format)
+    if isinstance(source, CsvSource):
+        strings = {field.name for field in source.schema if field.type in (pa.string(), pa.list_(pa.string()))}
+        if strings:
+            return open_source(file, {**dict.fromkeys(strings, pa.binary()), **types}, format)
+    return source
 
 
 def _kind(file: File, name: str, kind: pa.DataType, how: _How, not_text: Set[str]) -> pa.DataType:
@@ -187,13 +201,11 @@ def _with_bytes(kind: pa.DataType) -> pa.DataType:
     return pa.binary() if kind == pa.string() else kind
 
 
-def _converted(
-    rows: Rows, file: File, first_row: int, kinds: Mapping[str, pa.DataType], how: _How, from_text: bool
-) -> pa.Table:
+def _converted(rows: Rows, file: File, first_row: int, kinds: Mapping[str, pa.DataType], how: _How) -> pa.Table:
     arrays = {}
     for name, kind in kinds.items():
         array = rows.batch.column(name)
-        keeping = Keeping(name, how.rounding, from_text, name in how.types)
+        keeping = Keeping(name, how.rounding, name in how.types)
         try:
             kept = stored(array, kind, keeping)
         except BadRows as bad:

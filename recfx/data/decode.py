@@ -110,8 +110,7 @@ class Decoder:
 
     def _decode(self, file: File, unit: int) -> Decoded:
         (source, names), recipe, num_bad = self._open(file), self.recipe, 0
-        from_text = source.null_is_missing
-        columns = [replace(c, null="empty") for c in recipe.columns] if from_text else recipe.columns
+        columns = [replace(c, null="empty") for c in recipe.columns] if source.null_is_missing else recipe.columns
         where = f" in {source.unit_name} {unit}"
         with reading(file, where, "a whole file"):
             rows = source.read(unit, names.read)
@@ -124,7 +123,7 @@ class Decoder:
             try:
                 if split is not None:
                     rows, split = _part(rows, split), None
-                return Decoded(conform(rows.batch, columns, from_text=from_text), num_bad)
+                return Decoded(conform(rows.batch, columns), num_bad)
             except BadRows as bad:
                 found = [BadRow(int(number), bad.column, bad.got, bad.expected) for number in rows.numbers[bad.rows]]
                 num_bad += self._judge(found, file, source, unit)
@@ -181,9 +180,12 @@ class Decoder:
 
 
 def _csv_type(column: Column) -> pa.DataType:
-    if column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash):
-        return pa.string()
-    return pa.int64() if column.item == pa.int64() else pa.float64()
+    """What is asked of formats that have no types."""
+    is_text = column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash)
+    number = pa.float32() if column.rounding == "allow" else pa.float64()  # float64: whole numbers that it holds alone
+    item = pa.binary() if is_text else pa.int64() if column.item == pa.int64() else number
+    is_weighted = isinstance(column, VarLen) and column.weighted
+    return pa.struct([("k", item), ("v", pa.float64())]) if is_weighted else item
 
 
 class _Names(NamedTuple):

@@ -25,7 +25,6 @@ class Keeping(NamedTuple):
 
     name: str
     rounding: Rounding = "error"
-    from_text: bool = False  # doubles were read from text, so large ones may be rounded already
     is_asked: bool = False  # its type was
 
 
@@ -55,11 +54,13 @@ def check_asked(name: str, kind: pa.DataType) -> pa.DataType:
     )
 
 
-def read_as(kind: pa.DataType) -> pa.DataType:
+def read_as(kind: pa.DataType, rounding: Rounding) -> pa.DataType:
     """The type in which the items of such a column are read from text: one that shows whether they can be kept."""
     while is_list(kind):
         kind = item_type(kind)
-    return pa.float64() if kind == pa.float32() else pa.binary() if is_text(kind) else kind
+    if kind == pa.float32() and rounding == "error":
+        return pa.float64()
+    return pa.binary() if is_text(kind) else kind
 
 
 def stored_type(kind: pa.DataType, asked: pa.DataType | None, *, null: pa.DataType) -> pa.DataType:
@@ -164,7 +165,7 @@ def _floats(items: pa.Array, kind: pa.DataType, how: Keeping) -> pa.Array | Wron
     if isinstance(doubles, Wrong):
         return doubles
     numbers = to_float(doubles, kind)
-    changed = rounded(doubles, numbers, from_text=how.from_text or is_of_text) if how.rounding == "error" else None
+    changed = rounded(doubles, numbers, from_text=is_of_text) if how.rounding == "error" else None
     if changed is not None:
         others = "int, double or string" if kind == pa.float32() else "int or string"
         return changed._replace(expected=f"{changed.expected}, or the type {others}, or rounding='allow'")

@@ -14,7 +14,7 @@ from pyarrow import orc
 from pyarrow import parquet as pq
 
 from recfx.cli import main
-from recfx.data import reader, varlen
+from recfx.data import Csv, reader, varlen
 from recfx.data.convert import TYPES, convert
 from tests.data.rows import FORMATS, all_rows, write
 
@@ -180,6 +180,16 @@ def test_bytes_in_a_later_unit(tmp_path):
         assert kept_in(path)["y"].to_pylist() == ["d", "e", "f"]
 
 
+def test_csv_that_is_not_utf8_in_a_later_block(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"x,y,tags\n" + b"a,1,b|c\n" * 9 + b"caf\xe9,1,\xe9|d\n")
+    how = Csv(block_bytes=20, list_separator={"tags": "|"})
+    (path,) = convert(tmp_path / "a.csv", tmp_path / "out", format=how)
+    rows = pq.read_table(path).to_pylist()
+    assert rows == [{"x": b"a", "y": 1, "tags": [b"b", b"c"]}] * 9 + [
+        {"x": b"caf\xe9", "y": 1, "tags": [b"\xe9", b"d"]}
+    ]
+
+
 def test_csv(tmp_path):
     (tmp_path / "a.csv").write_text("id,t,x,code\n7,978300760,0.5,007\n18446744073709551615,1,33554432,7\n")
     types = {"id": UINT, "t": DOUBLE, "x": FLOAT, "code": STRING}
@@ -193,7 +203,9 @@ def test_csv(tmp_path):
             convert(tmp_path / "b.csv", tmp_path / "out", types=types)
     (tmp_path / "c.csv").write_text("x\n0.5\n18446744073709551615\n")
     for kind in (FLOAT, DOUBLE):
-        with pytest.raises(ValueError, match=r"column 'x' of '.*c.csv', row 1: got 1.8446744073709552e\+19"):
+        with pytest.raises(
+            ValueError, match=r"column 'x' of '.*c.csv', row 1: got '18446744073709551615', expected double"
+        ):
             convert(tmp_path / "c.csv", tmp_path / "out", types={"x": kind})
         with pytest.raises(ValueError, match=r"column 'x' of '.*c.csv', row 0: got '0.5', expected int64"):
             convert(tmp_path / "c.csv", tmp_path / "out", types={"x": INT})
