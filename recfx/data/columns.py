@@ -141,7 +141,7 @@ def fixedlen(
               rounding: "error": a whole number that float32 does not hold, such as 2**24 + 1, is bad, in a column of
                   any type. "allow" rounds it. Fractions are rounded in any case.
               missing: "empty" takes a column that a file does not have for one whose rows are all empty.
-    Raises:   ValueError when default is empty.
+    Raises:   ValueError when default is empty, or holds a whole number that float32 would round.
     Example:  >>> fixedlen("label", [0.0], valid=OneOf(0, 1)).default
               (0.0,)
     """
@@ -153,7 +153,16 @@ def fixedlen(
     if len(default) == 0:
         raise ValueError(f"column '{name}': got an empty default, expected one number for each item of a row.")
     _check(name, valid, null, rounding, missing)
-    return FixedLen(name, tuple(float(x) for x in default), valid, null, rounding, missing)
+    numbers = tuple(float(x) for x in default)
+    for given, number in zip(default, numbers, strict=True):
+        with np.errstate(over="ignore"):
+            kept = float(np.float32(number))
+        if rounding == "error" and number == np.trunc(number) and kept != given:
+            raise ValueError(
+                f"column '{name}': got default {given}, which float32 would round to {kept:.0f}, expected a whole "
+                "number that float32 holds, or rounding='allow'."
+            )
+    return FixedLen(name, numbers, valid, null, rounding, missing)
 
 
 def varlen(

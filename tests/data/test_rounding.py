@@ -146,6 +146,13 @@ WHOLE = st.integers(-(2**63), 2**64 - 1) | st.builds(
 )
 
 
+def test_defaults(tmp_path):
+    path = write(tmp_path / "a.parquet", pa.table({"x": pa.array([None, 1.0])}))
+    column = fixedlen("x", [2**24 + 1], null="empty", rounding="allow")
+    assert all_rows(reader(path, [column], 1)) == [{"x": [2**24]}, {"x": [1.0]}]
+    assert fixedlen("x", [0.1, float("nan"), -float("inf"), 2**25]).default[0] == 0.1
+
+
 @given(st.lists(WHOLE, min_size=1, max_size=5))
 def test_the_rule_is_float32_of_x_is_x(values):
     is_exact = [int(np.float32(value)) == value for value in values]  # float32 -> int is exact
@@ -167,6 +174,12 @@ def test_the_rule_is_float32_of_x_is_x(values):
     [
         (lambda: fixedlen("x", [0.0], rounding=True), "column 'x', rounding: got True, expected one of"),
         (lambda: varlen("x", torch.int64, rounding="allow"), "column 'x': got rounding='allow', expected 'error'"),
+        (
+            lambda: fixedlen("x", [0, 2**24 + 1]),
+            "column 'x': got default 16777217, which float32 would round to 16777216",
+        ),
+        (lambda: fixedlen("x", [2**53 + 1]), "column 'x': got default 9007199254740993, which float32 would round to"),
+        (lambda: fixedlen("x", [1e39]), "column 'x': got default 1e.39, which float32 would round to inf, expected"),
         (lambda: varlen("x", torch.float32, rounding="up"), "column 'x', rounding: got 'up', expected one of"),
     ],
 )
