@@ -64,10 +64,10 @@ def read_as(kind: pa.DataType, rounding: Rounding) -> pa.DataType:
 
 
 def stored_type(kind: pa.DataType, asked: pa.DataType | None, *, null: pa.DataType) -> pa.DataType:
-    """The type that stands in the new file for a type of the old one.
+    """The type that a type of the old file becomes in the new one.
 
     Args:     asked: see `check_asked`; of a list also the type of its items.
-              null: what stands for Arrow's null type.
+              null: what Arrow's null type becomes.
     Raises:   ValueError when what is asked for has another shape.
     """
     if pa.types.is_dictionary(kind):

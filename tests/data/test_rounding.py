@@ -52,7 +52,7 @@ FILES = [
 @pytest.mark.parametrize("make", COLUMNS)
 @pytest.mark.parametrize(("kind", "extension"), FILES)
 def test_one_rule_for_every_type_and_format(tmp_path, make, kind, extension):
-    """2**25 is a float32, so it is read; 978300760 is none, wherever it is kept."""
+    """2**25 is a float32, so it is read; 978300760 is not, wherever it is kept."""
     exact, other = [2**24, 2**25, 3 << 28], 978300760
     path = file_of(tmp_path, kind, [*exact, other], extension)
     with pytest.raises(
