@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from recfx.data.rows import BadRow, Rows
 __all__ = ["Csv", "CsvSource", "check_named_columns"]
 
 GUESSED = "as it was guessed from the first rows. Give the type: types= of convert, --types, or a reader's column"
+EXACTLY = " that holds this number exactly, or rounding='allow'"
 
 
 class CsvSource:
@@ -146,9 +148,11 @@ class CsvSource:
             cells = self._cells[name]
             arrays[name], wrong = read_cells(array, cells, self._nulls) if name in names else (array, {})
             expected = f"{cells.type}, {GUESSED}" if cells.is_guessed else str(cells.type)
+            is_double = cells.item == pa.float64() and not cells.is_guessed
             for row, cell in wrong.items():
                 if keep[row]:
-                    bad.append(BadRow(int(rows.numbers[row]), name, _shown(cell), expected))
+                    more = EXACTLY if is_double and re.fullmatch(rb"\s*[+-]?[0-9]+(\.0*)?\s*", cell) else ""
+                    bad.append(BadRow(int(rows.numbers[row]), name, _shown(cell), expected + more))
                 keep[row] = False
         batch = pa.RecordBatch.from_pydict(arrays)
         return Rows(batch.filter(pa.array(keep)), rows.numbers[keep], sorted(bad, key=lambda row: row.number))
