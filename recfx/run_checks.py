@@ -16,6 +16,7 @@ __all__ = [
     "data_of",
     "described_by",
     "times_trained",
+    "without_warning",
 ]
 
 OF_INIT = "Make one by step.init(params)."
@@ -75,6 +76,12 @@ def data_of(described: str | None, identity: object) -> str:
     if described is not None:
         return f"one of {described}"
     return "one without an identity" if identity is None else f"one of {identity}"
+
+
+def without_warning(batches: object) -> None:
+    """For a caller that raises where there is no batch: an iterator of `recfx.data` would warn of it too."""
+    if hasattr(batches, "warns"):
+        batches.warns = False
 
 
 def times_trained(state: TrainState) -> tuple[int, ...]:
