@@ -116,14 +116,14 @@ def test_drop_remainder_leaves_out_the_short_batch(folder):
         ({"split": Split(part="validation", fraction=1e-9, key="label"), "columns": FLAT},
          r"but 0 rows in .*, split=Split\(.*\)\. Look at the split\."),
         ({"on_bad": "skip", "columns": [fixedlen("label", [0.0], valid=OneOf(9))]},
-         r"but 0 rows in .*drop_remainder=False, 53 bad ones left out\)\. Look at a bad row\."),
+         r"but 0 rows in .*drop_remainder=False, [24] bad ones left out\)\. Look at a bad row\."),
     ],
 )  # fmt: skip
 def test_a_pass_without_a_batch_warns(folder, arguments, said):
     path = folder
-    if arguments.get("columns") is FLAT:
+    if "columns" in arguments:
         path = folder / "flat.orc"
-        orc.write_table(pa.table({"label": [1.0, 2.0]}), path)
+        orc.write_table(pa.table({"label": [1, 2]}), path)
     batches = reader(path, **{"columns": COLUMNS, "epochs": 2, **arguments})
     with pytest.warns(UserWarning, match="recfx: got no batch in a pass over the data, " + said) as told:
         assert list(batches) == []
