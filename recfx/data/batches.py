@@ -10,18 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from pyarrow import fs
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from recfx.checks import check_choice
-from recfx.data.arguments import Filter, check_columns, check_numbers, check_transformed, expression_of
+from recfx.data.arguments import Filter, check_columns, check_numbers, check_pinned, check_transformed, expression_of
 from recfx.data.cache import cache_for
 from recfx.data.columns import Column
 from recfx.data.csv import Csv
 from recfx.data.decode import Decoder, Recipe
-from recfx.data.files import File, Paths, match_files, read_manifest
+from recfx.data.files import File, Paths, match_files, quoted, read_manifest
 from recfx.data.formats import Format
 from recfx.data.split import Split
 from recfx.data.stream import Chunk, Place, Plan, chunks
@@ -109,8 +108,7 @@ def reader(
     check_choice("shard_by", shard_by, ("file", "unit"))
     if not isinstance(format, Csv):
         check_choice("format", format, (None, "orc", "parquet", "arrow"), others=" or Csv(...)")
-    if pin_memory and not torch.cuda.is_available():
-        raise ValueError("pin_memory: got True, expected False. torch finds no CUDA device here.")
+    check_pinned(pin_memory)
     check_columns(columns)
     expression = expression_of(filter)
     files = match_files(paths, filesystem)
@@ -231,11 +229,7 @@ class Reader(IterableDataset):
 
     def _plan_for(self, counts: np.ndarray) -> PackPlan:
         """The plan with its capacities raised where they are below the counts."""
-        plan = self.packing
-        if (counts > plan.capacities).any():
-            steps = np.maximum(-(-counts // self.batch_size), 1)
-            needed = self.batch_size * np.array([1 << (int(n) - 1).bit_length() for n in steps], dtype=np.int64)
-            self.packing = PackPlan.of(self.batch_size, plan.columns, np.maximum(needed, plan.capacities))
+        self.packing = self.packing.grown(counts)
         return self.packing
 
 
@@ -279,7 +273,7 @@ class BatchIterator(Iterator[Batch]):
         place, taken = self._position
         file = self._plan.files[self._plan.epoch_files(place.epoch)[place.file]]
         window = "the shuffled window that begins in " if self._plan.shuffle_rows else ""
-        return f"{taken} rows after the start of {window}unit {place.unit} of '{file.path}'"
+        return f"{taken} rows after the start of {window}unit {place.unit} of {quoted(file.path)}"
 
     def __str__(self) -> str:
         """Where it reads and the rows that made no batch: what an error says where there was none."""

@@ -15,9 +15,13 @@ import pyarrow as pa
 import xxhash
 from pyarrow import fs
 
-__all__ = ["CHUNK_BYTES", "File", "Paths", "checksum", "match_files", "read_manifest", "write_manifest"]
+__all__ = [
+    "ARRAYS", "CHUNK_BYTES", "ROWS", "File", "Paths", "checksum", "match_files", "quoted", "read_manifest",
+    "subject", "write_manifest",
+]  # fmt: skip
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+ARRAYS, ROWS = "the arrays", "the rows"  # what is read and is not a file, in the place of a path
 CHUNK_BYTES = 1 << 22
 MAGIC_CHARACTERS = frozenset("*?[")
 SAMPLE_BYTES, TAIL_BYTES = 1 << 12, 1 << 16  # of a file that tell it from others: footers are at the end
@@ -79,6 +83,16 @@ class File:
                 f"file '{self.path}': got {now.size} bytes, written at {_time(now.mtime_ns)}, expected {self.size}, "
                 f"written at {_time(self.mtime_ns)}. It was changed while it was read. Build the reader again."
             )
+
+
+def quoted(path: str) -> str:
+    """As an error names what was read."""
+    return path if path.startswith((ARRAYS, ROWS)) else f"'{path}'"
+
+
+def subject(path: str) -> str:
+    """As an error begins that is about a file as a whole."""
+    return path if quoted(path) == path else f"file '{path}'"
 
 
 def _root(filesystem: fs.FileSystem) -> str | None:
