@@ -16,7 +16,7 @@ import xxhash
 from pyarrow import fs
 
 __all__ = [
-    "ARRAYS", "CHUNK_BYTES", "ROWS", "File", "Paths", "checksum", "match_files", "quoted", "read_manifest",
+    "CHUNK_BYTES", "File", "Paths", "checksum", "match_files", "quoted", "read_manifest",
     "subject", "write_manifest",
 ]  # fmt: skip
 

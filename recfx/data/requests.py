@@ -47,8 +47,8 @@ def pack_rows(
               batch_size: samples of the batch, real ones and padding. Default: the layout's, or one for each row.
               transform: as for `reader`.
     Returns:  a batch on the CPU, whose `num_samples` is the number of rows.
-    Cost:     on one core 1.0 ms for a row of 40 columns, 1.4 ms for 50 rows and 12 ms for 1000, by one kind of column in
-              13 others; columns that differ by their name alone are checked in one go.
+    Cost:     on one core 1.0 ms for a row of 40 columns of four kinds, 1.4 ms for 50 rows and 12 ms for 1000. Columns
+              that differ by their name alone are checked in one go.
     Raises:   ValueError naming column and row, where a file with this row would be an error; when there are more rows
               or items than the layout holds, or it is of other columns. TypeError when a row is not a dict.
     Example:  >>> from recfx.data import fixedlen, varlen
