@@ -82,8 +82,10 @@ def by_arrow(values: Sequence[Any], column: Column) -> pa.Array | None:
         items = list(itertools.chain.from_iterable(item for item in items if item is not None))
         kinds, depth = set(map(type, items)), depth + 1
     takes: set[type] = TEXT if _is_text(column) else NUMBERS if column.item == pa.float32() else WHOLE
-    kind = pa.binary() if takes is TEXT else pa.float64() if takes is NUMBERS else pa.int64()
-    has_depth = depth == column.depth or (depth == 0 and (column.depth == 1 or not kinds))
+    kind = pa.binary() if takes is TEXT else pa.int64() if kinds <= WHOLE else pa.float64()
+    if not kinds and not depth:
+        return pa.nulls(len(values))
+    has_depth = depth == column.depth or (depth == 0 and column.depth == 1)
     for _ in range(depth if has_depth else 0):
         kind = pa.list_(kind)
     try:

@@ -35,6 +35,9 @@ STRUCTS = [[{"k": k, "v": v} for k, v in pairs] for pairs in PAIRS]
 TYPES = {"pairs": pa.list_(pa.struct([("k", pa.int64()), ("v", pa.float64())]))}
 
 
+C = [varlen("c", torch.int64)]
+
+
 def as_lists() -> dict:
     labels = [float(i % 2) for i in range(NUM_ROWS)]
     xy = [[i / 8, 1.0] for i in range(NUM_ROWS)]
@@ -235,19 +238,19 @@ def test_arrays_of_many_kinds(values, expected):
 @pytest.mark.parametrize(
     ("data", "columns", "error", "match"),
     [
-        ({"c": [1, None, 3]}, [varlen("c", torch.int64)], ValueError, "column 'c' of the arrays, row 1: got null, expec"),
-        ({"c": [1, 2, "a"]}, [varlen("c", torch.int64)], ValueError,
+        ({"c": [1, None, 3]}, C, ValueError, "column 'c' of the arrays, row 1: got null, expec"),
+        ({"c": [1, 2, "a"]}, C, ValueError,
          r"column 'c' of the arrays, row 2: got 'a', expected an integer of 64 bits"),
-        ({"c": [[1], [2, 2.5]]}, [varlen("c", torch.int64)], ValueError,
+        ({"c": [[1], [2, 2.5]]}, C, ValueError,
          r"column 'c' of the arrays, row 1: got 2.5, expected an integer"),
-        ({"c": [1, 2**64]}, [varlen("c", torch.int64)], ValueError,
+        ({"c": [1, 2**64]}, C, ValueError,
          r"column 'c' of the arrays, row 1: got 18446744073709551616, expected an integer of 64 bits"),
-        ({"c": [-1, 2**64 - 1]}, [varlen("c", torch.int64)], ValueError,
+        ({"c": [-1, 2**64 - 1]}, C, ValueError,
          r"column 'c' of the arrays, row 0: got -1, expected no number below 0, since there is 18446744073709551615"),
-        ({"c": [True]}, [varlen("c", torch.int64)], ValueError, "column 'c' of the arrays, row 0: got True, expected an"),
-        ({"c": np.array([1.5, 2.5])}, [varlen("c", torch.int64)], ValueError,
+        ({"c": [True]}, C, ValueError, "column 'c' of the arrays, row 0: got True, expected an"),
+        ({"c": np.array([1.5, 2.5])}, C, ValueError,
          r"column 'c' of the arrays, row 0: got 1.5, expected a whole number"),
-        ({"c": np.array(["a"])}, [varlen("c", torch.int64)], ValueError,
+        ({"c": np.array(["a"])}, C, ValueError,
          r"column 'c' of the arrays: got string, expected list<int64> .* Strings are read by `hashed`"),
         ({"x": np.array([0.5, np.nan])}, [fixedlen("x", [0.0])], ValueError,
          "column 'x' of the arrays, row 1: got nan, expected a finite number"),
@@ -257,17 +260,17 @@ def test_arrays_of_many_kinds(values, expected):
          "column 'x' of the arrays, row 0: got 3 values, expected 1"),
         ({"c": [1], "d": [1, 2]}, [varlen("c", torch.int64), varlen("d", torch.int64)], ValueError,
          "column 'd' of the arrays: got 2 rows, expected 1, as 'c' has"),
-        ({"d": [1], "e": [2]}, [varlen("c", torch.int64)], ValueError,
+        ({"d": [1], "e": [2]}, C, ValueError,
          r"column 'c' of the arrays: got no such column, expected one of \['d', 'e'\]"),
         ({"t": np.array(["2026-11-30"], "datetime64[s]")}, [fixedlen("t", [0.0])], ValueError,
          r"column 't' of the arrays: got timestamp\[s\], expected numbers or strings. Make numbers of it"),
-        ({"c": 5}, [varlen("c", torch.int64)], ValueError, "column 'c' of the arrays: got 5, expected an array, a tensor"),
-        ({"c": "abc"}, [varlen("c", torch.int64)], ValueError, "column 'c' of the arrays: got 'abc', expected an array"),
-        ({"c": np.array(5)}, [varlen("c", torch.int64)], ValueError, "column 'c' of the arrays: got one value, expected"),
-        ({"c": np.array([1j])}, [varlen("c", torch.int64)], ValueError, "column 'c' of the arrays: got ndarray complex12"),
-        ([{"c": 1}], [varlen("c", torch.int64)], TypeError, "data: got a list of dict, expected .* recfx.data.pack_rows"),
-        (np.zeros(3), [varlen("c", torch.int64)], TypeError, r"data: got ndarray float64 \[3\], expected a dict of arr"),
-        (pa.table([[1], [2]], ["c", "c"]), [varlen("c", torch.int64)], ValueError,
+        ({"c": 5}, C, ValueError, "column 'c' of the arrays: got 5, expected an array, a tensor"),
+        ({"c": "abc"}, C, ValueError, "column 'c' of the arrays: got 'abc', expected an array"),
+        ({"c": np.array(5)}, C, ValueError, "column 'c' of the arrays: got one value, expected"),
+        ({"c": np.array([1j])}, C, ValueError, "column 'c' of the arrays: got ndarray complex12"),
+        ([{"c": 1}], C, TypeError, "data: got a list of dict, expected .* recfx.data.pack_rows"),
+        (np.zeros(3), C, TypeError, r"data: got ndarray float64 \[3\], expected a dict of arr"),
+        (pa.table([[1], [2]], ["c", "c"]), C, ValueError,
          "column 'c' of the arrays: got 2 columns of this name, expected one"),
     ],
 )  # fmt: skip
@@ -335,7 +338,7 @@ def test_missing_ids_of_a_frame_are_null(pandas):
         {"c": [1], "d": [2**60 + 1]}, {"c": [], "d": []}, {"c": [3], "d": [3]}]  # fmt: skip
     with pytest.raises(ValueError, match="column 'c' of the arrays, row 1: got null, expected a value"):
         list(from_arrays(frame, [varlen("c", torch.int64)], 3))
-    with pytest.raises(ValueError, match="row 0: got 1.152921504606847e.18, which may have been rounded"):
+    with pytest.raises(ValueError, match=r"row 0: got 1.152921504606847e.18, which may have been rounded"):
         list(from_arrays(pandas.DataFrame({"c": [2.0**60, np.nan]}), columns[:1], 3))
 
 
