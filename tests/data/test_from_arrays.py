@@ -373,3 +373,31 @@ def test_a_lazy_frame_is_collected_first():
     frame = polars.DataFrame({"c": [[1, 2], None], "t": [1.0, None]})
     columns = [varlen("c", torch.int64, null="empty"), fixedlen("t", [0.5], null="empty")]
     assert all_rows(from_arrays(frame, columns, 2)) == [{"c": [1, 2], "t": [1.0]}, {"c": [], "t": [0.5]}]
+
+
+def test_train_and_evaluate_raise_without_a_warning_too(tmp_path):
+    from recfx import optim
+    from recfx.embeddings import Embedding
+    from recfx.step import train_step
+    from recfx.train import TrainConfig, evaluate, train
+
+    step = train_step(
+        features=dict,
+        embeddings={"emb": [Embedding("item", dim=2)]},
+        forward=lambda params, emb, feats: emb["emb"].sum((1, 2))[:, None],
+        sparse_optimizer=optim.sparse_sgd(0.1),
+        dense_optimizer=optim.sgd(0.1),
+    )
+    data = {"label": [1.0] * 5, "item": [1] * 5}
+    columns = [fixedlen("label", [0.0]), varlen("item", torch.int64)]
+    batches = from_arrays(data, columns, 6, drop_remainder=True)
+    state = step.init({"b": torch.zeros(1)})
+    with pytest.raises(
+        ValueError, match=r"reader: got no batch from 5 rows in the arrays \(batch_size=6, drop_remainder"
+    ):
+        train(step, step.update_, state, batches, TrainConfig(output_dir=tmp_path))
+    with pytest.raises(ValueError, match=r"batches: got none from 5 rows in the arrays"):
+        evaluate(step.evaluate_, state, batches)
+    _, progress = train(step, step.update_, state, from_arrays(data, columns, 2), TrainConfig(output_dir=tmp_path))
+    assert progress.step == 3  # the last batch holds one sample
+    assert evaluate(step.evaluate_, state, from_arrays(data, columns, 2))["num_samples"] == 5
