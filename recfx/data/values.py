@@ -131,8 +131,8 @@ def _lists(value: Any, column: Column, leaf: Leaf, depth: int) -> list:
         return [_pair(item, leaf) for item in _pairs_of(value)]
     if _is_list(value):
         return [_lists(item, column, leaf, depth - 1) if depth > 1 else leaf(item) for item in value]
-    if depth > 1:
-        raise _WrongValueError(value, f"a list in {depth - 1} others" if depth > 2 else "a list of lists")
+    if column.depth > 1:
+        raise _WrongValueError(_shown(value), f"lists in lists, {column.depth} deep")
     return [leaf(value)]
 
 

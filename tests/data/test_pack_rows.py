@@ -68,6 +68,46 @@ def test_the_very_bytes_of_a_file_of_json_lines(tmp_path):
     assert torch.equal(pack_rows(COLUMNS, ROWS).buffer, expected.buffer)
 
 
+IDS, TEXT, WORDS = varlen("c", torch.int64), varlen("c", torch.uint8), hashed("c", farm_hashes)
+WEIGHTED = varlen("c", torch.int64, weighted=True)
+
+
+@pytest.mark.parametrize(
+    ("column", "of_rows"),
+    [
+        (IDS, [5, [6, 7], [], 3.0, [2.0, 1]]),
+        (IDS, [2**64 - 1, 5]),
+        (TEXT, ["a", 12, ["b", 13, "é"], []]),
+        (WORDS, ["a", 12, ["b", 13, "é"], []]),
+        (WEIGHTED, [{"5": 1.0, "6": 2}, {}]),
+        (WEIGHTED, [[{"v": 2, "k": 1}], []]),
+        (WEIGHTED, [[{"weight": 2, "id": 1}], []]),
+        (hashed("c", farm_hashes, weighted=True), [{"a": 1.0, "6": 2}]),
+        (varlen("c", torch.int64, null="empty"), [None, 5, [1]]),
+        (fixedlen("c", [0.5]), [True, 1, [0], 1e3, 0.1]),
+        (fixedlen("c", [0.5], rounding="allow"), [2**60 + 1, 0.1]),
+        (varlen("c", torch.int64, depth=2), [[[1]], [[2, 3], []], []]),
+        (IDS, [-1, 2**64 - 1]),
+        (IDS, [[1, None]]),
+        (IDS, ["12"]),
+        (IDS, [True]),
+        (TEXT, [1.5]),
+        (varlen("c", torch.int64, depth=2), [[1, 2]]),
+    ],
+)
+def test_odd_rows_as_in_a_file_of_json_lines(tmp_path, column, of_rows):
+    pytest.importorskip("recfx.data.json_lines", reason="the reader does not read JSON lines")
+    rows = [{"c": value} for value in of_rows]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        (expected,) = reader(tmp_path / "a.jsonl", [column], len(rows))
+    except ValueError:
+        with pytest.raises(ValueError, match="column 'c' of the rows, row 0: got"):
+            pack_rows([column], rows)
+    else:
+        assert torch.equal(pack_rows([column], rows).buffer, expected.buffer)
+
+
 def test_fewer_rows_are_padded_to_the_layout(path):
     (expected,) = reader(path, COLUMNS, 8)
     for rows in (ROWS, ROWS[:1], []):
@@ -225,8 +265,12 @@ def test_depth_of_lists():
     null = varlen("c", torch.int64, depth=3, null="empty")
     assert values(null, None, None) == values(null, [], None) == [[], []]
     assert values(null, [[]], [[[]]]) == [[[]], [[[]]]]
-    with pytest.raises(ValueError, match="column 'c' of the rows, row 0: got 1, expected a list of lists"):
+    with pytest.raises(ValueError, match="column 'c' of the rows, row 0: got 1, expected lists in lists, 2 deep"):
         values(column, 1)
+    with pytest.raises(ValueError, match="column 'c' of the rows, row 1: got 2, expected lists in lists, 2 deep"):
+        values(column, [[1]], [2, 3])
+    with pytest.raises(ValueError, match="column 'c' of the rows, row 0: got a null element, expected lists in lists"):
+        values(column, [[1], None])
 
 
 def test_requests_that_are_too_large():
