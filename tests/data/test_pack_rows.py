@@ -269,7 +269,7 @@ def test_depth_of_lists():
         values(column, 1)
     with pytest.raises(ValueError, match="column 'c' of the rows, row 1: got 2, expected lists in lists, 2 deep"):
         values(column, [[1]], [2, 3])
-    with pytest.raises(ValueError, match="column 'c' of the rows, row 0: got a null element, expected lists in lists"):
+    with pytest.raises(ValueError, match="column 'c' of the rows, row 0: got a null element, expected a list"):
         values(column, [[1], None])
 
 
