@@ -17,7 +17,7 @@ from recfx.data.schema import column_at
 
 __all__ = ["Arrays", "ArraysSource", "arrays_of"]
 
-MOST_ROWS, FEWEST_ROWS, NUM_UNITS = 1 << 16, 1 << 10, 64  # of a unit; how many units there are of a small table
+MOST_ROWS, FEWEST_ROWS, NUM_UNITS = 1 << 16, 1 << 10, 16  # of a unit; how many units there are of a small table
 NUM_SAMPLES, SAMPLE_ROWS = 16, 64
 
 
