@@ -7,17 +7,23 @@ python examples/serving.py
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from pyarrow import parquet
 
 from recfx import checkpoint, layers, rows
 from recfx.capture import capture_prediction
+from recfx.data import fixedlen, pack_rows, varlen
 from recfx.embeddings import Embedding
 from recfx.optim import adamw, sparse_adamw
 from recfx.step import train_step
-from recfx.types import Ragged, pack
 
 MAX_CANDIDATES, MAX_HISTORY = 64, 20
+COLUMNS = [
+    fixedlen("label", [0.0], missing="empty"),  # a request has none
+    varlen("item", torch.int64),
+    varlen("history", torch.int64, truncate=MAX_HISTORY, side="left"),
+]
 
 
 def build_step():
@@ -43,22 +49,16 @@ def init_params():
     return params
 
 
-def candidates(items, history):
-    """One user's request: the history stands beside every candidate."""
-    num = len(items)
-    offsets = torch.arange(num + 1, dtype=torch.int32)
-    return {"item": Ragged(items, offsets), "history": Ragged(history.repeat(num), offsets * len(history))}
-
-
 def train(folder):
-    step, random = build_step(), torch.Generator().manual_seed(1)
+    """A reader of files with these columns would do in the place of `pack_rows`."""
+    step, random = build_step(), np.random.default_rng(1)
     state = step.init(init_params())
     for _ in range(200):
-        history = torch.randint(0, 50, (5,), generator=random)
-        items = torch.randint(0, 50, (MAX_CANDIDATES,), generator=random)
-        label = (items % 2 == history[0] % 2).float()[:, None]  # a user likes even items, or odd ones
-        history = history // 2 * 2 + history[0] % 2
-        state, _ = step.update_(state, pack({"label": label, **candidates(items, history)}))
+        liked = int(random.integers(2))  # a user likes even items, or odd ones
+        history = (random.integers(0, 25, 5) * 2 + liked).tolist()
+        items = random.integers(0, 50, MAX_CANDIDATES).tolist()
+        rows = [{"label": int(i % 2 == liked), "item": i, "history": history} for i in items]
+        state, _ = step.update_(state, pack_rows(COLUMNS, rows))
     checkpoint.save(folder, step, state, number=int(state.step), loop={})
 
 
@@ -67,11 +67,11 @@ with tempfile.TemporaryDirectory() as folder:
 
     step = build_step()
     state, _ = checkpoint.load(checkpoint.latest(folder), step, step.init(init_params()))
-    largest = pack(candidates(torch.zeros(MAX_CANDIDATES).long(), torch.zeros(MAX_HISTORY).long()))
+    largest = pack_rows(COLUMNS, [{"item": 0, "history": [0] * MAX_HISTORY}] * MAX_CANDIDATES)
     predict = capture_prediction(step, state, largest, new_layout="raise")  # no request waits for the compiler
     for num in (2, 7, 64):
-        request = candidates(items=torch.arange(num), history=torch.tensor([4, 8, 6]))
-        logit = predict(state, pack(request, layout=largest.layout))[:num]  # behind them is padding
+        request = [{"item": i, "history": [4, 8, 6]} for i in range(num)]  # such as parsed JSON
+        logit = predict(state, pack_rows(COLUMNS, request, layout=largest.layout))[:num]  # after them is padding
         best = int(logit.argmax())
         print(f"{num} candidates: item {best} has the highest click rate, {float(logit[best].sigmoid()):.3f}")
 

@@ -17,6 +17,7 @@ __all__ = [
     "described_by",
     "place_of",
     "times_trained",
+    "without_warning",
 ]
 
 OF_INIT = "Make one by step.init(params)."
@@ -86,6 +87,12 @@ def place_of(position: dict | None, epoch: int, described: str | None) -> str:
     """
     where = "is the first one" if position is None else f"follows position {position}"
     return f"{where} of epoch {epoch + 1}{f' ({described})' if described else ''}"
+
+
+def without_warning(batches: object) -> None:
+    """For a caller that raises where there is no batch: an iterator of `recfx.data` would warn of it too."""
+    if hasattr(batches, "warns"):
+        batches.warns = False
 
 
 def times_trained(state: TrainState) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from recfx.run_checks import (
     data_of,
     described_by,
     times_trained,
+    without_warning,
 )
 from recfx.step import Step, TrainState
 from recfx.types import NUM_SAMPLES, Batch
@@ -307,6 +308,8 @@ def train(
             progress.epoch_number = progress.epoch + 1
             on_event("before_epoch", progress, state)
             batches = reader.epoch(progress.epoch) if position is None else reader.start_at(position)
+            if not progress.first_step_s:
+                without_warning(batches)
             stream = iter(batches)
             window = 0  # micro-batches of the open accumulation window
             clock = time.perf_counter()
@@ -419,6 +422,7 @@ def evaluate(
     check_run(run, state, "step.evaluate_")
     check_type("batches", batches, Iterable, "Give a reader, or a list of batches.")
     stream, before = iter(batches), times_trained(state)
+    without_warning(stream)
     first = next(stream, None)
     if first is None:
         raise ValueError(f"batches: got none from {stream}, expected one at least. There is nothing to evaluate.")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from recfx.describe import batch_text, or_plain
+from recfx.kernels import flatten_lists
 from recfx.kernels.check_columns import Links, check_columns, check_num_samples, links_of, offsets_fit, table_of
 
 __all__ = ["Batch", "Field", "Layout", "Params", "Ragged", "Transform", "pack"]
@@ -48,6 +49,38 @@ class Ragged(NamedTuple):
     offsets: Tensor  # i32 [lists + 1], of the innermost lists: rising, offsets[0] = 0
     weights: Tensor | None = None  # f32 [capacity], a weight per value
     outer: tuple[Tensor, ...] = ()  # i32 [lists of that level + 1], outermost first; without, the lists are the samples
+
+    @staticmethod
+    def from_lists(
+        lists: Any, dtype: torch.dtype | None = None, *, weights: Any = None, capacity: int | None = None
+    ) -> Ragged:
+        """Of nested Python lists, one for each sample. None is an empty list, but not an item of one.
+
+        Args:     lists: lists, tuples, numpy arrays or tensors, nested to any depth, the same everywhere. In the
+                      innermost are integers, numbers, or strings (or bytes), which are `varlen(torch.uint8)`'s: their
+                      bytes, with offsets of the strings.
+                  dtype: torch.int64, torch.float32 or torch.uint8; None: int64 for integers alone, float32 for numbers
+                      with floats among them, uint8 for strings. Integers from 2**63 on keep their 64 bits.
+                  weights: numbers, nested as `lists` is.
+                  capacity: the size of `values`, with zeros at the end; None: as many as there are.
+        Shapes:   values i64, f32 or u8 [capacity]; offsets i32 [lists + 1]; weights f32 [capacity]; outer i32.
+        Cost:     a pass of Python over the items, but for numpy arrays.
+        Raises:   TypeError when `lists` is not a list. ValueError naming the place, as "lists[3][0]", where lists are
+                  of different depths, an item is not of the dtype (a float, a flag or null as an id), or is a whole
+                  number that float32 would round; when weights are not as many, or the capacity is too small.
+        Example:  >>> ids = Ragged.from_lists([[7, 8], None, [9]])
+                  >>> ids.values.tolist(), ids.offsets.tolist()
+                  ([7, 8, 9], [0, 2, 2, 3])
+        """
+        flat = flatten_lists.flatten(lists)
+        values, offsets = flatten_lists.values_of(flat, dtype)
+        if weights is not None and values.dtype == "uint8":
+            raise ValueError("weights: got some for strings, expected none. A weight belongs to an id or a number.")
+        weighted = None if weights is None else flatten_lists.weights_of(weights, flat)
+        *outer, inner = map(torch.from_numpy, offsets)
+        parts = [None if part is None else flatten_lists.padded(part, capacity) for part in (values, weighted)]
+        assert parts[0] is not None
+        return Ragged(parts[0], inner, parts[1], tuple(outer))
 
     @property
     def num_samples(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import pyarrow.compute as pc
+import torch
 from pyarrow import parquet as pq
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from recfx.checks import check_int
 from recfx.data.columns import Column
 from recfx.types import NUM_SAMPLES, Ragged
 
-__all__ = ["Filter", "check_columns", "check_numbers", "check_transformed", "expression_of"]
+__all__ = ["Filter", "check_columns", "check_numbers", "check_pinned", "check_transformed", "expression_of"]
 
 Filter: TypeAlias = "pc.Expression | list[tuple] | list[list[tuple]]"
 
@@ -22,6 +23,12 @@ def check_numbers(arguments: Mapping[str, int], least: int) -> None:
     """Raises when one is no int, or below the least."""
     for name, value in arguments.items():
         check_int(name, value, least)
+
+
+def check_pinned(pin_memory: bool) -> None:
+    """Raises when memory cannot be pinned."""
+    if pin_memory and not torch.cuda.is_available():
+        raise ValueError("pin_memory: got True, expected False. torch finds no CUDA device here.")
 
 
 def check_columns(columns: Sequence[Column]) -> None:

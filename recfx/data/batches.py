@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import operator
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from pyarrow import fs
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from recfx.checks import check_choice
-from recfx.data.arguments import Filter, check_columns, check_numbers, check_transformed, expression_of
+from recfx.data.arguments import Filter, check_columns, check_numbers, check_pinned, check_transformed, expression_of
 from recfx.data.cache import cache_for
 from recfx.data.columns import Column
 from recfx.data.csv import Csv, check_named_columns
 from recfx.data.decode import Decoder, Recipe
-from recfx.data.files import File, Paths, match_files, read_manifest
+from recfx.data.files import File, Paths, match_files, quoted, read_manifest
 from recfx.data.formats import Format
 from recfx.data.split import Split
 from recfx.data.stream import Chunk, Place, Plan, chunks
@@ -40,7 +40,7 @@ def reader(
     batch_size: int = 1000,
     *,
     epochs: int | None = 1,
-    drop_remainder: bool = True,
+    drop_remainder: bool = False,
     shuffle_rows: int = 0,
     seed: int = 0,
     filter: Filter | None = None,
@@ -67,8 +67,9 @@ def reader(
     Args:     paths: files, folders, globs and URIs, a list or one string with commas between.
               columns: `fixedlen`, `varlen` and `hashed`; others in the files are not read.
               epochs: passes over the data, each with its own last batch; None: without end.
-              drop_remainder: leave out the last rows that do not fill a batch. Otherwise they come in a batch of full
-                  shape: empty lists and zeros follow the `batch["num_samples"]` real samples.
+              drop_remainder: leave out the last rows of a pass that do not fill a batch, as is usual in training. By
+                  default they come in a batch of full shape: empty lists and zeros follow the `batch["num_samples"]`
+                  real samples.
               shuffle_rows: 0: rows in their order. n: files and units in a random order, and in it every n rows in a
                   random order, others in every epoch; they depend on seed and epoch alone.
               filter: an expression of `pyarrow.dataset`, or [("clicks", ">", 0), ...] as in `pyarrow.parquet`, over
@@ -96,7 +97,8 @@ def reader(
     Cost:     memory of threads * (prefetch + 1) decoded units, and of two windows of shuffle_rows where they are not
                   mapped; one pass over the values to pack a batch, and one before to shuffle or keep them.
     Raises:   ValueError when paths match nothing or an argument is out of range; from the iterator when a file cannot
-                  be read, has another schema, or holds a bad row.
+                  be read, has another schema, or holds a bad row. A pass without a batch is a UserWarning that
+                  counts the rows.
     Example:  >>> batches = reader("train/*.orc", [fixedlen("label", [0.0])])   # doctest: +SKIP
               >>> for batch in batches: print(batch["label"].shape)             # doctest: +SKIP
     """
@@ -106,8 +108,7 @@ def reader(
     check_choice("shard_by", shard_by, ("file", "unit"))
     if not isinstance(format, Csv):
         check_choice("format", format, (None, "orc", "parquet", "arrow"), others=" or Csv(...)")
-    if pin_memory and not torch.cuda.is_available():
-        raise ValueError("pin_memory: got True, expected False. torch finds no CUDA device here.")
+    check_pinned(pin_memory)
     check_columns(columns)
     expression = expression_of(filter)
     files = match_files(paths, filesystem)
@@ -198,13 +199,11 @@ class Reader(IterableDataset):
         Raises:   ValueError naming the files when they hold none.
         """
         it = self.epoch(0)
+        it.warns = False
         try:
             return next(it)
         except StopIteration:
-            raise ValueError(
-                f"paths: got {it}, expected a batch at least. Give more rows, a smaller batch_size, or "
-                "drop_remainder=False."
-            ) from None
+            raise ValueError(f"paths: got {it}, expected a batch at least. {it.advice}") from None
         finally:
             it.close()
 
@@ -231,11 +230,7 @@ class Reader(IterableDataset):
 
     def _plan_for(self, counts: np.ndarray) -> PackPlan:
         """The plan with its capacities raised where they are below the counts."""
-        plan = self.packing
-        if (counts > plan.capacities).any():
-            steps = np.maximum(-(-counts // self.batch_size), 1)
-            needed = self.batch_size * np.array([1 << (int(n) - 1).bit_length() for n in steps], dtype=np.int64)
-            self.packing = PackPlan.of(self.batch_size, plan.columns, np.maximum(needed, plan.capacities))
+        self.packing = self.packing.grown(counts)
         return self.packing
 
 
@@ -253,6 +248,7 @@ class BatchIterator(Iterator[Batch]):
             raise ValueError("pin_memory: got True, expected False in a DataLoader's worker. It cannot use the GPU.")
         self._reader = reader
         self._plan = reader.plan if worker is None else reader.plan.share(worker.id, worker.num_workers)
+        self.warns = True  # of a pass without a batch; False is for a caller that raises then
         self._start(place, taken, last_epoch)
 
     def _start(self, place: Place, taken: int, last_epoch: int | None) -> None:
@@ -278,14 +274,26 @@ class BatchIterator(Iterator[Batch]):
         place, taken = self._position
         file = self._plan.files[self._plan.epoch_files(place.epoch)[place.file]]
         window = "the shuffled window that begins in " if self._plan.shuffle_rows else ""
-        return f"{taken} rows after the start of {window}unit {place.unit} of '{file.path}'"
+        return f"{taken} rows after the start of {window}unit {place.unit} of {quoted(file.path)}"
 
     def __str__(self) -> str:
         """Where it reads and the rows that made no batch: what an error says where there was none."""
-        reader = self._reader
+        reader, recipe = self._reader, self._plan.decoder.recipe
         bad = f", {self._num_bad} bad ones left out" if self._num_bad else ""
         options = f"batch_size={reader.batch_size}, drop_remainder={reader.drop_remainder}"
+        options += "" if recipe.filter is None else f", filter={recipe.filter}"
+        options += "" if recipe.split is None else f", split={recipe.split}"
         return f"{self._num_left} rows in {self._plan.described} ({options}{bad})"
+
+    @property
+    def advice(self) -> str:
+        """What to do where there was no batch."""
+        if self._num_left:
+            return "Give more rows, a smaller batch_size, or drop_remainder=False."
+        recipe = self._plan.decoder.recipe
+        parts = {"a bad row": self._num_bad, "the filter": recipe.filter is not None, "the split": recipe.split}
+        causes = [name for name, is_one in parts.items() if is_one]
+        return f"Look at {' and '.join(causes)}." if causes else "Give more rows."
 
     @property
     def num_bad(self) -> int:
@@ -337,9 +345,18 @@ class BatchIterator(Iterator[Batch]):
             self._num_left = self._reader.batch_size - missing if segments else self._num_left
             if self._chunk is not None:
                 self._num_bad = self._chunk.num_bad  # those behind the last batch too
-            if self._is_over or (self._epoch_is_empty and self._last_epoch is None):
+            if self._is_over:
                 return None
+            if self._epoch_is_empty:
+                self._warn()
+                if self._last_epoch is None:
+                    return None
             self._epoch_is_empty = True
+
+    def _warn(self) -> None:
+        if self.warns:
+            text = f"recfx: got no batch in a pass over the data, but {self}. {self.advice}"
+            warnings.warn(text, stacklevel=4)  # where the caller asked for a batch
 
     def close(self) -> None:
         """Ends the iteration and its threads."""

@@ -175,7 +175,10 @@ def _items(lists: _Lists, column: VarLen) -> pa.Array:
 def _hash(strings: pa.Array, column: VarLen) -> pa.Array:
     assert column.string_hash is not None
     parts = _bytes(strings)
-    (hashes,) = column.string_hash([_tensor(parts.values)], [_tensor(parts.offsets[0])])
+    values, (offsets,) = parts.values, parts.offsets
+    if offsets[0] != 0:  # a part of a longer array
+        values, offsets = values[offsets[0] : offsets[-1]], offsets - offsets[0]
+    (hashes,) = column.string_hash([_tensor(values)], [_tensor(offsets)])
     values = hashes.numpy()
     if column.buckets == 0:
         values = values & np.int64(2**63 - 1)

@@ -15,7 +15,7 @@ from recfx.data.cache import RecordCache
 from recfx.data.columns import Column, VarLen
 from recfx.data.conform import conform
 from recfx.data.csv import CsvSource
-from recfx.data.files import File, checksum
+from recfx.data.files import File, checksum, quoted
 from recfx.data.formats import Format, Source, open_source, reading
 from recfx.data.identity import identity_of
 from recfx.data.records import as_records
@@ -202,14 +202,14 @@ def _needed(file: File, schema: pa.Schema, recipe: Recipe) -> _Names:
         kind = type_at(schema, recipe.split.key)
         if kind is None:
             raise ValueError(
-                f"split: got key '{recipe.split.key}', which '{file.path}' lacks, expected one of {schema.names}."
+                f"split: got key '{recipe.split.key}', which {quoted(file.path)} lacks, expected one of {schema.names}."
             )
         check_key(file.path, recipe.split.key, kind)
         paths.append(path_to(schema, recipe.split.key))
     names = [".".join(path) for path in paths if path]
     if recipe.filter is not None:
         if not _binds(recipe.filter, schema):
-            raise ValueError(f"filter: got {recipe.filter}, which does not fit '{file.path}', {schema.names}.")
+            raise ValueError(f"filter: got {recipe.filter}, which does not fit {quoted(file.path)}, {schema.names}.")
         fields = enumerate(schema.names)
         names += [name for i, name in fields if not _binds(recipe.filter, schema.remove(i))]
     kinds = [type_at(schema, name) for name in names]

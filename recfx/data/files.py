@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -14,9 +15,13 @@ import pyarrow as pa
 import xxhash
 from pyarrow import fs
 
-__all__ = ["CHUNK_BYTES", "File", "Paths", "checksum", "match_files", "read_manifest", "write_manifest"]
+__all__ = [
+    "CHUNK_BYTES", "File", "Paths", "checksum", "match_files", "quoted", "read_manifest",
+    "subject", "write_manifest",
+]  # fmt: skip
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+ARRAYS, ROWS = "the arrays", "the rows"  # what is read and is not a file, in the place of a path
 CHUNK_BYTES = 1 << 22
 MAGIC_CHARACTERS = frozenset("*?[")
 SAMPLE_BYTES, TAIL_BYTES = 1 << 12, 1 << 16  # of a file that tell it from others: footers are at the end
@@ -39,6 +44,12 @@ class File:
     @property
     def is_local(self) -> bool:
         return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    @property
+    def local_path(self) -> str | None:
+        """As the operating system knows it; None where it does not."""
+        root = _root(self.filesystem)
+        return None if root is None else root + self.path
 
     def sample(self) -> str:
         """XXH3 of the last 64 KiB, of 4 KiB at the start and at three places between, or of all of a smaller file.
@@ -74,6 +85,23 @@ class File:
             )
 
 
+def quoted(path: str) -> str:
+    """As an error names what was read."""
+    return path if path.startswith((ARRAYS, ROWS)) else f"'{path}'"
+
+
+def subject(path: str) -> str:
+    """As an error begins that is about a file as a whole."""
+    return path if quoted(path) == path else f"file '{path}'"
+
+
+def _root(filesystem: fs.FileSystem) -> str | None:
+    """What a local file system puts before its paths; None for others."""
+    if isinstance(filesystem, fs.SubTreeFileSystem) and isinstance(filesystem.base_fs, fs.LocalFileSystem):
+        return filesystem.base_path
+    return "" if isinstance(filesystem, fs.LocalFileSystem) else None
+
+
 def _time(ns: int | None) -> str:
     return "?" if ns is None else datetime.fromtimestamp(ns / 1e9, UTC).isoformat()
 
@@ -81,10 +109,14 @@ def _time(ns: int | None) -> str:
 def match_files(paths: Paths, filesystem: fs.FileSystem | None = None) -> list[File]:
     """The files that the paths name, sorted, each once.
 
+    A local file is one file under all its names: two globs, a folder and a link to it, a symbolic link, a hard link. Of
+    several names that the paths match it keeps the one that goes through the fewest symbolic links, and of these the
+    first. Copies are files like others.
+
     Args:     paths: a file, glob or folder, a list of them, or one string with commas between; local paths or URIs
                   ("s3://bucket/train/*.orc"). A folder stands for the files directly in it whose names start with
                   neither '.' nor '_', and a glob that matches folders alone ("logs/dt=2026-11-*") for those in
-                  each; "**" in a glob for folders of any depth.
+                  each; "**" in a glob for folders of any depth, and for those that links lead to.
               filesystem: where the paths are, instead of what they say themselves.
     Raises:   ValueError when a path matches no file.
     """
@@ -98,7 +130,46 @@ def match_files(paths: Paths, filesystem: fs.FileSystem | None = None) -> list[F
     if not items:
         raise ValueError(f"paths: got {paths!r}, expected at least one file, folder or glob.")
     files = dict.fromkeys(file for item in items for file in _match(item, filesystem))
-    return sorted(files, key=lambda file: file.path)
+    return _each_once(sorted(files, key=lambda file: file.path))
+
+
+def _each_once(files: Sequence[File]) -> list[File]:
+    """The files without those that are another one by a second name, in their order."""
+    folders: dict[str, str] = {}
+    kept: dict[object, File] = {}
+    for file in files:
+        key = _identity(file, folders)
+        if key not in kept or _num_links(file) < _num_links(kept[key]):
+            kept[key] = file
+    return sorted(kept.values(), key=lambda file: file.path)
+
+
+def _identity(file: File, folders: dict[str, str]) -> object:
+    """Equal for all names of one local file; elsewhere the file itself.
+
+    Device and inode count only where a file says that it has hard links: not every file system numbers its files.
+
+    Args:     folders: the real paths of those that were met before.
+    """
+    if file.local_path is None:
+        return file
+    folder, name = os.path.split(file.local_path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    path = os.path.join(folders[folder], name)
+    try:
+        if os.path.islink(path):
+            path = os.path.realpath(path)
+        facts = os.stat(path)
+    except OSError:  # it is gone: what reads it says so
+        return path
+    return path if facts.st_nlink == 1 else (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+def _num_links(file: File) -> int:
+    """How many parts of its path are symbolic links."""
+    parts = PurePath(file.local_path or "").parts
+    return sum(os.path.islink(os.path.join(*parts[:end])) for end in range(1, len(parts) + 1))
 
 
 def _match(item: str, filesystem: fs.FileSystem | None) -> list[File]:
@@ -135,9 +206,43 @@ def _glob(pattern: str, filesystem: fs.FileSystem) -> list[fs.FileInfo]:
     if first == len(parts):
         return []
     base = "/".join(parts[:first]) or ("/" if pattern.startswith("/") else ".")
+    root = _root(filesystem)
+    if root is not None:
+        found = [path.removeprefix(root) for path in _walk(root + base, parts[first:])]
+        return filesystem.get_file_info(found) if found else []
     inside = fs.FileSelector(base, recursive=first < len(parts) - 1, allow_not_found=True)
     start = len(base.rstrip("/")) + 1
     return [f for f in filesystem.get_file_info(inside) if _fits(f.path[start:].split("/"), parts[first:])]
+
+
+def _walk(base: str, pattern: list[str]) -> Iterator[str]:
+    """The local paths in a folder that fit, as `_fits` has it. Links to folders are followed.
+
+    No folder is looked through twice for one part of the pattern, so links that lead in a circle end. Folders that are
+    reached without a link come first: what is found has the name with the fewest links.
+    """
+    folders, seen = deque([(base, os.path.realpath(base), 0)]), set[tuple[str, int]]()
+    while folders:
+        folder, real, i = folders.popleft()
+        if (real, i) in seen or not os.path.isdir(folder):
+            continue
+        seen.add((real, i))
+        is_deep, is_last = pattern[i] == "**", i == len(pattern) - 1
+        if is_deep and not is_last:
+            folders.appendleft((folder, real, i + 1))
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        for entry in found:
+            fits = not is_deep and _name_fits(entry.name, pattern[i])
+            path = os.path.join(folder, entry.name)
+            if fits and is_last:
+                yield path
+            elif (fits or is_deep) and entry.is_dir():
+                place = i if is_deep else i + 1
+                if entry.is_symlink():
+                    folders.append((path, os.path.realpath(path), place))
+                else:
+                    folders.appendleft((path, os.path.join(real, entry.name), place))
 
 
 def _fits(names: list[str], pattern: list[str]) -> bool:
@@ -145,8 +250,12 @@ def _fits(names: list[str], pattern: list[str]) -> bool:
         return not pattern and not names
     if pattern[0] == "**":
         return _fits(names, pattern[1:]) or _fits(names[1:], pattern)
-    hidden = names[0].startswith(".") and not pattern[0].startswith(".")
-    return not hidden and fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
+    return _name_fits(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
+
+
+def _name_fits(name: str, pattern: str) -> bool:
+    hidden = name.startswith(".") and not pattern.startswith(".")
+    return not hidden and fnmatchcase(name, pattern)
 
 
 def checksum(file: File) -> str:

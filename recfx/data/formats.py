@@ -14,7 +14,8 @@ from pyarrow import orc
 from pyarrow import parquet as pq
 
 from recfx.data.csv import Csv, CsvSource
-from recfx.data.files import File
+from recfx.data.files import File, subject
+from recfx.data.memory import Arrays
 from recfx.data.rows import Rows
 from recfx.data.schema import column_at, path_to
 
@@ -141,6 +142,8 @@ def open_source(file: File, types: Mapping[str, pa.DataType], format: Format | N
     Args:     types: of the columns the caller wants, for formats that have no types.
     Raises:   ValueError naming the file when it cannot be opened.
     """
+    if isinstance(file, Arrays):
+        return file.source
     if file.size == 0:
         raise ValueError(f"file '{file.path}': got 0 bytes, expected at least a header. It was cut short in writing.")
     if format is None:
@@ -167,7 +170,7 @@ def reading(file: File, where: str, expected: str) -> Iterator[None]:
         yield
     except Exception as error:
         words = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"file '{file.path}': got {words!r}{where}, expected {expected}.") from error
+        raise ValueError(f"{subject(file.path)}: got {words!r}{where}, expected {expected}.") from error
 
 
 def _guess_format(file: File) -> Format | None:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from recfx.data.files import quoted, subject
+
 __all__ = ["BadRow", "BadRows", "ColumnError", "Decoded", "Rows"]
 
 
@@ -21,7 +23,7 @@ class BadRow(NamedTuple):
 
     def error(self, path: str, first_row: int) -> ValueError:
         """Names the file and the row in it, whose unit begins at `first_row`."""
-        where = f"file '{path}'" if self.column is None else f"column '{self.column}' of '{path}'"
+        where = subject(path) if self.column is None else f"column '{self.column}' of {quoted(path)}"
         return ValueError(f"{where}, row {first_row + self.number}: got {self.got}, expected {self.expected}.")
 
 
@@ -44,7 +46,8 @@ class ColumnError(ValueError):
     def of(self, path: str, where: str) -> ValueError:
         """Names the file, and `where` in it."""
         return ValueError(
-            f"column '{self.column}' of '{path}': got {self.words!r}{where}, expected values that Arrow can convert."
+            f"column '{self.column}' of {quoted(path)}: got {self.words!r}{where}, expected values that Arrow can "
+            "convert."
         )
 
 

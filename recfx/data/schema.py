@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recfx.data.columns import Column, VarLen
+from recfx.data.files import quoted
 
 __all__ = [
     "as_list",
@@ -41,20 +42,22 @@ def check_schema(path: str, schema: pa.Schema, columns: Sequence[Column]) -> Non
     """Raises ValueError, naming file and column, when a column is absent, but may not be, or of another type."""
     for column in columns:
         if (count := len(schema.get_all_field_indices(column.name))) > 1:
-            raise ValueError(f"column '{column.name}' of '{path}': got {count} columns of this name, expected one.")
+            raise ValueError(
+                f"column '{column.name}' of {quoted(path)}: got {count} columns of this name, expected one."
+            )
         kind = type_at(schema, column.name)
         if kind is None:
             if column.missing == "empty":
                 continue
             raise ValueError(
-                f"column '{column.name}' of '{path}': got no such column, expected one of {_names(schema)}. With "
+                f"column '{column.name}' of {quoted(path)}: got no such column, expected one of {_names(schema)}. With "
                 "missing='empty' for the column its rows are empty in a file that does not have it."
             )
         depth, item = _depth(kind)
         has_depth = depth == column.depth or (depth == 0 and column.depth == 1)
         if not (_is_read_as(item, column) and has_depth) and not (pa.types.is_null(item) and depth <= column.depth):
             expected = f"{_expected(column)}.{_hint(kind, item, column)}"
-            raise ValueError(f"column '{column.name}' of '{path}': got {kind}, expected {expected}")
+            raise ValueError(f"column '{column.name}' of {quoted(path)}: got {kind}, expected {expected}")
 
 
 def path_to(fields: pa.Schema | pa.StructType, name: str) -> list[str]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 import xxhash
 
-from recfx.data.files import File
+from recfx.data.files import File, quoted
 from recfx.data.numbers import Wrong, spelled, to_int64
 from recfx.data.rows import BadRows
 from recfx.data.schema import as_list, decoded, is_list, is_text, item_type, without_views
@@ -81,8 +81,8 @@ def check_key(path: str, name: str, kind: pa.DataType) -> None:
     is_number = pa.types.is_integer(item) or pa.types.is_floating(item) or pa.types.is_decimal(item)
     if not (is_number or is_text(item) or pa.types.is_null(item)):
         raise ValueError(
-            f"split: got key '{name}' of {kind} in '{path}', expected whole numbers or strings. Equal keys must be "
-            "equal."
+            f"split: got key '{name}' of {kind} in {quoted(path)}, expected whole numbers or strings. Equal keys must "
+            "be equal."
         )
 
 

@@ -19,7 +19,7 @@ import xxhash
 
 from recfx.data.conform import block_of
 from recfx.data.decode import Decoder
-from recfx.data.files import File
+from recfx.data.files import File, quoted
 from recfx.data.records import records_of
 from recfx.kernels.pack_columns import Block
 from recfx.kernels.pack_records import Records
@@ -95,7 +95,7 @@ class Plan:
     def _listed(self, num_parts: int | None) -> str:
         """The last parts of the paths of the first files; None: all parts."""
         paths = [self.files[i].path.split("/") for i in self.own_files]
-        named = [f"'{'/'.join(parts[-num_parts:] if num_parts else parts)}'" for parts in paths[:MAX_NAMED]]
+        named = [quoted("/".join(parts[-num_parts:] if num_parts else parts)) for parts in paths[:MAX_NAMED]]
         return ", ".join(named) + f" and {len(paths) - MAX_NAMED} more" * (len(paths) > MAX_NAMED)
 
     @functools.cached_property

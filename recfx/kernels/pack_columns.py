@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -100,18 +100,52 @@ class PackPlan:
             tensors |= _tensors(column, lists)
         tensors[NUM_SAMPLES, "dense"] = torch.int32, ()
         layout = Layout.of(tensors)
-        first_bytes, gaps = _byte_map(layout)
-        targets, levels = _tables(columns, sizes, first_bytes)
-        return PackPlan(
-            batch_size=batch_size,
-            columns=tuple(columns),
-            capacities=capacities,
-            layout=layout,
-            targets=targets,
-            levels=levels,
-            gaps=gaps,
-            num_samples_at=first_bytes[NUM_SAMPLES, "dense"],
-        )
+        return _plan(batch_size, columns, sizes, layout)
+
+    @staticmethod
+    def of_layout(columns: Sequence[PackedColumn], layout: Layout) -> PackPlan:
+        """The plan of a batch that exists.
+
+        Raises:   ValueError when the batch has other columns.
+        """
+        expected: dict[tuple[str, str], Any] = {(NUM_SAMPLES, "dense"): (torch.int32, ())}
+        sizes = []
+        for column in columns:
+            levels = _levels(column) if column.num_levels else []
+            parts = [*levels, "values"] if levels else ["dense"]
+            firsts = [layout.forms.get((column.name, part), (None, (1,)))[1][0] for part in parts]
+            sizes.append([n - (part in levels) for part, n in zip(parts, firsts, strict=True)])
+            expected |= _tensors(column, sizes[-1])
+        differ = {key[0] for key in {*expected, *layout.forms} if expected.get(key) != layout.forms.get(key)}
+        if differ:
+            raise ValueError(
+                f"layout: got one that differs in {sorted(differ)}, expected that of a batch with the columns "
+                f"{[column.name for column in columns]}. Use the layout of a batch of these columns."
+            )
+        return _plan(sizes[0][0], columns, sizes, layout)
+
+    def grown(self, counts: np.ndarray) -> PackPlan:
+        """The plan itself, or one with capacities of batch_size * 2**k where they are below the counts."""
+        if not (counts > self.capacities).any():
+            return self
+        steps = np.maximum(-(-counts // self.batch_size), 1)
+        needed = self.batch_size * np.array([1 << (int(n) - 1).bit_length() for n in steps], dtype=np.int64)
+        return PackPlan.of(self.batch_size, self.columns, np.maximum(needed, self.capacities))
+
+
+def _plan(batch_size: int, columns: Sequence[PackedColumn], sizes: list[list[int]], layout: Layout) -> PackPlan:
+    first_bytes, gaps = _byte_map(layout)
+    targets, levels = _tables(columns, sizes, first_bytes)
+    return PackPlan(
+        batch_size=batch_size,
+        columns=tuple(columns),
+        capacities=np.array([size for of_column in sizes for size in of_column[1:]], dtype=np.int64),
+        layout=layout,
+        targets=targets,
+        levels=levels,
+        gaps=gaps,
+        num_samples_at=first_bytes[NUM_SAMPLES, "dense"],
+    )
 
 
 def _sizes(batch_size: int, columns: Sequence[PackedColumn], capacities: np.ndarray) -> list[list[int]]:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from pyarrow import orc
 
-from recfx.data import Between, fixedlen, reader, varlen
+from recfx.data import Between, OneOf, Split, fixedlen, reader, varlen
 from recfx.types import NUM_SAMPLES, Ragged
 
+FLAT = [fixedlen("label", [0.5])]
 COLUMNS = [fixedlen("label", [0.5]), varlen("x", torch.float32), varlen("c", torch.int64)]
 TYPES = {"label": pa.list_(pa.float64()), "x": pa.list_(pa.float64()), "c": pa.list_(pa.int64())}
 BIG = 2**53 + 1
@@ -77,10 +78,10 @@ def test_the_first_batch(folder):
 def test_no_first_batch_is_an_error_that_counts_rows(folder, epochs):
     named = r"'.*a.orc', '.*b.orc', '.*c.orc' and 1 more"
     with pytest.raises(ValueError, match=rf"paths: got 53 rows in {named} \(batch_size=54, drop_remainder=True\), exp"):
-        reader(folder, COLUMNS, 54, epochs=epochs).first()
+        reader(folder, COLUMNS, 54, epochs=epochs, drop_remainder=True).first()
     columns = [varlen("x", torch.float32, valid=Between(-1, 0))]
     with pytest.raises(ValueError, match=r"got 3 rows in '.*a.orc' \(.*, drop_remainder=True, 4 bad ones left out\)"):
-        reader(folder / "a.orc", columns, 54, epochs=epochs, on_bad="skip").first()
+        reader(folder / "a.orc", columns, 54, epochs=epochs, on_bad="skip", drop_remainder=True).first()
     with pytest.raises(ValueError, match=r"got 0 rows in '.*b.orc' \(batch_size=5, drop_remainder=False\)"):
         reader(folder / "b.orc", COLUMNS, 5, epochs=epochs, drop_remainder=False).first()
 
@@ -102,12 +103,44 @@ def test_rows_are_one_stream_over_files(folder, batch_size):
 
 
 def test_drop_remainder_leaves_out_the_short_batch(folder):
-    assert all_rows(reader(folder, COLUMNS, 10)) == expected_rows(range(50))
-    assert list(reader(folder, COLUMNS, 54)) == []
+    assert all_rows(reader(folder, COLUMNS, 10, drop_remainder=True)) == expected_rows(range(50))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"batch_size": 54, "drop_remainder": True},
+         r"but 53 rows in '.*a.orc', .* and 1 more \(batch_size=54, drop_remainder=True\)\. Give more rows, a smaller"),
+        ({"filter": [("label", ">", 99)], "columns": FLAT},
+         r"but 0 rows in .*flat.orc' \(.*, filter=\(label > 99\)\)\. Look at the filter\."),
+        ({"split": Split(part="validation", fraction=1e-9, key="label"), "columns": FLAT},
+         r"but 0 rows in .*, split=Split\(.*\)\. Look at the split\."),
+        ({"on_bad": "skip", "columns": [fixedlen("label", [0.0], valid=OneOf(9))]},
+         r"but 0 rows in .*drop_remainder=False, [24] bad ones left out\)\. Look at a bad row\."),
+    ],
+)  # fmt: skip
+def test_a_pass_without_a_batch_warns(folder, arguments, said):
+    path = folder
+    if "columns" in arguments:
+        path = folder / "flat.orc"
+        orc.write_table(pa.table({"label": [1, 2]}), path)
+    batches = reader(path, **{"columns": COLUMNS, "epochs": 2, **arguments})
+    with pytest.warns(UserWarning, match="recfx: got no batch in a pass over the data, " + said) as told:
+        assert list(batches) == []
+    assert len(told) == 2  # once for each pass
+    assert {warning.filename for warning in told} == {__file__}
+    with pytest.raises(ValueError, match="expected a batch at least"):  # no warning as well
+        batches.first()
+
+
+def test_what_is_left_of_a_pass_may_be_nothing(folder):
+    it = iter(reader(folder, COLUMNS, 10))
+    assert len(list(it)) == 6
+    assert list(reader(folder, COLUMNS, 10).start_at(it.position)) == []
 
 
 def test_short_batch_is_padded(folder):
-    *_, last = reader(folder, COLUMNS, 10, drop_remainder=False)
+    *_, last = reader(folder, COLUMNS, 10)
     assert last[NUM_SAMPLES].item() == 3
     assert last["label"][3:].eq(0).all()
     assert last["c"].offsets[3:].eq(last["c"].offsets[3]).all()
@@ -149,7 +182,7 @@ def test_position_is_of_the_batch_last_returned(folder):
     next(it)
     assert place(it) == (0, 2, 1, 5)
     assert list(it)
-    assert place(it) == (0, 3, 0, 10)
+    assert place(it) == (0, 3, 0, 13)
 
 
 @pytest.mark.parametrize("change", [{"taken": 8}, {"file": 5}, {"unit": 1}, {"row": -1}, {"of": "x"}, {"day": 1}])
@@ -159,6 +192,7 @@ def test_position_that_is_none_is_an_error(folder, change):
         list(reader(folder, COLUMNS, 4).start_at({**position, **change}))
 
 
+@pytest.mark.filterwarnings("ignore:recfx. got no batch")  # one of the files is empty
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_shards_cover_every_row_once(folder, world_size):
     shards = [

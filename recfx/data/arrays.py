@@ -1,0 +1,87 @@
+"""Data in memory, read as files are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from recfx.checks import check_choice, check_type
+from recfx.data.arguments import Filter, check_columns, check_numbers, check_pinned, expression_of
+from recfx.data.batches import Columns, Reader
+from recfx.data.columns import Column
+from recfx.data.decode import Decoder, Recipe
+from recfx.data.memory import arrays_of
+from recfx.data.split import Split
+from recfx.data.stream import Plan
+from recfx.data.tables import table_of
+
+__all__ = ["from_arrays"]
+
+
+def from_arrays(
+    data: Any,
+    columns: Sequence[Column],
+    batch_size: int = 1000,
+    *,
+    shuffle: bool = False,
+    epochs: int | None = 1,
+    drop_remainder: bool = False,
+    seed: int = 0,
+    filter: Filter | None = None,
+    split: Split | None = None,
+    transform: Callable[[Columns], Columns] | None = None,
+    on_bad: Literal["raise", "skip"] = "raise",
+    rank: int = 0,
+    world_size: int = 1,
+    threads: int = 1,
+    prefetch: int = 1,
+    pin_memory: bool = False,
+) -> Reader:
+    """Batches of the rows of arrays or a frame, by the rules of `reader` for a file with the same columns.
+
+    Args:     data: a dict by column name of numpy arrays, lists, torch tensors or Ragged; a pandas or polars DataFrame;
+                  a table, a record batch or a reader of record batches of Arrow, or what has their interface. An array
+                  of two dimensions is lists of one length. A pandas frame is read as the file that `to_parquet` writes:
+                  NaN is null, so ids among which some are missing are exact below 2**53, and need `null="empty"`.
+              columns: as for `reader`. Lists of Python may hold what `pack_rows` takes.
+              shuffle: all rows in a random order, another one in every epoch, which depends on seed and epoch alone.
+              split: with a key; arrays are parted by rows.
+              rank, world_size: this worker reads every world_size-th run of rows.
+              epochs, drop_remainder, seed, filter, transform, on_bad, threads, prefetch, pin_memory: see `reader`.
+    Returns:  the same class, with `epoch`, `start_at` and `position`. A position is refused over other arrays: their
+              types, the number of rows and a sample of them are compared. Arrays must not change while they are read.
+    Cost:     no copy of what Arrow can share: numbers, and the strings and lists of Arrow itself. With shuffle a copy
+              of all rows, of 100 to 400 bytes each, in each epoch.
+    Raises:   TypeError when data is something else. ValueError naming the column when one is absent, of another type
+              or length; from the iterator naming the row when one is bad.
+    Example:  >>> import numpy as np, torch
+              >>> from recfx.data import fixedlen, varlen
+              >>> columns = [fixedlen("label", [0.0]), varlen("item", torch.int64)]
+              >>> batches = from_arrays({"label": np.array([0.0, 1.0]), "item": [[7, 8], [9]]}, columns, 2)
+              >>> next(iter(batches))["item"].offsets.tolist()
+              [0, 2, 3]
+    """
+    check_numbers({"batch_size": batch_size, "epochs": 1 if epochs is None else epochs, "threads": threads}, 1)
+    check_numbers({"seed": seed, "prefetch": prefetch}, 0)
+    check_choice("on_bad", on_bad, ("raise", "skip"))
+    check_type("shuffle", shuffle, bool, "All rows are shuffled, or none.")
+    check_pinned(pin_memory)
+    check_columns(columns)
+    if split is not None and split.key is None:
+        raise ValueError("split: got no key, expected one: arrays are parted by rows. Name a key column.")
+    expression = expression_of(filter)
+    keys = [] if split is None or split.key is None else [split.key]
+    table = table_of(data, columns, keys, others=expression is not None)
+    recipe = Recipe(tuple(columns), expression, split, None, on_bad)
+    plan = Plan(
+        files=[arrays_of(table, world_size)],
+        decoder=Decoder(recipe, in_records=shuffle),
+        rank=rank,
+        world_size=world_size,
+        shard_by="unit",
+        shuffle_rows=max(len(table), 1) if shuffle else 0,
+        seed=seed,
+        threads=threads,
+        prefetch=prefetch,
+    )
+    return Reader(plan, batch_size, epochs, drop_remainder, transform, pin_memory)

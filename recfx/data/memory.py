@@ -1,0 +1,72 @@
+"""A table in memory in the place of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from recfx.data.files import ARRAYS, File
+from recfx.data.rows import Rows
+from recfx.data.schema import column_at
+
+__all__ = ["Arrays", "ArraysSource", "arrays_of"]
+
+MOST_ROWS, FEWEST_ROWS, NUM_UNITS = 1 << 16, 1 << 10, 16  # of a unit; how many units there are of a small table
+NUM_SAMPLES, SAMPLE_ROWS = 16, 64
+
+
+class ArraysSource:
+    """A table as units of some rows, none of which are copied but where a unit is in two chunks of the table."""
+
+    unit_name, null_is_missing = "unit", False
+
+    def __init__(self, table: pa.Table, unit_rows: int) -> None:
+        self._table, self._unit_rows = table, unit_rows
+        self.schema = table.schema
+        self.num_units = -(-len(table) // unit_rows)
+
+    def matching(self, expression: pc.Expression | None) -> Iterable[int]:
+        return range(self.num_units)
+
+    def read(self, unit: int, names: Sequence[str]) -> Rows:
+        batch = self._rows(unit * self._unit_rows, self._unit_rows)
+        batch = pa.RecordBatch.from_arrays([column_at(batch, name) for name in names], list(names))
+        return Rows(batch, np.arange(batch.num_rows))
+
+    def num_rows(self, unit: int) -> int:
+        return min(self._unit_rows, len(self._table) - unit * self._unit_rows)
+
+    def sample(self) -> str:
+        """XXH3 of the schema, the number of rows, and some rows here and there, the first and the last among them."""
+        last = max(len(self._table) - SAMPLE_ROWS, 0)
+        starts = sorted({last * i // (NUM_SAMPLES - 1) for i in range(NUM_SAMPLES)})
+        rows = [self._rows(start, SAMPLE_ROWS).to_pydict() for start in starts]
+        return xxhash.xxh3_64_hexdigest(repr((str(self.schema), len(self._table), rows)).encode())
+
+    def _rows(self, start: int, number: int) -> pa.RecordBatch:
+        part = self._table.slice(start, number)
+        arrays = [column.chunk(0) if column.num_chunks == 1 else column.combine_chunks() for column in part.columns]
+        return pa.RecordBatch.from_arrays(arrays, schema=part.schema)
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays(File):
+    """A table in memory."""
+
+    source: ArraysSource
+
+    def _read_sample(self) -> str:
+        return self.source.sample()
+
+
+def arrays_of(table: pa.Table, world_size: int) -> Arrays:
+    """The table in units that are as large as a reader of files likes them, but enough for its workers."""
+    unit_rows = min(max(-(-len(table) // NUM_UNITS), FEWEST_ROWS), MOST_ROWS, max(-(-len(table) // world_size), 1))
+    nowhere: Any = None
+    return Arrays(nowhere, ARRAYS, len(table), None, ArraysSource(table, unit_rows))

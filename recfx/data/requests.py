@@ -1,0 +1,202 @@
+"""Rows as Python objects, such as the parsed JSON of a request, as one packed batch."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+from torch import Tensor
+
+from recfx.checks import check_int, check_type, said
+from recfx.data.arguments import check_columns, check_transformed
+from recfx.data.columns import Column
+from recfx.data.conform import block_of, conform
+from recfx.data.files import ROWS
+from recfx.data.rows import BadRow, BadRows, ColumnError
+from recfx.data.values import by_arrow, values_array
+from recfx.kernels.pack_columns import PackedColumn, PackPlan, Segment, count_items, pack_columns
+from recfx.types import NUM_SAMPLES, Batch, Layout, Ragged, pack
+
+__all__ = ["pack_rows"]
+
+ABSENT: Any = object()
+
+
+def pack_rows(
+    columns: Sequence[Column],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    layout: Layout | None = None,
+    batch_size: int | None = None,
+    transform: Callable[[dict[str, Tensor | Ragged]], dict[str, Tensor | Ragged]] | None = None,
+) -> Batch:
+    """One batch of rows that are dicts, by the rules of `reader` for files with these rows: the very same bytes.
+
+    So strings are hashed, defaults put in, lists cut and numbers checked as in training. Integers keep their 64 bits.
+    A row of JSON may lack a name, which is as if it were null, or with `missing="empty"` for the column empty. A plain
+    value in a column of lists is a list of one, a number in a column of strings its decimal digits. Weighted lists are
+    of pairs, of {"k": value, "v": weight}, or one object of weights by value.
+
+    Args:     columns: as for `reader`, the same as in training. Leave out the label, or give it `missing="empty"`.
+              rows: by column name, of numbers, strings, lists and None. "user.age" is a name, or "age" in "user".
+              layout: of the batch that was captured. The new one is padded to it, so that requests of any size run
+                  through one graph.
+              batch_size: samples of the batch, real ones and padding. Default: the layout's, or one for each row.
+              transform: as for `reader`.
+    Returns:  a batch on the CPU, whose `num_samples` is the number of rows.
+    Cost:     on one core 1.0 ms for a row of 40 columns of four kinds, 1.4 ms for 50 rows and 12 ms for 1000. Columns
+              that differ by their name alone are checked in one go.
+    Raises:   ValueError naming column and row, where a file with this row would be an error; when there are more rows
+              or items than the layout holds, or it is of other columns. TypeError when a row is not a dict.
+    Example:  >>> from recfx.data import fixedlen, varlen
+              >>> import torch
+              >>> columns = [fixedlen("price", [0.0]), varlen("item", torch.int64)]
+              >>> batch = pack_rows(columns, [{"price": 3.5, "item": [7, 8]}, {"price": [], "item": 9}])
+              >>> batch["item"].values[:3].tolist(), batch["price"].tolist()
+              ([7, 8, 9], [[3.5], [0.0]])
+    """
+    check_columns(columns)
+    _check_rows(rows)
+    plan, padded = _plan_of(columns, len(rows), layout, batch_size, transform is not None)
+    block = block_of(pa.RecordBatch.from_arrays(_conformed(columns, rows), [column.name for column in columns]))
+    segments = [Segment(block, 0, len(rows))]
+    counts = count_items(plan, segments)
+    if layout is None or transform is not None:
+        plan = plan.grown(counts)
+    elif (counts > plan.capacities).any():
+        raise _too_many(plan, counts)
+    batch = Batch(pack_columns(plan, segments), plan.layout)
+    if transform is None:
+        return batch
+    transformed = transform(dict(batch))
+    check_transformed(transformed, plan.batch_size)
+    return pack({NUM_SAMPLES: batch[NUM_SAMPLES], **transformed}, layout=padded)
+
+
+def _check_rows(rows: Any) -> None:
+    check_type("rows", rows, Sequence, "Give a list of dicts.")
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"rows: got {said(row)} in row {i}, expected a dict of values by column name.")
+
+
+def _plan_of(
+    columns: Sequence[Column], num_rows: int, layout: Layout | None, batch_size: int | None, is_transformed: bool
+) -> tuple[PackPlan, Layout | None]:
+    """The plan of what is packed first, and the layout of what a transform makes of it."""
+    if batch_size is not None:
+        check_int("batch_size", batch_size, 1)
+    size = batch_size
+    if layout is not None:
+        size = _num_samples(layout)
+        if batch_size not in (None, size):
+            raise ValueError(f"batch_size: got {batch_size}, expected {size}, as in the layout. Leave it out.")
+    elif size is None:
+        if not num_rows:
+            raise ValueError("rows: got none, expected one at least, or a layout or batch_size to pad them to.")
+        size = num_rows
+    if num_rows > size:
+        whose = "batch_size" if layout is None else "samples of the layout"
+        raise ValueError(f"rows: got {num_rows}, expected at most {size}, the {whose}. Split the request.")
+    packed = tuple(column.packed for column in columns)
+    return _plan(packed, size, None if is_transformed else layout), layout
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(columns: tuple[PackedColumn, ...], batch_size: int, layout: Layout | None) -> PackPlan:
+    return PackPlan.of(batch_size, columns) if layout is None else PackPlan.of_layout(columns, layout)
+
+
+def _num_samples(layout: Layout) -> int:
+    name = next(name for name in layout.columns if name != NUM_SAMPLES)
+    parts = layout.columns[name]
+    first = next(part for part in ("dense", "outer0", "offsets") if part in parts)
+    return parts[first].shape[0] - (first != "dense")
+
+
+def _too_many(plan: PackPlan, counts: Any) -> ValueError:
+    names = [column.name for column in plan.columns for _ in range(column.num_levels)]
+    i = int((counts > plan.capacities).argmax())
+    return ValueError(
+        f"column '{names[i]}' of {ROWS}: got {counts[i]} items, expected at most {plan.capacities[i]}, which is "
+        "what the layout holds. Split the request, or use the layout of a batch with more of them."
+    )
+
+
+def _conformed(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[pa.Array]:
+    """The columns as `conform` makes them, those that differ by their name alone in one go: each call has its cost."""
+    groups: dict[Any, list[Column]] = {}
+    for column in columns:
+        _, *others = vars(column).values()
+        key = (type(column), *others)
+        groups.setdefault(key if _has_hash(key) else column.name, []).append(column)
+    arrays: dict[str, pa.Array] = {}
+    for group in groups.values():
+        values = [_values(rows, column) for column in group]
+        together = _together(group, values) if len(group) > 1 else None
+        alone = together or (_alone(*one) for one in zip(group, values, strict=True))
+        arrays |= zip((column.name for column in group), alone, strict=True)
+    return [arrays[column.name] for column in columns]
+
+
+def _has_hash(key: Any) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
+
+
+def _together(group: Sequence[Column], values: Sequence[list[Any]]) -> list[pa.Array] | None:
+    """Columns conformed end to end; None where a value is bad, or needs to be looked at."""
+    array = by_arrow(list(itertools.chain.from_iterable(values)), group[0])
+    if array is None:
+        return None
+    try:
+        whole = conform(pa.RecordBatch.from_arrays([array], [group[0].name]), group[:1]).column(0)
+    except (BadRows, ColumnError):
+        return None
+    num_rows = len(values[0])
+    return [whole.slice(i * num_rows, num_rows) for i in range(len(group))]
+
+
+def _alone(column: Column, values: list[Any]) -> pa.Array:
+    array = values_array(values, column, column.name, ROWS)
+    try:
+        return conform(pa.RecordBatch.from_arrays([array], [column.name]), [column]).column(0)
+    except BadRows as bad:
+        raise BadRow(int(bad.rows[0]), bad.column, bad.got, bad.expected).error(ROWS, 0) from None
+    except ColumnError as error:
+        raise error.of(ROWS, "") from error
+
+
+def _values(rows: Sequence[Mapping[str, Any]], column: Column) -> list[Any]:
+    """The column's value in each row; an empty list, or else None, where a row lacks it."""
+    try:
+        return [row[column.name] for row in rows]
+    except KeyError:
+        values = [_value(row, column.name) for row in rows]
+    for i, value in enumerate(values):
+        if value is ABSENT:
+            if column.missing != "empty" and column.null != "empty":
+                expected = "a value, or missing='empty' or null='empty' for the column"
+                raise BadRow(i, column.name, "no such name", expected).error(ROWS, 0)
+            values[i] = [] if column.missing == "empty" else None
+    return values
+
+
+def _value(row: Mapping[str, Any], name: str) -> Any:
+    """Of a name in a row, or a dotted one in objects within it."""
+    if name in row:
+        return row[name]
+    outer, dot, inner = name.partition(".")
+    while dot:
+        if outer in row:
+            within = row[outer]
+            return None if within is None else _value(within, inner) if isinstance(within, Mapping) else ABSENT
+        more, dot, inner = inner.partition(".")
+        outer = f"{outer}.{more}"
+    return ABSENT
