@@ -3,6 +3,8 @@
 from recfx.data.batches import BatchIterator, Reader, reader
 from recfx.data.columns import Between, Column, FixedLen, OneOf, VarLen, finite, fixedlen, hashed, varlen
 from recfx.data.csv import Csv
+from recfx.data.json_lines import JsonLines
+from recfx.data.libsvm import Libsvm
 from recfx.data.split import Split
 
 __all__ = [
@@ -11,6 +13,8 @@ __all__ = [
     "Column",
     "Csv",
     "FixedLen",
+    "JsonLines",
+    "Libsvm",
     "OneOf",
     "Reader",
     "Split",

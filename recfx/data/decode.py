@@ -133,7 +133,7 @@ class Decoder:
             if self._checksums is not None and file not in self._verified:
                 self._verify(file)
             types = {column.name: _csv_type(column) for column in self.recipe.columns}
-            source = open_source(file, types, self.recipe.format)
+            source = open_source(file, types, self.recipe.format, self.recipe.columns)
             check_schema(file.path, source.schema, self.recipe.columns)
             opened = source, _needed(file, source.schema, self.recipe)
             if len(self._opened) >= MAX_OPENED:
