@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,10 +60,10 @@ class JsonLinesSource:
         if self._lines.line_at(0).removeprefix(BOM).lstrip().startswith(b"["):
             raise ValueError("a list, which is JSON but not lines of it")
         if columns is None:
-            self.schema = overridden(guess(self._all_lines(), pa.string()), types)
+            self.schema = overridden(guess(self._all_lines(), keep_all=True), types)
         else:
             self._rounded = _rounded(columns)
-            self.schema = with_columns(guess(self._sample(), pa.int64()), columns)
+            self.schema = with_columns(guess(self._sample(), keep_all=False), columns)
 
     def matching(self, expression: pc.Expression | None) -> range:
         return range(self.num_units)
@@ -130,8 +131,13 @@ def _selected(fields: pa.Schema | pa.StructType, paths: Sequence[Sequence[str]])
     return selected
 
 
-def _by_arrow(text: bytes, schema: pa.Schema, rounded: Collection[str]) -> pa.RecordBatch | None:
-    """The rows as Arrow parses them; None where it cannot, or not exactly, or a row is not a line."""
+def _by_arrow(
+    text: bytes, schema: pa.Schema, rounded: Collection[str], *, most: float = np.inf
+) -> pa.RecordBatch | None:
+    """The rows as Arrow parses them; None where it cannot, or not exactly, or a row is not a line.
+
+    Args:     most: larger doubles are taken for exact.
+    """
     if any(_has_map(kind) for kind in schema.types):
         return None
     if not _is_one_a_line(text):
@@ -150,7 +156,7 @@ def _by_arrow(text: bytes, schema: pa.Schema, rounded: Collection[str]) -> pa.Re
         return None
     arrays = [column.combine_chunks() for column in table.columns]
     exact = [array for name, array in zip(schema.names, arrays, strict=True) if name not in rounded]
-    if not all(map(_is_exact, exact)):
+    if not all(_is_exact(array, most) for array in exact):
         return None
     if any(_has_string(kind) for kind in schema.types) and not _is_utf8(text):
         return None
@@ -178,15 +184,16 @@ def _has_string(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or (is_list(kind) and _has_string(item_type(kind)))
 
 
-def _is_exact(array: pa.Array) -> bool:
-    """Whether no double in it may be a whole number that was rounded."""
+def _is_exact(array: pa.Array, most: float) -> bool:
+    """Whether no double in it, up to the largest that counts, may be a whole number that was rounded, or overflowed."""
     if is_list(array.type):
-        return _is_exact(array.values)
+        return _is_exact(array.values, most)
     if pa.types.is_struct(array.type):
-        return all(map(_is_exact, array.flatten()))
+        return all(_is_exact(field, most) for field in array.flatten())
     if not pa.types.is_floating(array.type):
         return True
-    return not (np.abs(array.to_numpy(zero_copy_only=False)) >= EXACT_DOUBLE).any()
+    sizes = np.abs(array.to_numpy(zero_copy_only=False))
+    return not ((sizes >= EXACT_DOUBLE) & (sizes <= most)).any()
 
 
 def _is_utf8(text: bytes) -> bool:
@@ -207,7 +214,7 @@ def _by_line(lines: Sequence[bytes], schema: pa.Schema, rounded: Collection[str]
         except WrongValueError as error:
             bad.append(BadRow(number, error.column, error.got, error.expected))
         except ValueError as error:
-            alone = _by_arrow(line, schema, rounded)
+            alone = _by_arrow(line, schema, rounded, most=sys.float_info.max)
             if alone is None:
                 text = line[:MOST_SHOWN].decode(errors="replace")
                 bad.append(BadRow(number, None, f"{text!r} ({error})", "a JSON object in a line"))

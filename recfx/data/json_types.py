@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
 
 from recfx.data.columns import Column, FixedLen
-from recfx.data.json_values import INT64_END, UINT64_END, Fraction, parse
+from recfx.data.json_values import INT64_END, UINT64_END, Fraction, integer, parse
 from recfx.data.schema import is_list, is_text, item_type, path_to
 
 __all__ = ["guess", "item_of", "overridden", "with_columns"]
@@ -19,11 +19,12 @@ MAX_DEPTH = 32
 PAIRS = (("k", "v"), ("key", "value"), ("id", "weight"), ("value", "weight"))  # names of a value and its weight
 
 
-def guess(lines: Iterable[bytes], mixed: pa.DataType) -> pa.Schema:
+def guess(lines: Iterable[bytes], *, keep_all: bool) -> pa.Schema:
     """The types of all names in these lines, in the order in which they appear. Lines that are not JSON say nothing.
 
-    Args:     mixed: the type of integers that neither int64 nor uint64 holds.
-    Example:  >>> guess([b'{"a": 1, "b": [0.5]}', b'{"a": 18446744073709551615}'], pa.string()).types
+    Args:     keep_all: where there are texts, or integers that neither int64 nor uint64 holds, all integers are text.
+                  Otherwise the type is that of most of the values, and the others are bad.
+    Example:  >>> guess([b'{"a": 1, "b": [0.5]}', b'{"a": 18446744073709551615}'], keep_all=True).types
               [DataType(uint64), ListType(list<item: double>)]
     """
     whole = _Shape()
@@ -32,14 +33,14 @@ def guess(lines: Iterable[bytes], mixed: pa.DataType) -> pa.Schema:
             whole.add(parse(line), 0)
         except ValueError:
             continue
-    return pa.schema([(name, shape.type(mixed)) for name, shape in whole.fields.items()])
+    return pa.schema([(name, shape.type(keep_all)) for name, shape in whole.fields.items()])
 
 
 class _Shape:
     """What the values in one place of the rows have been."""
 
     def __init__(self) -> None:
-        self.kinds: set[type] = set()
+        self.kinds: Counter[type] = Counter()
         self.low = self.high = 0  # of integers
         self.is_whole = True  # every fraction
         self.fields: dict[str, _Shape] = {}
@@ -49,7 +50,7 @@ class _Shape:
         if value is None or depth > MAX_DEPTH:
             return
         kind = type(value)
-        self.kinds.add(kind)
+        self.kinds[kind] += 1
         if kind is list:
             self.item = self.item or _Shape()
             for item in value:
@@ -60,32 +61,35 @@ class _Shape:
         elif kind is int:
             self.low, self.high = min(self.low, value), max(self.high, value)
         elif kind is Fraction:
-            self.is_whole = self.is_whole and _is_whole(value)
+            self.is_whole = self.is_whole and integer(value) is not None
 
-    def type(self, mixed: pa.DataType) -> pa.DataType:
+    def type(self, keep_all: bool) -> pa.DataType:
+        """Lists where there is one: a value next to them is a list of length 1."""
         if self.item is not None:
-            return pa.list_(self.item.type(mixed) if self.item.kinds else self._plain(mixed))
-        if not self.fields:
-            return self._plain(mixed)
+            return pa.list_(self.item.type(keep_all)) if self.item.kinds else pa.list_(self._plain(keep_all))
+        if not self.fields or self.kinds[tuple] * 2 < self.kinds.total():
+            return self._plain(keep_all)
         if len(self.fields) <= MAX_FIELDS:
-            return pa.struct([(name, shape.type(mixed)) for name, shape in self.fields.items()])
-        kinds = {shape.type(mixed) for shape in self.fields.values()} - {pa.null()}
+            pair = next((pair for pair in PAIRS if set(pair) == self.fields.keys()), None)
+            return pa.struct([(name, self.fields[name].type(keep_all)) for name in pair or self.fields])
+        kinds = {shape.type(keep_all) for shape in self.fields.values()} - {pa.null()}
         return pa.map_(pa.string(), kinds.pop() if len(kinds) == 1 else pa.float64())
 
-    def _plain(self, mixed: pa.DataType) -> pa.DataType:
-        if str in self.kinds:
+    def _plain(self, keep_all: bool) -> pa.DataType:
+        num_numbers = self.kinds[int] + self.kinds[Fraction] + self.kinds[float]
+        if self.kinds[str] and (keep_all or self.kinds[str] > max(num_numbers, self.kinds[bool])):
             return pa.string()
-        if float in self.kinds or (Fraction in self.kinds and not (int in self.kinds and self.is_whole)):
+        if self.kinds[bool] > num_numbers:
+            return pa.bool_()
+        if self.kinds[float] or (self.kinds[Fraction] and not (self.kinds[int] and self.is_whole)):
             return pa.float64()
-        if int in self.kinds:
-            if self.high < INT64_END and self.low >= -INT64_END:
-                return pa.int64()
-            return pa.uint64() if self.low >= 0 and self.high < UINT64_END else mixed
-        return pa.bool_() if bool in self.kinds else pa.null()
-
-
-def _is_whole(number: Fraction) -> bool:
-    return abs(whole := Decimal(number)) < UINT64_END and whole == whole.to_integral_value()
+        if not self.kinds[int]:
+            return pa.null()
+        if self.high < INT64_END and self.low >= -INT64_END:
+            return pa.int64()
+        if self.low >= 0 and self.high < UINT64_END:
+            return pa.uint64()
+        return pa.string() if keep_all else pa.int64()
 
 
 def overridden(schema: pa.Schema, types: Mapping[str, pa.DataType]) -> pa.Schema:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from recfx.data.rows import BadRow, Rows
 from recfx.data.schema import is_list, is_text, item_type
 
-__all__ = ["Columns", "Fraction", "WrongValueError", "as_parsed", "parse"]
+__all__ = ["Columns", "Fraction", "WrongValueError", "as_parsed", "integer", "parse"]
 
 INT64_END, UINT64_END = 1 << 63, 1 << 64
 MOST_SHOWN = 50  # characters of a value in an error
@@ -216,8 +216,7 @@ def _text(name: str, kind: pa.DataType) -> Convert:
 def _plain(name: str, kind: pa.DataType, seen: _Numbers) -> Convert:
     def convert(value: Any) -> Any:
         if pa.types.is_integer(kind):
-            number = _integer(value)
-            if number is not None and -INT64_END <= number < UINT64_END:
+            if (number := integer(value)) is not None:
                 return seen.note(number)
         elif pa.types.is_floating(kind):
             if (real := _real(value, seen.may_round)) is not None:
@@ -229,15 +228,16 @@ def _plain(name: str, kind: pa.DataType, seen: _Numbers) -> Convert:
     return convert
 
 
-def _integer(value: Any) -> int | None:
-    """Its value where it is a whole number: 3, 3.0 and 3e0 are."""
-    if type(value) is int:
-        return value
+def integer(value: Any) -> int | None:
+    """Its value where it is a whole number in 64 bits: 3, 3.0 and 3e0 are."""
     if type(value) is Fraction:
-        number = Decimal(value)
-        if abs(number) < UINT64_END and number == number.to_integral_value():  # int(Decimal("1e999999")) takes minutes
-            return int(number)
-    return None
+        try:
+            number = Decimal(value)
+        except ArithmeticError:  # an exponent of 20 digits
+            return None
+        if not -INT64_END <= number < UINT64_END or (value := int(number)) != number:
+            return None
+    return value if type(value) is int and -INT64_END <= value < UINT64_END else None
 
 
 def _real(value: Any, may_round: bool) -> float | None:

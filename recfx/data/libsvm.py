@@ -102,10 +102,10 @@ class LibsvmSource:
         kind = pa.int64()
         for unit in range(self.num_units):
             indices = _tokens(self._text(unit)).indices.strings
-            is_integer = pc.all(pc.match_substring_regex(indices, INTEGER)).as_py()
-            if is_integer is False or pc.any(pc.match_substring_regex(indices, LEADING_ZERO)).as_py():
+            integers, others = _integers(indices, pa.int64())
+            if others or pc.any(pc.match_substring_regex(indices, LEADING_ZERO)).as_py():
                 return pa.string()
-            kind = pa.uint64() if pa.types.is_uint64(_integers(indices, pa.int64())[0].type) else kind
+            kind = pa.uint64() if pa.types.is_uint64(integers.type) else kind
         return kind
 
     def _arrays(self, tokens: _Tokens, names: set[str], bad: dict[int, BadRow]) -> dict[str, pa.Array]:
