@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +22,10 @@ from recfx.data.libsvm import Libsvm, LibsvmSource
 from recfx.data.rows import Rows
 from recfx.data.schema import column_at, path_to
 
-__all__ = ["NAMES", "Format", "Source", "check_format", "open_source", "reading"]
+__all__ = ["Format", "Source", "check_format", "open_source", "reading"]
 
 Name = Literal["orc", "parquet", "arrow", "csv", "jsonl", "libsvm"]
 Format = Name | Csv | JsonLines | Libsvm
-NAMES: tuple[Name, ...] = ("orc", "parquet", "arrow", "csv", "jsonl", "libsvm")
 TEXTS: dict[Format, Csv | JsonLines | Libsvm] = {"csv": Csv(), "jsonl": JsonLines(), "libsvm": Libsvm()}
 EXTENSIONS: dict[str, Format] = {
     "orc": "orc", "parquet": "parquet", "pq": "parquet", "arrow": "arrow", "ipc": "arrow", "feather": "arrow",
@@ -146,7 +145,7 @@ class ArrowSource:
 def check_format(format: Format | None) -> None:
     """Raises ValueError when it is neither a format nor the name of one."""
     if not isinstance(format, Csv | JsonLines | Libsvm):
-        check_choice("format", format, (None, *NAMES), others=", Csv(...), JsonLines(...) or Libsvm(...)")
+        check_choice("format", format, (None, *get_args(Name)), others=", Csv(...), JsonLines(...) or Libsvm(...)")
 
 
 def open_source(

@@ -71,7 +71,7 @@ class JsonLinesSource:
     def read(self, unit: int, names: Sequence[str]) -> Rows:
         schema = pa.schema(_selected(self.schema, [path_to(self.schema, name) for name in names]))
         text = self._text(unit)
-        batch = _by_arrow(text, schema, self._rounded)
+        batch = _by_arrow(text, schema, self._rounded) if text else _empty(schema)
         if batch is None:
             rows = _by_line(list(_lines_of(text)), schema, self._rounded)
         else:
@@ -101,6 +101,10 @@ class JsonLinesSource:
             left -= len(text)
             if left <= 0:
                 return
+
+
+def _empty(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array([], kind) for kind in schema.types], schema.names)
 
 
 def _rounded(columns: Sequence[Column]) -> set[str]:

@@ -195,11 +195,10 @@ def _without_comments(codes: np.ndarray) -> np.ndarray:
 
 
 def _between(length: int, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Which of so many bytes are in one of the spans, which are apart from each other: bool [length]."""
-    steps = np.zeros(length + 1, dtype=np.int8)
-    steps[begins] += 1
-    steps[ends] -= 1
-    return np.cumsum(steps[:-1], dtype=np.int8).view(bool)
+    """Which of so many bytes are in one of the spans, which rise: bool [length]."""
+    edges = np.empty(2 * len(begins) + 2, dtype=np.int64)
+    edges[0], edges[-1], edges[1:-1:2], edges[2:-1:2] = 0, length, begins, ends
+    return np.repeat(np.arange(len(edges) - 1) % 2 == 1, np.diff(edges))
 
 
 def _queries(codes: np.ndarray, begins: np.ndarray, ends: np.ndarray, is_label: np.ndarray) -> np.ndarray:

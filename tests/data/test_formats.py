@@ -132,7 +132,9 @@ def test_a_format_found_by_its_first_bytes(tmp_path):
     columns = [varlen("c", torch.int64, null="empty")]
     assert len(all_rows(reader(tmp_path, columns, 10))) == 120
     (tmp_path / "part").write_text("hello\n1")
-    with pytest.raises(ValueError, match=r"file '.*part': got an unknown format, expected ORC, Parquet, Arrow or CSV"):
+    with pytest.raises(
+        ValueError, match=r"file '.*part': got an unknown format, expected ORC, Parquet, Arrow, CSV, JSON lines or"
+    ):
         list(reader(tmp_path / "part", columns))
     assert len(all_rows(reader(tmp_path / "part", [varlen("hello", torch.int64)], 1, format=Csv()))) == 1
 
