@@ -173,7 +173,9 @@ def open_source(
             )
     name, source = _opener(format, types, columns)
     with reading(file, "", f"a readable {name} file"):
-        return source(file)
+        opened = source(file)
+        _check_names(opened.schema)
+        return opened
 
 
 def _opener(
@@ -190,6 +192,14 @@ def _opener(
     sources: dict[str, tuple[str, Callable[[File], Source]]]
     sources = {"orc": ("ORC", OrcSource), "parquet": ("Parquet", ParquetSource), "arrow": ("Arrow", ArrowSource)}
     return sources[how]
+
+
+def _check_names(fields: Iterable[pa.Field]) -> None:
+    """Raises UnicodeDecodeError where the name of a column or a field is not UTF-8: it is in errors and batches."""
+    for field in fields:
+        kind = field.type
+        if field.name is not None and kind.num_fields:
+            _check_names(kind.field(i) for i in range(kind.num_fields))
 
 
 @contextmanager

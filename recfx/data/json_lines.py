@@ -128,11 +128,14 @@ def _lines_of(text: bytes) -> Iterator[bytes]:
 
 def _selected(fields: pa.Schema | pa.StructType, paths: Sequence[Sequence[str]]) -> list[tuple[str, pa.DataType]]:
     """The fields that these paths name, and within structs no others."""
-    selected = []
-    for name in dict.fromkeys(path[0] for path in paths):
-        inner, kind = [path[1:] for path in paths if path[0] == name], fields.field(name).type
-        selected.append((name, kind if [] in inner else pa.struct(_selected(kind, inner))))
-    return selected
+    inner: dict[str, list[Sequence[str]]] = {}
+    for name, *rest in paths:
+        inner.setdefault(name, []).append(rest)
+    kinds = {name: fields.field(name).type for name in inner}
+    return [
+        (name, kinds[name] if [] in rests else pa.struct(_selected(kinds[name], rests)))
+        for name, rests in inner.items()
+    ]
 
 
 def _by_arrow(

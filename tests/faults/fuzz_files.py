@@ -36,7 +36,7 @@ FORMATS = {
     "libsvm, compressed": "libsvm.BZ2",
 }  # fmt: skip
 TEXTS = {"csv": Csv, "jsonl": JsonLines, "libsvm": Libsvm}
-LIMIT_S, LIMIT_BYTES = 20, 2 << 30  # for one file; of memory more than before the first one
+CPU_S, LIMIT_S, LIMIT_BYTES = 20, 120, 2 << 30  # for one file; of memory more than before the first one
 NUM_ROWS, MOST_BLOCKS = 60, 40
 
 
@@ -323,8 +323,10 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin:
         path, kind, seed, checksums, all_ways = json.loads(line)
-        signal.alarm(LIMIT_S)  # ends the process
+        signal.setitimer(signal.ITIMER_PROF, CPU_S)  # ends the process
+        signal.alarm(LIMIT_S)  # so does this, if it waits
         word = outcome(path, kind, seed, checksums, all_ways=all_ways)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         print(json.dumps(word), flush=True)
 
