@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from recfx.commands.csv_options import add_csv_options, format_of
+from recfx.commands.csv_options import add_csv_options
+from recfx.commands.format_option import add_format_option, format_of
 
 __all__ = ["add_to"]
 
@@ -15,7 +16,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     """Declares the command."""
     parser = commands.add_parser(
         "convert",
-        help="rewrite CSV, Parquet, ORC or Arrow files for training",
+        help="rewrite CSV, JSON lines, libsvm, Parquet, ORC or Arrow files for training",
         description="Writes one file for each input: float32, int64 and strings, units of one size, page checksums.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -29,6 +30,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add("--as_lists", action="store_true", help="plain values become lists of length 1 or 0")
     add("--rows_per_unit", type=int, default=100_000, help="rows in a row group or stripe")
     add("--compression", default="uncompressed", help="uncompressed, snappy, zstd, ...")
+    add_format_option(parser)
     add_csv_options(parser)
     parser.set_defaults(command=_run)
 

@@ -6,7 +6,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from recfx.commands.csv_options import add_csv_options, format_of
+from recfx.commands.csv_options import add_csv_options
+from recfx.commands.format_option import add_format_option, format_of
 from recfx.commands.text import aligned
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add("paths", nargs="+", help="files, folders, globs or URIs; checkpoints, or folders of them for the newest")
     add("--rows", type=int, default=1_000_000, help="rows that columns are described by; all are counted")
     add("--checksums", metavar="FILE", nargs="?", const="", help=CHECKSUMS)
+    add_format_option(parser)
     add_csv_options(parser)
     parser.set_defaults(command=_run)
 

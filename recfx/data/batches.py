@@ -18,10 +18,10 @@ from recfx.checks import check_choice
 from recfx.data.arguments import Filter, check_columns, check_numbers, check_pinned, check_transformed, expression_of
 from recfx.data.cache import cache_for
 from recfx.data.columns import Column
-from recfx.data.csv import Csv, check_named_columns
+from recfx.data.csv import check_named_columns
 from recfx.data.decode import Decoder, Recipe
 from recfx.data.files import File, Paths, match_files, quoted, read_manifest
-from recfx.data.formats import Format
+from recfx.data.formats import Format, check_format
 from recfx.data.split import Split
 from recfx.data.stream import Chunk, Place, Plan, chunks
 from recfx.kernels.pack_columns import PackPlan, Segment, count_items, pack_columns
@@ -58,11 +58,11 @@ def reader(
     format: Format | None = None,
     pin_memory: bool = False,
 ) -> Reader:
-    """Batches of the rows of ORC, Parquet, Arrow IPC or CSV files, in the order of the sorted file names.
+    """Batches of the rows of ORC, Parquet, Arrow IPC, CSV, JSON lines or libsvm files, in the order of their names.
 
     A worker's rows are one stream: a batch may hold rows of two files. Batches do not depend on threads and prefetch.
     A unit, below, is what can be decoded by itself: an ORC stripe, a Parquet row group, an Arrow record batch, a
-    block of lines of CSV.
+    block of lines of text.
 
     Args:     paths: files, folders, globs and URIs, a list or one string with commas between.
               columns: `fixedlen`, `varlen` and `hashed`; others in the files are not read.
@@ -106,8 +106,7 @@ def reader(
     check_numbers({"shuffle_rows": shuffle_rows, "seed": seed, "prefetch": prefetch}, 0)
     check_choice("on_bad", on_bad, ("raise", "skip"))
     check_choice("shard_by", shard_by, ("file", "unit"))
-    if not isinstance(format, Csv):
-        check_choice("format", format, (None, "orc", "parquet", "arrow"), others=" or Csv(...)")
+    check_format(format)
     check_pinned(pin_memory)
     check_columns(columns)
     expression = expression_of(filter)

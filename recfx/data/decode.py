@@ -148,7 +148,7 @@ class Decoder:
         key = None if self.recipe.split is None else self.recipe.split.key
         types = {} if key is None else {key: pa.binary()}
         types |= {column.name: _csv_type(column) for column in self.recipe.columns}
-        source = open_source(file, types, self.recipe.format)
+        source = open_source(file, types, self.recipe.format, self.recipe.columns)
         check_schema(file.path, source.schema, self.recipe.columns)
         names = _needed(file, source.schema, self.recipe)
         if names.read:

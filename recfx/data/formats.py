@@ -1,10 +1,10 @@
-"""Files as units that are decoded one by one: ORC stripes, Parquet row groups, Arrow record batches, blocks of CSV."""
+"""Files as units that are decoded one by one: ORC stripes, Parquet row groups, Arrow record batches, blocks of text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -13,18 +13,25 @@ import pyarrow.dataset as ds
 from pyarrow import orc
 from pyarrow import parquet as pq
 
+from recfx.checks import check_choice
+from recfx.data.columns import Column
 from recfx.data.csv import Csv, CsvSource
 from recfx.data.files import File, subject
+from recfx.data.json_lines import JsonLines, JsonLinesSource
+from recfx.data.libsvm import Libsvm, LibsvmSource
 from recfx.data.memory import Arrays
 from recfx.data.rows import Rows
 from recfx.data.schema import column_at, path_to
 
-__all__ = ["Format", "Source", "open_source", "reading"]
+__all__ = ["Format", "Source", "check_format", "open_source", "reading"]
 
-Format = Literal["orc", "parquet", "arrow"] | Csv
+Name = Literal["orc", "parquet", "arrow", "csv", "jsonl", "libsvm"]
+Format = Name | Csv | JsonLines | Libsvm
+TEXTS: dict[Format, Csv | JsonLines | Libsvm] = {"csv": Csv(), "jsonl": JsonLines(), "libsvm": Libsvm()}
 EXTENSIONS: dict[str, Format] = {
     "orc": "orc", "parquet": "parquet", "pq": "parquet", "arrow": "arrow", "ipc": "arrow", "feather": "arrow",
-    "csv": Csv(), "tsv": Csv(delimiter="\t"),
+    "csv": Csv(), "tsv": Csv(delimiter="\t"), "jsonl": JsonLines(), "ndjson": JsonLines(), "json": JsonLines(),
+    "libsvm": Libsvm(), "svm": Libsvm(),
 }  # fmt: skip
 MAGIC: dict[bytes, Format] = {b"ORC": "orc", b"PAR1": "parquet", b"ARROW1": "arrow"}
 
@@ -136,14 +143,27 @@ class ArrowSource:
         return pa.ipc.open_file(stream, options=pa.ipc.IpcReadOptions(**options))
 
 
-def open_source(file: File, types: Mapping[str, pa.DataType], format: Format | None = None) -> Source:
+def check_format(format: Format | None) -> None:
+    """Raises ValueError when it is neither a format nor the name of one."""
+    if not isinstance(format, Csv | JsonLines | Libsvm):
+        check_choice("format", format, (None, *get_args(Name)), others=", Csv(...), JsonLines(...) or Libsvm(...)")
+
+
+def open_source(
+    file: File,
+    types: Mapping[str, pa.DataType],
+    format: Format | None = None,
+    columns: Sequence[Column] | None = None,
+) -> Source:
     """Opens a file of the given format; None: what its extension or its first bytes say.
 
     Args:     types: of the columns the caller wants, for formats that have no types.
+              columns: the ones that the caller reads, for formats where rows differ in what they have; None: all.
     Raises:   ValueError naming the file when it cannot be opened.
     """
     if isinstance(file, Arrays):
         return file.source
+    check_format(format)
     if file.size == 0:
         raise ValueError(f"file '{file.path}': got 0 bytes, expected at least a header. It was cut short in writing.")
     if format is None:
@@ -151,16 +171,38 @@ def open_source(file: File, types: Mapping[str, pa.DataType], format: Format | N
             format = _guess_format(file)
         if format is None:
             raise ValueError(
-                f"file '{file.path}': got an unknown format, expected ORC, Parquet, Arrow or CSV. Name it: format="
+                f"file '{file.path}': got an unknown format, expected ORC, Parquet, Arrow, CSV, JSON lines or libsvm "
+                "text. Name it: format="
             )
-    if isinstance(format, Csv):
-        with reading(file, "", "a readable CSV file"):
-            return CsvSource(file, format, types)
+    name, source = _opener(format, types, columns)
+    with reading(file, "", f"a readable {name} file"):
+        opened = source(file)
+        _check_names(opened.schema)
+        return opened
+
+
+def _opener(
+    format: Format, types: Mapping[str, pa.DataType], columns: Sequence[Column] | None
+) -> tuple[str, Callable[[File], Source]]:
+    """The name of a format in an error, and what opens a file of it."""
+    how = TEXTS.get(format, format)
+    if isinstance(how, Csv):
+        return "CSV", lambda file: CsvSource(file, how, types)
+    if isinstance(how, JsonLines):
+        return "JSON lines", lambda file: JsonLinesSource(file, how, types, columns)
+    if isinstance(how, Libsvm):
+        return "libsvm", lambda file: LibsvmSource(file, how, types, columns)
     sources: dict[str, tuple[str, Callable[[File], Source]]]
     sources = {"orc": ("ORC", OrcSource), "parquet": ("Parquet", ParquetSource), "arrow": ("Arrow", ArrowSource)}
-    name, source = sources[format]
-    with reading(file, "", f"a readable {name} file"):
-        return source(file)
+    return sources[how]
+
+
+def _check_names(fields: Iterable[pa.Field]) -> None:
+    """Raises UnicodeDecodeError where the name of a column or a field is not UTF-8: it is in errors and batches."""
+    for field in fields:
+        kind = field.type
+        if field.name is not None and kind.num_fields:
+            _check_names(kind.field(i) for i in range(kind.num_fields))
 
 
 @contextmanager
@@ -180,6 +222,8 @@ def _guess_format(file: File) -> Format | None:
             return EXTENSIONS[extension]
     with file.filesystem.open_input_file(file.path) as stream:
         head = stream.read(8)
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b'{"'):
+        return JsonLines()
     return next((format for magic, format in MAGIC.items() if head.startswith(magic)), None)
 
 

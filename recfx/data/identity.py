@@ -13,13 +13,15 @@ import xxhash
 
 from recfx.data.columns import Between, FixedLen, OneOf, VarLen
 from recfx.data.csv import Csv
+from recfx.data.json_lines import JsonLines
+from recfx.data.libsvm import Libsvm
 from recfx.data.split import Split
 from recfx.kernels.string_hash import farm_hashes, murmur_hashes
 
 __all__ = ["NoIdentityError", "identity_of"]
 
 PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype)
-OWN_TYPES = (Between, OneOf, FixedLen, VarLen, Split, Csv)
+OWN_TYPES = (Between, OneOf, FixedLen, VarLen, Split, Csv, JsonLines, Libsvm)
 OWN_FUNCTIONS = {"farm_hashes 1": farm_hashes, "murmur_hashes 1": murmur_hashes}  # another number where one changes
 
 

@@ -133,7 +133,9 @@ def test_a_format_found_by_its_first_bytes(tmp_path):
     columns = [varlen("c", torch.int64, null="empty")]
     assert len(all_rows(reader(tmp_path, columns, 10))) == 120
     (tmp_path / "part").write_text("hello\n1")
-    with pytest.raises(ValueError, match=r"file '.*part': got an unknown format, expected ORC, Parquet, Arrow or CSV"):
+    with pytest.raises(
+        ValueError, match=r"file '.*part': got an unknown format, expected ORC, Parquet, Arrow, CSV, JSON lines or"
+    ):
         list(reader(tmp_path / "part", columns))
     assert len(all_rows(reader(tmp_path / "part", [varlen("hello", torch.int64)], 1, format=Csv()))) == 1
 
@@ -232,3 +234,14 @@ def test_footers_of_many_files_are_not_kept(tmp_path, extension):
     assert len(all_rows(batches)) == 40 * (decode.MAX_OPENED + 2)
     assert len(batches.plan.decoder._opened) <= decode.MAX_OPENED
     assert len(all_rows(pickle.loads(pickle.dumps(batches)))) == 40 * (decode.MAX_OPENED + 2)
+
+
+def test_names_of_columns_that_are_not_utf8(tmp_path):
+    """Of fields too. They are in errors and batches."""
+    for table in (flat_table(), pa.table({"c": [1], "user": pa.array([[{"wordy": 2}]])})):
+        path = Path(write(tmp_path / "a.arrow", table))
+        path.write_bytes(path.read_bytes().replace(b"word", b"w\xff\xfed"))
+        with pytest.raises(
+            ValueError, match=r"file '.*a.arrow': got .*codec can't decode.*, expected a readable Arrow file"
+        ):
+            list(reader(path, [varlen("c", torch.int64)], 1))
