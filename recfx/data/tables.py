@@ -32,7 +32,7 @@ def table_of(data: Any, columns: Sequence[Column], keys: Sequence[str], *, other
 
     Args:     columns, keys: what is read: columns, and other names, of any type.
               others: other columns that Arrow can convert are in the table too.
-    Raises:   TypeError when it is no such thing, ValueError naming the column where one is absent or cannot be read.
+    Raises:   TypeError when it is something else, ValueError naming the column where one is absent or cannot be read.
     """
     names, get = _opened(data)
     wanted = {column.name: column for column in columns}
@@ -186,7 +186,7 @@ def _of_tensor(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _of_ragged(column: Ragged) -> pa.Array:
-    """Without what is behind the last list."""
+    """Without what follows the last list."""
     offsets = [_of_tensor(o) for o in (*column.outer, column.offsets)]
     values = _of_tensor(column.values)[: offsets[-1][-1]]
     items = pa.array(values)
