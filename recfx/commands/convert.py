@@ -9,7 +9,7 @@ from recfx.commands.format_option import add_format_option, format_of
 
 __all__ = ["add_to"]
 
-KINDS = ("float", "int", "string")
+KINDS = ("float", "double", "int", "uint64", "string", "binary")
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -25,7 +25,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add("folder", help="where the files are written")
     add("--to", choices=["parquet", "orc"], default="parquet", help="format written")
     add("--columns", type=_names, metavar="A,B", help="columns kept; default: all")
-    add("--types", type=_types, default={}, metavar="A=int,B=float", help="of columns of CSV: float, int or string")
+    add("--types", type=_types, default={}, metavar="A=int,B=float", help=f"of columns: {', '.join(KINDS)}")
+    add("--rounding", choices=["error", "allow"], default="error", help="of whole numbers that float does not hold")
     add("--as_lists", action="store_true", help="plain values become lists of length 1 or 0")
     add("--rows_per_unit", type=int, default=100_000, help="rows in a row group or stripe")
     add("--compression", default="uncompressed", help="uncompressed, snappy, zstd, ...")
@@ -43,6 +44,7 @@ def _run(args: argparse.Namespace) -> int:
         to=args.to,
         columns=args.columns,
         types={name: TYPES[kind] for name, kind in args.types.items()},
+        rounding=args.rounding,
         as_lists=args.as_lists,
         rows_per_unit=args.rows_per_unit,
         compression=args.compression,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -11,12 +11,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from recfx.checks import check_function, check_type, said
+from recfx.checks import check_choice, check_function, check_int, check_type, said
+from recfx.data.numbers import Rounding
 from recfx.kernels.pack_columns import PackedColumn
 
 __all__ = ["Between", "Column", "FixedLen", "OneOf", "Valid", "VarLen", "finite", "fixedlen", "hashed", "varlen"]
 
 Null = Literal["error", "empty"]
+Missing = Literal["error", "empty"]
+Side = Literal["left", "right"]
 # Per column, ([bytes u8], [offsets i32 [strings + 1]]) -> [hashes i64 [strings]].
 StringHash = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
@@ -78,6 +81,8 @@ class FixedLen:
     default: tuple[float, ...]
     valid: Valid = finite
     null: Null = "error"
+    rounding: Rounding = "error"
+    missing: Missing = "error"
 
     depth = 1  # of lists in a row
     item = pa.float32()  # of the conformed column
@@ -99,6 +104,10 @@ class VarLen:
     null: Null = "error"
     string_hash: StringHash | None = None
     buckets: int | None = None
+    rounding: Rounding = "error"
+    missing: Missing = "error"
+    truncate: int | None = None
+    side: Side = "right"
 
     @property
     def item(self) -> pa.DataType:
@@ -113,7 +122,15 @@ class VarLen:
 Column = FixedLen | VarLen
 
 
-def fixedlen(name: str, default: Sequence[float], *, valid: Valid = finite, null: Null = "error") -> FixedLen:
+def fixedlen(
+    name: str,
+    default: Sequence[float],
+    *,
+    valid: Valid = finite,
+    null: Null = "error",
+    rounding: Rounding = "error",
+    missing: Missing = "error",
+) -> FixedLen:
     """A column of exactly len(default) numbers a row, as float32; an empty row takes the default.
 
     Args:     name: of a column, or "user.age" for a field of a struct column, null where the struct is. The field alone
@@ -121,6 +138,9 @@ def fixedlen(name: str, default: Sequence[float], *, valid: Valid = finite, null
               valid: what a number in the file must be: `finite`, `OneOf(0, 1)` for a label, `Between(low, high)`, or
                   None for anything, NaN included.
               null: "empty" takes a null row for an empty one. A null inside a list is bad in any case.
+              rounding: "error": a whole number that float32 does not hold, such as 2**24 + 1, is bad, in a column of
+                  any type. "allow" rounds it. Fractions are rounded in any case.
+              missing: "empty" takes a column that a file does not have for one whose rows are all empty.
     Raises:   ValueError when default is empty.
     Example:  >>> fixedlen("label", [0.0], valid=OneOf(0, 1)).default
               (0.0,)
@@ -132,7 +152,8 @@ def fixedlen(name: str, default: Sequence[float], *, valid: Valid = finite, null
         )
     if len(default) == 0:
         raise ValueError(f"column '{name}': got an empty default, expected one number for each item of a row.")
-    return FixedLen(name, tuple(float(x) for x in default), valid, _checked(name, null, valid))
+    _check(name, valid, null, rounding, missing)
+    return FixedLen(name, tuple(float(x) for x in default), valid, null, rounding, missing)
 
 
 def varlen(
@@ -143,28 +164,42 @@ def varlen(
     weighted: bool = False,
     valid: Valid = finite,
     null: Null = "error",
+    rounding: Rounding = "error",
+    missing: Missing = "error",
+    truncate: int | None = None,
+    side: Side = "right",
 ) -> VarLen:
-    """A column of lists of values: float32 from numbers, int64 from integers, uint8 from strings, as their bytes.
+    """A column of lists of values: float32 from numbers, int64 from whole numbers, uint8 from strings, as their bytes.
 
-    Of uint64, int64 has the same 64 bits: 2**63 and above are below 0. As ids all 2**64 stay distinct.
+    Of uint64, int64 has the same 64 bits: 2**63 and above are below 0. As ids all 2**64 stay distinct. A column of
+    doubles or decimals is read as int64 where each of them is whole and exact: a double below 2**53, as ids are that
+    pandas keeps with nulls, a decimal in 64 bits. Strings may hold any bytes.
 
     Args:     depth: how deep lists are nested in the file; 1 also reads plain values, as lists of length 1. A string
                   counts as a value: lists of strings become `Ragged(bytes, offsets of strings, outer=(of lists,))`.
               weighted: the innermost lists hold struct{k, v}, or are maps: a value and its weight.
-              name, valid, null: as for `fixedlen`; integers are always valid where `valid` is `finite`.
-    Raises:   ValueError when dtype is another, or depth is below 1.
+              rounding: as for `fixedlen`, of float32 values and of weights.
+              truncate: how many values of each innermost list are read, weights with them; None: all. The others are
+                  not looked at. A string counts as a value.
+              side: "left" drops from the left and keeps the last values, "right" keeps the first, as
+                  `recfx.features.truncate` does.
+              name, valid, null, missing: as for `fixedlen`; integers are always valid where `valid` is `finite`.
+    Raises:   ValueError when dtype is another, depth is below 1 or truncate below 0.
     Example:  >>> varlen("c1", torch.int64).packed
               PackedColumn(name='c1', dtype=torch.int64, width=0, num_levels=1, weighted=False)
     """
     if dtype not in (torch.float32, torch.int64, torch.uint8):
         raise ValueError(f"column '{name}': got dtype {dtype!r}, expected torch.float32, torch.int64 or torch.uint8.")
-    check_type(f"column '{name}', depth", depth, int)
-    if depth < 1:
-        raise ValueError(f"column '{name}': got depth {depth}, expected at least 1.")
+    _check(name, valid, null, rounding, missing)
+    _check_lists(name, depth, truncate, side)
     checked = None if valid == finite and dtype != torch.float32 else valid
     if checked is not None and dtype == torch.uint8:
         raise ValueError(f"column '{name}': got valid={valid!r}, expected None. Bytes of strings are not checked.")
-    return VarLen(name, dtype, depth, weighted, checked, _checked(name, null, valid))
+    if rounding == "allow" and dtype != torch.float32 and not weighted:
+        raise ValueError(f"column '{name}': got rounding='allow', expected 'error'. Without weights it has no floats.")
+    return VarLen(
+        name, dtype, depth, weighted, checked, null, rounding=rounding, missing=missing, truncate=truncate, side=side
+    )
 
 
 def hashed(
@@ -175,13 +210,17 @@ def hashed(
     depth: int = 1,
     weighted: bool = False,
     null: Null = "error",
+    rounding: Rounding = "error",
+    missing: Missing = "error",
+    truncate: int | None = None,
+    side: Side = "right",
 ) -> VarLen:
-    """A column of lists of strings, read as int64 hashes of their bytes.
+    """A column of lists of strings, of any bytes, read as int64 hashes of their bytes.
 
     Args:     string_hash: `recfx.kernels.string_hash.farm_hashes` or `murmur_hashes`.
               buckets: n > 0: the unsigned hash mod n; 0: its sign bit cleared; None: as it is, signed.
-              name, depth, weighted, null: as for `varlen`.
-    Raises:   ValueError when buckets is negative or depth below 1.
+              name, depth, weighted, null, rounding, missing, truncate, side: as for `varlen`.
+    Raises:   ValueError when buckets is negative, depth below 1 or truncate below 0.
     """
     hashes = "recfx.kernels.string_hash"
     check_function(
@@ -190,14 +229,35 @@ def hashed(
     check_type(f"column '{name}', buckets", buckets, int | None)
     if buckets is not None and buckets < 0:
         raise ValueError(f"column '{name}': got buckets {buckets}, expected None, 0 or a number of buckets.")
-    column = varlen(name, torch.int64, depth=depth, weighted=weighted, null=null)
-    return VarLen(name, torch.int64, depth, weighted, None, column.null, string_hash, buckets)
+    column = varlen(
+        name,
+        torch.int64,
+        depth=depth,
+        weighted=weighted,
+        null=null,
+        rounding=rounding,
+        missing=missing,
+        truncate=truncate,
+        side=side,
+    )
+    return replace(column, string_hash=string_hash, buckets=buckets)
 
 
-def _checked(name: str, null: Null, valid: Valid) -> Null:
+def _check(name: str, valid: Valid, null: Null, rounding: Rounding, missing: Missing) -> None:
+    """Of the arguments that all kinds of columns have."""
     check_type("column", name, str, "It is the name of a column.")
     if valid is not None and not callable(valid):
         raise TypeError(f"column '{name}': got valid={valid!r}, expected OneOf(...), Between(low, high) or None.")
     if null not in ("error", "empty"):
         raise ValueError(f"column '{name}': got null={null!r}, expected 'error' or 'empty'.")
-    return null
+    check_choice(f"column '{name}', rounding", rounding, ("error", "allow"))
+    check_choice(f"column '{name}', missing", missing, ("error", "empty"))
+
+
+def _check_lists(name: str, depth: int, truncate: int | None, side: Side) -> None:
+    check_type(f"column '{name}', depth", depth, int)
+    if depth < 1:
+        raise ValueError(f"column '{name}': got depth {depth}, expected at least 1.")
+    if truncate is not None:
+        check_int(f"column '{name}', truncate", truncate, 0)
+    check_choice(f"column '{name}', side", side, ("left", "right"))

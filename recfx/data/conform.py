@@ -6,29 +6,21 @@ A conformed batch is an Arrow record batch: fixed_size_list<float>[width] for a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from recfx.data.columns import Column, FixedLen, Valid, VarLen, finite
-from recfx.data.schema import as_list, decoded, is_list
+from recfx.data.columns import Between, Column, FixedLen, Valid, VarLen, finite
+from recfx.data.numbers import Wrong, rounded, to_float, to_int64
+from recfx.data.rows import BadRows, ColumnError
+from recfx.data.schema import as_list, decoded, is_list, is_plain, typed, without_views
 from recfx.kernels.pack_columns import Block, BlockColumn
 
 __all__ = ["BadRows", "block_of", "conform"]
-
-EXACT_FLOAT = 2**24  # integers up to here are float32 numbers
-
-
-class BadRows(Exception):  # noqa: N818  not an error yet: the policy decides
-    """Rows of a batch that a column cannot take."""
-
-    def __init__(self, column: str, rows: np.ndarray, got: Callable[[int], str], expected: str) -> None:
-        self.column = column
-        self.rows = rows  # rising indices
-        self.got, self.expected = got(int(rows[0])), expected
 
 
 class _Lists(NamedTuple):
@@ -44,28 +36,44 @@ class _Lists(NamedTuple):
         return np.unique(items)
 
 
-def conform(batch: pa.RecordBatch, columns: Sequence[Column]) -> pa.RecordBatch:
+def conform(batch: pa.RecordBatch, columns: Sequence[Column], *, from_text: bool = False) -> pa.RecordBatch:
     """The columns of a batch whose schema was checked, each in its conformed type.
 
+    A column that the batch does not have, and need not have, is empty in every row.
+
+    Args:     from_text: doubles were read from text: from 2**53 on they may be other numbers than the text's.
     Cost:     no copy of lists of float, int64 or binary; one pass otherwise, and one over numbers to check them.
-    Raises:   BadRows at the first column that finds any.
+    Raises:   BadRows at the first column that finds any, ColumnError where Arrow cannot convert one.
     """
-    arrays = [_conform(batch.column(column.name), column) for column in columns]
+    arrays, names = [], set(batch.schema.names)
+    for column in columns:
+        try:
+            if column.name not in names and column.missing == "empty":
+                arrays.append(_conform(pa.nulls(batch.num_rows), replace(column, null="empty"), from_text))
+            else:
+                arrays.append(_conform(batch.column(column.name), column, from_text))
+        except BadRows:
+            raise
+        except Exception as error:
+            raise ColumnError(column.name, error) from error
     return pa.RecordBatch.from_arrays(arrays, [column.name for column in columns])
 
 
-def _conform(array: pa.Array, column: Column) -> pa.Array:
+def _conform(array: pa.Array, column: Column, from_text: bool) -> pa.Array:
     if _is_conformed(array, column):
         return array
-    lists = _take_apart(array, column)
+    lists = _take_apart(array if is_plain(array.type) else without_views(typed(array, column)), column)
     if isinstance(column, FixedLen):
-        return _fixed(_without_nulls(lists, column), column)
+        return _fixed(_without_nulls(lists, column), column, from_text)
+    lists = _truncated(lists, column)
     if column.weighted:
-        keys, weights = (_without_nulls(lists._replace(items=items), column) for items in lists.items.flatten())
-        fields = [_items(keys, column), _valid_numbers(weights, column.name, pa.float32(), finite)]
+        keys, weights = (
+            _without_nulls(lists._replace(items=decoded(items)), column) for items in lists.items.flatten()
+        )
+        fields = [_items(keys, column, from_text), _numbers(weights, column, pa.float32(), finite, from_text)]
         items = pa.StructArray.from_arrays(fields, ["value", "weight"])
     else:
-        items = _items(_without_nulls(lists, column), column)
+        items = _items(_without_nulls(lists, column), column, from_text)
     for offsets in reversed(lists.offsets):
         items = pa.ListArray.from_arrays(pa.array(offsets), items)
     return items
@@ -74,6 +82,8 @@ def _conform(array: pa.Array, column: Column) -> pa.Array:
 def _is_conformed(array: pa.Array, column: Column) -> bool:
     """Whether it is lists of the column's items already, without nulls, and there is nothing to check."""
     if isinstance(column, FixedLen) or column.valid is not None or column.weighted or column.string_hash is not None:
+        return False
+    if column.truncate is not None:
         return False
     for _ in range(column.depth):
         if not pa.types.is_list(array.type) or array.null_count:
@@ -113,6 +123,21 @@ def _take_apart(array: pa.Array, column: Column) -> _Lists:
     return _Lists(tuple(levels), decoded(array))
 
 
+def _truncated(lists: _Lists, column: VarLen) -> _Lists:
+    """The innermost lists cut to as many items as the column keeps."""
+    if column.truncate is None:
+        return lists
+    offsets = lists.offsets[-1]
+    lengths = np.diff(offsets)
+    if not len(lengths) or lengths.max() <= column.truncate:
+        return lists
+    kept = np.minimum(lengths, np.int32(min(column.truncate, 2**31 - 1)))
+    ends = np.append(np.int32(0), np.cumsum(kept, dtype=np.int32))
+    firsts = offsets[1:] - kept if column.side == "left" else offsets[:-1]
+    places = np.arange(ends[-1], dtype=np.int32) + np.repeat(firsts - ends[:-1], kept)
+    return lists._replace(offsets=(*lists.offsets[:-1], ends), items=lists.items.take(pa.array(places)))
+
+
 def _valid(array: pa.Array) -> np.ndarray:
     return array.is_valid().to_numpy(zero_copy_only=False)
 
@@ -126,13 +151,13 @@ def _present(array: pa.Array, column: Column, expected: str) -> np.ndarray:
     return present
 
 
-def _fixed(lists: _Lists, column: FixedLen) -> pa.Array:
+def _fixed(lists: _Lists, column: FixedLen, from_text: bool) -> pa.Array:
     lengths, width = np.diff(lists.offsets[0]), len(column.default)
     wrong = np.flatnonzero((lengths != width) & (lengths != 0))
     if len(wrong):
         expected = f"{width}, the length of the default, or none"
         raise BadRows(column.name, wrong, lambda row: f"{lengths[row]} values", expected)
-    values = _checked(lists, column).to_numpy(zero_copy_only=False)
+    values = _numbers(lists, column, column.item, column.valid, from_text).to_numpy(zero_copy_only=False)
     if len(values) < len(lengths) * width:
         dense = np.tile(np.array(column.default, dtype=np.float32), (len(lengths), 1))
         dense[lengths > 0] = values.reshape(-1, width)
@@ -140,10 +165,12 @@ def _fixed(lists: _Lists, column: FixedLen) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(values), width)
 
 
-def _items(lists: _Lists, column: VarLen) -> pa.Array:
+def _items(lists: _Lists, column: VarLen, from_text: bool) -> pa.Array:
     if column.string_hash is not None:
         return _hash(lists.items.cast(pa.binary()), column)
-    return lists.items.cast(pa.binary()) if column.item == pa.binary() else _checked(lists, column)
+    if column.item == pa.binary():
+        return lists.items.cast(pa.binary())
+    return _numbers(lists, column, column.item, column.valid, from_text)
 
 
 def _hash(strings: pa.Array, column: VarLen) -> pa.Array:
@@ -162,32 +189,40 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _checked(lists: _Lists, column: Column) -> pa.Array:
-    return _valid_numbers(lists, column.name, column.item, column.valid)
-
-
-def _valid_numbers(lists: _Lists, name: str, kind: pa.DataType, valid: Valid) -> pa.Array:
-    """The items as numbers, all of them valid."""
-    numbers = _numbers(lists, name, kind)
-    if valid is not None:
-        values = numbers.to_numpy()
+def _numbers(lists: _Lists, column: Column, kind: pa.DataType, valid: Valid, from_text: bool) -> pa.Array:
+    """The items as numbers, each with its value or its 64 bits, and all of them valid."""
+    numbers = to_int64(lists.items) if kind == pa.int64() else to_float(lists.items, kind)
+    if isinstance(numbers, Wrong):
+        raise _bad(numbers, lists, column)
+    values = numbers.to_numpy()
+    if valid is not None and not _is_valid_throughout(values, valid):
         wrong = np.flatnonzero(~valid(values))
         if len(wrong):
-            got = f"{values[wrong[0]]}"
-            raise BadRows(name, lists.rows_of(wrong), lambda _: got, str(valid))
+            raise _bad(
+                Wrong(wrong, _said(lists.items[int(wrong[0])].as_py(), values[wrong[0]]), str(valid)), lists, column
+            )
+    if kind == pa.float32() and column.rounding == "error":
+        changed = rounded(lists.items, numbers, from_text=from_text)
+        if changed is not None:
+            advice = f"{changed.expected}, or rounding='allow' for the column"
+            raise _bad(changed._replace(expected=advice), lists, column)
     return numbers
 
 
-def _numbers(lists: _Lists, name: str, kind: pa.DataType) -> pa.Array:
-    """The items cast, where that keeps an integer's value, or its 64 bits."""
-    items = lists.items
-    if pa.types.is_integer(items.type) and items.type.bit_width > 16 and kind == pa.float32():
-        values = items.to_numpy()
-        wrong = np.flatnonzero((values < -EXACT_FLOAT) | (values > EXACT_FLOAT))
-        if len(wrong):
-            got, limits = f"{values[wrong[0]]}, which float32 would round", f"from {-EXACT_FLOAT} to {EXACT_FLOAT}"
-            raise BadRows(name, lists.rows_of(wrong), lambda _: got, f"an integer {limits}")
-    return items.view(kind) if (items.type, kind) == (pa.uint64(), pa.int64()) else items.cast(kind)
+def _bad(wrong: Wrong, lists: _Lists, column: Column) -> BadRows:
+    return BadRows(column.name, lists.rows_of(wrong.places), lambda _: wrong.got, wrong.expected)
+
+
+def _said(item: Any, value: np.generic) -> str:
+    """What a file holds, and what became of it."""
+    return f"{item}, which is {value} in float32" if np.isinf(value) and item != float(value) else f"{value}"
+
+
+def _is_valid_throughout(values: np.ndarray, valid: Valid) -> bool:
+    """Whether the least and the greatest say so: neither is within limits where there is NaN."""
+    if type(valid) is not Between or not len(values):
+        return False
+    return bool(values.min() >= valid.low and values.max() <= valid.high)
 
 
 def block_of(batch: pa.RecordBatch) -> Block:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyarrow import fs, orc
 from pyarrow import parquet as pq
 
+from recfx.checks import check_choice
 from recfx.data.files import File, Paths, match_files
 from recfx.data.formats import EXTENSIONS, Format, open_source, reading
 from recfx.data.lines import COMPRESSIONS
-from recfx.data.schema import as_list, decoded, is_list, item_type, packed_list
+from recfx.data.numbers import Rounding
+from recfx.data.rows import BadRow, BadRows, Rows
+from recfx.data.schema import map_leaves
+from recfx.data.stored import Keeping, NotTextError, check_asked, read_as, stored, stored_type
 
 __all__ = ["TYPES", "convert"]
 
-TYPES: dict[str, pa.DataType] = {"float": pa.float32(), "int": pa.int64(), "string": pa.string()}
+TYPES: dict[str, pa.DataType] = {
+    "float": pa.float32(), "double": pa.float64(), "int": pa.int64(), "uint64": pa.uint64(), "string": pa.string(),
+    "binary": pa.binary(),
+}  # fmt: skip
 
 
 def convert(
@@ -31,6 +37,7 @@ def convert(
     to: Literal["orc", "parquet"] = "parquet",
     columns: Sequence[str] | None = None,
     types: Mapping[str, pa.DataType] | None = None,
+    rounding: Rounding = "error",
     as_lists: bool = False,
     rows_per_unit: int = 100_000,
     compression: str = "uncompressed",
@@ -39,33 +46,62 @@ def convert(
 ) -> list[Path]:
     """Writes one file for each file that the paths name, and returns them.
 
-    Floats and decimals become float32, which is what the reader would make of them, integers int64 (uint64 bit for bit,
-    as `varlen` has it), and all else but lists and structs strings. Lists stay lists and plain values plain ones, null
-    where they are missing. Parquet pages carry checksums, which the reader verifies.
+    Without `types` integers become int64 (uint64 bit for bit, as `varlen` has it), and so do decimals without a
+    fractional part in their type; floats and other decimals float32, which is what the reader would make of them;
+    strings and bytes strings, or bytes where some are not UTF-8; all else but lists and structs strings. Lists stay
+    lists and plain values plain ones, null where they are missing. No id changes on the way: a whole number is kept as
+    it is, or it is an error. Parquet pages carry checksums, which the reader verifies.
 
     Args:     columns: their names; None: all.
-              types: of columns by name, where the files do not say, as CSV; other columns of CSV are guessed.
+              types: of columns by name, in any format: int64, uint64, float32, float64, string, binary, or lists of
+                  them; of a list the type of its items will do. Numbers become int64 where they are whole, a double
+                  below 2**53 in size, and so do strings that spell them. ORC keeps uint64 as int64, bit for bit. Other
+                  columns of CSV are guessed.
+              rounding: "error": a whole number that float32 does not hold, such as 2**24 + 1, is an error where it
+                  would become float32. "allow" rounds it. Fractions are rounded in any case.
               as_lists: plain values become lists of length 1, missing ones empty lists.
               rows_per_unit: rows in an ORC stripe or a Parquet row group: what is decoded, shuffled and shared out.
               compression: of the columns, by the format's own names.
               filesystem, format: see `reader`.
-    Raises:   ValueError when an output file exists, two inputs would be one, or an input cannot be read or kept. A
-              file is whole or not there.
+    Raises:   ValueError when an output file exists, two inputs would be one, or an input cannot be read or kept: it
+              names file, column and row. A file is whole or not there.
     """
     if rows_per_unit < 1:
         raise ValueError(f"rows_per_unit: got {rows_per_unit}, expected at least 1.")
+    check_choice("rounding", rounding, ("error", "allow"))
     _check_compression(to, compression)
+    how = _How(to, columns, {name: check_asked(name, kind) for name, kind in (types or {}).items()}, rounding, as_lists)
     targets = _targets(match_files(paths, filesystem), Path(folder), to)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for target, file in targets.items():
         scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            tables = _tables(file, columns, types or {}, format, as_lists)
-            (_write_orc if to == "orc" else _write_parquet)(scratch, tables, rows_per_unit, compression)
+            _write(scratch, file, how, format, rows_per_unit, compression)
             os.replace(scratch, target)
         finally:
             scratch.unlink(missing_ok=True)
     return list(targets)
+
+
+class _How(NamedTuple):
+    """Arguments of `convert`."""
+
+    to: str
+    columns: Sequence[str] | None
+    types: Mapping[str, pa.DataType]
+    rounding: Rounding
+    as_lists: bool
+
+
+def _write(path: Path, file: File, how: _How, format: Format | None, rows_per_unit: int, compression: str) -> None:
+    """Writes a file: again from its start where a column of strings turns out to hold other bytes."""
+    write, not_text = _write_orc if how.to == "orc" else _write_parquet, set[str]()
+    while True:
+        try:
+            write(path, _tables(file, how, format, not_text), rows_per_unit, compression)
+            return
+        except NotTextError as found:
+            not_text.add(found.name)
 
 
 def _check_compression(to: str, compression: str) -> None:
@@ -112,68 +148,70 @@ def _stem(name: str) -> str:
     return name
 
 
-def _tables(
-    file: File, columns: Sequence[str] | None, types: Mapping[str, pa.DataType], format: Format | None, as_lists: bool
-) -> Iterator[pa.Table]:
+def _tables(file: File, how: _How, format: Format | None, not_text: Set[str]) -> Iterator[pa.Table]:
     """The units of a file, converted, and first an empty table, for its schema."""
-    source = open_source(file, types, format)
-    names = list(columns or source.schema.names)
-    for name in (*names, *types):
+    source = open_source(file, {name: read_as(kind) for name, kind in how.types.items()}, format)
+    names = list(how.columns or source.schema.names)
+    for name in (*names, *how.types):
         if name not in source.schema.names:
             raise ValueError(f"column '{name}' of '{file.path}': got no such column, expected {source.schema.names}.")
-    yield _converted(source.schema.empty_table().select(names), file, as_lists)
-    first_row = 0
+    kinds = {name: _kind(file, name, source.schema.field(name).type, how, not_text) for name in names}
+    empty = [column.combine_chunks() for column in source.schema.empty_table().select(names).columns]
+    first_row, from_text = 0, source.null_is_missing
+    no_rows = Rows(pa.RecordBatch.from_arrays(empty, names), np.empty(0, np.int64))
+    yield _converted(no_rows, file, 0, kinds, how, from_text)
     for unit in range(source.num_units):
         with reading(file, f" in {source.unit_name} {unit}", "a whole file"):
             rows = source.read(unit, names)
         if rows.bad:
             raise rows.bad[0].error(file.path, first_row)
+        yield _converted(rows, file, first_row, kinds, how, from_text)
         first_row += rows.batch.num_rows
-        yield _converted(pa.Table.from_batches([rows.batch]), file, as_lists)
 
 
-def _converted(table: pa.Table, file: File, as_lists: bool) -> pa.Table:
+def _kind(file: File, name: str, kind: pa.DataType, how: _How, not_text: Set[str]) -> pa.DataType:
+    asked = how.types.get(name)
+    try:
+        new = stored_type(kind, asked, null=pa.null() if how.to == "parquet" else pa.float32())
+    except ValueError as error:
+        raise ValueError(f"column '{name}' of '{file.path}': {error}, the type asked for.") from None
+    return _with_bytes(new) if name in not_text else new
+
+
+def _with_bytes(kind: pa.DataType) -> pa.DataType:
+    """The type, with bytes for strings."""
+    if pa.types.is_list(kind):
+        return pa.list_(_with_bytes(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _with_bytes(field.type)) for field in kind])
+    return pa.binary() if kind == pa.string() else kind
+
+
+def _converted(
+    rows: Rows, file: File, first_row: int, kinds: Mapping[str, pa.DataType], how: _How, from_text: bool
+) -> pa.Table:
     arrays = {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        array = column.combine_chunks()
+    for name, kind in kinds.items():
+        array = rows.batch.column(name)
+        keeping = Keeping(name, how.rounding, from_text, name in how.types)
         try:
-            array = _as_stored(array)
-        except pa.ArrowInvalid as error:
+            kept = stored(array, kind, keeping)
+        except BadRows as bad:
+            row = BadRow(int(rows.numbers[bad.rows[0]]), name, bad.got, bad.expected)
+            raise row.error(file.path, first_row) from None
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise ValueError(
-                f"column '{name}' of '{file.path}': got {array.type}, expected what can be kept as "
-                f"{_stored(array.type)}: {error}. Leave it out with `columns`."
+                f"column '{name}' of '{file.path}': got {array.type}, expected what can be kept as {kind}: {error}. "
+                "Leave it out with `columns`."
             ) from error
-        arrays[name] = _as_lists(array) if as_lists and not pa.types.is_nested(array.type) else array
+        kept = map_leaves(kept, _signed) if how.to == "orc" else kept
+        arrays[name] = _as_lists(kept) if how.as_lists and not pa.types.is_nested(kept.type) else kept
     return pa.table(arrays)
 
 
-def _as_stored(array: pa.Array) -> pa.Array:
-    if is_list(array.type):
-        lists = as_list(array)
-        return packed_list(lists, _as_stored(lists.flatten()))
-    array = decoded(array)
-    kept = array.view(pa.int64()) if array.type == pa.uint64() else array.cast(_stored(array.type))
-    if (
-        pa.types.is_float32(kept.type)
-        and pc.any(pc.and_not(pc.is_inf(kept), pc.is_inf(array.cast(pa.float64())))).as_py()
-    ):
-        raise pa.ArrowInvalid("a number is too large")
-    return kept
-
-
-def _stored(kind: pa.DataType) -> pa.DataType:
-    """The type that stands in the new file for a type of the old one."""
-    if is_list(kind):
-        return pa.list_(_stored(item_type(kind)))
-    if pa.types.is_struct(kind):
-        return pa.struct([(field.name, _stored(field.type)) for field in kind])
-    if pa.types.is_dictionary(kind):
-        return _stored(kind.value_type)
-    if pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
-        return pa.float32()
-    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
-        return pa.int64()
-    return pa.string()
+def _signed(array: pa.Array) -> pa.Array:
+    """ORC has no unsigned integers: the same bits."""
+    return array.view(pa.int64()) if array.type == pa.uint64() else array
 
 
 def _as_lists(array: pa.Array) -> pa.ListArray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +13,14 @@ import pyarrow.compute as pc
 
 from recfx.data.cache import RecordCache
 from recfx.data.columns import Column, VarLen
-from recfx.data.conform import BadRows, conform
+from recfx.data.conform import conform
+from recfx.data.csv import CsvSource
 from recfx.data.files import File, checksum
 from recfx.data.formats import Format, Source, open_source, reading
 from recfx.data.identity import identity_of
 from recfx.data.records import as_records
-from recfx.data.rows import BadRow, Decoded, Rows
-from recfx.data.schema import check_schema, type_at
+from recfx.data.rows import BadRow, BadRows, ColumnError, Decoded, Rows
+from recfx.data.schema import check_schema, column_at, is_plain, path_to, type_at, without_views
 from recfx.data.split import Split, check_key
 from recfx.kernels.pack_columns import PackPlan
 
@@ -76,7 +77,7 @@ class Decoder:
         self._checksums = checksums
         self._verified: set[File] = set()
         self._units: dict[File, list[int]] = {}
-        self._opened: dict[File, tuple[Source, list[str]]] = {}
+        self._opened: dict[File, tuple[Source, _Names]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}
@@ -108,38 +109,55 @@ class Decoder:
         return decoded
 
     def _decode(self, file: File, unit: int) -> Decoded:
-        (source, names), recipe = self._open(file), self.recipe
-        columns = [replace(c, null="empty") for c in recipe.columns] if source.null_is_missing else recipe.columns
-        with reading(file, f" in {source.unit_name} {unit}", "a whole file"):
-            rows = source.read(unit, names)
-        num_bad = self._judge(rows.bad, file, source, unit)
-        with reading(file, f" in {source.unit_name} {unit}", "rows that the filter and the split can look at"):
-            rows = _chosen(rows, recipe)
+        (source, names), recipe, num_bad = self._open(file), self.recipe, 0
+        from_text = source.null_is_missing
+        columns = [replace(c, null="empty") for c in recipe.columns] if from_text else recipe.columns
+        where = f" in {source.unit_name} {unit}"
+        with reading(file, where, "a whole file"):
+            rows = source.read(unit, names.read)
+        num_bad += self._judge(rows.bad, file, source, unit)
+        with reading(file, where, "rows that the filter can look at"):
+            rows = rows if names.are_plain else rows._replace(batch=_named(rows.batch, columns, recipe.split))
+            rows = _filtered(rows, recipe.filter)
+        split = None if recipe.split is None or recipe.split.key is None else recipe.split
         while True:
-            with reading(file, f" in {source.unit_name} {unit}", "columns that Arrow can convert"):
-                result = _conformed(rows, columns)
-            if not isinstance(result, BadRows):
-                return Decoded(result, num_bad)
-            numbers = rows.numbers[result.rows]
-            found = [BadRow(int(number), result.column, result.got, result.expected) for number in numbers]
-            num_bad += self._judge(found, file, source, unit)
-            rows = _without(rows, result.rows)
+            try:
+                if split is not None:
+                    rows, split = _part(rows, split), None
+                return Decoded(conform(rows.batch, columns, from_text=from_text), num_bad)
+            except BadRows as bad:
+                found = [BadRow(int(number), bad.column, bad.got, bad.expected) for number in rows.numbers[bad.rows]]
+                num_bad += self._judge(found, file, source, unit)
+                rows = _without(rows, bad.rows)
+            except ColumnError as error:
+                raise error.of(file.path, where) from error
 
-    def _open(self, file: File) -> tuple[Source, list[str]]:
+    def _open(self, file: File) -> tuple[Source, _Names]:
         """The file, and the columns of it that are read."""
         file.check_unchanged()
         opened = self._opened.get(file)
         if opened is None:
             if self._checksums is not None and file not in self._verified:
                 self._verify(file)
-            types = {column.name: _csv_type(column) for column in self.recipe.columns}
-            source = open_source(file, types, self.recipe.format, self.recipe.columns)
-            check_schema(file.path, source.schema, self.recipe.columns)
-            opened = source, _needed(file, source.schema, self.recipe)
+            opened = self._open_source(file)
             if len(self._opened) >= MAX_OPENED:
                 self._opened = {}
             self._opened[file] = opened
         return opened
+
+    def _open_source(self, file: File) -> tuple[Source, _Names]:
+        key = None if self.recipe.split is None else self.recipe.split.key
+        types = {} if key is None else {key: pa.binary()}
+        types |= {column.name: _csv_type(column) for column in self.recipe.columns}
+        source = open_source(file, types, self.recipe.format, self.recipe.columns)
+        check_schema(file.path, source.schema, self.recipe.columns)
+        names = _needed(file, source.schema, self.recipe)
+        if names.read:
+            return source, names
+        first = source.schema.names[:1]  # of any type: it says how many rows there are
+        if isinstance(source, CsvSource):
+            source = open_source(file, dict.fromkeys(first, pa.binary()), self.recipe.format)
+        return source, _Names(first, True)
 
     def _verify(self, file: File) -> None:
         assert self._checksums is not None
@@ -162,34 +180,38 @@ class Decoder:
         return len(bad)
 
 
-def _conformed(rows: Rows, columns: Sequence[Column]) -> pa.RecordBatch | BadRows:
-    try:
-        return conform(rows.batch, columns)
-    except BadRows as bad:
-        return bad
-
-
 def _csv_type(column: Column) -> pa.DataType:
     if column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash):
         return pa.string()
     return pa.int64() if column.item == pa.int64() else pa.float64()
 
 
-def _needed(file: File, schema: pa.Schema, recipe: Recipe) -> list[str]:
-    """Names of the columns that batches, filter and split read."""
-    names = [column.name for column in recipe.columns]
+class _Names(NamedTuple):
+    """Of the columns that a file is asked for."""
+
+    read: list[str]
+    are_plain: bool  # they have the names that the recipe asks for, and types that Arrow can filter
+
+
+def _needed(file: File, schema: pa.Schema, recipe: Recipe) -> _Names:
+    """Names of the columns that batches, filter and split read, of those that the file has."""
+    paths = [path_to(schema, column.name) for column in recipe.columns]
     if recipe.split is not None and recipe.split.key is not None:
         kind = type_at(schema, recipe.split.key)
         if kind is None:
-            raise ValueError(f"split: got key '{recipe.split.key}', which '{file.path}' lacks.")
-        check_key(recipe.split.key, kind)
-        names.append(recipe.split.key)
+            raise ValueError(
+                f"split: got key '{recipe.split.key}', which '{file.path}' lacks, expected one of {schema.names}."
+            )
+        check_key(file.path, recipe.split.key, kind)
+        paths.append(path_to(schema, recipe.split.key))
+    names = [".".join(path) for path in paths if path]
     if recipe.filter is not None:
         if not _binds(recipe.filter, schema):
             raise ValueError(f"filter: got {recipe.filter}, which does not fit '{file.path}', {schema.names}.")
         fields = enumerate(schema.names)
         names += [name for i, name in fields if not _binds(recipe.filter, schema.remove(i))]
-    return list(dict.fromkeys(names))
+    kinds = [type_at(schema, name) for name in names]
+    return _Names(list(dict.fromkeys(names)), all(kind is not None and is_plain(kind) for kind in kinds))
 
 
 def _binds(expression: pc.Expression, schema: pa.Schema) -> bool:
@@ -200,17 +222,35 @@ def _binds(expression: pc.Expression, schema: pa.Schema) -> bool:
     return True
 
 
-def _chosen(rows: Rows, recipe: Recipe) -> Rows:
-    """The rows for which the filter is true, of the part that is read."""
-    if recipe.filter is not None:
-        places = pa.array(np.arange(rows.batch.num_rows))
-        batch = rows.batch.append_column(ROW, places).filter(recipe.filter)
-        kept = batch.column(ROW).to_numpy()
-        rows = Rows(batch.drop_columns([ROW]), rows.numbers[kept])
-    if recipe.split is not None and recipe.split.key is not None:
-        kept = recipe.split.rows(rows.batch.column(recipe.split.key))
-        rows = Rows(rows.batch.filter(pa.array(kept)), rows.numbers[kept])
-    return rows
+def _named(batch: pa.RecordBatch, columns: Sequence[Column], split: Split | None) -> pa.RecordBatch:
+    """The batch, with a column for each field of a struct that is null in every row, and without views of strings."""
+    names, arrays = list(batch.schema.names), [without_views(array) for array in batch.columns]
+    asked = [column.name for column in columns] + ([split.key] if split is not None and split.key is not None else [])
+    for name in asked:
+        if name not in names and path_to(batch.schema, name):
+            names.append(name)
+            arrays.append(column_at(batch, name))
+    return pa.RecordBatch.from_arrays(arrays, names)
+
+
+def _filtered(rows: Rows, filter: pc.Expression | None) -> Rows:
+    """The rows for which the filter is true."""
+    if filter is None:
+        return rows
+    places = pa.array(np.arange(rows.batch.num_rows))
+    batch = rows.batch.append_column(ROW, places).filter(filter)
+    kept = batch.column(ROW).to_numpy()
+    return Rows(batch.drop_columns([ROW]), rows.numbers[kept])
+
+
+def _part(rows: Rows, split: Split) -> Rows:
+    """The rows of the part that is read."""
+    assert split.key is not None
+    try:
+        kept = split.rows(rows.batch.column(split.key))
+    except (pa.ArrowException, ValueError) as error:
+        raise ColumnError(split.key, error) from error
+    return Rows(rows.batch.filter(pa.array(kept)), rows.numbers[kept])
 
 
 def _without(rows: Rows, places: np.ndarray) -> Rows:

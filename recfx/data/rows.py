@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-__all__ = ["BadRow", "Decoded", "Rows"]
+__all__ = ["BadRow", "BadRows", "ColumnError", "Decoded", "Rows"]
 
 
 class BadRow(NamedTuple):
@@ -23,6 +23,29 @@ class BadRow(NamedTuple):
         """Names the file and the row in it, whose unit begins at `first_row`."""
         where = f"file '{path}'" if self.column is None else f"column '{self.column}' of '{path}'"
         return ValueError(f"{where}, row {first_row + self.number}: got {self.got}, expected {self.expected}.")
+
+
+class BadRows(Exception):  # noqa: N818  not an error yet: the policy decides
+    """Rows of a batch that a column cannot take."""
+
+    def __init__(self, column: str, rows: np.ndarray, got: Callable[[int], str], expected: str) -> None:
+        self.column = column
+        self.rows = rows  # rising indices
+        self.got, self.expected = got(int(rows[0])), expected
+
+
+class ColumnError(ValueError):
+    """A column of a batch as a whole that cannot be converted."""
+
+    def __init__(self, column: str, error: Exception) -> None:
+        self.column, self.words = column, next(iter(str(error).splitlines()), type(error).__name__)
+        super().__init__(f"column '{column}': got {self.words!r}, expected values that Arrow can convert.")
+
+    def of(self, path: str, where: str) -> ValueError:
+        """Names the file, and `where` in it."""
+        return ValueError(
+            f"column '{self.column}' of '{path}': got {self.words!r}{where}, expected values that Arrow can convert."
+        )
 
 
 class Rows(NamedTuple):

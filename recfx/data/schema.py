@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,15 @@ __all__ = [
     "column_at",
     "decoded",
     "is_list",
+    "is_plain",
     "is_text",
     "item_type",
+    "map_leaves",
     "packed_list",
     "path_to",
     "type_at",
+    "typed",
+    "without_views",
 ]
 
 LISTS = frozenset({
@@ -30,25 +34,32 @@ LISTS = frozenset({
 })  # fmt: skip
 
 
+ODD = frozenset({pa.lib.Type_NA, pa.lib.Type_STRING_VIEW, pa.lib.Type_BINARY_VIEW})
+
+
 def check_schema(path: str, schema: pa.Schema, columns: Sequence[Column]) -> None:
-    """Raises ValueError, naming file and column, when a column is absent or of another type."""
+    """Raises ValueError, naming file and column, when a column is absent, but may not be, or of another type."""
     for column in columns:
         if (count := len(schema.get_all_field_indices(column.name))) > 1:
             raise ValueError(f"column '{column.name}' of '{path}': got {count} columns of this name, expected one.")
         kind = type_at(schema, column.name)
         if kind is None:
+            if column.missing == "empty":
+                continue
             raise ValueError(
-                f"column '{column.name}' of '{path}': got no such column, expected one of {_names(schema)}."
+                f"column '{column.name}' of '{path}': got no such column, expected one of {_names(schema)}. With "
+                "missing='empty' for the column its rows are empty in a file that does not have it."
             )
         depth, item = _depth(kind)
-        if not _is_read_as(item, column) or not (depth == column.depth or (depth == 0 and column.depth == 1)):
+        has_depth = depth == column.depth or (depth == 0 and column.depth == 1)
+        if not (_is_read_as(item, column) and has_depth) and not (pa.types.is_null(item) and depth <= column.depth):
             expected = f"{_expected(column)}.{_hint(kind, item, column)}"
             raise ValueError(f"column '{column.name}' of '{path}': got {kind}, expected {expected}")
 
 
 def path_to(fields: pa.Schema | pa.StructType, name: str) -> list[str]:
     """Names from a column down to what the dotted name means: a column of that very name, or a field within structs.
-    Empty: there is none.
+    A column of Arrow's null type may be a struct that is null in every row. Empty: there is none.
 
     Example:  >>> path_to(pa.schema({"user": pa.struct({"age": pa.int8()})}), "user.age")
               ['user', 'age']
@@ -56,6 +67,8 @@ def path_to(fields: pa.Schema | pa.StructType, name: str) -> list[str]:
     if fields.get_all_field_indices(name):
         return [name]
     for field in fields if "." in name else ():
+        if pa.types.is_null(field.type) and name.startswith(f"{field.name}."):
+            return [field.name]
         if pa.types.is_struct(field.type) and name.startswith(f"{field.name}."):
             inner = path_to(field.type, name.removeprefix(f"{field.name}."))
             if inner:
@@ -119,6 +132,60 @@ def packed_list(array: pa.Array, items: pa.Array) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), items, mask=array.is_null())
 
 
+def map_leaves(array: pa.Array, f: Callable[[pa.Array], pa.Array]) -> pa.Array:
+    """The same lists and structs, lists in Arrow's plain way, of what `f` makes of plain arrays."""
+    if is_list(array.type):
+        lists = as_list(array)
+        return packed_list(lists, map_leaves(lists.flatten(), f))
+    if pa.types.is_struct(array.type) and array.type.num_fields:
+        fields = [map_leaves(field, f) for field in array.flatten()]
+        return pa.StructArray.from_arrays(fields, array.type.names, mask=array.is_null())
+    return f(array)
+
+
+def without_views(array: pa.Array) -> pa.Array:
+    """Views of strings as strings: Arrow neither filters nor takes views, or lists of them.
+
+    Cost:     none where there are no views.
+    """
+    return array if is_plain(array.type) else map_leaves(array, decoded)
+
+
+def is_plain(kind: pa.DataType) -> bool:
+    """Whether nothing in it is of Arrow's null type, or a view of strings."""
+    if pa.types.is_dictionary(kind):
+        return is_plain(kind.value_type)
+    return kind.id not in ODD and all(is_plain(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def typed(array: pa.Array, column: Column) -> pa.Array:
+    """An array in which Arrow's null type is the column's: its rows, lists and items that are null stay so."""
+    kind = array.type
+    if is_plain(kind):
+        return array
+    wanted: pa.DataType = column.item
+    if isinstance(column, VarLen):
+        wanted = pa.binary() if _is_of_text(column) else wanted
+        wanted = pa.struct([("value", wanted), ("weight", pa.float32())]) if column.weighted else wanted
+    if column.depth > 1 or not pa.types.is_null(kind):
+        for _ in range(column.depth):
+            wanted = pa.list_(wanted)
+    return _filled_in(array, wanted)
+
+
+def _filled_in(array: pa.Array, wanted: pa.DataType) -> pa.Array:
+    """The array, of what is wanted where its type is null."""
+    if pa.types.is_null(array.type):
+        return pa.nulls(len(array), wanted)
+    if is_list(array.type):
+        lists = as_list(array)
+        return packed_list(lists, _filled_in(lists.flatten(), wanted.value_type))
+    if pa.types.is_struct(array.type):
+        fields = [_filled_in(field, other.type) for field, other in zip(array.flatten(), wanted, strict=True)]
+        return pa.StructArray.from_arrays(fields, array.type.names, mask=array.is_null())
+    return array
+
+
 def _is_read_as(kind: pa.DataType, column: Column) -> bool:
     if isinstance(column, VarLen) and column.weighted:
         if not pa.types.is_struct(kind) or kind.num_fields != 2 or not _is_number(kind.field(1).type):
@@ -126,38 +193,47 @@ def _is_read_as(kind: pa.DataType, column: Column) -> bool:
         kind = kind.field(0).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash):
+    if pa.types.is_null(kind):
+        return True
+    if _is_of_text(column):
         return is_text(kind)
-    return pa.types.is_integer(kind) if column.item == pa.int64() else _is_number(kind)
+    return _is_number(kind) and not (column.item == pa.int64() and pa.types.is_boolean(kind))
+
+
+def _is_of_text(column: Column) -> bool:
+    return isinstance(column, VarLen) and (column.item == pa.binary() or column.string_hash is not None)
 
 
 def _hint(whole: pa.DataType, kind: pa.DataType, column: Column) -> str:
     """How values of this type are read after all."""
-    if pa.types.is_decimal(kind) or pa.types.is_temporal(kind):
-        return " `recfx convert` makes float32 of decimals and strings of times."
+    if pa.types.is_temporal(kind):
+        return " `recfx convert` makes strings of times."
     if pa.types.is_struct(whole) and whole.num_fields:
         return f" A field of it is a column too: '{column.name}.{whole.field(0).name}'."
-    is_unhashed = isinstance(column, VarLen) and column.item == pa.int64() and column.string_hash is None
-    return " Strings are read by `hashed`." if is_unhashed and is_text(kind) else ""
+    return " Strings are read by `hashed`." if column.item == pa.int64() and is_text(kind) else ""
 
 
 def is_text(kind: pa.DataType) -> bool:
     """Strings or bytes in any of Arrow's ways."""
     return any(
         f(kind) for f in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
-                          pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+                          pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view,
+                          pa.types.is_fixed_size_binary)
     )  # fmt: skip
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+    return any(
+        f(kind) for f in (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean, pa.types.is_decimal,
+                          pa.types.is_null)
+    )  # fmt: skip
 
 
 def _expected(column: Column) -> str:
-    if column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash):
+    if _is_of_text(column):
         item, others = "string", "binary"
     elif column.item == pa.int64():
-        item, others = "int64", "another integer type. Ids must be exact"
+        item, others = "int64", "another type of whole numbers. Ids must be exact"
     else:
         item, others = "double", "another type of numbers"
     if isinstance(column, VarLen) and column.weighted:
@@ -166,5 +242,12 @@ def _expected(column: Column) -> str:
 
 
 def decoded(array: pa.Array) -> pa.Array:
-    """Without a dictionary, whose entries may be null themselves."""
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    """Without a dictionary, whose entries may be null themselves, and without views of strings."""
+    if pa.types.is_dictionary(array.type):
+        values = decoded(array.dictionary)
+        if values.type != array.type.value_type:
+            array = pa.DictionaryArray.from_arrays(array.indices, values)
+        return array.dictionary_decode()
+    if pa.types.is_string_view(array.type) or pa.types.is_binary_view(array.type):
+        return array.cast(pa.string() if pa.types.is_string_view(array.type) else pa.binary())
+    return array

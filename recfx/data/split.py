@@ -12,7 +12,9 @@ import torch
 import xxhash
 
 from recfx.data.files import File
-from recfx.data.schema import as_list, decoded, is_list, is_text, item_type
+from recfx.data.numbers import Wrong, spelled, to_int64
+from recfx.data.rows import BadRows
+from recfx.data.schema import as_list, decoded, is_list, is_text, item_type, without_views
 from recfx.kernels.hashing import mix
 
 __all__ = ["Split", "check_key"]
@@ -23,8 +25,10 @@ class Split:
     """One of two parts of the data: what `part="train"` reads, `part="validation"` does not, and the other way round.
 
     Args:     fraction: of the files, or of the values of `key`, that are validation.
-              key: a column of integers or strings. Rows of equal key, in any file, fall in one part; of a list the
-                  first item counts, and a missing one is a value like others. None: whole files.
+              key: a column of whole numbers or strings. Rows of equal key, in any file, fall in one part, and a number
+                  is equal to a string that spells it in decimal digits: 7, 7.0, "7", " 007" and "7.0" are one key. A
+                  row with another number is bad. Of a list the first item counts, and a missing one is a value like
+                  others. None: whole files.
               seed: another one parts them differently.
     Raises:   ValueError when the fraction is not between 0 and 1.
     """
@@ -57,35 +61,59 @@ class Split:
         return [file for file in files if (file.path in validation) == (self.part == "validation")]
 
     def rows(self, keys: pa.Array) -> np.ndarray:
-        """Which rows are of this part: bool [rows]."""
-        bits = torch.from_numpy(_key_bits(keys)) + mix(torch.tensor(self.seed))
+        """Which rows are of this part: bool [rows].
+
+        Raises:   BadRows where a key is a number, but not a whole one of 64 bits that its type holds exactly.
+        """
+        assert self.key is not None
+        bits = torch.from_numpy(_key_bits(self.key, keys)) + mix(torch.tensor(self.seed))
         share = mix(bits).numpy().view(np.uint64) / 2.0**64
         return (share < self.fraction) == (self.part == "validation")
 
 
-def check_key(name: str, kind: pa.DataType) -> None:
-    """Raises ValueError when the column is none of integers or strings, plain or in lists."""
+def check_key(path: str, name: str, kind: pa.DataType) -> None:
+    """Raises ValueError when the column is none of numbers or strings, plain or in lists."""
     item = kind
     while is_list(item):
         item = item_type(item)
     if pa.types.is_dictionary(item):
         item = item.value_type
-    if not (pa.types.is_integer(item) or is_text(item)):
-        raise ValueError(f"split: got key '{name}' of {kind}, expected integers or strings. Equal keys must be equal.")
+    is_number = pa.types.is_integer(item) or pa.types.is_floating(item) or pa.types.is_decimal(item)
+    if not (is_number or is_text(item) or pa.types.is_null(item)):
+        raise ValueError(
+            f"split: got key '{name}' of {kind} in '{path}', expected whole numbers or strings. Equal keys must be "
+            "equal."
+        )
 
 
-def _key_bits(keys: pa.Array) -> np.ndarray:
-    """64 bits of each row's key."""
+def _key_bits(name: str, keys: pa.Array) -> np.ndarray:
+    """64 bits of each row's key: of a whole number, or of a string that spells one, its value modulo 2**64."""
     bits = np.zeros(len(keys), dtype=np.int64)
     rows = np.arange(len(keys))
+    keys = without_views(keys)
     while is_list(keys.type):
         keys = as_list(keys)
         offsets, lengths = keys.offsets.to_numpy(), keys.value_lengths().fill_null(0).to_numpy()
         rows, keys = rows[lengths > 0], keys.values.take(pa.array(offsets[:-1][lengths > 0]))
     keys = decoded(keys)
     rows, keys = rows[keys.is_valid().to_numpy(zero_copy_only=False)], keys.drop_null()
-    if pa.types.is_integer(keys.type):
-        bits[rows] = keys.to_numpy().astype(np.int64)
-    else:
-        bits[rows] = [xxhash.xxh3_64_intdigest(key) - 2**63 for key in keys.cast(pa.binary()).to_pylist()]
+    if is_text(keys.type):
+        bits[rows] = _bits_of_texts(keys.cast(pa.binary()))
+    elif len(keys):
+        numbers = to_int64(keys)
+        if isinstance(numbers, Wrong):
+            got, expected = numbers.got, f"{numbers.expected}, as a key that rows are split by"
+            raise BadRows(name, rows[numbers.places], lambda _: got, expected)
+        bits[rows] = numbers.to_numpy()
+    return bits
+
+
+def _bits_of_texts(texts: pa.Array) -> np.ndarray:
+    numbers = spelled(texts)
+    bits = np.where(numbers.is_negative, ~numbers.sizes + np.uint64(1), numbers.sizes).view(np.int64)
+    others = np.flatnonzero(~numbers.is_number)
+    bits[others] = [xxhash.xxh3_64_intdigest(text) - 2**63 for text in texts.take(pa.array(others)).to_pylist()]
+    for row in np.flatnonzero(numbers.is_larger):
+        size = int(numbers.digits[int(row)].as_py()) * (-1 if numbers.is_negative[row] else 1)
+        bits[row] = (size + 2**63) % 2**64 - 2**63
     return bits

@@ -273,7 +273,10 @@ def bad_file(path: Path, fault: str) -> None:
         case "strings":
             rows, types["x"] = [{**r, "x": ["s"]} for r in rows], pa.list_(pa.string())
         case "floats as ids":
-            rows, types["c"] = [{**r, "c": [1.0]} for r in rows], pa.list_(pa.float64())
+            rows, types["c"] = (
+                [{**r, "c": [0.5 if i == 6 else 1.0]} for i, r in enumerate(rows)],
+                pa.list_(pa.float64()),
+            )
         case "large integer":
             rows, types["x"] = [{**r, "x": [2**24 + (i == 6)]} for i, r in enumerate(rows)], pa.list_(pa.int64())
         case "null list":
@@ -298,8 +301,8 @@ def bad_file(path: Path, fault: str) -> None:
 FAULTS = {
     "no column": "column 'x' of '.*e.orc': got no such column",
     "strings": r"column 'x' of '.*e.orc': got list<.*string>, expected list<double>",
-    "floats as ids": r"column 'c' of '.*e.orc': got list<.*double>, expected list<int64>",
-    "large integer": r"column 'x' of '.*e.orc', row 6: got 16777217, which float32 would round, expected an integer",
+    "floats as ids": r"column 'c' of '.*e.orc', row 6: got 0.5, expected a whole number",
+    "large integer": r"column 'x' of '.*e.orc', row 6: got 16777217, which float32 would round to 16777216, expected",
     "null list": "column 'c' of '.*e.orc', row 6: got null, expected a list",
     "null element": "column 'x' of '.*e.orc', row 6: got a null element",
     "null number": "column 'c' of '.*e.orc', row 6: got null, expected a value, or null='empty' for the column.",

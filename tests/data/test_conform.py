@@ -273,7 +273,7 @@ PAIR, UNSIGNED = [{"k": 1, "v": 1.0}], pa.array([1], pa.uint64())
 BAD = {
     "NaN": (varlen("x", torch.float32), [[1.0], [2.0, NAN]], "got nan, expected a finite number"),
     "infinity": (fixedlen("x", [0]), [[1.0], [-INF]], "got -inf, expected a finite number"),
-    "beyond float32": (varlen("x", torch.float32), [[1.0], [1e39]], "got inf, expected a finite number"),
+    "beyond float32": (varlen("x", torch.float32), [[1.0], [1e39]], "got 1e.39, which is inf in float32"),
     "label 2": (fixedlen("x", [0], valid=OneOf(0, 1)), [[1.0], [2.0]], "got 2.0, expected one of 0, 1"),
     "label NaN": (fixedlen("x", [0], valid=OneOf(0, 1)), [[0.0], [NAN]], "got nan, expected one of 0, 1"),
     "range": (varlen("x", torch.float32, valid=Between(0, 9)), [[9.0], [-1.0]], "got -1.0, expected a number from 0"),
@@ -286,7 +286,7 @@ BAD = {
     "null key": (varlen("x", torch.int64, weighted=True), [PAIR, [{"k": None, "v": 1.0}]], "got a null element"),
     "length": (fixedlen("x", [0, 0]), [[1.0, 2.0], [1.0]], "got 1 values, expected 2"),
     "large integer": (varlen("x", torch.float32), [[2**24], [2**24 + 1]], "got 16777217, which float32"),
-    "unsigned": (varlen("x", torch.float32), [UNSIGNED, pa.array([2**63], pa.uint64())], "got 9223372036854775808"),
+    "unsigned": (varlen("x", torch.float32), [UNSIGNED, pa.array([2**64 - 1], pa.uint64())], "got 1844674407370955161"),
 }  # fmt: skip
 
 
@@ -321,14 +321,13 @@ def test_anything_is_valid_where_that_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("column", "kind", "expected"),
     [
-        (varlen("x", torch.int64), pa.list_(pa.float64()), "list<int64> or another integer type"),
+        (varlen("x", torch.int64), pa.list_(pa.bool_()), "list<int64> or another type of whole numbers"),
         (
             varlen("x", torch.int64),
             pa.string(),
-            "list<int64> or another integer type. Ids must be exact. Strings are read by `hashed`.",
+            "list<int64> or another type of whole numbers. Ids must be exact. Strings are read by `hashed`.",
         ),
-        (varlen("x", torch.int64), pa.list_(pa.timestamp("ms")), "`recfx convert` makes .* strings of times."),
-        (fixedlen("x", [0]), pa.decimal128(10, 2), "`recfx convert` makes float32 of decimals"),
+        (varlen("x", torch.int64), pa.list_(pa.timestamp("ms")), "`recfx convert` makes strings of times."),
         (varlen("x", torch.int64), pa.list_(pa.list_(pa.int64())), "list<int64>"),
         (varlen("x", torch.int64, depth=2), pa.list_(pa.int64()), "list<list<int64>>"),
         (varlen("x", torch.float32), pa.string(), "list<double> or another type of numbers"),

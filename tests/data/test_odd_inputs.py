@@ -84,7 +84,7 @@ def test_weights_are_finite(tmp_path, weight):
     path = write(tmp_path / "a.parquet", pa.table({"x": pa.array(rows, kind)}))
     columns = [varlen("x", torch.int64, weighted=True)]
     with pytest.raises(
-        ValueError, match=r"column 'x' of '.*a.parquet', row 1: got (nan|inf), expected a finite number"
+        ValueError, match=r"column 'x' of '.*a.parquet', row 1: got (nan|inf|1e\+39, which is inf in float32), expected"
     ):
         list(reader(path, columns, 1))
     assert all_rows(reader(path, columns, 1, on_bad="skip")) == [{"x": [(1, 0.5)]}]

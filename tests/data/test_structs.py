@@ -63,7 +63,7 @@ def test_a_null_field_is_a_bad_row(path):
         (varlen("label.x", torch.int64), "column 'label.x' of '.*': got no such column"),
         (varlen("user", torch.int64), r"got struct<.*, expected .* A field of it is a column too: 'user.age'"),
         (varlen("user.home", torch.int64), r"column 'user.home' of .* is a column too: 'user.home.city'"),
-        (varlen("user.age", torch.int64), "column 'user.age' of '.*': got double, expected list<int64>"),
+        (varlen("user.age", torch.uint8), "column 'user.age' of '.*': got double, expected list<string>"),
         (varlen("user.home.city", torch.int64), "Strings are read by `hashed`"),
     ],
 )

@@ -139,8 +139,8 @@ def test_equal_recipes_have_one_key_and_others_another():
 def test_a_key_is_the_same_in_any_process():
     assert Recipe((hashed("x", farm_hashes, buckets=7),)).key == (
         "tuple(VarLen(name=str 'x', dtype=dtype torch.int64, depth=int 1, weighted=bool False, valid=NoneType None, "
-        "null=str 'error', string_hash=farm_hashes 1, buckets=int 7)); NoneType None; NoneType None; NoneType None; "
-        "str 'raise'"
+        "null=str 'error', string_hash=farm_hashes 1, buckets=int 7, rounding=str 'error', missing=str 'error', "
+        "truncate=NoneType None, side=str 'right')); NoneType None; NoneType None; NoneType None; str 'raise'"
     )
 
 
