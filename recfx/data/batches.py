@@ -18,6 +18,7 @@ from recfx.checks import check_choice
 from recfx.data.arguments import Filter, check_columns, check_numbers, check_transformed, expression_of
 from recfx.data.cache import cache_for
 from recfx.data.columns import Column
+from recfx.data.csv import check_named_columns
 from recfx.data.decode import Decoder, Recipe
 from recfx.data.files import File, Paths, match_files, read_manifest
 from recfx.data.formats import Format, check_format
@@ -109,6 +110,7 @@ def reader(
     check_columns(columns)
     expression = expression_of(filter)
     files = match_files(paths, filesystem)
+    check_named_columns(files, format)
     recipe = Recipe(tuple(columns), expression, split, format, on_bad)
     kept = None if cache is None else cache_for(cache, recipe, files)
     plan = Plan(

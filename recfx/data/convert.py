@@ -14,6 +14,7 @@ from pyarrow import fs, orc
 from pyarrow import parquet as pq
 
 from recfx.checks import check_choice
+from recfx.data.csv import check_named_columns
 from recfx.data.files import File, Paths, match_files
 from recfx.data.formats import EXTENSIONS, Format, open_source, reading
 from recfx.data.lines import COMPRESSIONS
@@ -71,7 +72,9 @@ def convert(
     check_choice("rounding", rounding, ("error", "allow"))
     _check_compression(to, compression)
     how = _How(to, columns, {name: check_asked(name, kind) for name, kind in (types or {}).items()}, rounding, as_lists)
-    targets = _targets(match_files(paths, filesystem), Path(folder), to)
+    files = match_files(paths, filesystem)
+    check_named_columns(files, format)
+    targets = _targets(files, Path(folder), to)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for target, file in targets.items():
         scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -181,9 +181,11 @@ class Decoder:
 
 
 def _csv_type(column: Column) -> pa.DataType:
-    if column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash):
-        return pa.string()
-    return pa.int64() if column.item == pa.int64() else pa.float64()
+    """What is asked of formats that have no types."""
+    is_text = column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash)
+    item = pa.binary() if is_text else pa.int64() if column.item == pa.int64() else pa.float64()
+    is_weighted = isinstance(column, VarLen) and column.weighted
+    return pa.struct([("k", item), ("v", pa.float64())]) if is_weighted else item
 
 
 class _Names(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recfx.data.csv import check_named_columns
 from recfx.data.files import File
 from recfx.data.formats import Format, open_source, reading
 from recfx.data.schema import as_list, is_list, item_type
@@ -50,6 +51,7 @@ def describe(files: Sequence[File], *, max_rows: int = 1_000_000, format: Format
     Cost:     memory of the rows it reads.
     Raises:   ValueError when a file cannot be read or its columns are not the first file's.
     """
+    check_named_columns(files, format)
     num_rows, num_units, held = 0, 0, list[pa.Table]()
     names: list[str] | None = None
     for file in files:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from recfx.data.files import File
 
-__all__ = ["COMPRESSIONS", "Lines"]
+__all__ = ["COMPRESSIONS", "Lines", "first_lines"]
 
 COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "bz2": "bz2", "zst": "zstd", "zstd": "zstd", "lz4": "lz4"}  # by extension
 
@@ -52,10 +52,23 @@ class Lines:
             return stream.read(num_bytes)
 
 
+def first_lines(file: File, num: int) -> bytes:
+    """At least so many lines of a file, decompressed, or all of it where there are fewer."""
+    head = b""
+    with file.filesystem.open_input_stream(file.path, compression=_compression(file)) as stream:
+        while head.count(b"\n") < num and (chunk := stream.read(1 << 16)):
+            head += chunk
+    return head
+
+
+def _compression(file: File) -> str | None:
+    """What the extension says."""
+    return COMPRESSIONS.get(file.name.rpartition(".")[2].lower())
+
+
 def _decompressed(file: File) -> bytes | None:
     """All of a file whose extension names a compression; None for other files."""
-    compression = COMPRESSIONS.get(file.name.rpartition(".")[2].lower())
-    if compression is None:
+    if _compression(file) is None:
         return None
-    with file.filesystem.open_input_stream(file.path, compression=compression) as stream:
+    with file.filesystem.open_input_stream(file.path, compression=_compression(file)) as stream:
         return stream.read()

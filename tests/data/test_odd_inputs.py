@@ -23,7 +23,7 @@ from pyarrow import parquet as pq
 from torch.utils.data import DataLoader
 
 from recfx.data import Csv, Reader, reader, varlen
-from recfx.data.csv import _without_unclosed
+from recfx.data.csv_lines import without_unclosed
 from recfx.data.describe import describe
 from recfx.data.files import match_files
 from recfx.types import Batch
@@ -150,7 +150,7 @@ def test_lines_that_close_their_quotes_are_what_pyarrow_ends_there(lines):
         except pa.ArrowInvalid:
             return False
 
-    kept, bad = _without_unclosed("\n".join(lines).encode(), ",")
+    kept, bad = without_unclosed("\n".join(lines).encode(), b",", ",", '"')
     assert [row.number for row in bad] == [i for i, line in enumerate(lines) if not ends(line)]
     assert kept.decode().splitlines() == [line for line in lines if ends(line)]
 
@@ -161,7 +161,7 @@ def test_quotes_within_cells(tmp_path):
     assert [row["s"] for row in rows] == [[b'5" nail'], [b'a "b", c'], [b'x,"']]
 
 
-@pytest.mark.parametrize("wrong", [{"delimiter": ""}, {"delimiter": "||"}, {"list_separator": ","}, {"block_bytes": 0}])
+@pytest.mark.parametrize("wrong", [{"delimiter": ""}, {"delimiter": "\n"}, {"list_separator": ""}, {"block_bytes": 0}])
 def test_csv_that_cannot_be(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: got"):
         Csv(**wrong)

@@ -1,0 +1,100 @@
+"""Lines of CSV as pyarrow takes them: a delimiter of one character, and a whole row in each line."""
+
+from __future__ import annotations
+
+import csv
+import re
+
+import numpy as np
+
+from recfx.data.rows import BadRow
+
+__all__ = ["cells_of", "with_short_delimiter", "without_unclosed"]
+
+# Characters that may stand for a longer delimiter, those first that are seldom in a text.
+FREE = bytes([*range(0x1F, 0x0D, -1), *range(1, 9), 0x0B, 0x0C, 0x7F, *range(0x21, 0x7F)])
+
+
+def with_short_delimiter(text: bytes, delimiter: str, quote: str | None) -> tuple[bytes, bytes]:
+    """The text with a delimiter of one ASCII character, and that: one that the text does not have takes the place of a
+    longer delimiter. Within quoted cells too, where the caller puts the longer one back.
+
+    Raises:   ValueError when the text has all of them.
+    """
+    long = delimiter.encode()
+    if len(long) == 1 and long != b"\0":
+        return text, long
+    for code in FREE:
+        free = bytes([code])
+        if free not in text and free != (quote or "").encode():
+            return text.replace(long, free), free
+    raise ValueError(
+        f"every ASCII character in one block: with the delimiter {delimiter!r} one of them must be free. Make "
+        "block_bytes smaller"
+    )
+
+
+def cells_of(line: bytes, delimiter: str, quote: str | None) -> list[str]:
+    """The cells of a header.
+
+    Raises:   ValueError when it is not UTF-8.
+    """
+    text, short = with_short_delimiter(line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n"), delimiter, quote)
+    try:
+        decoded = text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"a header that is not UTF-8, {line[:50]!r}: give the names with column_names= and pass over the header "
+            "with skip_lines=1"
+        ) from error
+    how: dict = {"quoting": csv.QUOTE_NONE} if quote is None else {"quotechar": quote}
+    cells = next(csv.reader([decoded], delimiter=short.decode(), **how), [])
+    return [cell.replace(short.decode(), delimiter) for cell in cells]
+
+
+def without_unclosed(text: bytes, short: bytes, delimiter: str, quote: str | None) -> tuple[bytes, list[BadRow]]:
+    """The text without the lines that do not close a quote, and these, by their number among the rows.
+
+    A row is a line, whatever block it is in: no quote may reach into the next one.
+
+    Args:     short: the delimiter in the text, of one character; `delimiter` is that of the file, for errors.
+    """
+    if quote is None or quote.encode() not in text:
+        return text, []
+    codes = np.frombuffer(b"\n" + text + b"\n", np.uint8)
+    ends = np.flatnonzero(codes[1:] == ord("\n"))
+    begins = np.append(0, ends[:-1] + 1)
+    pattern = _closed(short, quote.encode())
+    to_look_at = _to_look_at(codes, ends, short, ord(quote))
+    lines = [i for i in to_look_at if pattern.fullmatch(text, begins[i], ends[i]) is None]
+    if not lines:
+        return text, []
+    numbers = np.cumsum(ends - begins > (codes[ends] == ord("\r"))) - 1  # pyarrow passes over empty lines
+    keep, bad = np.ones(len(text), dtype=bool), []
+    for i in lines:
+        keep[begins[i] : ends[i] + 1] = False
+        cells = text[begins[i] : ends[i]].replace(short, delimiter.encode()).decode(errors="replace")
+        bad.append(
+            BadRow(int(numbers[i]), None, f"a quote that is not closed, {cells[:50]!r}", "a whole row in a line")
+        )
+    return codes[1:-1][keep].tobytes(), bad
+
+
+def _to_look_at(codes: np.ndarray, ends: np.ndarray, delimiter: bytes, quote: int) -> np.ndarray:
+    """The lines where quotes do more than stand around cells or side by side: few, and the others are closed."""
+    quotes = np.flatnonzero(codes == quote)
+    firsts = np.searchsorted(quotes, ends + 1)  # after each line
+    counts = np.diff(firsts, prepend=0)
+    opens = (np.arange(len(quotes)) - np.repeat(firsts - counts, counts)) % 2 == 0
+    is_edge = np.zeros(256, dtype=bool)
+    is_edge[[*delimiter, ord("\n"), ord("\r"), quote]] = True
+    strange = quotes[~is_edge[codes[np.where(opens, quotes - 1, quotes + 1)]]]
+    return np.union1d(np.searchsorted(ends, strange - 1), np.flatnonzero(counts % 2))
+
+
+def _closed(delimiter: bytes, quote: bytes) -> re.Pattern[bytes]:
+    """What matches a line after which no quoted cell goes on, as pyarrow reads it: within an unquoted cell a quote is
+    text."""
+    q, d = re.escape(quote), re.escape(delimiter)
+    cell = b"(?>%b[^%b]*+(?:%b%b[^%b]*+)*+%b[^%b]*+|[^%b%b][^%b]*+|)" % (q, q, q, q, q, q, d, q, d, d)
+    return re.compile(b"%b(?:%b%b)*+" % (cell, d, cell))
