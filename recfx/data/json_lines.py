@@ -112,7 +112,7 @@ def _rounded(columns: Sequence[Column]) -> set[str]:
     may = {name: True for column in columns for name in _outer_names(column.name)}
     for column in columns:
         for name in _outer_names(column.name):
-            may[name] = may[name] and getattr(column, "rounding", "error") == "allow"
+            may[name] = may[name] and column.rounding == "allow"
     return {name for name, allowed in may.items() if allowed}
 
 

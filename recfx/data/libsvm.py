@@ -63,7 +63,7 @@ class LibsvmSource:
     ) -> None:
         self._lines = Lines(file, options.block_bytes)
         self.num_units = self._lines.num_blocks
-        self._rounded = {c.name for c in columns or () if getattr(c, "rounding", "error") == "allow"}
+        self._rounded = {c.name for c in columns or () if c.rounding == "allow"}
         if columns is None:
             key = types["features"] if "features" in types else self._guess()
         else:

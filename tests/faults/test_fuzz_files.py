@@ -71,7 +71,9 @@ def fuzz(folder: Path, child: Child, kind: str, num: int, *, manifest: bool) -> 
         checksums = folder / "_checksums.json"
         write_manifest(checksums, match_files(path))
     for seed in range(FIRST, FIRST + num):
-        path.write_bytes(content_of(kind, seed))
+        content = content_of(kind, seed)
+        is_undamaged = manifest and content == whole(kind.split(",")[0], 0)  # zeros over zeros
+        path.write_bytes(content + b"\0" * is_undamaged)
         all_ways = seed % EVERY == 0 and not manifest
         word = child.ask(str(path), kind, seed, checksums and str(checksums), all_ways)
         counts[word if word.startswith("died") else word.split(":")[0]] += 1
