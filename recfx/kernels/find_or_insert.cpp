@@ -6,7 +6,6 @@
 //    yet found may then be found in slots that it fills, as they would be later.
 // 3. in parallel, every id gets what its key got, and new rows get their initial values.
 #include <atomic>
-#include <chrono>
 #include <memory>
 #include <thread>
 
@@ -25,23 +24,6 @@ struct alignas(64) Progress {
   int64_t num_padding = 0;
 };
 
-// Waiting for another thread: some 0.2 ms without the system's help, longer than it takes if the other has a core. If it
-// has none, sleep: who yields instead gives the core to another process for a whole turn, 4 to 8 ms.
-class Patience {
- public:
-  void wait() {
-    if (++times > 4096) return std::this_thread::sleep_for(std::chrono::microseconds(20));
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
-  void renew() { times = 0; }
-
- private:
-  int64_t times = 0;
-};
 
 enum { LOOKED_UP, CREATED, EVICTED, UNADMITTED };
 
@@ -122,15 +104,13 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
     });
     progress[me].num_padding = finder.num_padding;
     progress[me].ended.store(true, std::memory_order_release);
-    Patience patience;
     for (int64_t t = 0; me == 0 && t < threads; ++t)
       for (int64_t j = share(t), ended = false; !ended;) {
         ended = progress[t].ended.load(std::memory_order_acquire);
         const int64_t found = std::max(progress[t].found.load(std::memory_order_acquire), share(t));
         if (found < j + 256 && !ended) {
-          patience.wait();
+          std::this_thread::yield();
         } else {
-          patience.renew();
           number_keys(j, found);
           j = found;
         }
