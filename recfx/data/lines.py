@@ -7,6 +7,7 @@ from recfx.data.files import File
 __all__ = ["COMPRESSIONS", "Lines", "first_lines"]
 
 COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "bz2": "bz2", "zst": "zstd", "zstd": "zstd", "lz4": "lz4"}  # by extension
+LINE_BYTES = 1 << 16  # read at once, to find the end of a line
 
 
 class Lines:
@@ -39,10 +40,14 @@ class Lines:
 
     def line_at(self, place: int) -> bytes:
         """From a byte to the end of its line, line end included."""
-        line = b""
-        while b"\n" not in line and (chunk := self._read(place + len(line), 1 << 16)):
-            line += chunk
-        return line[: line.find(b"\n") + 1 or len(line)]
+        chunks = []
+        while chunk := self._read(place, LINE_BYTES):
+            end = chunk.find(b"\n") + 1
+            chunks.append(chunk[: end or len(chunk)])
+            if end:
+                break
+            place += len(chunk)
+        return b"".join(chunks)
 
     def _read(self, begin: int, num_bytes: int) -> bytes:
         if self._text is not None:
