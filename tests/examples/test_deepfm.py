@@ -395,7 +395,7 @@ def test_arguments_that_cannot_be_read(argv, message, capsys):
     [
         (["--data_paths=nowhere"], r"paths: got 'nowhere', which matches no file"),
         (["--data_paths={data}/train", "--eval_paths=nowhere"], r"paths: got 'nowhere', which matches no file"),
-        (["--data_paths={data}/info.json"], r"info.json': got an unknown format, expected ORC"),
+        (["--data_paths={data}/info.json"], r"info.json', row 0: got '{' .*, expected a JSON object in a line"),
         (["--data_paths={data}/train", "--batch_size=0"], r"batch_size: got 0, expected at least 1"),
         (
             ["--data_paths={data}/train", "--batch_size=4000"],

@@ -137,6 +137,6 @@ def test_nan_is_said_to_be_in_a_file(tmp_path, options, place):
         seen.append(x)
         return x * float("nan") if len(seen) == 4 else x
 
-    message = rf"step 4: .*of epoch 0 \(30 rows after the start of {place}unit 0 of '.*a/part-0.arrow'\)"
+    message = rf"step 4: .*of epoch 1 \(30 rows after the start of {place}unit 0 of '.*a/part-0.arrow'\)"
     with pytest.raises(FloatingPointError, match=message):
         train_files(tmp_path / "ckpt", data, price=price, **options)
