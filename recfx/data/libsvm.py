@@ -245,8 +245,8 @@ def _texts(strings: pa.StringArray, kind: pa.DataType) -> tuple[pa.Array, list[i
 
 
 def _integers(strings: pa.StringArray, kind: pa.DataType) -> tuple[pa.Array, list[int]]:
-    """As int64, or uint64 where there are larger ones; next to negative ones these are wrong."""
-    for kept in (kind, pa.uint64()):
+    """As int64, or uint64 where there are larger ones; next to negative ones these are wrong. So is hexadecimal."""
+    for kept in () if b"x" in _data(strings).lower() else (kind, pa.uint64()):
         try:
             return strings.cast(kept), []
         except pa.ArrowInvalid:

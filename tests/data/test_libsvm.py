@@ -107,6 +107,7 @@ FAULTS = {
     b"1 1:": "column 'features' of '.*', row 2: got '', expected double",
     b"1 1.0:1": r"column 'features' of '.*', row 2: got '1\.0', expected int64",
     b"1 a:1": "column 'features' of '.*', row 2: got 'a', expected int64",
+    b"1 0x10:1": "column 'features' of '.*', row 2: got '0x10', expected int64",
     b"1 1:one": "column 'features' of '.*', row 2: got 'one', expected double",
     b"1 1:0x1": "column 'features' of '.*', row 2: got '0x1', expected double",
     b"1 1:9007199254740993": "column 'features' of '.*', row 2: got '9007199254740993', expected double",
@@ -179,6 +180,7 @@ def test_filter_split_and_cache(tmp_path):
         ((b"-1", b"9223372036854775808"), pa.string()),
         ((b"1", b"x"), pa.string()),
         ((b"1", b"01"), pa.string()),
+        ((b"16", b"0x10"), pa.string()),
         ((b"1", b"18446744073709551616"), pa.string()),
     ],
 )
