@@ -23,6 +23,7 @@ from pyarrow import parquet as pq
 from torch.utils.data import DataLoader
 
 from recfx.data import Csv, Reader, reader, varlen
+from recfx.data.convert import convert
 from recfx.data.csv_lines import without_unclosed
 from recfx.data.describe import describe
 from recfx.data.files import match_files
@@ -96,6 +97,10 @@ def test_two_columns_of_one_name(tmp_path, extension):
     path = write(tmp_path / f"a.{extension}", table)
     with pytest.raises(ValueError, match=f"column 'x' of '{path}': got 2 columns of this name, expected one"):
         list(read(path))
+    with pytest.raises(ValueError, match=f"column 'x' of '{path}': got 2 columns of this name, expected one"):
+        convert(path, tmp_path / "out")
+    (kept,) = convert(path, tmp_path / "out", columns=["y", "y"])
+    assert pq.read_table(kept).to_pydict() == {"y": [[3]]}
 
 
 def test_what_arrow_cannot_convert_names_the_file(tmp_path):
@@ -174,7 +179,7 @@ def test_csv_that_cannot_be(wrong):
         ({"batch_size": 2.0}, TypeError, "batch_size: got 2.0, expected an int"),
         ({"threads": None}, TypeError, "threads: got None, expected an int"),
         ({"columns": ["x"]}, TypeError, "columns: got 'x' among them"),
-        ({"format": "xml"}, ValueError, r"format: got 'xml', expected one of .* or Csv"),
+        ({"format": "xml"}, ValueError, r"format: got 'xml', expected one of .* or Libsvm"),
         ({"filter": "x > 3"}, ValueError, r"filter: got 'x > 3' \(.*\), expected an expression"),
         ({"filter": ("x", ">", 3)}, ValueError, "filter: got .*, expected an expression"),
         ({"filter": [("x", "!", 3)]}, ValueError, "filter: got .* not a valid operator"),
