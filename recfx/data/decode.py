@@ -185,7 +185,7 @@ def _csv_type(column: Column) -> pa.DataType:
     number = pa.float32() if column.rounding == "allow" else pa.float64()  # float64: whole numbers that it holds alone
     item = pa.binary() if is_text else pa.int64() if column.item == pa.int64() else number
     is_weighted = isinstance(column, VarLen) and column.weighted
-    return pa.struct([("k", item), ("v", pa.float64())]) if is_weighted else item
+    return pa.struct([("k", item), ("v", number)]) if is_weighted else item
 
 
 class _Names(NamedTuple):
