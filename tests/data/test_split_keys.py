@@ -186,7 +186,6 @@ def test_keys_that_are_no_whole_numbers(tmp_path, extension, key, got, expected)
     assert [row["idx"] for row in kept] == [[1], [2]]
 
 
-@pytest.mark.filterwarnings("ignore:recfx. got no batch")
 def test_keys_of_another_type(tmp_path):
     path = write(tmp_path / "a.parquet", pa.table({"user": [True], "idx": [1]}))
     with pytest.raises(
@@ -195,6 +194,7 @@ def test_keys_of_another_type(tmp_path):
         users_of(path, "train")
 
 
+@pytest.mark.filterwarnings("ignore:recfx. got no batch")
 def test_a_key_that_the_filter_leaves_out_is_not_looked_at(tmp_path):
     path = write(tmp_path / "a.parquet", pa.table({"user": [1.0, 0.5], "idx": [1, 2]}))
     rows = []
