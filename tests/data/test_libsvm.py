@@ -172,6 +172,13 @@ def test_filter_split_and_cache(tmp_path):
     assert parts[0] == parts[2]
 
 
+@pytest.mark.parametrize("block_bytes", [1, 1000])
+def test_convert_keeps_ids_of_all_blocks_apart(tmp_path, block_bytes):
+    path = written(tmp_path / "a.svm", b"1 -1:1\n1 18446744073709551615:1\n")
+    (out,) = convert(path, tmp_path / "out", format=Libsvm(block_bytes=block_bytes))
+    assert [row[0]["k"] for row in pq.read_table(out)["features"].to_pylist()] == ["-1", "18446744073709551615"]
+
+
 @pytest.mark.parametrize(
     ("indices", "kind"),
     [
