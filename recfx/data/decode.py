@@ -28,7 +28,7 @@ from recfx.kernels.pack_columns import PackPlan
 __all__ = ["Decoder", "Recipe"]
 
 MAX_OPENED = 4  # files whose footers are kept, or of compressed CSV the text
-ROW = "__recfx_row"  # a column beside the file's while they are filtered
+ROW = "__recfx_row"  # a column next to those of the file while they are filtered
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Decoder:
         assert self._checksums is not None
         expected = self._checksums.get(file.name)
         if expected is None:
-            raise ValueError(f"file '{file.path}': got no checksum in the manifest, expected one. Write it anew.")
+            raise ValueError(f"file '{file.path}': got no checksum in the manifest, expected one. Write it again.")
         with reading(file, "", "a readable file"):
             got = checksum(file)
         if got != expected:
