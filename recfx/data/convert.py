@@ -154,10 +154,12 @@ def _stem(name: str) -> str:
 def _tables(file: File, how: _How, format: Format | None, not_text: Set[str]) -> Iterator[pa.Table]:
     """The units of a file, converted, and first an empty table, for its schema."""
     source = _open(file, how, format)
-    names = list(how.columns or source.schema.names)
+    names = list(dict.fromkeys(how.columns or source.schema.names))
     for name in (*names, *how.types):
         if name not in source.schema.names:
             raise ValueError(f"column '{name}' of '{file.path}': got no such column, expected {source.schema.names}.")
+        if (count := source.schema.names.count(name)) > 1:
+            raise ValueError(f"column '{name}' of '{file.path}': got {count} columns of this name, expected one.")
     kinds = {name: _kind(file, name, source.schema.field(name).type, how, not_text) for name in names}
     empty = [column.combine_chunks() for column in source.schema.empty_table().select(names).columns]
     first_row = 0

@@ -21,6 +21,7 @@ __all__ = ["Csv", "CsvSource", "check_named_columns"]
 
 GUESSED = "as it was guessed from the first rows. Give the type: types= of convert, --types, or a reader's column"
 EXACTLY = " that holds this number exactly, or rounding='allow'"
+SAME_BITS = ", in which a number below 0 has the same 64 bits"
 
 
 class CsvSource:
@@ -80,7 +81,7 @@ class CsvSource:
             return Cells(kind, None, separator, weights if is_named else None)
         if weights is None:
             raise ValueError(f"column '{name}' without a separator of weights. Give Csv(weight_separator=...)")
-        return Cells(kind.field(0).type, None, separator, weights)
+        return Cells(kind.field(0).type, None, separator, weights, weight=kind.field(1).type)
 
     def _guess(self, names: list[str]) -> dict[str, Cells]:
         text = self._lines.block(0, CHUNK_BYTES) if names and self.num_units else b""
@@ -148,11 +149,9 @@ class CsvSource:
             cells = self._cells[name]
             arrays[name], wrong = read_cells(array, cells, self._nulls) if name in names else (array, {})
             expected = f"{cells.type}, {GUESSED}" if cells.is_guessed else str(cells.type)
-            is_double = cells.item == pa.float64() and not cells.is_guessed
             for row, cell in wrong.items():
                 if keep[row]:
-                    more = EXACTLY if is_double and re.fullmatch(rb"\s*[+-]?[0-9]+(\.0*)?\s*", cell) else ""
-                    bad.append(BadRow(int(rows.numbers[row]), name, _shown(cell), expected + more))
+                    bad.append(BadRow(int(rows.numbers[row]), name, _shown(cell), expected + _why(cell, cells)))
                 keep[row] = False
         batch = pa.RecordBatch.from_pydict(arrays)
         return Rows(batch.filter(pa.array(keep)), rows.numbers[keep], sorted(bad, key=lambda row: row.number))
@@ -162,6 +161,16 @@ def _with_delimiter(array: pa.Array, short: bytes, long: str) -> pa.Array:
     """Cells that hold the delimiter, as they were in the file."""
     is_text = pa.types.is_binary(array.type) or pa.types.is_string(array.type)
     return pc.replace_substring(array, short, long.encode()) if is_text else array
+
+
+def _why(cell: bytes, cells: Cells) -> str:
+    """What more is to be said of a whole number that its type does not take."""
+    if cells.is_guessed:
+        return ""
+    if cells.item == pa.float64():
+        return EXACTLY if re.fullmatch(rb"[+-]?[0-9]+(\.0*)?", cell.strip(b" \t")) else ""
+    found = re.fullmatch(rb"0*([0-9]{1,20})(\.0+)?", cell.strip(b" \t"))
+    return SAME_BITS if cells.item == pa.int64() and found and int(found[1]) < 2**64 else ""
 
 
 def _shown(cell: bytes) -> str:

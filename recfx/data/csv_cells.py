@@ -18,6 +18,7 @@ DECIMAL = (  # 1e-05 is how Python and Arrow write 0.00001; other exponents with
     r"^(-?((0|[1-9][0-9]*)(\.[0-9]*([eE][+-]?[0-9]+)?)?|\.[0-9]+([eE][+-]?[0-9]+)?|[1-9]e[+-][0-9]{2,3}|inf)|nan|NaN)$"
 )
 TIMES = (pa.date32(), pa.timestamp("s"), pa.timestamp("ns"), pa.timestamp("s", "UTC"), pa.timestamp("ns", "UTC"))
+DOUBLE = pa.float64()
 EXACT = 2**53  # whole numbers up to here are float64 numbers
 NO_ROWS = np.empty(0, np.int64)
 
@@ -29,6 +30,7 @@ class Cells:
     Args:     item: the type of a value.
               pattern: what every value looks like where `item` was guessed; None: the caller gave it.
               separator, weight_separator: between the items of a list, and between an item and its weight.
+              weight: the type of a weight.
     """
 
     item: pa.DataType
@@ -36,12 +38,13 @@ class Cells:
     separator: str | None = None
     weight_separator: str | None = None
     is_guessed: bool = False
+    weight: pa.DataType = DOUBLE
 
     @property
     def type(self) -> pa.DataType:
         """Of the column."""
         if self.weight_separator is not None:
-            return pa.list_(pa.struct([("k", self.item), ("v", pa.float64())]))
+            return pa.list_(pa.struct([("k", self.item), ("v", self.weight)]))
         return self.item if self.separator is None else pa.list_(self.item)
 
     @property
@@ -96,8 +99,8 @@ def read_cells(cells: pa.Array, how: Cells, nulls: pa.Array) -> tuple[pa.Array, 
     else:
         keys, weights = _weighted(items, how.weight_separator)
         ids, wrong = _values(keys, how.item, how.pattern)
-        numbers, no_weights = _float64(_trimmed(weights))
-        numbers = pc.if_else(pc.and_(weights.is_null(), items.is_valid()), 1.0, numbers)
+        numbers, no_weights = _values(weights, how.weight, None)
+        numbers = pc.if_else(pc.and_(weights.is_null(), items.is_valid()), pa.scalar(1.0, how.weight), numbers)
         values = pa.StructArray.from_arrays([ids, numbers], ["k", "v"], mask=items.is_null())
         wrong = np.union1d(wrong, no_weights)
     rows = np.searchsorted(offsets, wrong, side="right") - 1
@@ -197,7 +200,10 @@ def _is_canonical(text: pa.Array, values: pa.Array) -> bool:
 
 
 def _int64(text: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """Whole numbers up to 2**64 - 1, those above 2**63 - 1 as the same 64 bits; also where a point and zeros follow."""
+    """Whole numbers up to 2**64 - 1, those above 2**63 - 1 as the same 64 bits; also where a point and zeros follow.
+
+    A negative number that has the bits of another one makes that other one wrong.
+    """
     try:
         return text.cast(pa.int64()), NO_ROWS
     except pa.ArrowInvalid:
@@ -205,7 +211,9 @@ def _int64(text: pa.Array) -> tuple[pa.Array, np.ndarray]:
         is_negative, none = pc.starts_with(text, "-"), pa.scalar(None, pa.string())
         negative, wrong = _cast(pc.if_else(is_negative, text, none), pa.int64())
         other, also_wrong = _cast(pc.if_else(is_negative, none, text), pa.uint64())
-        return pc.coalesce(negative, other.view(pa.int64())), np.union1d(wrong, also_wrong)
+        values = pc.coalesce(negative, other.view(pa.int64()))
+        is_wrong_too = pc.and_(pc.less(other.view(pa.int64()), 0), pc.is_in(values, value_set=negative.drop_null()))
+        return values, np.union1d(np.union1d(wrong, also_wrong), _places(is_wrong_too))
 
 
 def _float64(text: pa.Array, most: int | None = None) -> tuple[pa.Array, np.ndarray]:

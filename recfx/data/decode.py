@@ -18,6 +18,7 @@ from recfx.data.csv import CsvSource
 from recfx.data.files import File, checksum, quoted
 from recfx.data.formats import Format, Source, open_source, reading
 from recfx.data.identity import identity_of
+from recfx.data.json_lines import JsonLinesSource
 from recfx.data.records import as_records
 from recfx.data.rows import BadRow, BadRows, ColumnError, Decoded, Rows
 from recfx.data.schema import check_schema, column_at, is_plain, path_to, type_at, without_views
@@ -27,7 +28,7 @@ from recfx.kernels.pack_columns import PackPlan
 __all__ = ["Decoder", "Recipe"]
 
 MAX_OPENED = 4  # files whose footers are kept, or of compressed CSV the text
-ROW = "__recfx_row"  # a column beside the file's while they are filtered
+ROW = "__recfx_row"  # a column next to those of the file while they are filtered
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Decoder:
 
     def _decode(self, file: File, unit: int) -> Decoded:
         (source, names), recipe, num_bad = self._open(file), self.recipe, 0
-        columns = [replace(c, null="empty") for c in recipe.columns] if source.null_is_missing else recipe.columns
+        columns = [replace(c, null="empty") if _may_be_null(c, source) else c for c in recipe.columns]
         where = f" in {source.unit_name} {unit}"
         with reading(file, where, "a whole file"):
             rows = source.read(unit, names.read)
@@ -162,7 +163,7 @@ class Decoder:
         assert self._checksums is not None
         expected = self._checksums.get(file.name)
         if expected is None:
-            raise ValueError(f"file '{file.path}': got no checksum in the manifest, expected one. Write it anew.")
+            raise ValueError(f"file '{file.path}': got no checksum in the manifest, expected one. Write it again.")
         with reading(file, "", "a readable file"):
             got = checksum(file)
         if got != expected:
@@ -185,7 +186,13 @@ def _csv_type(column: Column) -> pa.DataType:
     number = pa.float32() if column.rounding == "allow" else pa.float64()  # float64: whole numbers that it holds alone
     item = pa.binary() if is_text else pa.int64() if column.item == pa.int64() else number
     is_weighted = isinstance(column, VarLen) and column.weighted
-    return pa.struct([("k", item), ("v", pa.float64())]) if is_weighted else item
+    return pa.struct([("k", item), ("v", number)]) if is_weighted else item
+
+
+def _may_be_null(column: Column, source: Source) -> bool:
+    """Whether a null is a missing value: of JSON lines where the first rows lack a column that may be missing."""
+    is_absent = isinstance(source, JsonLinesSource) and column.name in source.absent
+    return source.null_is_missing or (column.missing == "empty" and is_absent)
 
 
 class _Names(NamedTuple):

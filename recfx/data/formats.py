@@ -37,7 +37,7 @@ MAGIC: dict[bytes, Format] = {b"ORC": "orc", b"PAR1": "parquet", b"ARROW1": "arr
 
 
 class Source(Protocol):
-    """A file as it was when it was opened. Every read opens it anew: no handle stays, and threads share nothing."""
+    """A file as it was when it was opened. Every read opens it again: no handle stays, and threads share nothing."""
 
     schema: pa.Schema
     num_units: int

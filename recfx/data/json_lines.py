@@ -57,13 +57,16 @@ class JsonLinesSource:
         self._lines = Lines(file, options.block_bytes)
         self.num_units = self._lines.num_blocks
         self._rounded: set[str] = set()
+        self.absent: frozenset[str] = frozenset()  # columns that the first rows lack
         if self._lines.line_at(0).removeprefix(BOM).lstrip().startswith(b"["):
             raise ValueError("a list, which is JSON but not lines of it")
         if columns is None:
             self.schema = overridden(guess(self._all_lines(), keep_all=True), types)
         else:
             self._rounded = _rounded(columns)
-            self.schema = with_columns(guess(self._sample(), keep_all=False), columns)
+            found = guess(self._sample(), keep_all=False)
+            self.absent = frozenset(column.name for column in columns if not path_to(found, column.name))
+            self.schema = with_columns(found, columns)
 
     def matching(self, expression: pc.Expression | None) -> range:
         return range(self.num_units)

@@ -98,14 +98,18 @@ class LibsvmSource:
         return text.removeprefix(BOM) if unit == 0 else text
 
     def _guess(self) -> pa.DataType:
-        """Of the indices in all rows: integers, or text where one has a leading zero or is something else."""
-        kind = pa.int64()
+        """Of the indices in all rows: integers, or text where one has a leading zero or is something else, and where
+        some are negative and others above 2**63 - 1."""
+        kind, is_negative = pa.int64(), False
         for unit in range(self.num_units):
             indices = _tokens(self._text(unit)).indices.strings
             integers, others = _integers(indices, pa.int64())
             if others or pc.any(pc.match_substring_regex(indices, LEADING_ZERO)).as_py():
                 return pa.string()
             kind = pa.uint64() if pa.types.is_uint64(integers.type) else kind
+            is_negative = is_negative or (pc.min(integers).as_py() or 0) < 0
+            if is_negative and kind == pa.uint64():
+                return pa.string()
         return kind
 
     def _arrays(self, tokens: _Tokens, names: set[str], bad: dict[int, BadRow]) -> dict[str, pa.Array]:
@@ -245,8 +249,8 @@ def _texts(strings: pa.StringArray, kind: pa.DataType) -> tuple[pa.Array, list[i
 
 
 def _integers(strings: pa.StringArray, kind: pa.DataType) -> tuple[pa.Array, list[int]]:
-    """As int64, or uint64 where there are larger ones; next to negative ones these are wrong."""
-    for kept in (kind, pa.uint64()):
+    """As int64, or uint64 where there are larger ones; next to negative ones these are wrong. So is hexadecimal."""
+    for kept in () if b"x" in _data(strings).lower() else (kind, pa.uint64()):
         try:
             return strings.cast(kept), []
         except pa.ArrowInvalid:

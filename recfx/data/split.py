@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,9 @@ from recfx.kernels.hashing import mix
 
 __all__ = ["Split", "check_key"]
 
+HEXADECIMAL = re.compile(rb"0[xX][0-9a-fA-F]{1,16}")
+EXPONENT = re.compile(rb"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
@@ -26,9 +30,9 @@ class Split:
 
     Args:     fraction: of the files, or of the values of `key`, that are validation.
               key: a column of whole numbers or strings. Rows of equal key, in any file, fall in one part, and a number
-                  is equal to a string that spells it in decimal digits: 7, 7.0, "7", " 007" and "7.0" are one key. A
-                  row with another number is bad. Of a list the first item counts, and a missing one is a value like
-                  others. None: whole files.
+                  is equal to a string that spells it: 7, 7.0, "7", " 007", "7.0" and "7e0" are one key. A row with
+                  another number is bad. Of a list the first item counts, and a missing one is a value like others.
+                  None: whole files.
               seed: another one parts them differently.
     Raises:   ValueError when the fraction is not between 0 and 1.
     """
@@ -108,11 +112,21 @@ def _key_bits(name: str, keys: pa.Array) -> np.ndarray:
     return bits
 
 
+def _bits_of_text(text: bytes) -> int:
+    """Of text that spells no number in digits alone: of the number that a column of CSV would be, else of its bytes."""
+    stripped = text.strip(b" \t")
+    if HEXADECIMAL.fullmatch(stripped):
+        return (int(stripped, 16) + 2**63) % 2**64 - 2**63
+    if EXPONENT.fullmatch(stripped) and (number := float(stripped)).is_integer() and abs(number) < 2**53:
+        return int(number)
+    return xxhash.xxh3_64_intdigest(text) - 2**63
+
+
 def _bits_of_texts(texts: pa.Array) -> np.ndarray:
     numbers = spelled(texts)
     bits = np.where(numbers.is_negative, ~numbers.sizes + np.uint64(1), numbers.sizes).view(np.int64)
     others = np.flatnonzero(~numbers.is_number)
-    bits[others] = [xxhash.xxh3_64_intdigest(text) - 2**63 for text in texts.take(pa.array(others)).to_pylist()]
+    bits[others] = [_bits_of_text(text) for text in texts.take(pa.array(others)).to_pylist()]
     for row in np.flatnonzero(numbers.is_larger):
         size = int(numbers.digits[int(row)].as_py()) * (-1 if numbers.is_negative[row] else 1)
         bits[row] = (size + 2**63) % 2**64 - 2**63

@@ -350,6 +350,7 @@ def test_a_column_of_another_type(tmp_path, column, kind, expected):
         (lambda: varlen("x", torch.int64, depth=0), "column 'x': got depth 0"),
         (lambda: varlen("x", torch.int64, null="skip"), "column 'x': got null='skip'"),
         (lambda: varlen("x", torch.uint8, valid=OneOf(1)), r"column 'x': got valid=OneOf\(1,\)"),
+        (lambda: varlen("x", torch.uint8, weighted=True), "column 'x': got weighted=True for strings"),
         (lambda: fixedlen("x", []), "column 'x': got an empty default"),
         (lambda: hashed("x", farm_hashes, buckets=-1), "column 'x': got buckets -1"),
     ],

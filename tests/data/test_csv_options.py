@@ -299,7 +299,10 @@ def test_rows_of_missing_values_alone_are_rows(tmp_path, delimiter, block_bytes)
 @pytest.mark.filterwarnings("ignore:recfx. got no batch in a pass")  # every row is bad, or in the other part
 @given(
     st.sampled_from(WAYS).map(lambda way: Csv(**way)),
-    st.lists(st.tuples(st.text("a:|¦\",'é \t\0", min_size=1, max_size=5), st.text("7 'é|:", min_size=1, max_size=4))),
+    st.lists(
+        st.tuples(st.text("a:|¦\",'é \t\0", min_size=1, max_size=5), st.text("7 'é|:", min_size=1, max_size=4)),
+        min_size=1,
+    ),
     st.sampled_from([1, 9, 1000]),
 )
 @settings(max_examples=60, deadline=None)

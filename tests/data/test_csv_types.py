@@ -57,6 +57,15 @@ def test_what_is_not_an_id_is_a_bad_row(tmp_path, wrong, block_bytes):
     assert it.num_bad == 1
 
 
+def test_no_two_ids_of_a_block_become_one(tmp_path):
+    path = file_of(tmp_path, ["-1", "18446744073709551614", "18446744073709551615", "-9223372036854775808", "3"])
+    with pytest.raises(ValueError, match="row 2: got '18446744073709551615', expected int64, in which a number below"):
+        list(reader(path, IDS, 1))
+    it = iter(reader(path, IDS, 1, on_bad="skip"))
+    assert [row["x"] for row in all_rows(it)] == [[-1], [-2], [-(2**63)], [3]]
+    assert it.num_bad == 1
+
+
 def test_ids_that_pandas_wrote_as_floats_are_exact(tmp_path):
     cells = ["123456789.0", "", "9007199254740993.0", "18446744073709551615.0", "-3.000"]
     assert all_rows(reader(file_of(tmp_path, cells), IDS, 5)) == [

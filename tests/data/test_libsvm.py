@@ -107,6 +107,7 @@ FAULTS = {
     b"1 1:": "column 'features' of '.*', row 2: got '', expected double",
     b"1 1.0:1": r"column 'features' of '.*', row 2: got '1\.0', expected int64",
     b"1 a:1": "column 'features' of '.*', row 2: got 'a', expected int64",
+    b"1 0x10:1": "column 'features' of '.*', row 2: got '0x10', expected int64",
     b"1 1:one": "column 'features' of '.*', row 2: got 'one', expected double",
     b"1 1:0x1": "column 'features' of '.*', row 2: got '0x1', expected double",
     b"1 1:9007199254740993": "column 'features' of '.*', row 2: got '9007199254740993', expected double",
@@ -171,6 +172,13 @@ def test_filter_split_and_cache(tmp_path):
     assert parts[0] == parts[2]
 
 
+@pytest.mark.parametrize("block_bytes", [1, 1000])
+def test_convert_keeps_ids_of_all_blocks_apart(tmp_path, block_bytes):
+    path = written(tmp_path / "a.svm", b"1 -1:1\n1 18446744073709551615:1\n")
+    (out,) = convert(path, tmp_path / "out", format=Libsvm(block_bytes=block_bytes))
+    assert [row[0]["k"] for row in pq.read_table(out)["features"].to_pylist()] == ["-1", "18446744073709551615"]
+
+
 @pytest.mark.parametrize(
     ("indices", "kind"),
     [
@@ -179,6 +187,7 @@ def test_filter_split_and_cache(tmp_path):
         ((b"-1", b"9223372036854775808"), pa.string()),
         ((b"1", b"x"), pa.string()),
         ((b"1", b"01"), pa.string()),
+        ((b"16", b"0x10"), pa.string()),
         ((b"1", b"18446744073709551616"), pa.string()),
     ],
 )

@@ -10,7 +10,7 @@ import pyarrow.dataset as ds
 import pytest
 import torch
 
-from recfx.data import Csv, Split, fixedlen, hashed, reader, varlen
+from recfx.data import Csv, JsonLines, Split, fixedlen, hashed, reader, varlen
 from recfx.kernels.string_hash import farm_hashes
 from tests.data.rows import FORMATS, all_rows, write
 
@@ -39,7 +39,7 @@ FULL = {
 NULL_LISTS = (pa.null(), pa.list_(pa.null()), pa.large_list(pa.null()), pa.list_(pa.null(), 2))
 
 
-@pytest.mark.filterwarnings("ignore:recfx. got no batch in a pass")  # every row is bad, or in the other part
+@pytest.mark.filterwarnings("ignore:recfx. got no batch")
 @pytest.mark.parametrize(
     ("extension", "kind"), [*itertools.product(["parquet", "arrow"], NULL_LISTS), ("arrow", pa.list_view(pa.null()))]
 )
@@ -131,6 +131,20 @@ def test_a_file_that_has_none_of_the_columns(tmp_path, extension):
     assert [row["c"] for row in rows] == [[], [], [], [1] if extension == "csv" else [1, 2]]
 
 
+@pytest.mark.parametrize("block_bytes", [5, 1000])
+def test_a_column_that_no_row_of_json_lines_has(tmp_path, block_bytes):
+    """Where some of the first rows have it, a row without it is null, as in other formats."""
+    (tmp_path / "1.jsonl").write_text('{"y": 1, "u": {"a": 1}}\n{"y": 2}\n')
+    (tmp_path / "2.jsonl").write_text('{"y": 3, "c": [7], "u": {"a": 1, "b": 5}}\n{"y": 4}\n')
+    asked = [varlen("c", torch.int64, missing="empty"), varlen("u.b", torch.int64, missing="empty")]
+    how = JsonLines(block_bytes=block_bytes)
+    it = iter(reader(tmp_path, [fixedlen("y", [0.0]), *asked], 1, on_bad="skip", format=how))
+    empty = [{"y": [y], "c": [], "u.b": []} for y in (1, 2)]
+    assert (all_rows(it), it.num_bad) == ([*empty, {"y": [3], "c": [7], "u.b": [5]}], 1)
+    with pytest.raises(ValueError, match=r"column 'c' of '.*1.jsonl', row 0: got null, expected a list"):
+        list(reader(tmp_path, [varlen("c", torch.int64)], 1))
+
+
 def test_rows_of_csv_without_a_column(tmp_path):
     """A cell of the first column may be anything; a row of another width is bad."""
     (tmp_path / "a.csv").write_text("id,z\n1,1\nx,2\n3\n,4\n\n")
@@ -150,7 +164,7 @@ def test_fields_of_structs(tmp_path, extension):
     assert [(*row["user.age"], row["user.zip"], *row["y"]) for row in rows] == [(-1, [], 1), (30, [], 2), (40, [8], 3)]
 
 
-@pytest.mark.filterwarnings("ignore:recfx. got no batch in a pass")  # every row is bad, or in the other part
+@pytest.mark.filterwarnings("ignore:recfx. got no batch")
 @pytest.mark.parametrize("extension", [*FORMATS, "csv"])
 def test_with_a_filter_and_a_split(tmp_path, extension):
     days = write_days(tmp_path, extension)

@@ -23,6 +23,7 @@ from pyarrow import parquet as pq
 from torch.utils.data import DataLoader
 
 from recfx.data import Csv, Reader, reader, varlen
+from recfx.data.convert import convert
 from recfx.data.csv_lines import without_unclosed
 from recfx.data.describe import describe
 from recfx.data.files import match_files
@@ -96,6 +97,10 @@ def test_two_columns_of_one_name(tmp_path, extension):
     path = write(tmp_path / f"a.{extension}", table)
     with pytest.raises(ValueError, match=f"column 'x' of '{path}': got 2 columns of this name, expected one"):
         list(read(path))
+    with pytest.raises(ValueError, match=f"column 'x' of '{path}': got 2 columns of this name, expected one"):
+        convert(path, tmp_path / "out")
+    (kept,) = convert(path, tmp_path / "out", columns=["y", "y"])
+    assert pq.read_table(kept).to_pydict() == {"y": [[3]]}
 
 
 def test_what_arrow_cannot_convert_names_the_file(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from decimal import Decimal
 from pathlib import Path
 
@@ -115,6 +116,18 @@ def test_weights(tmp_path, kind, key):
         list(reader(path, [column()], 1))
     rows = all_rows(reader(path, [column(rounding="allow")], 1))
     assert [weight for row in rows for _, weight in row["x"]] == [2**25, 2**24]
+
+
+def test_weights_in_csv(tmp_path):
+    (tmp_path / "a.csv").write_text("x\n7:9007199254740993|8\n9:0.5\n")
+    how = Csv(list_separator="|", weight_separator=":")
+    columns = (varlen("x", torch.int64, weighted=True), hashed("x", farm_hashes, weighted=True))
+    for column in columns:
+        with pytest.raises(ValueError, match=r"column 'x' of .*, row 0: got '7:9007199254740993', expected list"):
+            list(reader(tmp_path, [column], 1, format=how))
+        allowed = dataclasses.replace(column, rounding="allow")
+        rows = all_rows(reader(tmp_path, [allowed], 1, format=how))
+        assert [weight for row in rows for _, weight in row["x"]] == [2**53, 1, 0.5]
 
 
 def test_beyond_float32(tmp_path):
