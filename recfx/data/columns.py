@@ -186,14 +186,14 @@ def varlen(
 
     Args:     depth: how deep lists are nested in the file; 1 also reads plain values, as lists of length 1. A string
                   counts as a value: lists of strings become `Ragged(bytes, offsets of strings, outer=(of lists,))`.
-              weighted: the innermost lists hold struct{k, v}, or are maps: a value and its weight.
+              weighted: the innermost lists hold struct{k, v}, or are maps: a value and its weight. Not of uint8.
               rounding: as for `fixedlen`, of float32 values and of weights.
               truncate: how many values of each innermost list are read, weights with them; None: all. The others are
                   not looked at. A string counts as a value.
               side: "left" drops from the left and keeps the last values, "right" keeps the first, as
                   `recfx.features.truncate` does.
               name, valid, null, missing: as for `fixedlen`; integers are always valid where `valid` is `finite`.
-    Raises:   ValueError when dtype is another, depth is below 1 or truncate below 0.
+    Raises:   ValueError when dtype is another, strings are weighted, depth is below 1 or truncate below 0.
     Example:  >>> varlen("c1", torch.int64).packed
               PackedColumn(name='c1', dtype=torch.int64, width=0, num_levels=1, weighted=False)
     """
@@ -204,6 +204,11 @@ def varlen(
     checked = None if valid == finite and dtype != torch.float32 else valid
     if checked is not None and dtype == torch.uint8:
         raise ValueError(f"column '{name}': got valid={valid!r}, expected None. Bytes of strings are not checked.")
+    if weighted and dtype == torch.uint8:
+        raise ValueError(
+            f"column '{name}': got weighted=True for strings, expected False. A weight belongs to an id or a number. "
+            "Use `hashed` for ids of strings."
+        )
     if rounding == "allow" and dtype != torch.float32 and not weighted:
         raise ValueError(f"column '{name}': got rounding='allow', expected 'error'. Without weights it has no floats.")
     return VarLen(

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from recfx.checks import said
-from recfx.data.columns import Column, VarLen
+from recfx.data.columns import Column, FixedLen, VarLen
 from recfx.data.files import quoted
 from recfx.data.schema import check_schema, type_at
 
@@ -128,9 +128,11 @@ def _is_null(value: Any) -> bool:
 
 def _lists(value: Any, column: Column, leaf: Leaf, depth: int) -> list:
     if depth == 1 and _is_weighted(column):
-        return [_pair(item, leaf) for item in _pairs_of(value)]
+        return [_pair(item, leaf) for item in _kept(_pairs_of(value), column)]
     if _is_list(value):
-        return [_lists(item, column, leaf, depth - 1) if depth > 1 else leaf(item) for item in value]
+        if depth > 1:
+            return [_lists(item, column, leaf, depth - 1) for item in value]
+        return [leaf(item) for item in _kept(value, column)]
     if column.depth > 1:
         raise _WrongValueError(_shown(value), f"lists in lists, {column.depth} deep")
     return [leaf(value)]
@@ -140,11 +142,19 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
+def _kept(items: Sequence[Any], column: Column) -> Sequence[Any]:
+    """Those that the column reads; the others are not looked at."""
+    if isinstance(column, FixedLen) or column.truncate is None:
+        return items
+    num = min(column.truncate, len(items))
+    return items[len(items) - num :] if column.side == "left" else items[:num]
+
+
 def _pairs_of(value: Any) -> Sequence[Any]:
     if isinstance(value, Mapping):
         return list(value.items())
     if not _is_list(value):
-        raise _WrongValueError(value, "a list of values with weights, or an object of weights by value")
+        raise _WrongValueError(_shown(value), "a list of values with weights, or an object of weights by value")
     return value
 
 
