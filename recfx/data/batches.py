@@ -14,8 +14,16 @@ from pyarrow import fs
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from recfx.checks import check_choice
-from recfx.data.arguments import Filter, check_columns, check_numbers, check_pinned, check_transformed, expression_of
+from recfx.checks import check_choice, check_type
+from recfx.data.arguments import (
+    Filter,
+    check_columns,
+    check_numbers,
+    check_pinned,
+    check_transform,
+    check_transformed,
+    expression_of,
+)
 from recfx.data.cache import cache_for
 from recfx.data.columns import Column
 from recfx.data.csv import check_named_columns
@@ -153,6 +161,8 @@ class Reader(IterableDataset):
 
     def __post_init__(self) -> None:
         self.plan.check()
+        check_type("drop_remainder", self.drop_remainder, bool)
+        check_transform(self.transform)
         self.packing = PackPlan.of(self.batch_size, [column.packed for column in self.plan.decoder.recipe.columns])
         self._cache = self.plan.decoder.cache
 
