@@ -190,7 +190,8 @@ def train(
     def where_labels() -> str:
         """The steps since the last look, and such a label read again."""
         before, position = looked
-        num, steps = (progress.step - before) * step.accumulation, f" in steps {before + 1} to {progress.step}"
+        num, last = (progress.step - before) * step.accumulation, progress.step
+        steps = f" in step {last}" if last == before + 1 else f" in steps {before + 1} to {last}"
         if not num:  # evaluate_with has counted them
             return ""
         try:

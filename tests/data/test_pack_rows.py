@@ -207,7 +207,9 @@ def test_what_is_cut_off_is_not_looked_at(side, row):
 
 def test_weights_of_strings_are_refused():
     """A batch has a weight for each value, and values of strings are bytes."""
-    with pytest.raises(ValueError, match="column 'c': got weighted=True for strings, expected False. A weight belongs"):
+    with pytest.raises(
+        ValueError, match=r"column 'c': got weighted=True for strings, expected False. A weight belongs"
+    ):
         varlen("c", torch.uint8, weighted=True)
 
 
