@@ -10,7 +10,7 @@ import torch
 from pyarrow import parquet as pq
 from torch import Tensor
 
-from recfx.checks import check_function, check_int
+from recfx.checks import check_function, check_int, check_type
 from recfx.data.columns import Column
 from recfx.types import NUM_SAMPLES, Ragged
 
@@ -43,6 +43,7 @@ def check_columns(columns: Sequence[Column]) -> None:
     """Raises when they are no columns, none at all, or not distinct."""
     if isinstance(columns, Column):
         raise TypeError(f"columns: got {columns!r}, expected a list of columns. Put it into a list.")
+    check_type("columns", columns, list | tuple, "They are read more than once.")
     for column in columns:
         if not isinstance(column, Column):
             raise TypeError(f"columns: got {column!r} among them, expected fixedlen, varlen or hashed columns.")

@@ -60,6 +60,7 @@ def pack_rows(
     """
     check_columns(columns)
     check_transform(transform)
+    check_type("layout", layout, Layout | None, "Use `batch.layout`.")
     _check_rows(rows)
     plan, padded = _plan_of(columns, len(rows), layout, batch_size, transform is not None)
     block = block_of(pa.RecordBatch.from_arrays(_conformed(columns, rows), [column.name for column in columns]))

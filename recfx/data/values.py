@@ -32,9 +32,9 @@ Leaf = Callable[[Any], Any]
 
 
 class _WrongValueError(ValueError):
-    def __init__(self, got: Any, expected: str) -> None:
-        super().__init__(got, expected)
-        self.got, self.expected = got if isinstance(got, str) else said(got), expected
+    def __init__(self, value: Any, expected: str) -> None:
+        super().__init__(value, expected)
+        self.got, self.expected = _shown(value), expected
 
 
 def values_array(values: Sequence[Any], column: Column | None, name: str, where: str) -> pa.Array:
@@ -134,7 +134,7 @@ def _lists(value: Any, column: Column, leaf: Leaf, depth: int) -> list:
             return [_lists(item, column, leaf, depth - 1) for item in value]
         return [leaf(item) for item in _kept(value, column)]
     if column.depth > 1:
-        raise _WrongValueError(_shown(value), f"lists in lists, {column.depth} deep")
+        raise _WrongValueError(value, f"lists in lists, {column.depth} deep")
     return [leaf(value)]
 
 
@@ -154,7 +154,7 @@ def _pairs_of(value: Any) -> Sequence[Any]:
     if isinstance(value, Mapping):
         return list(value.items())
     if not _is_list(value):
-        raise _WrongValueError(_shown(value), "a list of values with weights, or an object of weights by value")
+        raise _WrongValueError(value, "a list of values with weights, or an object of weights by value")
     return value
 
 
@@ -188,7 +188,7 @@ def _text(value: Any) -> bytes:
             raise _WrongValueError(value, "text of whole characters") from None
     if _is_whole_type(value):
         return str(int(value)).encode()
-    raise _WrongValueError(_shown(value), "a string")
+    raise _WrongValueError(value, "a string")
 
 
 def _id_of_name(value: Any) -> int:
@@ -201,7 +201,7 @@ def _id(value: Any) -> int:
         return int(value)
     if isinstance(value, float | np.floating) and abs(number := float(value)) < EXACT_DOUBLE and number.is_integer():
         return int(number)
-    raise _WrongValueError(_shown(value), "an integer of 64 bits")
+    raise _WrongValueError(value, "an integer of 64 bits")
 
 
 def _is_whole_type(value: Any) -> bool:
@@ -213,7 +213,7 @@ def _real(value: Any, may_round: bool = False) -> float:
         return float(value)
     if _is_whole_type(value) and abs(int(value)) < 1 << 1023 and (may_round or int(float(value)) == value):
         return float(value)
-    raise _WrongValueError(_shown(value), "a number that float32 holds")
+    raise _WrongValueError(value, "a number that float32 holds")
 
 
 def _shown(value: Any) -> str:

@@ -174,7 +174,7 @@ def test_csv_that_cannot_be(wrong):
         ({"batch_size": 2.0}, TypeError, "batch_size: got 2.0, expected an int"),
         ({"threads": None}, TypeError, "threads: got None, expected an int"),
         ({"columns": ["x"]}, TypeError, "columns: got 'x' among them"),
-        ({"format": "xml"}, ValueError, r"format: got 'xml', expected one of .* or Csv"),
+        ({"format": "xml"}, ValueError, r"format: got 'xml', expected one of .*, Csv"),
         ({"filter": "x > 3"}, ValueError, r"filter: got 'x > 3' \(.*\), expected an expression"),
         ({"filter": ("x", ">", 3)}, ValueError, "filter: got .*, expected an expression"),
         ({"filter": [("x", "!", 3)]}, ValueError, "filter: got .* not a valid operator"),

@@ -195,6 +195,23 @@ def test_spellings_of_weights():
             values(column, pairs)
 
 
+def test_arguments_of_another_kind():
+    columns, rows = [varlen("c", torch.int64)], [{"c": 1}]
+    with pytest.raises(TypeError, match=r"layout: got .*Batch of .*, expected .*Layout or None\. Use `batch.layout`"):
+        pack_rows(columns, rows, layout=pack_rows(columns, rows))
+    with pytest.raises(TypeError, match="transform: got 3, expected a function"):
+        pack_rows(columns, rows, transform=3)
+    with pytest.raises(TypeError, match="columns: got generator, expected list or tuple"):
+        pack_rows((c for c in columns), rows)
+
+
+def test_an_error_can_be_printed():
+    """Of text that has no bytes in UTF-8, too."""
+    with pytest.raises(ValueError, match=r"row 0: got '.ud800', expected text of whole characters") as caught:
+        values(hashed("c", farm_hashes), "\ud800")
+    str(caught.value).encode()
+
+
 @pytest.mark.parametrize(("side", "row"), [("right", [5, None, "x"]), ("left", ["x", None, 5])])
 def test_what_is_cut_off_is_not_looked_at(side, row):
     """As in a file: there may be a null in it."""
