@@ -205,14 +205,14 @@ class Reader(IterableDataset):
     def first(self) -> Batch:
         """Its first batch: what `capture` wants to see.
 
-        Raises:   ValueError naming the files when they hold none.
+        Raises:   ValueError naming the data when they hold none.
         """
         it = self.epoch(0)
         it.warns = False
         try:
             return next(it)
         except StopIteration:
-            raise ValueError(f"paths: got {it}, expected a batch at least. {it.advice}") from None
+            raise ValueError(f"reader: got {it}, expected a batch at least. {it.advice}") from None
         finally:
             it.close()
 
@@ -323,8 +323,8 @@ class BatchIterator(Iterator[Batch]):
             raise ValueError(f"position: got {state}, expected what `BatchIterator.position` gave.") from None
         if of not in (self._plan.fingerprint, self._plan.fingerprint_of_sizes) or min(*place, taken) < 0:
             raise ValueError(
-                f"position: got one of {of}, expected one of {self._plan.fingerprint}. Resume needs the files it was "
-                "taken from and the same seed, shuffle_rows, filter, split, on_bad, rank, world_size and shard_by."
+                f"position: got one of {of}, expected one of {self._plan.fingerprint}. Resume needs the data it was "
+                "taken from and the same seed, shuffling, filter, split, on_bad, rank, world_size and shard_by."
             )
         self.close()
         last_epoch = self._last_epoch
