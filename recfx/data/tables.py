@@ -184,7 +184,8 @@ def _empty_lists(items: pa.Array, shape: tuple[int, ...]) -> pa.Array:
 
 
 def _of_tensor(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy()
+    exact = tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()  # numpy has no bfloat16
+    return exact.cpu().numpy()
 
 
 def _of_ragged(column: Ragged) -> pa.Array:

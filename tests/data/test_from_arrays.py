@@ -307,6 +307,12 @@ def test_options_that_cannot_be(options, match):
         list(from_arrays({"id": []}, COLUMNS[2:3], world_size=9))
 
 
+def test_half_precision_of_torch():
+    """numpy has no bfloat16; float32 holds all of it."""
+    batches = from_arrays({"x": torch.tensor([1.5, 2.0], dtype=torch.bfloat16)}, [fixedlen("x", [0.0])], 2)
+    assert [row["x"] for row in all_rows(batches)] == [[1.5], [2.0]]
+
+
 def test_other_columns_may_have_one_name():
     """As in a file."""
     table = pa.table([[1, 2], [3, 4], [5, 6]], ["id", "d", "d"])
