@@ -140,16 +140,20 @@ def values_of(flat: Flat, dtype: torch.dtype | None) -> tuple[np.ndarray, list[n
         hint = FLAG if isinstance(flat.items[i], bool | np.bool_) else HINTS[kinds[i]]
         raise ValueError(f"{flat.place(i)}: got {_said(flat.items[i])}, expected {expected}. {hint}")
     if dtype == torch.uint8:
-        strings = [_bytes(flat, i) if isinstance(item, str) else bytes(item) for i, item in enumerate(flat.items)]
+        strings = _strings(flat)
         return np.frombuffer(b"".join(strings), np.uint8).copy(), [*flat.offsets, _offsets_of(strings)]
     return (_ids if dtype == torch.int64 else _floats)(flat), flat.offsets
 
 
-def _bytes(flat: Flat, i: int) -> bytes:
+def _strings(flat: Flat) -> list[bytes]:
+    strings = []
     try:
-        return flat.items[i].encode()
+        for item in flat.items:
+            strings.append(item.encode() if isinstance(item, str) else bytes(item))
     except UnicodeEncodeError:  # half of a surrogate pair
+        i = len(strings)
         raise ValueError(f"{flat.place(i)}: got {said(flat.items[i])}, expected text of whole characters.") from None
+    return strings
 
 
 def _kind(item: Any) -> type | None:
