@@ -14,7 +14,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
@@ -68,6 +68,10 @@ class Captured(Generic[Taken, Given]):
         """Seconds that compiling took since this was last called."""
         seconds, self._captured.compile_s = self._captured.compile_s, 0.0
         return seconds
+
+    def while_compiling(self, phase: Callable[[], AbstractContextManager[Any]]) -> None:
+        """From now on it compiles within a context that `phase` makes, so that a program can say why it waits."""
+        self._captured.phase = phase
 
 
 def capture(
@@ -221,6 +225,7 @@ class _Captured:
         _keep_freed_memory()
         self.step, self.in_graph_, self.eager_, self.grow_ = step, in_graph_, eager_, grow_
         self.to_sweep, self.most, self.backend, self.compile_s = to_sweep, most, backend, 0.0
+        self.phase: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.first_layout, self.new_layout = first.layout, new_layout
         self.compiled: dict[tuple, dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]]] = {}
         self.known_state: Callable[[], Tensor | None] | None = None
@@ -282,7 +287,8 @@ class _Captured:
         key = batch.layout, torch.get_num_threads()
         if key not in self.graphs:
             begun = time.perf_counter()
-            self.graphs[key] = self._compiled(state, batch)
+            with self.phase():
+                self.graphs[key] = self._compiled(state, batch)
             self.compile_s += time.perf_counter() - begun
         return self.graphs[key]
 

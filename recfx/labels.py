@@ -52,7 +52,8 @@ def find_bad_label(step: Step, state: TrainState, batches: Any, num: int, positi
         batch = next(stream, None)
         if batch is None:
             break
-        found = _bad_label(step.read(Batch(batch.buffer.to(state.step.device), batch.layout)), step.label)
+        feats = step.read(Batch(batch.buffer.to(state.step.device), batch.layout))
+        found = _bad_label(feats, step.label, finite=step.on_nonfinite == "skip")  # the others were left out
         if found is not None:
             return f", such as {found} of the batch that {place}"
         position = batches.position
@@ -110,10 +111,13 @@ def _num_bad(feats: Any, values: Tensor) -> int:
     return int(_is_bad(_real(feats, values)).sum())
 
 
-def _bad_label(feats: Any, label: str) -> str | None:
-    """The first value outside [0, 1] of a real sample, and its place."""
+def _bad_label(feats: Any, label: str, *, finite: bool = False) -> str | None:
+    """The first value outside [0, 1] of a real sample, and its place.
+
+    Args:     finite: one that is neither NaN nor infinite.
+    """
     values = _real(feats, feats[label])
-    places = _is_bad(values).nonzero().tolist()
+    places = (_is_bad(values) & (values.isfinite() | (not finite))).nonzero().tolist()
     return f"{values[tuple(places[0])].item()} at {places[0]}" if places else None
 
 

@@ -119,7 +119,7 @@ class Progress:
     step: int = 0  # optimiser steps since the model began, `TrainState.step`
     num_samples: int = 0  # real samples trained in this run, all of them
     timed_samples: int = 0  # of these, the ones in `seconds`: all but the first call's, which waits for the compiler
-    seconds: float = 0.0  # that they took, reading and logging included, saving and evaluating left out
+    seconds: float = 0.0  # that they took, with reading and logging, without saving, evaluating and compiling
     first_step_s: float = 0.0  # of this run, with the time that compiling it took
     train_s: float = 0.0
     loss: float = float("nan")  # mean over the samples since the epoch began
@@ -190,7 +190,8 @@ def train(
     def where_labels() -> str:
         """The steps since the last look, and such a label read again."""
         before, position = looked
-        num, steps = (progress.step - before) * step.accumulation, f" in steps {before + 1} to {progress.step}"
+        num, last = (progress.step - before) * step.accumulation, progress.step
+        steps = f" in step {last}" if last == before + 1 else f" in steps {before + 1} to {last}"
         if not num:  # evaluate_with has counted them
             return ""
         try:
@@ -466,11 +467,11 @@ def reset_metrics_(state: TrainState) -> None:
 def _count(progress: Progress, batches: list[Batch], clock: float, run: Any) -> float:
     now, num = time.perf_counter(), sum(int(batch[NUM_SAMPLES]) for batch in batches)
     progress.num_samples += num
+    compile_s = run.take_compile_s() if hasattr(run, "take_compile_s") else 0.0  # a layout may be new at any step
     if progress.first_step_s:
         progress.timed_samples += num
-        progress.seconds += now - clock
+        progress.seconds += now - clock - compile_s
     else:
-        compile_s = run.take_compile_s() if hasattr(run, "take_compile_s") else 0.0
         progress.first_step_s = now - clock + compile_s
     return now
 

@@ -269,6 +269,9 @@ def pack(columns: Mapping[str, Tensor | Ragged], *, layout: Layout | None = None
     try:
         batch, is_right = _packed(columns, names[0], layout, pin_memory)
     except Exception:
+        if layout is not None and not isinstance(layout, Layout):
+            got = type(layout).__name__
+            raise TypeError(f"layout: got {got}, expected Layout. Use `batch.layout`.") from None
         _check(columns, names)  # which column it was, in better words
         raise
     if not is_right:

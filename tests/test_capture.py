@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -234,6 +235,24 @@ def test_what_was_compiled_is_not_compiled_again_in_the_first_step(one):
     call(state, batch)
     assert counters["stats"]["unique_graphs"] == 1
     assert call.take_compile_s() == 0
+
+
+def test_compiling_is_a_phase_that_can_be_shown():
+    step, batch, phases = deepfm_step(), deepfm_batches(1)[0], []
+    wider = pack({**batch, "more": torch.zeros(BATCH_SIZE, 1)})
+
+    @contextmanager
+    def phase():
+        phases.append("begun")
+        yield
+        phases.append("ended")
+
+    state = fresh(step)
+    call = capture(step, state, batch, backend="eager")
+    call.while_compiling(phase)
+    for b in (batch, wider, wider):
+        state, _ = call(state, b)
+    assert phases == ["begun", "ended"]
 
 
 def test_run_op_by_op_it_is_the_same_graph_over_the_same_kernels():

@@ -109,7 +109,7 @@ BIG = 2**24 + 1
     [
         ({"lists": [[1], [2, 3.0]], "dtype": torch.int64}, r"lists\[1\]\[1\]: got 3.0, expected an integer. Ids"),
         ({"lists": [np.array([1.0])], "dtype": torch.int64}, r"lists\[0\]\[0\]: got 1.0, expected an integer"),
-        ({"lists": [[1, True]]}, r"lists\[0\]\[1\]: got True, expected an integer. Leave it out"),
+        ({"lists": [[1, True]]}, r"lists\[0\]\[1\]: got True, expected an integer. Make 0 or 1"),
         ({"lists": [[1], [None]]}, r"lists\[1\]\[0\]: got None, expected an integer. Leave it out"),
         ({"lists": [["a"], [1]]}, r"lists\[1\]\[0\]: got 1, expected a string or bytes. Numbers are"),
         ({"lists": [[1], ["a"]]}, r"lists\[1\]\[0\]: got 'a', expected an integer. Strings become ids by a hash"),
@@ -129,6 +129,7 @@ BIG = 2**24 + 1
         ({"lists": [[1, 2], [3]], "weights": [[1, 2]]}, r"weights: got 0 in weights\[1\], expected 1"),
         ({"lists": [[[1], [2]]], "weights": [[[1], [2, 3]]]}, r"weights: got 2 in weights\[0\]\[1\], expected 1"),
         ({"lists": [[1]], "weights": [1]}, r"weights\[0\]: got 1, expected a list"),
+        ({"lists": [["a"], ["b", "\ud800"]]}, r"lists\[1\]\[1\]: got '.ud800', expected text of whole characters"),
         ({"lists": [["a"]], "weights": [[1]]}, "weights: got some for strings"),
         ({"lists": [[1, 2]], "capacity": 1}, "capacity: got 1, expected at least 2"),
     ],
@@ -136,6 +137,17 @@ BIG = 2**24 + 1
 def test_errors_name_the_place(arguments, error):
     with pytest.raises(ValueError, match=error):
         Ragged.from_lists(**arguments)
+
+
+def test_half_precision_of_torch():
+    """numpy has no bfloat16; float32 holds all of it."""
+    column = Ragged.from_lists([torch.tensor([1.5, 2.0], dtype=torch.bfloat16), []])
+    assert (column.values.dtype, column.values.tolist()) == (torch.float32, [1.5, 2.0])
+
+
+def test_a_capacity_is_a_whole_number():
+    with pytest.raises(TypeError, match=r"capacity: got 2\.0, expected an int"):
+        Ragged.from_lists([[1]], capacity=2.0)
 
 
 def test_what_is_not_a_list():

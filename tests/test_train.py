@@ -6,6 +6,7 @@ import itertools
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,6 +85,31 @@ def test_samples_and_times(tmp_path):
     assert 0 < progress.seconds + progress.first_step_s < progress.train_s
     assert progress.samples_per_s == progress.timed_samples / progress.seconds
     assert progress.samples_per_s > 1
+
+
+def test_compiling_for_a_later_layout_is_not_in_the_speed(tmp_path):
+    class Run:
+        """Says that all of its third call but a moment went into compiling."""
+
+        calls, compile_s = 0, 0.0
+
+        def __call__(self, state, batch):
+            begun = time.perf_counter()
+            self.calls += 1
+            result = step.update_(state, batch)
+            if self.calls == 3:
+                time.sleep(1.0)
+                self.compile_s = time.perf_counter() - begun
+            return result
+
+        def take_compile_s(self):
+            seconds, self.compile_s = self.compile_s, 0.0
+            return seconds
+
+    step = deepfm_step()
+    _, progress = train(step, Run(), fresh(step), reader_of(4), TrainConfig(output_dir=str(tmp_path)))
+    assert 0 < progress.seconds < progress.train_s - 1
+    assert progress.timed_samples == 3 * BATCH_SIZE
 
 
 def test_log_steps(tmp_path):

@@ -159,6 +159,8 @@ def test_pack_refuses_what_a_layout_does_not_hold():
             pack(columns | wrong, layout=layout)
     with pytest.raises(ValueError, match=r"columns: got .'num_samples dense', 'x dense'., expected .'c offsets', "):
         pack({"x": torch.ones(2, 1)}, layout=layout)
+    with pytest.raises(TypeError, match=r"layout: got Batch, expected Layout\. Use `batch.layout`"):
+        pack(columns, layout=pack(columns))
 
 
 def test_errors():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import pyarrow.compute as pc
@@ -10,11 +10,19 @@ import torch
 from pyarrow import parquet as pq
 from torch import Tensor
 
-from recfx.checks import check_int
+from recfx.checks import check_function, check_int, check_type
 from recfx.data.columns import Column
 from recfx.types import NUM_SAMPLES, Ragged
 
-__all__ = ["Filter", "check_columns", "check_numbers", "check_pinned", "check_transformed", "expression_of"]
+__all__ = [
+    "Filter",
+    "check_columns",
+    "check_numbers",
+    "check_pinned",
+    "check_transform",
+    "check_transformed",
+    "expression_of",
+]
 
 Filter: TypeAlias = "pc.Expression | list[tuple] | list[list[tuple]]"
 
@@ -35,6 +43,7 @@ def check_columns(columns: Sequence[Column]) -> None:
     """Raises when they are no columns, none at all, or not distinct."""
     if isinstance(columns, Column):
         raise TypeError(f"columns: got {columns!r}, expected a list of columns. Put it into a list.")
+    check_type("columns", columns, list | tuple, "They are read more than once.")
     for column in columns:
         if not isinstance(column, Column):
             raise TypeError(f"columns: got {column!r} among them, expected fixedlen, varlen or hashed columns.")
@@ -57,6 +66,12 @@ def expression_of(filter: Filter | None) -> pc.Expression | None:
             f"filter: got {filter!r} ({error}), expected an expression of pyarrow.dataset, or a list such as "
             "[('clicks', '>', 0)]."
         ) from error
+
+
+def check_transform(transform: Callable[..., Any] | None) -> None:
+    """Raises TypeError when it is not a function of one argument."""
+    if transform is not None:
+        check_function("transform", transform, "columns", "dict of tensors by column name")
 
 
 def check_transformed(columns: Any, batch_size: int) -> None:

@@ -14,8 +14,16 @@ from pyarrow import fs
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from recfx.checks import check_choice
-from recfx.data.arguments import Filter, check_columns, check_numbers, check_pinned, check_transformed, expression_of
+from recfx.checks import check_choice, check_type
+from recfx.data.arguments import (
+    Filter,
+    check_columns,
+    check_numbers,
+    check_pinned,
+    check_transform,
+    check_transformed,
+    expression_of,
+)
 from recfx.data.cache import cache_for
 from recfx.data.columns import Column
 from recfx.data.csv import check_named_columns
@@ -153,6 +161,8 @@ class Reader(IterableDataset):
 
     def __post_init__(self) -> None:
         self.plan.check()
+        check_type("drop_remainder", self.drop_remainder, bool)
+        check_transform(self.transform)
         self.packing = PackPlan.of(self.batch_size, [column.packed for column in self.plan.decoder.recipe.columns])
         self._cache = self.plan.decoder.cache
 
@@ -195,14 +205,14 @@ class Reader(IterableDataset):
     def first(self) -> Batch:
         """Its first batch: what `capture` wants to see.
 
-        Raises:   ValueError naming the files when they hold none.
+        Raises:   ValueError naming the data when they hold none.
         """
         it = self.epoch(0)
         it.warns = False
         try:
             return next(it)
         except StopIteration:
-            raise ValueError(f"paths: got {it}, expected a batch at least. {it.advice}") from None
+            raise ValueError(f"reader: got {it}, expected a batch at least. {it.advice}") from None
         finally:
             it.close()
 
@@ -313,8 +323,8 @@ class BatchIterator(Iterator[Batch]):
             raise ValueError(f"position: got {state}, expected what `BatchIterator.position` gave.") from None
         if of not in (self._plan.fingerprint, self._plan.fingerprint_of_sizes) or min(*place, taken) < 0:
             raise ValueError(
-                f"position: got one of {of}, expected one of {self._plan.fingerprint}. Resume needs the files it was "
-                "taken from and the same seed, shuffle_rows, filter, split, on_bad, rank, world_size and shard_by."
+                f"position: got one of {of}, expected one of {self._plan.fingerprint}. Resume needs the data it was "
+                "taken from and the same seed, shuffling, filter, split, on_bad, rank, world_size and shard_by."
             )
         self.close()
         last_epoch = self._last_epoch

@@ -208,7 +208,7 @@ def varlen(
     if weighted and dtype == torch.uint8:
         raise ValueError(
             f"column '{name}': got weighted=True for strings, expected False. A weight belongs to an id or a number. "
-            "Use `hashed`."
+            "Use `hashed` for ids of strings."
         )
     if rounding == "allow" and dtype != torch.float32 and not weighted:
         raise ValueError(f"column '{name}': got rounding='allow', expected 'error'. Without weights it has no floats.")

@@ -66,7 +66,9 @@ class Arrays(File):
 
 
 def arrays_of(table: pa.Table, world_size: int) -> Arrays:
-    """The table in units that are as large as a reader of files likes them, but enough for its workers."""
-    unit_rows = min(max(-(-len(table) // NUM_UNITS), FEWEST_ROWS), MOST_ROWS, max(-(-len(table) // world_size), 1))
+    """The table in units that are as large as a reader of files likes them, but as many for each of its workers."""
+    most_rows = min(max(-(-len(table) // NUM_UNITS), FEWEST_ROWS), MOST_ROWS)
+    num_each = max(-(-len(table) // (most_rows * world_size)), 1)
+    unit_rows = max(-(-len(table) // (num_each * world_size)), 1)
     nowhere: Any = None
     return Arrays(nowhere, ARRAYS, len(table), None, ArraysSource(table, unit_rows))

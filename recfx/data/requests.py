@@ -11,7 +11,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from recfx.checks import check_int, check_type, said
-from recfx.data.arguments import check_columns, check_transformed
+from recfx.data.arguments import check_columns, check_transform, check_transformed
 from recfx.data.columns import Column
 from recfx.data.conform import block_of, conform
 from recfx.data.files import ROWS
@@ -59,6 +59,8 @@ def pack_rows(
               ([7, 8, 9], [[3.5], [0.0]])
     """
     check_columns(columns)
+    check_transform(transform)
+    check_type("layout", layout, Layout | None, "Use `batch.layout`.")
     _check_rows(rows)
     plan, padded = _plan_of(columns, len(rows), layout, batch_size, transform is not None)
     block = block_of(pa.RecordBatch.from_arrays(_conformed(columns, rows), [column.name for column in columns]))

@@ -44,11 +44,14 @@ def table_of(data: Any, columns: Sequence[Column], keys: Sequence[str], *, other
                 f"{shown_names(dict.fromkeys(names))}.{hint}"
             )
     arrays = {}
-    for name in names:
+    for name in dict.fromkeys(names):
+        count = names.count(name)
         if any(_leads_to(name, one) for one in (*wanted, *keys)):
+            if count > 1:
+                raise ValueError(f"column '{name}' of {ARRAYS}: got {count} columns of this name, expected one.")
             arrays[name] = _column(get, name, wanted.get(name))
             _check_type(name, arrays[name].type)
-        elif others:
+        elif others and count == 1:
             try:
                 arrays[name] = _column(get, name, None)
             except (ValueError, TypeError):
@@ -68,7 +71,7 @@ def _opened(data: Any) -> tuple[list[str], Callable[[str], Any]]:
     if isinstance(data, Mapping):
         return [name for name in data if isinstance(name, str) and name != NUM_SAMPLES], data.__getitem__
     if _is_of(data, "pandas") and hasattr(data, "columns"):
-        return [name for name in dict.fromkeys(data.columns) if isinstance(name, str)], data.__getitem__
+        return [name for name in data.columns if isinstance(name, str)], data.__getitem__
     if isinstance(data, pa.RecordBatchReader):
         data = data.read_all()
     if isinstance(data, pa.RecordBatch):
@@ -78,12 +81,11 @@ def _opened(data: Any) -> tuple[list[str], Callable[[str], Any]]:
             hint = " Collect it first." if hasattr(data, "collect") else ""
             hint = " Use recfx.data.pack_rows for rows." if _is_of_dicts(data) else hint
             raise TypeError(f"data: got {said(data)}, expected {ACCEPTED}.{hint}")
-        data = pa.table(data)
-    if len(set(data.column_names)) < len(data.column_names):
-        twice = [name for name in data.column_names if data.column_names.count(name) > 1]
-        raise ValueError(
-            f"column '{twice[0]}' of {ARRAYS}: got {twice.count(twice[0])} columns of this name, expected one."
-        )
+        try:
+            data = pa.table(data)
+        except (pa.ArrowException, NotImplementedError) as error:  # such as of polars' Int128, in any column
+            words = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"data: got {said(data)} ({words}), expected columns that Arrow has types for.") from error
     return data.column_names, data.column
 
 
@@ -122,7 +124,7 @@ def _column(get: Callable[[str], Any], name: str, column: Column | None) -> Any:
     values = get(name)
     try:
         return _array(values, column, name)
-    except (pa.ArrowException, OverflowError, NotImplementedError, TypeError) as error:
+    except (pa.ArrowException, OverflowError, RuntimeError, TypeError) as error:
         words = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
             f"column '{name}' of {ARRAYS}: got {said(values)} ({words}), expected what Arrow can convert."
@@ -152,7 +154,7 @@ def _array(values: Any, column: Column | None, name: str) -> Any:
 def _of_pandas(values: Any, column: Column | None, name: str) -> Any:
     """As `DataFrame.to_parquet` writes a series: NaN and NaT are null."""
     if values.ndim != 1:
-        raise ValueError(f"column '{name}' of {ARRAYS}: got {values.shape[1]} columns of this name, expected one.")
+        raise ValueError(f"column '{name}' of {ARRAYS}: got {said(values)}, expected one column.")
     if values.dtype != object:
         return pa.array(values, from_pandas=True)
     items = values.tolist()
@@ -182,7 +184,8 @@ def _empty_lists(items: pa.Array, shape: tuple[int, ...]) -> pa.Array:
 
 
 def _of_tensor(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy()
+    exact = tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()  # numpy has no bfloat16
+    return exact.cpu().numpy()
 
 
 def _of_ragged(column: Ragged) -> pa.Array:

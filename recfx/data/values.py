@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from recfx.checks import said
-from recfx.data.columns import Column, VarLen
+from recfx.data.columns import Column, FixedLen, VarLen
 from recfx.data.files import quoted
 from recfx.data.schema import check_schema, type_at
 
@@ -32,9 +32,9 @@ Leaf = Callable[[Any], Any]
 
 
 class _WrongValueError(ValueError):
-    def __init__(self, got: Any, expected: str) -> None:
-        super().__init__(got, expected)
-        self.got, self.expected = got if isinstance(got, str) else said(got), expected
+    def __init__(self, value: Any, expected: str) -> None:
+        super().__init__(value, expected)
+        self.got, self.expected = _shown(value), expected
 
 
 def values_array(values: Sequence[Any], column: Column | None, name: str, where: str) -> pa.Array:
@@ -128,16 +128,26 @@ def _is_null(value: Any) -> bool:
 
 def _lists(value: Any, column: Column, leaf: Leaf, depth: int) -> list:
     if depth == 1 and _is_weighted(column):
-        return [_pair(item, leaf) for item in _pairs_of(value)]
+        return [_pair(item, leaf) for item in _kept(_pairs_of(value), column)]
     if _is_list(value):
-        return [_lists(item, column, leaf, depth - 1) if depth > 1 else leaf(item) for item in value]
+        if depth > 1:
+            return [_lists(item, column, leaf, depth - 1) for item in value]
+        return [leaf(item) for item in _kept(value, column)]
     if column.depth > 1:
-        raise _WrongValueError(_shown(value), f"lists in lists, {column.depth} deep")
+        raise _WrongValueError(value, f"lists in lists, {column.depth} deep")
     return [leaf(value)]
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def _kept(items: Sequence[Any], column: Column) -> Sequence[Any]:
+    """Those that the column reads; the others are not looked at."""
+    if isinstance(column, FixedLen) or column.truncate is None:
+        return items
+    num = min(column.truncate, len(items))
+    return items[len(items) - num :] if column.side == "left" else items[:num]
 
 
 def _pairs_of(value: Any) -> Sequence[Any]:
@@ -178,7 +188,7 @@ def _text(value: Any) -> bytes:
             raise _WrongValueError(value, "text of whole characters") from None
     if _is_whole_type(value):
         return str(int(value)).encode()
-    raise _WrongValueError(_shown(value), "a string")
+    raise _WrongValueError(value, "a string")
 
 
 def _id_of_name(value: Any) -> int:
@@ -191,7 +201,7 @@ def _id(value: Any) -> int:
         return int(value)
     if isinstance(value, float | np.floating) and abs(number := float(value)) < EXACT_DOUBLE and number.is_integer():
         return int(number)
-    raise _WrongValueError(_shown(value), "an integer of 64 bits")
+    raise _WrongValueError(value, "an integer of 64 bits")
 
 
 def _is_whole_type(value: Any) -> bool:
@@ -203,7 +213,7 @@ def _real(value: Any, may_round: bool = False) -> float:
         return float(value)
     if _is_whole_type(value) and abs(int(value)) < 1 << 1023 and (may_round or int(float(value)) == value):
         return float(value)
-    raise _WrongValueError(_shown(value), "a number that float32 holds")
+    raise _WrongValueError(value, "a number that float32 holds")
 
 
 def _shown(value: Any) -> str:

@@ -62,6 +62,11 @@ class Bar:
         yield
         self._end()
 
+    def watch(self, run: object) -> None:
+        """Shows it when a captured step compiles again, for a batch with longer lists."""
+        if hasattr(run, "while_compiling"):
+            run.while_compiling(lambda: self.phase("compiling"))
+
     def write(self, line: str) -> None:
         """A line on standard output that stays."""
         if self._line is None:

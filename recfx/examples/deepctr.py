@@ -137,6 +137,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_output(config, resume=args.resume, overwrite=args.overwrite)
         with bar.phase("compiling"):
             evaluation, captured = capture_evaluation(step, state, first), capture(step, state, first)
+        bar.watch(captured)
         state, progress = train(
             step,
             captured,

@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             captured = (
                 capture(step, state, first) if many == 1 else capture_steps(step, state, first, steps_per_replay=many)
             )
+        bar.watch(captured)
         state, progress = train(
             step,
             captured,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from recfx.checks import said
+from recfx.checks import check_int, said
 
 __all__ = ["Flat", "flatten", "padded", "values_of", "weights_of"]
 
@@ -29,6 +29,7 @@ HINTS: dict[type | None, str] = {
     int: "Numbers are dtype=torch.int64 or torch.float32.",
     None: "Leave it out, or put a value there.",
 }
+FLAG = "Make 0 or 1 of it."
 
 
 class Flat(NamedTuple):
@@ -99,7 +100,10 @@ def _is_list(item: Any) -> bool:
 
 def _plain(lists: Any) -> Any:
     """A list, a tuple or a numpy array."""
-    return lists.detach().cpu().numpy() if isinstance(lists, torch.Tensor) else lists
+    if not isinstance(lists, torch.Tensor):
+        return lists
+    exact = lists.detach().float() if lists.dtype == torch.bfloat16 else lists.detach()  # numpy has no bfloat16
+    return exact.cpu().numpy()
 
 
 def _uneven(flat: Flat, inner: Sequence[bool]) -> ValueError:
@@ -133,11 +137,23 @@ def values_of(flat: Flat, dtype: torch.dtype | None) -> tuple[np.ndarray, list[n
     wanted, expected = TAKES[dtype]
     if len(flat.items) and not set(kinds) <= set(wanted):
         i = next(i for i, kind in enumerate(kinds) if kind not in wanted)
-        raise ValueError(f"{flat.place(i)}: got {_said(flat.items[i])}, expected {expected}. {HINTS[kinds[i]]}")
+        hint = FLAG if isinstance(flat.items[i], bool | np.bool_) else HINTS[kinds[i]]
+        raise ValueError(f"{flat.place(i)}: got {_said(flat.items[i])}, expected {expected}. {hint}")
     if dtype == torch.uint8:
-        strings = [item.encode() if isinstance(item, str) else bytes(item) for item in flat.items]
+        strings = _strings(flat)
         return np.frombuffer(b"".join(strings), np.uint8).copy(), [*flat.offsets, _offsets_of(strings)]
     return (_ids if dtype == torch.int64 else _floats)(flat), flat.offsets
+
+
+def _strings(flat: Flat) -> list[bytes]:
+    strings = []
+    try:
+        for item in flat.items:
+            strings.append(item.encode() if isinstance(item, str) else bytes(item))
+    except UnicodeEncodeError:  # half of a surrogate pair
+        i = len(strings)
+        raise ValueError(f"{flat.place(i)}: got {said(flat.items[i])}, expected text of whole characters.") from None
+    return strings
 
 
 def _kind(item: Any) -> type | None:
@@ -228,6 +244,8 @@ def weights_of(weights: Any, flat: Flat) -> np.ndarray:
 
 def padded(values: np.ndarray, capacity: int | None) -> torch.Tensor:
     """The values, then zeros up to the capacity."""
+    if capacity is not None:
+        check_int("capacity", capacity, 0)
     if capacity is not None and len(values) > capacity:
         raise ValueError(f"capacity: got {capacity}, expected at least {len(values)}, the number of values.")
     tensor = torch.zeros(len(values) if capacity is None else capacity, dtype=torch.from_numpy(values[:0]).dtype)

@@ -77,7 +77,9 @@ def test_the_first_batch(folder):
 @pytest.mark.parametrize("epochs", [1, 2, None])
 def test_no_first_batch_is_an_error_that_counts_rows(folder, epochs):
     named = r"'.*a.orc', '.*b.orc', '.*c.orc' and 1 more"
-    with pytest.raises(ValueError, match=rf"paths: got 53 rows in {named} \(batch_size=54, drop_remainder=True\), exp"):
+    with pytest.raises(
+        ValueError, match=rf"reader: got 53 rows in {named} \(batch_size=54, drop_remainder=True\), exp"
+    ):
         reader(folder, COLUMNS, 54, epochs=epochs, drop_remainder=True).first()
     columns = [varlen("x", torch.float32, valid=Between(-1, 0))]
     with pytest.raises(ValueError, match=r"got 3 rows in '.*a.orc' \(.*, drop_remainder=True, 4 bad ones left out\)"):

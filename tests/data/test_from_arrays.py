@@ -185,6 +185,9 @@ def test_workers_share_the_rows(shuffle):
     few = {"id": [1, 2, 3]}
     assert [all_rows(from_arrays(few, COLUMNS[2:3], rank=r, world_size=3)) for r in range(3)] == [
         [{"id": [1]}], [{"id": [2]}], [{"id": [3]}]]  # fmt: skip
+    many = {"id": np.arange(5000)}
+    sizes = [len(all_rows(from_arrays(many, COLUMNS[2:3], 64, rank=r, world_size=3))) for r in range(3)]
+    assert max(sizes) - min(sizes) < 5  # no worker waits for another
 
 
 def test_in_a_data_loader():
@@ -268,6 +271,7 @@ def test_arrays_of_many_kinds(values, expected):
         ({"c": "abc"}, C, ValueError, "column 'c' of the arrays: got 'abc', expected an array"),
         ({"c": np.array(5)}, C, ValueError, "column 'c' of the arrays: got one value, expected"),
         ({"c": np.array([1j])}, C, ValueError, "column 'c' of the arrays: got ndarray complex12"),
+        ({"c": torch.tensor([1j]).conj().imag}, C, ValueError, "column 'c' of the arrays: got Tensor torch.float32"),
         ([{"c": 1}], C, TypeError, "data: got a list of dict, expected .* recfx.data.pack_rows"),
         (np.zeros(3), C, TypeError, r"data: got ndarray float64 \[3\], expected a dict of arr"),
         (pa.table([[1], [2]], ["c", "c"]), C, ValueError,
@@ -295,8 +299,25 @@ def test_options_that_cannot_be(options, match):
         list(from_arrays({"id": [1, 2]}, **{"columns": COLUMNS[2:3], **options}))
     with pytest.raises(TypeError, match="shuffle: got 100, expected bool"):
         from_arrays({"id": [1]}, COLUMNS[2:3], shuffle=100)
+    with pytest.raises(TypeError, match="transform: got 3, expected a function"):
+        from_arrays({"id": [1]}, COLUMNS[2:3], transform=3)
+    with pytest.raises(TypeError, match="drop_remainder: got 'no', expected bool"):
+        from_arrays({"id": [1]}, COLUMNS[2:3], drop_remainder="no")
     with pytest.raises(ValueError, match="rank: got 0 of 9 workers"):
         list(from_arrays({"id": []}, COLUMNS[2:3], world_size=9))
+
+
+def test_half_precision_of_torch():
+    """numpy has no bfloat16; float32 holds all of it."""
+    batches = from_arrays({"x": torch.tensor([1.5, 2.0], dtype=torch.bfloat16)}, [fixedlen("x", [0.0])], 2)
+    assert [row["x"] for row in all_rows(batches)] == [[1.5], [2.0]]
+
+
+def test_other_columns_may_have_one_name():
+    """As in a file."""
+    table = pa.table([[1, 2], [3, 4], [5, 6]], ["id", "d", "d"])
+    for options, ids in (({}, [1, 2]), ({"filter": [("id", ">", 1)]}, [2])):
+        assert [row["id"] for row in all_rows(from_arrays(table, COLUMNS[2:3], 10, **options))] == [[i] for i in ids]
 
 
 def test_bad_rows_are_skipped_and_counted():

@@ -289,7 +289,7 @@ def test_a_position_does_not_depend_on_what_does_not_change_the_order(folder, tm
     ):
         assert ids_of(other.start_at(position)) == whole[6:]
     write(folder / "3.parquet", pa.table({"x": [[30]]}))
-    with pytest.raises(ValueError, match="Resume needs the files it was taken from"):
+    with pytest.raises(ValueError, match="Resume needs the data it was taken from"):
         read(folder, shuffle_rows=7).start_at(position)
 
 

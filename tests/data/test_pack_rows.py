@@ -181,7 +181,6 @@ def test_spellings_of_weights():
         {5: 0.5, 2**60 + 1: 1},
     ):
         assert values(column, pairs) == expected
-    assert values(varlen("c", torch.uint8, weighted=False), ["a"]) == [[b"a"]]
     words = hashed("c", farm_hashes, weighted=True)
     assert values(words, {"5": 1.0}) == values(words, [["5", 1]]) == values(words, [[5, 1]])
     for pairs, match in (
@@ -194,6 +193,41 @@ def test_spellings_of_weights():
     ):
         with pytest.raises(ValueError, match=f"column 'c' of the rows, row 0: {match}"):
             values(column, pairs)
+
+
+def test_arguments_of_another_kind():
+    columns, rows = [varlen("c", torch.int64)], [{"c": 1}]
+    with pytest.raises(TypeError, match=r"layout: got .*Batch of .*, expected .*Layout or None\. Use `batch.layout`"):
+        pack_rows(columns, rows, layout=pack_rows(columns, rows))
+    with pytest.raises(TypeError, match="transform: got 3, expected a function"):
+        pack_rows(columns, rows, transform=3)
+    with pytest.raises(TypeError, match="columns: got generator, expected list or tuple"):
+        pack_rows((c for c in columns), rows)
+
+
+def test_an_error_can_be_printed():
+    """Of text that has no bytes in UTF-8, too."""
+    with pytest.raises(ValueError, match=r"row 0: got '.ud800', expected text of whole characters") as caught:
+        values(hashed("c", farm_hashes), "\ud800")
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize(("side", "row"), [("right", [5, None, "x"]), ("left", ["x", None, 5])])
+def test_what_is_cut_off_is_not_looked_at(side, row):
+    """As in a file: there may be a null in it."""
+    assert values(varlen("c", torch.int64, truncate=1, side=side), row) == [[5]]
+    pairs = [[n, 1.0] for n in row]
+    assert values(varlen("c", torch.int64, weighted=True, truncate=1, side=side), pairs) == [[(5, 1.0)]]
+    assert values(varlen("c", torch.int64, depth=2, truncate=1, side=side), [row, []]) == [[[5], []]]
+    assert values(varlen("c", torch.int64, truncate=0, side=side), row) == [[]]
+
+
+def test_weights_of_strings_are_refused():
+    """A batch has a weight for each value, and values of strings are bytes."""
+    with pytest.raises(
+        ValueError, match=r"column 'c': got weighted=True for strings, expected False. A weight belongs"
+    ):
+        varlen("c", torch.uint8, weighted=True)
 
 
 def test_plain_values_and_lists_and_numbers_as_text():

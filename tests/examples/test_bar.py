@@ -56,6 +56,22 @@ def test_in_a_file_it_is_a_line_for_each_phase_and_log_event(tmp_path, capsys):
     assert capsys.readouterr().out == HELD_OUT + "\n"
 
 
+def test_a_step_that_compiles_again_is_a_phase_too():
+    class Step:
+        def while_compiling(self, phase):
+            self.phase = phase
+
+    file, step = io.StringIO(), Step()
+    with Bar(file=file) as bar:
+        bar.watch(step)
+        bar.watch(run)  # not a captured one
+        bar.on_event("log", progress())
+        with step.phase():
+            pass
+        bar.on_event("log", progress())
+    assert without_seconds(file.getvalue()) == f"{LOG}\ncompiling ... N s\n{LOG}\n"
+
+
 def test_a_phase_is_in_the_file_while_it_lasts():
     file = io.StringIO()
     with Bar(file=file) as bar, bar.phase("compiling"):

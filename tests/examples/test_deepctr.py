@@ -150,7 +150,7 @@ def test_errors_end_in_one_line(tmp_path):
 def test_files_without_a_batch_are_an_error(data, tmp_path, paths):
     none = tmp_path / "none.parquet"
     pq.write_table(pq.read_table(data / "eval").slice(0, 0), none)
-    with pytest.raises(SystemExit, match=r"error: paths: got \d+ rows in '.*' \(batch_size=500, "):
+    with pytest.raises(SystemExit, match=r"error: reader: got \d+ rows in '.*' \(batch_size=500, "):
         program.main([path.format(data=data, none=none) for path in paths])
 
 

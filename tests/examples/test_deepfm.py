@@ -395,13 +395,13 @@ def test_arguments_that_cannot_be_read(argv, message, capsys):
     [
         (["--data_paths=nowhere"], r"paths: got 'nowhere', which matches no file"),
         (["--data_paths={data}/train", "--eval_paths=nowhere"], r"paths: got 'nowhere', which matches no file"),
-        (["--data_paths={data}/info.json"], r"info.json', row 0: got '{' .*, expected a JSON object in a line"),
+        (["--data_paths={data}/info.json"], r"info.json', row 0: got '\{' .*, expected a JSON object in a line"),
         (["--data_paths={data}/train", "--batch_size=0"], r"batch_size: got 0, expected at least 1"),
         (
             ["--data_paths={data}/train", "--batch_size=4000"],
-            r"paths: got 3300 rows in '.*00.orc', .*02.orc' \(batch_size=4000",
+            r"reader: got 3300 rows in '.*00.orc', .*02.orc' \(batch_size=4000",
         ),
-        (["--data_paths={data}/train", "--eval_paths={data}/none.orc"], r"paths: got 0 rows in '.*none.orc' \(batch_"),
+        (["--data_paths={data}/train", "--eval_paths={data}/none.orc"], r"reader: got 0 rows in '.*none.orc' \(batch_"),
         (["--data_paths={data}/train", "--thread_num=0"], r"threads: got 0, expected at least 1"),
         (["--data_paths={data}/train", "--gradient_accumulation_steps=0"], r"accumulation: got 0, expected at least 1"),
         (["--data_paths={data}/train", "--steps_per_replay=0"], r"steps_per_replay: got 0, expected at least 1"),

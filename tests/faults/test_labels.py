@@ -172,6 +172,14 @@ def test_a_reader_that_cannot_read_again_keeps_the_message(tmp_path):
 def test_skipped_batches_are_left_out_of_the_count_too(tmp_path):
     state, progress = go(tmp_path, [*GOOD, batch(math.nan, 0.0)], make(on_nonfinite="skip"))
     assert (progress.num_nonfinite, metrics.num_bad_labels(state.metrics)) == (1, 0)
+    with pytest.raises(ValueError, match=r"got 1 label outside .* in steps 1 to 4, such as 2\.0 at") as caught:
+        go(tmp_path / "two", [*GOOD, batch(math.nan, 0.0), batch(0.0, 2.0)], make(on_nonfinite="skip"))
+    assert "follows position {'batch': 3}" in str(caught.value)
+
+
+def test_one_step_is_named_as_one(tmp_path):
+    with pytest.raises(ValueError, match=r"got 1 label outside .* in step 3, such as 2\.0 at"):
+        go(tmp_path, [*GOOD, batch(0.0, 2.0)], log_steps=1)
 
 
 # Evaluation.
