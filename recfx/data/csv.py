@@ -12,7 +12,7 @@ from pyarrow import csv as pa_csv
 
 from recfx.data.csv_cells import Cells, guess, is_fast, may_be_rounded, read_cells
 from recfx.data.csv_format import Csv, check_named_columns, header_of, pairs_of
-from recfx.data.csv_lines import with_short_delimiter, without_unclosed
+from recfx.data.csv_lines import by_byte, by_character, is_utf8, with_short_delimiter, without_unclosed
 from recfx.data.files import CHUNK_BYTES, File
 from recfx.data.lines import Lines
 from recfx.data.rows import BadRow, Rows
@@ -108,8 +108,15 @@ class CsvSource:
             empty = pa.RecordBatch.from_pydict({name: pa.array([], kind) for name, kind in types.items()})
             return Rows(empty, np.empty(0, np.int64), unclosed)
         bad: list[BadRow] = []
-        table = pa_csv.read_csv(pa.BufferReader(text), **self._how(len(text), delimiter, types, bad))
+        nulls = ["", *options.nulls]
+        if not (is_text := is_utf8(text)):
+            if any(kind not in (pa.binary(), pa.int64(), pa.float64()) for kind in types.values()):
+                raise pa.ArrowInvalid("text that is not UTF-8")
+            text, nulls = by_character(text), [by_character(null.encode()).decode() for null in nulls]
+        table = pa_csv.read_csv(pa.BufferReader(text), **self._how(len(text), delimiter, types, nulls, bad))
         arrays = [column.combine_chunks() for column in table.columns]
+        if not is_text:
+            arrays = [by_byte(array) if array.type == pa.binary() else array for array in arrays]
         if delimiter != options.delimiter.encode() and options.quote is not None and options.quote.encode() in text:
             arrays = [_with_delimiter(array, delimiter, options.delimiter) for array in arrays]
         batch = pa.RecordBatch.from_arrays(arrays, list(types))
@@ -119,7 +126,9 @@ class CsvSource:
         numbers = np.delete(numbers, [row.number for row in bad])
         return Rows(batch, numbers, sorted([*unclosed, *moved], key=lambda row: row.number))
 
-    def _how(self, num_bytes: int, delimiter: bytes, types: Mapping[str, pa.DataType], bad: list[BadRow]) -> dict:
+    def _how(
+        self, num_bytes: int, delimiter: bytes, types: Mapping[str, pa.DataType], nulls: list[str], bad: list[BadRow]
+    ) -> dict:
         def note(row: pa_csv.InvalidRow) -> str:
             got, expected = f"{row.actual_columns} cells", f"{row.expected_columns}, one for each column"
             bad.append(BadRow(row.number - 1, None, got, expected))
@@ -135,7 +144,7 @@ class CsvSource:
             "convert_options": pa_csv.ConvertOptions(
                 include_columns=list(types),
                 column_types=dict(types),
-                null_values=["", *self._options.nulls],
+                null_values=nulls,
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=False,
             ),

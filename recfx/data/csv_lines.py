@@ -6,10 +6,11 @@ import csv
 import re
 
 import numpy as np
+import pyarrow as pa
 
 from recfx.data.rows import BadRow
 
-__all__ = ["cells_of", "with_short_delimiter", "without_unclosed"]
+__all__ = ["by_byte", "by_character", "cells_of", "is_utf8", "with_short_delimiter", "without_unclosed"]
 
 # Characters that may stand for a longer delimiter, those first that are seldom in a text.
 FREE = bytes([*range(0x1F, 0x0D, -1), *range(1, 9), 0x0B, 0x0C, 0x7F, *range(0x21, 0x7F)])
@@ -31,6 +32,37 @@ def with_short_delimiter(text: bytes, delimiter: str, quote: str | None) -> tupl
     raise ValueError(
         f"every ASCII character in one block: with the delimiter {delimiter!r} one of them must be free. Make "
         "block_bytes smaller"
+    )
+
+
+def is_utf8(text: bytes) -> bool:
+    """Whether it is UTF-8. pyarrow tells of a row with too many cells only where the row is."""
+    if text.isascii():
+        return True
+    try:
+        pa.array([text], pa.large_binary()).cast(pa.large_string())
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def by_character(text: bytes) -> bytes:
+    """Any bytes as UTF-8: a character for each byte."""
+    return text.decode("latin-1").encode()
+
+
+def by_byte(cells: pa.Array) -> pa.Array:
+    """The cells of a text that `by_character` made, as bytes again."""
+    _, offsets, data = cells.buffers()
+    if data is None:
+        return cells
+    ends = np.frombuffer(offsets, np.int32)[cells.offset : cells.offset + len(cells) + 1]
+    letters = np.frombuffer(data, np.uint8)[ends[0] : ends[-1]]
+    num_before = np.append(np.int32(0), np.cumsum(letters & 0xC0 != 0x80, dtype=np.int32))  # characters, not all bytes
+    values = letters.tobytes().decode().encode("latin-1")
+    parts = [pa.py_buffer(num_before[ends - ends[0]]), pa.py_buffer(values)]
+    return pa.Array.from_buffers(
+        pa.binary(), len(cells), [cells.is_valid().buffers()[1] if cells.null_count else None, *parts]
     )
 
 

@@ -318,3 +318,36 @@ def test_any_text_comes_back(tmp_path_factory, how, rows, block_bytes):
     columns = [varlen(name, torch.uint8) for name in "xy"]
     batches = reader(path, columns, 4, drop_remainder=False, format=dataclasses.replace(how, block_bytes=block_bytes))
     assert [(row["x"][0], row["y"][0]) for row in all_rows(batches)] == [(x.encode(), y.encode()) for x, y in rows]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 16 << 20])
+@pytest.mark.parametrize("delimiter", [",", "::", "\u00a7"])
+def test_rows_of_too_many_cells_where_text_is_not_utf8(tmp_path, delimiter, block_bytes, capfd):
+    rows = [
+        [b"ab", b"1"],
+        [b"\xff\xe9d", b"2", b"3"],
+        [b"\xc3\xa9", b"4"],
+        [b"-\xff-", b"5"],
+        [b"\xe9", b""],
+        [b"", b"7"],
+    ]
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\n".join(delimiter.encode().join(row) for row in [[b"t", b"x"], *rows]))
+    how = Csv(delimiter=delimiter, nulls=("\u00e9",), block_bytes=block_bytes)
+    columns = [varlen("t", torch.uint8), varlen("x", torch.int64)]
+    it = iter(reader(path, columns, 10, on_bad="skip", format=how))
+    (batch,) = it
+    t, x = batch["t"], batch["x"]
+    strings = [bytes(t.values[a:b].tolist()) for a, b in itertools.pairwise(t.offsets.tolist())]
+    assert strings[:4] == [
+        b"ab",
+        b"-\xff-",
+        b"\xe9",
+        b"",
+    ]  # and of the null, none
+    assert t.outer[0].tolist()[:6] == [0, 1, 1, 2, 3, 3]
+    assert x.values.tolist()[:4] == [1, 4, 5, 7]
+    assert it.num_bad == 1
+    assert capfd.readouterr().err == ""
+    with pytest.raises(ValueError, match=r"file '.*a.csv', row 1: got 3 cells, expected 2, one for each column"):
+        list(reader(path, columns, 10, format=how))

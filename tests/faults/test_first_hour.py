@@ -442,7 +442,7 @@ def test_saving_in_an_accumulation_window(tmp_path):
      r"column 'item', depth: got '2', expected int"),
     ("hash as a word", lambda path: hashed("item", "farm"), TypeError,
      r"column 'item', string_hash: got 'farm', expected a function \(bytes, offsets\) -> hashes. Use farm_hashes"),
-    ("no column", lambda path: reader(path, "item"), TypeError, r"columns: got 'i' among them, expected fixedlen, var"),
+    ("no column", lambda path: reader(path, "item"), TypeError, r"columns: got 'item', expected list or tuple"),
     ("one column", lambda path: reader(path, varlen("item", torch.int64)), TypeError,
      r"columns: got VarLen\(name='item'.*, expected a list of columns. Put it into a list"),
     ("no file", lambda path: reader("nowhere/*.orc", [varlen("item", torch.int64)]), ValueError,
