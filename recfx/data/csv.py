@@ -12,9 +12,9 @@ from pyarrow import csv as pa_csv
 
 from recfx.data.csv_cells import Cells, guess, is_fast, may_be_rounded, read_cells
 from recfx.data.csv_format import Csv, check_named_columns, header_of, pairs_of
-from recfx.data.csv_lines import by_byte, by_character, is_utf8, with_short_delimiter, without_unclosed
+from recfx.data.csv_lines import by_byte, by_character, with_short_delimiter, without_unclosed
 from recfx.data.files import CHUNK_BYTES, File
-from recfx.data.lines import Lines
+from recfx.data.lines import Lines, is_utf8
 from recfx.data.rows import BadRow, Rows
 
 __all__ = ["Csv", "CsvSource", "check_named_columns"]
@@ -109,7 +109,7 @@ class CsvSource:
             return Rows(empty, np.empty(0, np.int64), unclosed)
         bad: list[BadRow] = []
         nulls = ["", *options.nulls]
-        if not (is_text := is_utf8(text)):
+        if not (is_text := is_utf8(text)):  # pyarrow tells of a row with too many cells only where it is
             if any(kind not in (pa.binary(), pa.int64(), pa.float64()) for kind in types.values()):
                 raise pa.ArrowInvalid("text that is not UTF-8")
             text, nulls = by_character(text), [by_character(null.encode()).decode() for null in nulls]

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from recfx.data.rows import BadRow
 
-__all__ = ["by_byte", "by_character", "cells_of", "is_utf8", "with_short_delimiter", "without_unclosed"]
+__all__ = ["by_byte", "by_character", "cells_of", "with_short_delimiter", "without_unclosed"]
 
 # Characters that may stand for a longer delimiter, those first that are seldom in a text.
 FREE = bytes([*range(0x1F, 0x0D, -1), *range(1, 9), 0x0B, 0x0C, 0x7F, *range(0x21, 0x7F)])
@@ -33,17 +33,6 @@ def with_short_delimiter(text: bytes, delimiter: str, quote: str | None) -> tupl
         f"every ASCII character in one block: with the delimiter {delimiter!r} one of them must be free. Make "
         "block_bytes smaller"
     )
-
-
-def is_utf8(text: bytes) -> bool:
-    """Whether it is UTF-8. pyarrow tells of a row with too many cells only where the row is."""
-    if text.isascii():
-        return True
-    try:
-        pa.array([text], pa.large_binary()).cast(pa.large_string())
-    except pa.ArrowInvalid:
-        return False
-    return True
 
 
 def by_character(text: bytes) -> bytes:

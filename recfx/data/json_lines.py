@@ -16,7 +16,7 @@ from recfx.data.columns import Column
 from recfx.data.files import File
 from recfx.data.json_types import guess, overridden, with_columns
 from recfx.data.json_values import MOST_SHOWN, Columns, WrongValueError, as_parsed, parse
-from recfx.data.lines import Lines
+from recfx.data.lines import Lines, is_utf8
 from recfx.data.rows import BadRow, Rows
 from recfx.data.schema import column_at, is_list, item_type, path_to
 
@@ -168,7 +168,7 @@ def _by_arrow(
     exact = [array for name, array in zip(schema.names, arrays, strict=True) if name not in rounded]
     if not all(_is_exact(array, most) for array in exact):
         return None
-    if any(_has_string(kind) for kind in schema.types) and not _is_utf8(text):
+    if any(_has_string(kind) for kind in schema.types) and not is_utf8(text):
         return None
     return pa.RecordBatch.from_arrays(arrays, schema.names)
 
@@ -204,14 +204,6 @@ def _is_exact(array: pa.Array, most: float) -> bool:
         return True
     sizes = np.abs(array.to_numpy(zero_copy_only=False))
     return not ((sizes >= EXACT_DOUBLE) & (sizes <= most)).any()
-
-
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _by_line(lines: Sequence[bytes], schema: pa.Schema, rounded: Collection[str]) -> Rows:

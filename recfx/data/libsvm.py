@@ -14,7 +14,7 @@ from recfx.checks import check_int
 from recfx.data.columns import Column
 from recfx.data.files import File
 from recfx.data.json_types import item_of
-from recfx.data.lines import Lines
+from recfx.data.lines import Lines, is_utf8
 from recfx.data.rows import BadRow, Rows
 from recfx.data.schema import is_text
 
@@ -243,7 +243,7 @@ def _texts(strings: pa.StringArray, kind: pa.DataType) -> tuple[pa.Array, list[i
     try:
         strings.validate(full=True)
     except pa.ArrowInvalid:
-        wrong = [i for i in range(len(strings)) if not _is_utf8(_bytes_at(strings, i))]
+        wrong = [i for i in range(len(strings)) if not is_utf8(_bytes_at(strings, i))]
         return _without(strings, wrong), wrong
     return strings, []
 
@@ -308,14 +308,6 @@ def _data(strings: pa.StringArray) -> bytes:
 
 def _bytes_at(strings: pa.StringArray, place: int) -> bytes:
     return strings[place].as_buffer().to_pybytes()
-
-
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def text_of(text: bytes) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
+
 from recfx.data.files import File
 
-__all__ = ["COMPRESSIONS", "Lines", "first_lines"]
+__all__ = ["COMPRESSIONS", "Lines", "first_lines", "is_utf8"]
 
 COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "bz2": "bz2", "zst": "zstd", "zstd": "zstd", "lz4": "lz4"}  # by extension
 LINE_BYTES = 1 << 16  # read at once, to find the end of a line
@@ -77,3 +79,14 @@ def _decompressed(file: File) -> bytes | None:
         return None
     with file.filesystem.open_input_stream(file.path, compression=_compression(file)) as stream:
         return stream.read()
+
+
+def is_utf8(text: bytes) -> bool:
+    """Whether it is UTF-8. Arrow looks at it, which makes no string of it."""
+    if text.isascii():
+        return True
+    try:
+        pa.array([text], pa.large_binary()).cast(pa.large_string())
+    except pa.ArrowInvalid:
+        return False
+    return True

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recfx.data.lines import is_utf8
 from recfx.data.numbers import Rounding, Wrong, rounded, spelled, to_float, to_int64
 from recfx.data.rows import BadRows
 from recfx.data.schema import as_list, decoded, is_list, is_text, item_type, packed_list
@@ -204,16 +205,8 @@ def _texts(items: pa.Array, kind: pa.DataType, how: Keeping) -> pa.Array | Wrong
     except pa.ArrowInvalid:
         if not how.is_asked:
             raise NotTextError(how.name) from None
-        places = np.flatnonzero([not _is_utf8(text) for text in items.to_pylist()])
+        places = np.flatnonzero([not is_utf8(text) for text in items.to_pylist()])
         return Wrong(places, repr(items[int(places[0])].as_py()), "a string of UTF-8, or the type binary")
-
-
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _digits(items: pa.Array) -> pa.Array:
