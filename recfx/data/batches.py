@@ -165,6 +165,7 @@ class Reader(IterableDataset):
         check_transform(self.transform)
         self.packing = PackPlan.of(self.batch_size, [column.packed for column in self.plan.decoder.recipe.columns])
         self._cache = self.plan.decoder.cache
+        self.told = False  # of columns that no file has
 
     @property
     def files(self) -> list[File]:
@@ -355,6 +356,7 @@ class BatchIterator(Iterator[Batch]):
             if self._chunk is not None:
                 self._num_bad = self._chunk.num_bad  # those behind the last batch too
             if self._is_over:
+                self._warn_of_absent()
                 return None
             if self._epoch_is_empty:
                 self._warn()
@@ -366,6 +368,15 @@ class BatchIterator(Iterator[Batch]):
         if self.warns:
             text = f"recfx: got no batch in a pass over the data, but {self}. {self.advice}"
             warnings.warn(text, stacklevel=4)  # where the caller asked for a batch
+
+    def _warn_of_absent(self) -> None:
+        if (absent := self._plan.decoder.absent) and not self._reader.told:
+            self._reader.told = True
+            warnings.warn(
+                f"recfx: got no columns {absent} in any of {self._plan.described}, expected them in one at "
+                "least. They were empty in every row. Correct their names, or leave them out.",
+                stacklevel=4,
+            )
 
     def close(self) -> None:
         """Ends the iteration and its threads."""

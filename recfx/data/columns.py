@@ -140,7 +140,8 @@ def fixedlen(
               null: "empty" takes a null row for an empty one. A null inside a list is bad in any case.
               rounding: "error": a whole number that float32 does not hold, such as 2**24 + 1, is bad, in a column of
                   any type. "allow" rounds it. Fractions are rounded in any case.
-              missing: "empty" takes a column that a file does not have for one whose rows are all empty.
+              missing: "empty" takes a column that a file does not have for one whose rows are all empty. The reader
+                  warns at its end of a name that no file had.
     Raises:   ValueError when default is empty, or holds a whole number that float32 would round.
     Example:  >>> fixedlen("label", [0.0], valid=OneOf(0, 1)).default
               (0.0,)

@@ -79,9 +79,15 @@ class Decoder:
         self._verified: set[File] = set()
         self._units: dict[File, list[int]] = {}
         self._opened: dict[File, tuple[Source, _Names]] = {}
+        self._absent: set[str] | None = None  # columns that no file opened so far had; None: before the first one
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}
+
+    @property
+    def absent(self) -> list[str]:
+        """Columns that no file opened so far had, and need not have: their names may be misspelt."""
+        return sorted(self._absent or ())
 
     def units(self, file: File) -> list[int]:
         """The units that may hold rows of the recipe.
@@ -152,6 +158,8 @@ class Decoder:
         source = open_source(file, types, self.recipe.format, self.recipe.columns)
         check_schema(file.path, source.schema, self.recipe.columns)
         names = _needed(file, source.schema, self.recipe)
+        absent = {column.name for column in self.recipe.columns if not path_to(source.schema, column.name)}
+        self._absent = absent if self._absent is None else self._absent & absent
         if names.read:
             return source, names
         first = source.schema.names[:1]  # of any type: it says how many rows there are

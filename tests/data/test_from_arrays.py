@@ -328,8 +328,10 @@ def test_bad_rows_are_skipped_and_counted():
 
 def test_columns_that_may_be_missing():
     columns = [fixedlen("x", [0.25], missing="empty"), varlen("c", torch.int64)]
-    assert all_rows(from_arrays({"c": [1, 2]}, columns, 2)) == [{"x": [0.25], "c": [1]}, {"x": [0.25], "c": [2]}]
-    assert all_rows(from_arrays({"d": [1, 2]}, columns[:1], 2)) == [{"x": [0.25]}] * 2
+    with pytest.warns(UserWarning, match=r"got no columns \['x'\] in any of the arrays"):
+        assert all_rows(from_arrays({"c": [1, 2]}, columns, 2)) == [{"x": [0.25], "c": [1]}, {"x": [0.25], "c": [2]}]
+    with pytest.warns(UserWarning, match="got no columns"):
+        assert all_rows(from_arrays({"d": [1, 2]}, columns[:1], 2)) == [{"x": [0.25]}] * 2
 
 
 def test_nothing_to_read_warns():

@@ -14,6 +14,8 @@ from recfx.data import Csv, JsonLines, Split, fixedlen, hashed, reader, varlen
 from recfx.kernels.string_hash import farm_hashes
 from tests.data.rows import FORMATS, all_rows, write
 
+pytestmark = pytest.mark.filterwarnings("ignore:recfx. got no columns")  # in most tests there is one file
+
 
 def columns(**options) -> list:
     """One of every kind."""
@@ -200,3 +202,14 @@ def test_null_is_bad_where_only_missing_is_empty(tmp_path):
 def test_declarations_that_cannot_be():
     with pytest.raises(ValueError, match="column 'x', missing: got 'skip', expected one of"):
         fixedlen("x", [0.0], missing="skip")
+
+
+@pytest.mark.filterwarnings("error:recfx. got no columns")
+@pytest.mark.parametrize("extension", [*FORMATS, "csv"])
+def test_a_name_that_no_file_has_is_told_of_once(tmp_path, extension):
+    days = write_days(tmp_path, extension)
+    columns = [varlen("coupno", torch.int64, missing="empty"), varlen("c", torch.int64, missing="empty")]
+    batches = reader(days, columns, 2)
+    with pytest.warns(UserWarning, match=r"got no columns \['coupno'\] in any of '.*', expected them in one at least"):
+        assert list(batches)
+    assert list(batches)

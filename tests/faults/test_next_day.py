@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -219,6 +220,7 @@ def test_a_signal_before_the_first_step_leaves_everything_as_it_was(tmp_path, mo
     assert (num_trained and last_bytes(tmp_path)) == before
 
 
+@pytest.mark.usefixtures("_signals_of_a_shell")
 def test_two_kinds_of_signals_at_once_save(tmp_path):
     """As a supervisor sends them."""
 
@@ -239,6 +241,21 @@ def test_a_handler_from_outside_python_is_left_alone(tmp_path, monkeypatch):
     assert set(put) == {signal.SIGINT, signal.SIGTERM}
 
 
+@pytest.fixture
+def _signals_of_a_shell() -> Iterator[None]:
+    """As a process has them that was not started to ignore some, as `nohup` and shells in the background do."""
+    handlers = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_signals_of_a_shell")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_saves_and_ends(tmp_path, name):
     listener = Log(("after_step", 3), lambda: os.kill(os.getpid(), getattr(signal, name)))
@@ -251,6 +268,7 @@ def test_a_signal_saves_and_ends(tmp_path, name):
     assert last_bytes(tmp_path) == last_bytes(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("_signals_of_a_shell")
 def test_a_second_signal_ends_at_once(tmp_path):
     def twice():
         os.kill(os.getpid(), signal.SIGTERM)
