@@ -185,9 +185,10 @@ def train_step(
               max_rows, max_bytes, max_unique, seed: of every physical table, see `recfx.table.table`.
               life: which ids get a row and which rows are deleted, see `recfx.policies`. None: all, and none.
               clip: (dense gradients, tables, scale) -> scale of all gradients, such as `recfx.optim.clip_global_norm`.
-              sum_row_grads: how the gradients of a row are summed. The default adds occurrences in order, the same
-              bytes from run to run; on a GPU, where nothing comes between the sum and the optimiser, the two are one
-              kernel. `recfx.kernels.add_row_grads.add_row_grads_atomic_` adds them as they come on a GPU.
+              sum_row_grads: how the gradients of a row are summed, in f32: of 2**24 occurrences or more in a step small
+              terms may be lost. The default adds occurrences in order, the same bytes from run to run; on a GPU, where
+              nothing comes between the sum and the optimiser, the two are one kernel.
+              `recfx.kernels.add_row_grads.add_row_grads_atomic_` adds them as they come on a GPU.
               precision: of the products of matrices in `forward` and its gradients; all else is f32. "bf16": see
               `recfx.layers.in_bf16`. "tf32": on CUDA, in captured steps, operands keep 10 bits of their mantissa.
               on_nonfinite: what follows when a loss, a logit or a gradient is NaN or infinite. "stop": the state says

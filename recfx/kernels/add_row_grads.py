@@ -22,6 +22,8 @@ def definition(
 ) -> None:
     """grads[inverse[k], firsts[s]:][:dims[s]] += weight[k] blocks[s][sample(k), lookup(k)], ids in order.
 
+    Sums are f32: of a row with 2**24 occurrences or more in a step, small terms may be lost.
+
     Shapes:   grads f32 [U, W], inverse_P i32 [P] (negative: no gradient), cell_P i32 [P] as in `find`,
               blocks[s] f32 [B, L, dims[s]], weight_P f32 [P], without it 1.
     """
