@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recfx.data.numbers import EXACT_DOUBLE
+
 __all__ = ["Cells", "guess", "is_fast", "may_be_rounded", "read_cells"]
 
 WHOLE, UNSIGNED = r"^-?(0|[1-9][0-9]*)$", r"^(0|[1-9][0-9]*)$"  # one spelling for each number, but for -0
@@ -19,7 +21,6 @@ DECIMAL = (  # 1e-05 is how Python and Arrow write 0.00001; other exponents with
 )
 TIMES = (pa.date32(), pa.timestamp("s"), pa.timestamp("ns"), pa.timestamp("s", "UTC"), pa.timestamp("ns", "UTC"))
 DOUBLE = pa.float64()
-EXACT = 2**53  # whole numbers up to here are float64 numbers
 NO_ROWS = np.empty(0, np.int64)
 
 
@@ -121,7 +122,7 @@ def is_fast(cells: pa.Array, kind: pa.DataType) -> bool:
 def may_be_rounded(numbers: pa.Array) -> bool:
     """Whether whole numbers among the cells of a float64 column may be other ones than float64 holds."""
     limits = pc.min_max(numbers)
-    return any((limit.as_py() or 0) >= EXACT for limit in (limits["max"], pc.negate(limits["min"])))
+    return any((limit.as_py() or 0) >= EXACT_DOUBLE for limit in (limits["max"], pc.negate(limits["min"])))
 
 
 def _items(cells: pa.Array, separator: str | None, nulls: pa.Array) -> tuple[pa.Array, np.ndarray]:
@@ -175,7 +176,7 @@ def _guessed(text: pa.Array, kind: pa.DataType, pattern: str) -> tuple[pa.Array,
             pass
     other = _places(pc.invert(pc.match_substring_regex(text, pattern)))
     text = _without(text, other)
-    values, wrong = _float64(text, EXACT) if kind == pa.float64() else _cast(text, kind)
+    values, wrong = _float64(text, EXACT_DOUBLE) if kind == pa.float64() else _cast(text, kind)
     return values, np.union1d(wrong, other)
 
 
@@ -219,7 +220,7 @@ def _int64(text: pa.Array) -> tuple[pa.Array, np.ndarray]:
 def _float64(text: pa.Array, most: int | None = None) -> tuple[pa.Array, np.ndarray]:
     """Numbers, of which the whole ones, in decimals, are exact, and at most so large."""
     numbers, wrong = _cast(text, pa.float64())
-    large = _places(pc.greater_equal(pc.abs(numbers), float(EXACT)))
+    large = _places(pc.greater_equal(pc.abs(numbers), float(EXACT_DOUBLE)))
     inexact = [i for i in large.tolist() if not _is_exact(text[i].as_py(), most)]
     return numbers, np.union1d(wrong, inexact).astype(np.int64)
 

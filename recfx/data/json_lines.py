@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,34 +12,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import json as pa_json
 
-from recfx.checks import check_int
 from recfx.data.columns import Column
 from recfx.data.files import File
 from recfx.data.json_types import guess, overridden, with_columns
-from recfx.data.json_values import MOST_SHOWN, Columns, WrongValueError, as_parsed, parse
-from recfx.data.lines import Lines, is_utf8
-from recfx.data.rows import BadRow, Rows
+from recfx.data.json_values import Columns, WrongValueError, as_parsed, parse
+from recfx.data.lines import InBlocks, Lines, is_utf8
+from recfx.data.numbers import EXACT_DOUBLE
+from recfx.data.rows import MOST_SHOWN, BadRow, Rows
 from recfx.data.schema import column_at, is_list, item_type, path_to
 
 __all__ = ["JsonLines", "JsonLinesSource"]
 
 SAMPLE_BYTES = 1 << 20  # of the rows that types are guessed from, where a reader names its columns
-EXACT_DOUBLE = 1 << 53  # whole numbers below are doubles
-BOM, BLANKS = b"\xef\xbb\xbf", b" \t\r"
+BLANKS = b" \t\r"
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonLines:
+class JsonLines(InBlocks):
     """How a file of JSON lines is written: one object in each line, columns by name. A name that is absent is null.
 
-    Args:     block_bytes: decoded at once. A compressed file (.gz, .zst, ...) is one block.
-    Raises:   TypeError or ValueError when block_bytes is not an int of at least 1.
+    Args:     block_bytes: see `InBlocks`.
     """
-
-    block_bytes: int = 16 << 20
-
-    def __post_init__(self) -> None:
-        check_int("block_bytes", self.block_bytes, 1)
 
 
 class JsonLinesSource:
@@ -58,7 +52,7 @@ class JsonLinesSource:
         self.num_units = self._lines.num_blocks
         self._rounded: set[str] = set()
         self.absent: frozenset[str] = frozenset()  # columns that the first rows lack
-        if self._lines.line_at(0).removeprefix(BOM).lstrip().startswith(b"["):
+        if self._lines.line_at(0).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             raise ValueError("a list, which is JSON but not lines of it")
         if columns is None:
             self.schema = overridden(guess(self._all_lines(), keep_all=True), types)
@@ -73,7 +67,7 @@ class JsonLinesSource:
 
     def read(self, unit: int, names: Sequence[str]) -> Rows:
         schema = pa.schema(_selected(self.schema, [path_to(self.schema, name) for name in names]))
-        text = self._text(unit)
+        text = self._lines.block(unit)
         batch = _by_arrow(text, schema, self._rounded) if text else _empty(schema)
         if batch is None:
             rows = _by_line(list(_lines_of(text)), schema, self._rounded)
@@ -85,12 +79,8 @@ class JsonLinesSource:
     def num_rows(self, unit: int) -> int:
         return sum(1 for _ in self._block(unit))
 
-    def _text(self, unit: int, max_bytes: int | None = None) -> bytes:
-        text = self._lines.block(unit, max_bytes)
-        return text.removeprefix(BOM) if unit == 0 else text
-
     def _block(self, unit: int) -> Iterator[bytes]:
-        return _lines_of(self._text(unit))
+        return _lines_of(self._lines.block(unit))
 
     def _all_lines(self) -> Iterator[bytes]:
         return (line for unit in range(self.num_units) for line in self._block(unit))
@@ -99,7 +89,7 @@ class JsonLinesSource:
         """The first lines, however small the blocks are."""
         left = SAMPLE_BYTES
         for unit in range(self.num_units):
-            text = self._text(unit, left)
+            text = self._lines.block(unit, left)
             yield from _lines_of(text)
             left -= len(text)
             if left <= 0:

@@ -9,14 +9,14 @@ from typing import Any
 import pyarrow as pa
 
 from recfx.data.columns import Column, FixedLen
-from recfx.data.json_values import INT64_END, UINT64_END, Fraction, integer, parse
-from recfx.data.schema import is_list, is_text, item_type, path_to
+from recfx.data.json_values import Fraction, integer, parse
+from recfx.data.numbers import INT64_END, UINT64_END
+from recfx.data.schema import PAIRS, is_list, is_text, item_type, path_to
 
 __all__ = ["guess", "item_of", "overridden", "with_columns"]
 
 MAX_FIELDS = 1000  # of an object; one of more names is a map
 MAX_DEPTH = 32
-PAIRS = (("k", "v"), ("key", "value"), ("id", "weight"), ("value", "weight"))  # names of a value and its weight
 
 
 def guess(lines: Iterable[bytes], *, keep_all: bool) -> pa.Schema:

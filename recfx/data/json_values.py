@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Collection, Mapping
 from decimal import Decimal
 from typing import Any
@@ -12,14 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recfx.data.rows import BadRow, Rows
+from recfx.data.numbers import DIGITS, INT64_END, UINT64_END
+from recfx.data.rows import MOST_SHOWN, BadRow, Rows
 from recfx.data.schema import is_list, is_text, item_type
 
 __all__ = ["Columns", "Fraction", "WrongValueError", "as_parsed", "integer", "parse"]
 
-INT64_END, UINT64_END = 1 << 63, 1 << 64
-MOST_SHOWN = 50  # characters of a value in an error
-DIGITS = re.compile(r"0|-?[1-9][0-9]*")  # the one way to write a whole number: two keys never become one
 Objects = tuple[tuple[str, Any], ...]
 Convert = Callable[[Any], Any]
 

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recfx.checks import check_int
 from recfx.data.columns import Column
 from recfx.data.files import File
 from recfx.data.json_types import item_of
-from recfx.data.lines import Lines, is_utf8
-from recfx.data.rows import BadRow, Rows
+from recfx.data.lines import InBlocks, Lines, is_utf8
+from recfx.data.numbers import EXACT_DOUBLE, INT64_END, UINT64_END
+from recfx.data.rows import MOST_SHOWN, BadRow, Rows
 from recfx.data.schema import is_text
 
 __all__ = ["Libsvm", "LibsvmSource"]
@@ -23,30 +23,21 @@ __all__ = ["Libsvm", "LibsvmSource"]
 INTEGER = r"^-?[0-9]{1,100}$"
 LEADING_ZERO = r"^-?0[0-9]"
 REAL = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
-INT64_END, UINT64_END, EXACT_DOUBLE = 1 << 63, 1 << 64, 1 << 53
 MAX_DIGITS = 400  # of whole numbers that a double can be
-MOST_SHOWN = 50  # characters of a token in an error
-BOM = b"\xef\xbb\xbf"
 BLANKS = np.zeros(256, dtype=bool)
 BLANKS[list(b" \t\r\n\x0b\x0c")] = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class Libsvm:
+class Libsvm(InBlocks):
     """How a file of libsvm text is written: `label [qid:Q] index:value index:value ... [# comment]` in each line.
 
     Its columns are "label" (double), "qid" (int64, null where it is absent) and "features", lists of struct{k, v}:
     `varlen("features", torch.int64, weighted=True)`, or `hashed` where the indices are names. "indices" and "values"
     are its two halves, as columns. The fields of libffm (`field:index:value`) are not read: such a row is bad.
 
-    Args:     block_bytes: decoded at once. A compressed file (.gz, .zst, ...) is one block.
-    Raises:   TypeError or ValueError when block_bytes is not an int of at least 1.
+    Args:     block_bytes: see `InBlocks`.
     """
-
-    block_bytes: int = 16 << 20
-
-    def __post_init__(self) -> None:
-        check_int("block_bytes", self.block_bytes, 1)
 
 
 class LibsvmSource:
@@ -82,7 +73,7 @@ class LibsvmSource:
         return range(self.num_units)
 
     def read(self, unit: int, names: Sequence[str]) -> Rows:
-        tokens = _tokens(self._text(unit))
+        tokens = _tokens(self._lines.block(unit))
         bad = dict(tokens.bad)  # of each row the first
         arrays = {name: array for name, array in self._arrays(tokens, set(names), bad).items() if name in names}
         keep = np.ones(tokens.num_rows, dtype=bool)
@@ -91,18 +82,14 @@ class LibsvmSource:
         return Rows(batch.filter(pa.array(keep)), np.flatnonzero(keep), [bad[row] for row in sorted(bad)])
 
     def num_rows(self, unit: int) -> int:
-        return _tokens(self._text(unit)).num_rows
-
-    def _text(self, unit: int) -> bytes:
-        text = self._lines.block(unit)
-        return text.removeprefix(BOM) if unit == 0 else text
+        return _tokens(self._lines.block(unit)).num_rows
 
     def _guess(self) -> pa.DataType:
         """Of the indices in all rows: integers, or text where one has a leading zero or is something else, and where
         some are negative and others above 2**63 - 1."""
         kind, is_negative = pa.int64(), False
         for unit in range(self.num_units):
-            indices = _tokens(self._text(unit)).indices.strings
+            indices = _tokens(self._lines.block(unit)).indices.strings
             integers, others = _integers(indices, pa.int64())
             if others or pc.any(pc.match_substring_regex(indices, LEADING_ZERO)).as_py():
                 return pa.string()

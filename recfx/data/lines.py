@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import codecs
+from dataclasses import dataclass
+
 import pyarrow as pa
 
+from recfx.checks import check_int
 from recfx.data.files import File
 
-__all__ = ["COMPRESSIONS", "Lines", "first_lines", "is_utf8"]
+__all__ = ["COMPRESSIONS", "InBlocks", "Lines", "first_lines", "is_utf8"]
 
 COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "bz2": "bz2", "zst": "zstd", "zstd": "zstd", "lz4": "lz4"}  # by extension
 LINE_BYTES = 1 << 16  # read at once, to find the end of a line
+
+
+@dataclass(frozen=True, kw_only=True)
+class InBlocks:
+    """How a text file is read: in blocks of `block_bytes`. A compressed file (.gz, .zst, ...) is one block.
+
+    Raises:   TypeError or ValueError when block_bytes is not an int of at least 1.
+    """
+
+    block_bytes: int = 16 << 20
+
+    def __post_init__(self) -> None:
+        check_int("block_bytes", self.block_bytes, 1)
 
 
 class Lines:
@@ -29,16 +46,16 @@ class Lines:
         return -(-(self._num_bytes - self.start) // self._block_bytes)
 
     def block(self, number: int, max_bytes: int | None = None) -> bytes:
-        """The lines that begin in this block, or in its first max_bytes bytes."""
+        """The lines that begin in this block, or in its first max_bytes bytes, without a byte order mark."""
         num_bytes = min(self._block_bytes, max_bytes or self._block_bytes)
         begin = self.start + number * self._block_bytes
         text = self._read(begin, num_bytes)
         if number > 0 and self._read(begin - 1, 1) != b"\n":  # the first line began in the block before
             cut = text.find(b"\n") + 1
             text = text[cut:] if cut else b""
-        if not text or text.endswith(b"\n"):
-            return text
-        return text + self.line_at(begin + num_bytes)
+        if text and not text.endswith(b"\n"):
+            text += self.line_at(begin + num_bytes)
+        return text.removeprefix(codecs.BOM_UTF8) if begin == 0 else text
 
     def line_at(self, place: int) -> bytes:
         """From a byte to the end of its line, line end included."""

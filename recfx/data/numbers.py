@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 from typing import Literal, NamedTuple
 
@@ -13,6 +14,9 @@ __all__ = ["Rounding", "Spelled", "Wrong", "rounded", "spelled", "to_float", "to
 
 Rounding = Literal["error", "allow"]
 EXACT_BITS = {16: 11, 32: 24, 64: 53}  # of a float: below 2**n it is the only one for a whole number
+INT64_END, UINT64_END = 2**63, 2**64
+EXACT_DOUBLE = 2**53  # whole numbers below are doubles, each its own
+DIGITS = re.compile(r"0|-?[1-9][0-9]*")  # the one way to write a whole number: two names never become one id
 SPELLED = r"^\s*[+-]?[0-9]+(?:\.0*)?\s*$"
 PARTS = r"^\s*(?P<sign>[+-]?)0*(?P<digits>[0-9]*)(?:\.0*)?\s*$"
 ZERO, HALF, END = (pa.scalar(Decimal(n), pa.decimal128(20, 0)) for n in (0, 2**63, 2**64))

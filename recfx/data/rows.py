@@ -13,6 +13,9 @@ from recfx.data.files import quoted, subject
 __all__ = ["BadRow", "BadRows", "ColumnError", "Decoded", "Rows"]
 
 
+MOST_SHOWN = 50  # characters of a value in an error
+
+
 class BadRow(NamedTuple):
     """A row that cannot be used."""
 

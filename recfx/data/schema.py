@@ -13,6 +13,7 @@ from recfx.data.columns import Column, VarLen
 from recfx.data.files import quoted
 
 __all__ = [
+    "PAIRS",
     "as_list",
     "check_schema",
     "column_at",
@@ -29,6 +30,7 @@ __all__ = [
     "without_views",
 ]
 
+PAIRS = (("k", "v"), ("key", "value"), ("id", "weight"), ("value", "weight"))  # names of a value and its weight
 LISTS = frozenset({
     pa.lib.Type_LIST, pa.lib.Type_LARGE_LIST, pa.lib.Type_FIXED_SIZE_LIST,
     pa.lib.Type_LIST_VIEW, pa.lib.Type_LARGE_LIST_VIEW, pa.lib.Type_MAP,

@@ -16,6 +16,7 @@ from recfx.data.columns import Column
 from recfx.data.files import ARRAYS
 from recfx.data.schema import is_list, item_type
 from recfx.data.values import values_array
+from recfx.kernels.flatten_lists import numpy_of
 from recfx.types import NUM_SAMPLES, Batch, Ragged
 
 __all__ = ["table_of"]
@@ -137,7 +138,7 @@ def _array(values: Any, column: Column | None, name: str) -> Any:
     if isinstance(values, Ragged):
         return _of_ragged(values)
     if isinstance(values, torch.Tensor):
-        values = _of_tensor(values)
+        values = numpy_of(values)
     if _is_of(values, "pandas"):
         return _of_pandas(values, column, name)
     if isinstance(values, np.ndarray):
@@ -183,21 +184,16 @@ def _empty_lists(items: pa.Array, shape: tuple[int, ...]) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(np.zeros(shape[0] + 1, np.int32)), items)
 
 
-def _of_tensor(tensor: torch.Tensor) -> np.ndarray:
-    exact = tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()  # numpy has no bfloat16
-    return exact.cpu().numpy()
-
-
 def _of_ragged(column: Ragged) -> pa.Array:
     """Without what follows the last list."""
-    offsets = [_of_tensor(o) for o in (*column.outer, column.offsets)]
-    values = _of_tensor(column.values)[: offsets[-1][-1]]
+    offsets = [numpy_of(o) for o in (*column.outer, column.offsets)]
+    values = numpy_of(column.values)[: offsets[-1][-1]]
     items = pa.array(values)
     if column.values.dtype == torch.uint8:
         own = np.ascontiguousarray(offsets.pop())
         items = pa.Array.from_buffers(pa.binary(), len(own) - 1, [None, pa.py_buffer(own), pa.py_buffer(values)])
     elif column.weights is not None:
-        weights = pa.array(_of_tensor(column.weights)[: len(values)])
+        weights = pa.array(numpy_of(column.weights)[: len(values)])
         items = pa.StructArray.from_arrays([items, weights], ["value", "weight"])
     for level in reversed(offsets):
         items = pa.ListArray.from_arrays(pa.array(level), items.slice(0, int(level[-1])))

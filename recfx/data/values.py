@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,14 +13,10 @@ import pyarrow as pa
 from recfx.checks import said
 from recfx.data.columns import Column, FixedLen, VarLen
 from recfx.data.files import quoted
-from recfx.data.schema import check_schema, type_at
+from recfx.data.numbers import DIGITS, EXACT_DOUBLE, INT64_END, UINT64_END
+from recfx.data.schema import PAIRS, check_schema, type_at
 
 __all__ = ["by_arrow", "values_array"]
-
-PAIRS = (("k", "v"), ("key", "value"), ("id", "weight"), ("value", "weight"))  # names of a value and its weight
-DIGITS = re.compile(r"0|-?[1-9][0-9]*")  # the one way to write a whole number: two names never become one id
-EXACT_DOUBLE = 2**53  # whole numbers below are doubles, each its own
-INT64_END, UINT64_END = 2**63, 2**64
 
 NULL, LISTS = {type(None)}, {list, tuple, type(None)}
 TEXT: set[type] = {str, bytes}

@@ -14,7 +14,7 @@ import torch
 
 from recfx.checks import check_int, said
 
-__all__ = ["Flat", "flatten", "padded", "values_of", "weights_of"]
+__all__ = ["Flat", "flatten", "numpy_of", "padded", "values_of", "weights_of"]
 
 MOST = 2**31 - 1  # what an int32 offset counts
 EXACT = 2**24  # whole numbers up to here are float32 numbers
@@ -100,9 +100,12 @@ def _is_list(item: Any) -> bool:
 
 def _plain(lists: Any) -> Any:
     """A list, a tuple or a numpy array."""
-    if not isinstance(lists, torch.Tensor):
-        return lists
-    exact = lists.detach().float() if lists.dtype == torch.bfloat16 else lists.detach()  # numpy has no bfloat16
+    return numpy_of(lists) if isinstance(lists, torch.Tensor) else lists
+
+
+def numpy_of(tensor: torch.Tensor) -> np.ndarray:
+    """The same numbers: of bfloat16, which numpy does not have, as float32. No copy of another type on a CPU."""
+    exact = tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()
     return exact.cpu().numpy()
 
 
