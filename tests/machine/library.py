@@ -11,8 +11,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-__all__ = ["Instruction", "Launch", "Outcome", "Region", "function_numbers", "library"]
+__all__ = ["MODES", "Instruction", "Launch", "Outcome", "Region", "function_numbers", "library"]
 
+MODES = "threads", "bursts", "warps", "programs"
 HERE = Path(__file__).parent
 FLAGS = ["-O2", "-std=c++20", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off", "-shared", "-fPIC"]
 u8, u16, s32, s64, u64, pointer = (

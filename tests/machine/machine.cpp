@@ -1,4 +1,5 @@
 // Runs one launch of a program: every thread with its own registers, switched at every access to memory.
+#include <map>
 #include <string>
 
 #include "arithmetic.h"
@@ -379,7 +380,7 @@ class Machine {
         std::string text = "deadlock: no thread can go on. There wait";
         for (const Program& p : programs) {
             if (p.number < 0) continue;
-            std::unordered_map<s32, s32> waiting;
+            std::map<s32, s32> waiting;
             for (const Thread& t : p.threads)
                 if (t.state != DONE) waiting[l.code[t.state == AT_BARRIER ? t.counter - 1 : t.counter].line]++;
             for (auto [line, num] : waiting) text += " " + std::to_string(num) + " threads of program " + std::to_string(p.number) + " at line " + std::to_string(line) + ";";

@@ -22,13 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tests.machine.library import COUNTS, Launch, Outcome, library
-from tests.machine.program import Program
+from tests.machine.library import COUNTS, MODES, Launch, Outcome, library
+from tests.machine.program import Kind, Program
 from tests.machine.ptx import SIZES, parse
 
-__all__ = ["MODES", "Fault", "Race", "Report", "running"]
+__all__ = ["Fault", "Race", "Report", "running"]
 
-MODES = "threads", "bursts", "warps", "programs"
 CONFLICTS = (
     "two plain writes", "a plain write, then a plain read", "a plain read, then a plain write",
     "a plain write and an atomic", "a plain read and an atomic",
@@ -167,7 +166,9 @@ def running(
         size = grid(bound.arguments) if callable(grid) else grid
         values = [x for name, s in compiled.src.signature.items() for x in scalars(s, bound.arguments[name])]
         order = {"mode": MODES.index(mode), "stale": stale, "resident": int(draws.integers(1, resident + 1)), "seed": int(draws.integers(2**63)), "limit": limit}  # fmt: skip
-        execute(report, compiled, self.fn.__code__.co_filename, values, (*size, 1, 1)[:3], memory_of(bound.arguments), order)
+        execute(
+            report, compiled, self.fn.__code__.co_filename, values, (*size, 1, 1)[:3], memory_of(bound.arguments), order
+        )
         return compiled
 
     driver.set_active(Hopper())
@@ -178,7 +179,17 @@ def running(
         JITFunction.run, driver._active = run, active
 
 
-def execute(report: Report, compiled: Any, file: str, values: list, grid: tuple, memory: np.ndarray, order: dict) -> None:
+def race_of(record: Any, program: Program, kernel: str, file: str) -> Race:
+    at = [record.earlier, record.later]
+    if record.conflict in (0, 3, 4):  # which came first is chance: the plain access is named first
+        at.sort(key=lambda n: (program.code[n].kind == Kind.ATOMIC, n))
+    lines = program.source(at[0], file), program.source(at[1], file)
+    return Race(kernel, CONFLICTS[record.conflict], ("global", "shared")[record.space], lines)
+
+
+def execute(
+    report: Report, compiled: Any, file: str, values: list, grid: tuple, memory: np.ndarray, order: dict
+) -> None:
     program, name = program_of(compiled.asm["ptx"]), compiled.metadata.name
     data, outcome = parameter_bytes(program, values), Outcome()
     threads = 32 * compiled.metadata.num_warps
@@ -197,9 +208,6 @@ def execute(report: Report, compiled: Any, file: str, values: list, grid: tuple,
     for key in COUNTS:
         before, of_launch = getattr(counts, key), getattr(outcome, key)
         setattr(counts, key, max(before, of_launch) if key == "hottest" else before + of_launch)
-    for race in {(r.conflict, r.space, r.earlier, r.later) for r in outcome.races[: outcome.num_races]}:
-        conflict, space, *at = race
-        lines = program.source(at[0], file), program.source(at[1], file)
-        report.races[Race(name, CONFLICTS[conflict], ("global", "shared")[space], lines)] += 1
+    report.races.update({race_of(r, program, name, file) for r in outcome.races[: outcome.num_races]})
     if outcome.fault:
         raise Fault(f"{name}, line {outcome.line}: {outcome.fault.decode()}")

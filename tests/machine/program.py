@@ -29,7 +29,9 @@ ORDERS = {"relaxed": STRONG, "volatile": STRONG, "acquire": STRONG | ACQUIRE, "r
           "acq_rel": STRONG | ACQUIRE | RELEASE}  # fmt: skip
 COMBINES = {name: n for n, name in enumerate("add min max and or xor exch cas".split())}
 ADD_FLOAT = 8
-EXCHANGES, QUESTIONS = ({name: n for n, name in enumerate(names.split())} for names in ("bfly idx up down", "ballot any all"))
+EXCHANGES, QUESTIONS = (
+    {name: n for n, name in enumerate(names.split())} for names in ("bfly idx up down", "ballot any all")
+)
 JOINS = {"and": 1, "or": 2, "xor": 3}
 SPECIALS = [*(f"%{name}.{axis}" for name in ("tid", "ctaid", "nctaid") for axis in "xyz"), "%laneid", "%ntid.x",
             "%ntid.y", "%ntid.z", "%warpid"]  # fmt: skip
@@ -166,8 +168,12 @@ class Program:
         if words[0] == "lop3":
             *from_, table = from_
             function = function_numbers()[".".join(words)]
-            return self.make(Kind.ARITHMETIC, [self.operand(to)], self.all(from_), function=function, immediate=int(table, 0))
-        return self.make(Kind.ARITHMETIC, [self.operand(to)], self.all(from_), function=function_numbers()[".".join(words)])
+            return self.make(
+                Kind.ARITHMETIC, [self.operand(to)], self.all(from_), function=function, immediate=int(table, 0)
+            )
+        return self.make(
+            Kind.ARITHMETIC, [self.operand(to)], self.all(from_), function=function_numbers()[".".join(words)]
+        )
 
     def all(self, words: Sequence[str]) -> list[int]:
         return [self.operand(w) for w in words]
@@ -177,7 +183,9 @@ class Program:
         name = f"setp.{UNSIGNED.get(how, how)}.{type_.replace('b', 'u')}"
         to, *from_ = operands
         flag = JOINS[joins[0]] if joins else 0
-        return self.make(Kind.ARITHMETIC, self.all(to.split("|")), self.all(from_), function=function_numbers()[name], flag=flag)
+        return self.make(
+            Kind.ARITHMETIC, self.all(to.split("|")), self.all(from_), function=function_numbers()[name], flag=flag
+        )
 
     def add_mov(self, parts: list[str], operands: list[str]) -> Instruction:
         to, from_ = operands
@@ -253,12 +261,16 @@ class Program:
     def add_vote(self, parts: list[str], operands: list[str]) -> Instruction:
         to, asked, mask = operands
         function, flag = next(QUESTIONS[p] for p in parts if p in QUESTIONS), int(asked.startswith("!"))
-        return self.make(Kind.VOTE, [self.operand(to)], self.all([asked.removeprefix("!"), mask]), function=function, flag=flag)
+        return self.make(
+            Kind.VOTE, [self.operand(to)], self.all([asked.removeprefix("!"), mask]), function=function, flag=flag
+        )
 
     def add_redux(self, parts: list[str], operands: list[str]) -> Instruction:
         to, *from_ = operands
         function = next(COMBINES[p] for p in parts if p in COMBINES)
-        return self.make(Kind.REDUCE, [self.operand(to)], self.all(from_), function=function, size=4, is_signed=parts[-1] == "s32")
+        return self.make(
+            Kind.REDUCE, [self.operand(to)], self.all(from_), function=function, size=4, is_signed=parts[-1] == "s32"
+        )
 
     def matrices(self, kind: Kind, parts: list[str], where: str, held: str) -> Instruction:
         if "m8n8" not in parts or parts[-1] != "b16":
