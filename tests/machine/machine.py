@@ -26,7 +26,7 @@ from tests.machine.library import COUNTS, MODES, Launch, Outcome, library
 from tests.machine.program import Kind, Program
 from tests.machine.ptx import SIZES, parse
 
-__all__ = ["Fault", "Race", "Report", "running"]
+__all__ = ["MachineError", "Race", "Report", "running"]
 
 CONFLICTS = (
     "two plain writes", "a plain write, then a plain read", "a plain read, then a plain write",
@@ -35,7 +35,7 @@ CONFLICTS = (
 LIMIT = 10**9  # instructions of a launch
 
 
-class Fault(AssertionError):
+class MachineError(AssertionError):
     """An access that a GPU would refuse or do wrong, a deadlock, or too many instructions."""
 
 
@@ -151,8 +151,8 @@ def running(
               resident: programs that run at the same time, at most; each launch draws how many.
               limit: instructions of a launch, at most.
     Yields:   the counts and races of what has run so far.
-    Raises:   Fault, from the launch: an access outside the tensors of the launch, a misaligned one, a deadlock, too many
-              instructions. Unknown: an instruction that the machine does not have.
+    Raises:   MachineError, from the launch: an access outside the tensors of the launch, a misaligned one, a deadlock, too many
+              instructions. UnknownInstructionError: an instruction that the machine does not have.
     """
     report, draws = Report(), np.random.default_rng(seed)
     run, active = JITFunction.run, driver._active
@@ -165,7 +165,8 @@ def running(
         bound.apply_defaults()
         size = grid(bound.arguments) if callable(grid) else grid
         values = [x for name, s in compiled.src.signature.items() for x in scalars(s, bound.arguments[name])]
-        order = {"mode": MODES.index(mode), "stale": stale, "resident": int(draws.integers(1, resident + 1)), "seed": int(draws.integers(2**63)), "limit": limit}  # fmt: skip
+        drawn = {"resident": int(draws.integers(1, resident + 1)), "seed": int(draws.integers(2**63))}
+        order = {"mode": MODES.index(mode), "stale": stale, "limit": limit, **drawn}
         execute(
             report, compiled, self.fn.__code__.co_filename, values, (*size, 1, 1)[:3], memory_of(bound.arguments), order
         )
@@ -210,4 +211,4 @@ def execute(
         setattr(counts, key, max(before, of_launch) if key == "hottest" else before + of_launch)
     report.races.update({race_of(r, program, name, file) for r in outcome.races[: outcome.num_races]})
     if outcome.fault:
-        raise Fault(f"{name}, line {outcome.line}: {outcome.fault.decode()}")
+        raise MachineError(f"{name}, line {outcome.line}: {outcome.fault.decode()}")

@@ -12,7 +12,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from tests.machine.library import Instruction, function_numbers
-from tests.machine.ptx import SIZES, Kernel, Statement, Unknown
+from tests.machine.ptx import SIZES, Kernel, Statement, UnknownInstructionError
 from tests.machine.values import hoistable, uses_of_loads
 
 __all__ = ["Kind", "Program"]
@@ -27,7 +27,7 @@ GLOBAL, SHARED = 0, 1
 STRONG, ACQUIRE, RELEASE = 1, 2, 4
 ORDERS = {"relaxed": STRONG, "volatile": STRONG, "acquire": STRONG | ACQUIRE, "release": STRONG | RELEASE,
           "acq_rel": STRONG | ACQUIRE | RELEASE}  # fmt: skip
-COMBINES = {name: n for n, name in enumerate("add min max and or xor exch cas".split())}
+COMBINES = {name: n for n, name in enumerate(["add", "min", "max", "and", "or", "xor", "exch", "cas"])}
 ADD_FLOAT = 8
 EXCHANGES, QUESTIONS = (
     {name: n for n, name in enumerate(names.split())} for names in ("bfly idx up down", "ballot any all")
@@ -100,7 +100,9 @@ class Program:
             i = special(parts, s.operands) if special else self.arithmetic(parts, s.operands)
         except (KeyError, ValueError, StopIteration, IndexError) as why:
             text = f"{s.name} {', '.join(s.operands)}"
-            raise Unknown(f"{self.kernel.name}: got `{text}`, expected an instruction that the machine has") from why
+            raise UnknownInstructionError(
+                f"{self.kernel.name}: got `{text}`, expected an instruction that the machine has"
+            ) from why
         i.guard, i.line = self.predicate(s.guard), s.place[1]
         self.instructions.append(i)
         self.places.append(s.place)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["Kernel", "Statement", "Unknown", "parse"]
+__all__ = ["Kernel", "Statement", "UnknownInstructionError", "parse"]
 
 SIZES = {"pred": 1} | {f"{letter}{bits}": bits // 8 for letter in "bsuf" for bits in (8, 16, 32, 64)}
 TOKEN = re.compile(
@@ -16,7 +16,7 @@ TOKEN = re.compile(
 )
 
 
-class Unknown(NotImplementedError):
+class UnknownInstructionError(NotImplementedError):
     """An instruction that the machine does not have."""
 
 
@@ -99,7 +99,7 @@ def statement(text: str, renamed: dict[str, str], place: tuple[int, int]) -> Sta
     guard = ""
     if text.startswith("@"):
         guard, text = text.split(None, 1)
-    name, rest = (text.split(None, 1) + [""])[:2]
+    name, rest = [*text.split(None, 1), ""][:2]
     if renamed:
         rest, guard = (re.sub(r"[\w$%]+", lambda word: renamed.get(word[0], word[0]), t) for t in (rest, guard))
     operands = [o.strip() for o in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", rest)]

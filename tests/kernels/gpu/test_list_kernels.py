@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("place")
 from recfx.kernels.gpu import cross_lists, select_lists, string_hash, take_lists  # noqa: E402  behind importorskip
 from recfx.kernels.gpu import order_lists as gpu_order  # noqa: E402
 from recfx.kernels.gpu import pool as gpu_pool  # noqa: E402
-from tests.machine.machine import Fault  # noqa: E402
+from tests.machine.machine import MachineError  # noqa: E402
 
 BAD = [[0, 3, 9 * 10**8], [0, 1, -5], [-9, 2, 4], [0, 6, 2], [2**31 - 1, -(2**31), 7], [5, 6, 8]]  # offsets of 8 values
 
@@ -228,5 +228,7 @@ def test_an_address_outside_the_tensors_is_seen(num_lists, num_values, inside):
     """Of a kernel that is told of more values, or of more sums to write, than there are."""
     sums, values = amid(torch.zeros(2)), amid(torch.arange(8.0))
     offsets = amid(torch.tensor([0, 2, 9, 9]).int())
-    with contextlib.nullcontext() if inside else pytest.raises(Fault, match="4 bytes at .* outside every tensor"):
+    with (
+        contextlib.nullcontext() if inside else pytest.raises(MachineError, match=r"4 bytes at .* outside every tensor")
+    ):
         gpu_order.sum_lists[(1,)](sums, values, offsets, num_lists, num_values, BLOCK=128, num_warps=1)
