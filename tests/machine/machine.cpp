@@ -347,34 +347,41 @@ class Machine {
     // Matrices of 8 x 8 items of two bytes: lane 8 m + k gives the address of row k of matrix m; lane k holds of each
     // the items 2 (k % 4) and 2 (k % 4) + 1 of row k / 4, or, transposed, of column k / 4.
     void move_matrices(Program& p, Thread* warp, const Instruction& i) {
-        Instruction row = i;
-        row.size = 16, row.count = 1;
+        const bool stores = i.kind == STORE_MATRIX;
+        u32 held[32][4] = {};
+        for (int lane = 0; stores && lane < 32; lane++)
+            for (int m = 0; m < i.count; m++) held[lane][m] = as<u32>(warp[lane].registers[i.from[1 + m]]);
         for (int m = 0; m < i.count; m++) {
-            for (int r = 0; r < 8; r++) {
-                const Thread& owner = warp[8 * m + r];
-                u64 address;
-                int region = 0;
-                u8* at = reach(p, owner, row, address, region);
-                Access access = begin_access(p, owner, i);
-                access.at = s32(&i - l.code);
-                const Viewer who = viewer(p, owner);
-                each_cell(p, row, address, 16, 0, [&](Cell& c, u64) {
-                    if (i.kind == LOAD_MATRIX) races.read(c, who, access, SHARED);
-                    else races.write(c, who, access, SHARED, false);
-                });
+            for (int row = 0; row < 8; row++) {
+                u16* items[8];
                 for (int column = 0; column < 8; column++) {
-                    const int lane = i.flag ? 4 * column + r / 2 : 4 * r + column / 2, half = i.flag ? r % 2 : column % 2;
-                    u8* held = reinterpret_cast<u8*>(&matrix[lane][m]) + 2 * half;
-                    if (i.kind == STORE_MATRIX) std::memcpy(&matrix[lane][m], &warp[lane].registers[i.from[1 + m]], 4), std::memcpy(at + 2 * column, held, 2);
-                    else std::memcpy(held, at + 2 * column, 2);
+                    const int across = i.flag ? row : column, along = i.flag ? column : row;
+                    items[column] = reinterpret_cast<u16*>(&held[4 * along + across / 2][m]) + across % 2;
                 }
+                move_row(p, warp[8 * m + row], i, items);
             }
         }
-        if (i.kind == LOAD_MATRIX)
-            for (int lane = 0; lane < 32; lane++)
-                for (int m = 0; m < i.count; m++) warp[lane].registers[i.to[m]] = matrix[lane][m];
+        for (int lane = 0; !stores && lane < 32; lane++)
+            for (int m = 0; m < i.count; m++) warp[lane].registers[i.to[m]] = held[lane][m];
     }
-    u32 matrix[32][4];
+    void move_row(Program& p, const Thread& owner, const Instruction& i, u16* const* items) {
+        Instruction whole = i;
+        whole.size = 16, whole.count = 1;
+        u64 address;
+        int region = 0;
+        u8* at = reach(p, owner, whole, address, region);
+        const Access access = begin_access(p, owner, i);
+        const Viewer who = viewer(p, owner);
+        u16 row[8];
+        for (int k = 0; k < 8; k++) row[k] = *items[k];
+        each_cell(p, whole, address, 16, region, [&](Cell& c, u64 unit) {
+            const u64 offset = unit - address;
+            if (i.kind == LOAD_MATRIX) races.read(c, who, access, SHARED);
+            else races.write(c, who, access, SHARED, !std::memcmp(at + offset, reinterpret_cast<u8*>(row) + offset, l.shared_unit));
+        });
+        if (i.kind == STORE_MATRIX) std::memcpy(at, row, 16);
+        else for (int k = 0; k < 8; k++) std::memcpy(items[k], at + 2 * k, 2);
+    }
 
     std::string deadlock() const {
         std::string text = "deadlock: no thread can go on. There wait";

@@ -151,8 +151,8 @@ def running(
               resident: programs that run at the same time, at most; each launch draws how many.
               limit: instructions of a launch, at most.
     Yields:   the counts and races of what has run so far.
-    Raises:   MachineError, from the launch: an access outside the tensors of the launch, a misaligned one, a deadlock, too many
-              instructions. UnknownInstructionError: an instruction that the machine does not have.
+    Raises:   MachineError, from the launch: an access outside the tensors of the launch, a misaligned one, a deadlock,
+              too many instructions. UnknownInstructionError: an instruction that the machine does not have.
     """
     report, draws = Report(), np.random.default_rng(seed)
     run, active = JITFunction.run, driver._active

@@ -25,7 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
     library()  # registers what is replaced here
     kernels = torch.library.Library("recfx", "IMPL")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)  # torch says what it replaces
+        warnings.filterwarnings(
+            "ignore", "Warning only once for all operators", UserWarning
+        )  # torch says what it replaces
         for module, name in calls((8, 1)):
             function = getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)
             kernels.impl(name, function, "CPU", allow_override=True)

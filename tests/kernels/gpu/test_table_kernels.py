@@ -238,6 +238,20 @@ def test_row_optimizers_are_their_definitions(name, by_column):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", test_optimizer_rows.KERNELS)
+@pytest.mark.parametrize("grad_stride", [9, 16])
+def test_row_optimizers_of_rows_that_lie_apart(place, name, grad_stride):
+    """Which threads read a gradient and which clear it follows from the strides."""
+    a = test_optimizer_rows.case(name, (8, 1), 40, by_column=False)
+    b = [t.clone() if isinstance(t, torch.Tensor) else t for t in a]
+    getattr(test_optimizer_rows.optimizer_rows, name).definition(*b)
+    rows, grads = (spread(t, stride, place)[0] for t, stride in zip(a[:2], (32, grad_stride), strict=True))
+    rest = [t.to(place) if isinstance(t, torch.Tensor) else t for t in a[2:]]
+    getattr(optimizer_rows, f"{name}_")(rows, grads, *rest)
+    for x, y in zip((rows, grads, rest[0]), b[:3], strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("limit", "max_norm"), [(0.1, 1.0), (float("inf"), 0.1)])
 def test_clipping_is_the_definition(limit, max_norm):
     grads = test_clip_row_grads.grads_of(9)
