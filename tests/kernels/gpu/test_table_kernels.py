@@ -44,8 +44,8 @@ from recfx.kernels.gpu import (  # noqa: E402  behind importorskip
     find,
     find_or_insert,
     launch,
+    occurrences,
     optimizer_rows,
-    runs,
     sum_adamw_rows,
 )
 from recfx.kernels.gpu import pool as gpu_pool  # noqa: E402
@@ -140,18 +140,40 @@ def test_rehash_of_no_rows_empties():
     assert rehash.rehash_ is not gpu_rehash.rehash_
 
 
-@pytest.mark.parametrize(
-    "items", [[], [-1], [-1, -1], [0], [3], [0, 0, 2, -1, -1], [-1, 0, 0, 5], [1] * 200 + [7], [3, 900, 1029]]
-)
-def test_runs_of_rising_items(items):
-    """Behind the others or in front of them stand those that are none."""
-    begins, last = on_device(lambda item_N: runs.runs_of(item_N, 1030))(torch.tensor(items, dtype=torch.int32))
-    assert int(last) == max(items, default=-1)
-    for item in range(int(last) + 1):
-        expected = [n for n, i in enumerate(items) if 0 <= i < item]
-        first = expected[-1] + 1 if expected else next(n for n, i in enumerate(items) if i >= 0)
-        assert int(begins[item]) == first
-        assert int(begins[item + 1]) - first == items.count(item)
+NUMBERS = {
+    "none": [],
+    "padding": [-1] * 40,
+    "one": [3],
+    "one row": [0] * 1500,
+    "a full block": [k % 50 for k in range(occurrences.POSITIONS)],
+    "full blocks": [(7 * k) % 13 for k in range(2 * occurrences.POSITIONS)],
+    "gaps": [1029, -1, 3, 900, 3, -1],
+    "a gap in another block": [1029] * 1100 + [2, 2],
+    "many": random.Random(0).choices(range(-1, 700), k=3000),
+}
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
+def test_occurrences_are_in_the_order_of_a_stable_sort(monkeypatch, merged, weighted, numbers):
+    """Merged, as few positions are, or sorted by torch; with the places of each number, of which some do not occur."""
+    if not merged:
+        monkeypatch.setattr(occurrences, "MERGED", 0)
+    number_P = torch.tensor(numbers, dtype=torch.int32)
+    cell_P = torch.where(number_P < 0, -1, torch.arange(len(numbers), dtype=torch.int32))
+    weight_P = torch.randn(len(numbers)) if weighted else None
+    number_N, cell_N, weight_N, begins, last = on_device(occurrences.in_order)(number_P, cell_P, weight_P, 1030)
+    order = torch.sort(number_P, stable=True).indices[(number_P < 0).sum() :]
+    assert int(last) == max(numbers, default=-1)
+    counts = torch.bincount(number_P[order], minlength=int(last) + 1)
+    begin = int(begins[0])
+    end = begin + len(order)
+    assert torch.equal(begins[1 : int(last) + 2], begin + counts.cumsum(0))
+    assert torch.equal(number_N[begin:end], number_P[order])
+    assert torch.equal(cell_N[begin:end], cell_P[order])
+    assert weight_P is None or torch.equal(weight_N[begin:end], weight_P[order])
+    assert (number_N[:begin] < 0).all()
 
 
 @pytest.mark.parametrize("op", ["add_row_grads_", "add_row_grads_atomic_"])
