@@ -108,12 +108,21 @@ def ftrl(at, column, within, covers, g, decay, rate, own, width, DIMS: tl.conste
 
 
 @triton.jit
+def end_step(num_unique, due):
+    """num_unique to 0 where due, by the last program to come here: its upper half counts them, and is 0 then."""
+    tl.debug_barrier()  # every thread has read it
+    before = tl.atomic_add(num_unique, 1 << 32)
+    if before >> 32 == tl.num_programs(0) - 1:
+        tl.atomic_xchg(num_unique, tl.where(tl.load(due), 0, before & 0xFFFFFFFF))
+
+
+@triton.jit
 def update_rows(
     rows, grads, num_unique, unique_rows, row_vocabularies, hyper, due, rates, row_stride, grad_stride, width,
     DECAY: tl.constexpr, RATE: tl.constexpr, SCALE: tl.constexpr, OWN: tl.constexpr, FORMULA: tl.constexpr,
     DIMS: tl.constexpr, HAS_RATES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COVER: tl.constexpr,
 ):  # fmt: skip
-    num = tl.where(tl.load(due), tl.load(num_unique), 0)
+    num = tl.where(tl.load(due), tl.load(num_unique, volatile=True) & 0xFFFFFFFF, 0)
     column = tl.arange(0, COLUMNS)[None, :]
     for first in range(tl.program_id(0) * ROWS, num, tl.num_programs(0) * ROWS):
         unique = first + tl.arange(0, ROWS)[:, None]
@@ -129,11 +138,7 @@ def update_rows(
         FORMULA(rows + row.to(tl.int64) * row_stride, column, within, covers, g, decay, rate, hyper + OWN, width, DIMS)
         tl.debug_barrier()  # the threads that read a gradient need not be those that clear it
         tl.store(of_unique, tl.zeros_like(g), mask=covers)
-
-
-@triton.jit
-def end_step(num_unique, due):
-    tl.store(num_unique, tl.where(tl.load(due), 0, tl.load(num_unique)))
+    end_step(num_unique, due)
 
 
 def update(
@@ -149,7 +154,6 @@ def update(
         DIMS=tuple(dims), HAS_RATES=rates is not None, ROWS=rows_of(width), COLUMNS=columns_of(width),
         COVER=cover_of(width, rows.stride(0), grads.stride(0)),
     )  # fmt: skip
-    end_step[(1,)](num_unique, due, num_warps=1)
 
 
 def adamw_rows_(
