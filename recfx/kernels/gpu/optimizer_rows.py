@@ -108,12 +108,12 @@ def ftrl(at, column, within, covers, g, decay, rate, own, width, DIMS: tl.conste
 
 
 @triton.jit
-def end_step(num_unique, due):
+def end_step(num_unique, is_due):
     """num_unique to 0 where due, by the last program to come here: its upper half counts them, and is 0 then."""
     tl.debug_barrier()  # every thread has read it
     before = tl.atomic_add(num_unique, 1 << 32)
     if before >> 32 == tl.num_programs(0) - 1:
-        tl.atomic_xchg(num_unique, tl.where(tl.load(due), 0, before & 0xFFFFFFFF))
+        tl.atomic_xchg(num_unique, tl.where(is_due, 0, before & 0xFFFFFFFF))
 
 
 @triton.jit
@@ -122,7 +122,8 @@ def update_rows(
     DECAY: tl.constexpr, RATE: tl.constexpr, SCALE: tl.constexpr, OWN: tl.constexpr, FORMULA: tl.constexpr,
     DIMS: tl.constexpr, HAS_RATES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COVER: tl.constexpr,
 ):  # fmt: skip
-    num = tl.where(tl.load(due), tl.load(num_unique, volatile=True) & 0xFFFFFFFF, 0)
+    is_due = tl.load(due)
+    num = tl.where(is_due, tl.load(num_unique, volatile=True).to(tl.int32), 0)
     column = tl.arange(0, COLUMNS)[None, :]
     for first in range(tl.program_id(0) * ROWS, num, tl.num_programs(0) * ROWS):
         unique = first + tl.arange(0, ROWS)[:, None]
@@ -138,7 +139,7 @@ def update_rows(
         FORMULA(rows + row.to(tl.int64) * row_stride, column, within, covers, g, decay, rate, hyper + OWN, width, DIMS)
         tl.debug_barrier()  # the threads that read a gradient need not be those that clear it
         tl.store(of_unique, tl.zeros_like(g), mask=covers)
-    end_step(num_unique, due)
+    end_step(num_unique, is_due)
 
 
 def update(
