@@ -4,12 +4,11 @@ import importlib
 from unittest import mock
 
 import pytest
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from triton.runtime.jit import JITFunction  # noqa: E402  after importorskip
+from triton.runtime.jit import JITFunction
 
 bench = importlib.import_module("bench.triton_sm90")
 
@@ -30,9 +29,9 @@ def launches_of(module, name, sizes):
 
     arguments = bench.calls((8, 1), sizes)[module, name]
     operator = getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)
-    with mock.patch.object(JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel.fn.__name__)):
-        with Operators():
-            operator(*arguments)
+    launch = mock.patch.object(JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel.fn.__name__))
+    with launch, Operators():
+        operator(*arguments)
     return launched
 
 
