@@ -142,6 +142,12 @@ def update_rows(
     end_step(num_unique, is_due)
 
 
+# Programs that a multiprocessor holds at once, of rows of whole 16 bytes and of others.
+AT_ONCE = {
+    sgd: (10, 8), adagrad: (8, 4), rowwise_adagrad: (7, 5), adamw: (8, 4), adamw_by_column: (8, 3), ftrl: (4, 3),
+}  # fmt: skip
+
+
 def update(
     formula: Callable, rows: Tensor, grads: Tensor, num_unique: Tensor, unique_rows: Tensor, row_vocabularies: Tensor,
     hyper: Tensor, due: Tensor, dims: Sequence[int], rates: Tensor | None, places: tuple[int, int, int, int],
@@ -149,7 +155,8 @@ def update(
     """`places`: in `hyper`, of decay, rate, scale and the formula's own scalars."""
     width = grads.shape[1]
     decay, rate, scale, own = places
-    update_rows[programs(unique_rows.numel(), rows_of(width))](
+    at_once = AT_ONCE[formula][width % 4 > 0]
+    update_rows[programs(unique_rows.numel(), rows_of(width), at_once)](
         rows, grads, num_unique, unique_rows, row_vocabularies, hyper, due, hyper if rates is None else rates,
         rows.stride(0), grads.stride(0), width, DECAY=decay, RATE=rate, SCALE=scale, OWN=own, FORMULA=formula,
         DIMS=tuple(dims), HAS_RATES=rates is not None, ROWS=rows_of(width), COLUMNS=columns_of(width),
