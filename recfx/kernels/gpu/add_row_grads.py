@@ -1,33 +1,39 @@
-"""add_row_grads_ on a GPU: positions sorted by unique number, stably, then a program per few unique rows.
+"""add_row_grads_ on a GPU: positions in the order of their unique numbers, then a program per few unique rows.
 
 A row with up to CHUNK occurrences has them added one by one, in order, as a CPU does. Of a row with more, all but the
 last few are summed beforehand by programs of their own, a chunk at a time, in a fixed tree; the chunks are added in
 order, then the rest. Chunks begin where the row begins: a sum depends on the row's own occurrences, and on no race.
 
-The atomic form needs no sort; its sums differ from run to run in the last bits.
+The atomic form needs no order; its sums differ from run to run in the last bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.launch import lower_bound, programs, rows_of, search_steps, slices
+from recfx.kernels.gpu.launch import programs, rows_of, slices
+from recfx.kernels.gpu.occurrences import in_order
+from recfx.kernels.gpu.runs import run_of
 
-__all__ = ["add_row_grads_", "add_row_grads_atomic_", "chunk_sums", "sum_of_rows"]
+__all__ = ["add_row_grads_", "add_row_grads_atomic_", "at_once", "chunk_sums", "sum_of_rows"]
 
 CHUNK = 32
+# Programs of each kernel that a multiprocessor holds at once, of rows that are one slice of whole 16 bytes, and others.
+SUM_CHUNKS, ADD_ROWS = (7, 5), (8, 5)
 
 
 @triton.jit
 def gradients(block, cell_N, weight_N, nth, has, column, DIM: tl.constexpr, WEIGHTED: tl.constexpr):
-    """Weighted gradients f32 [nth, column] of the sorted occurrences `nth`; zeros where not `has`."""
-    cell = tl.load(cell_N + nth, mask=has, other=0).to(tl.int64)
-    value = tl.load(block + cell[:, None] * DIM + column, mask=has[:, None] & (column < DIM), other=0.0)
+    """Weighted gradients f32 [nth, column] of the sorted occurrences `nth`; zeros where not `has`.
+
+    The mask is taken from the cells: Triton 3.6.0 cannot compile one that it would have to compute in two layouts.
+    """
+    cell = tl.load(cell_N + nth, mask=has, other=-1).to(tl.int64)
+    value = tl.load(block + cell[:, None] * DIM + column, mask=(cell >= 0)[:, None] & (column < DIM), other=0.0)
     if WEIGHTED:
         value *= tl.load(weight_N + nth, mask=has, other=0.0)[:, None]
     return value
@@ -45,23 +51,33 @@ def sum_chunk(
 
 
 @triton.jit
+def take_count(count, num_unique):
+    """Moves the number of unique rows to `count`, before a launch whose programs all read it."""
+    if tl.program_id(0) == 0:
+        num = tl.load(num_unique)
+        tl.debug_barrier()  # every thread reads it, one clears it
+        tl.store(count, num.to(tl.int32))
+        tl.store(num_unique, num * 0)
+
+
+@triton.jit
 def sum_chunks(
-    partial, number_N, cell_N, weight_N, blocks, num, steps, width, WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr,
-    DIMS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    partial, number_N, cell_N, weight_N, begins, last_number, blocks, width, count, num_unique,
+    WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    TAKES: tl.constexpr,
 ):  # fmt: skip
-    """partial[c] of the chunk that begins in the c-th CHUNK of sorted places, if one does: there is at most one."""
+    """partial[c] of the chunk that begins in the c-th CHUNK of places, if one does: there is at most one."""
+    if TAKES:
+        take_count(count, num_unique)
+    highest = tl.load(last_number)
+    num = tl.load(begins + highest + 1, mask=highest >= 0, other=0)
     for c in range(tl.program_id(0), num // CHUNK, tl.num_programs(0)):
         last = c * CHUNK + CHUNK - 1
         number = tl.load(number_N + last)
-        # A row that has a whole chunk here, and then some, goes on for half a chunk at one side at least.
-        half: tl.constexpr = CHUNK // 2
-        left = tl.load(number_N + last - half)
-        right = tl.load(number_N + last + half, mask=last + half < num, other=-1)
-        if (number >= 0) & ((left == number) | (right == number)):
-            row_begin = tl.sum(lower_bound(number_N, num, steps, tl.zeros([1], tl.int32) + number), axis=0)
+        if number >= 0:
+            row_begin = tl.load(begins + number)
             begin = row_begin + (last - row_begin) // CHUNK * CHUNK
-            behind = begin + CHUNK
-            if tl.load(number_N + behind, mask=behind < num, other=-1) == number:
+            if begin + CHUNK < tl.load(begins + number + 1):  # the row goes on after the chunk
                 for s in tl.static_range(len(FIRSTS)):
                     sum_chunk(
                         partial + (begin // CHUNK).to(tl.int64) * width, blocks[s], cell_N, weight_N, begin, WEIGHTED,
@@ -108,14 +124,13 @@ def add_slice(
 
 @triton.jit
 def add_rows(
-    grads, stride, partial, number_N, cell_N, weight_N, blocks, num, steps, width, WEIGHTED: tl.constexpr,
+    grads, stride, partial, cell_N, weight_N, begins, last_number, blocks, width, WEIGHTED: tl.constexpr,
     FIRSTS: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    num_unique = tl.load(number_N + num - 1) + 1
+    num_unique = tl.load(last_number) + 1
     for first in range(tl.program_id(0) * ROWS, num_unique, tl.num_programs(0) * ROWS):
         unique = first + tl.arange(0, ROWS)
-        begin = lower_bound(number_N, num, steps, unique)
-        end = lower_bound(number_N, num, steps, unique + 1)
+        begin, end = run_of(begins, last_number, unique)
         for s in tl.static_range(len(FIRSTS)):
             add_slice(
                 grads, stride, partial, blocks[s], cell_N, weight_N, width, unique, begin, end, WEIGHTED, FIRSTS[s],
@@ -148,25 +163,26 @@ def add_atomically(
         )
 
 
-def sorted_occurrences(inverse_P: Tensor, cell_P: Tensor, weight_P: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Number, cell and weight of all positions by unique number, in order within it; -1 where there is no gradient."""
-    number_N, order = torch.sort(torch.where(cell_P < 0, -1, inverse_P), stable=True)
-    cell_N = cell_P.index_select(0, order)
-    return number_N, cell_N, cell_N if weight_P is None else weight_P.index_select(0, order)
+def at_once(dims: Sequence[int], held: tuple[int, int]) -> int:
+    """The one of `held` that is of rows with slices of these widths."""
+    return held[0] if len(dims) == 1 and dims[0] % 4 == 0 else held[1]
 
 
 def chunk_sums(
     inverse_P: Tensor, cell_P: Tensor, firsts: Sequence[int], dims: Sequence[int], blocks: Sequence[Tensor],
-    weight_P: Tensor | None, width: int,
-) -> tuple[tuple, dict]:  # fmt: skip
-    """What `sum_of_rows` adds up, chunks of frequent rows summed beforehand: arguments from `partial` to `width`."""
+    weight_P: Tensor | None, width: int, most: int, num_unique: Tensor | None = None,
+) -> tuple[tuple, dict, Tensor]:  # fmt: skip
+    """What `sum_of_rows` and `run_of` read, chunks of frequent rows summed beforehand: arguments from `partial` to
+    `width`, and static ones; of unique numbers less than `most`. And i32 [1], what num_unique was: it is 0 then."""
     num, dense = cell_P.numel(), tuple(block.contiguous() for block in blocks)
-    occurrences = sorted_occurrences(inverse_P, cell_P, weight_P)
-    partial = dense[0].new_empty(num // CHUNK + 1, width)
+    number_N, *occurrences = in_order(inverse_P, cell_P, weight_P, most)
+    partial, count = dense[0].new_empty(num // CHUNK + 1, width), number_N.new_empty(1)
     static = {"WEIGHTED": weight_P is not None, **slices(firsts, dims), "CHUNK": CHUNK}
-    sources = partial, *occurrences, dense, num, search_steps(num), width
-    sum_chunks[programs(num, CHUNK)](*sources, **static)
-    return sources, static
+    sum_chunks[programs(num, CHUNK, at_once(dims, SUM_CHUNKS))](
+        partial, number_N, *occurrences, dense, width, count, count if num_unique is None else num_unique,
+        TAKES=num_unique is not None, **static,
+    )  # fmt: skip
+    return (partial, *occurrences, dense, width), static, count
 
 
 def add_row_grads_(
@@ -176,8 +192,9 @@ def add_row_grads_(
     """`recfx.kernels.add_row_grads.definition`; the same bytes from run to run."""
     num, rows = cell_P.numel(), rows_of(max(dims))
     if num:
-        sources, static = chunk_sums(inverse_P, cell_P, firsts, dims, blocks, weight_P, grads.shape[1])
-        add_rows[programs(num, rows)](grads, grads.stride(0), *sources, ROWS=rows, **static)
+        sources, static, _ = chunk_sums(inverse_P, cell_P, firsts, dims, blocks, weight_P, grads.shape[1], len(grads))
+        grid = programs(num, rows, at_once(dims, ADD_ROWS))
+        add_rows[grid](grads, grads.stride(0), *sources, ROWS=rows, **static)
 
 
 def add_row_grads_atomic_(

@@ -108,12 +108,22 @@ def ftrl(at, column, within, covers, g, decay, rate, own, width, DIMS: tl.conste
 
 
 @triton.jit
+def end_step(num_unique, is_due):
+    """num_unique to 0 where due, by the last program to come here: its upper half counts them, and is 0 then."""
+    tl.debug_barrier()  # every thread has read it
+    before = tl.atomic_add(num_unique, 1 << 32)
+    if before >> 32 == tl.num_programs(0) - 1:
+        tl.atomic_xchg(num_unique, tl.where(is_due, 0, before & 0xFFFFFFFF))
+
+
+@triton.jit
 def update_rows(
     rows, grads, num_unique, unique_rows, row_vocabularies, hyper, due, rates, row_stride, grad_stride, width,
     DECAY: tl.constexpr, RATE: tl.constexpr, SCALE: tl.constexpr, OWN: tl.constexpr, FORMULA: tl.constexpr,
     DIMS: tl.constexpr, HAS_RATES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COVER: tl.constexpr,
 ):  # fmt: skip
-    num = tl.where(tl.load(due), tl.load(num_unique), 0)
+    is_due = tl.load(due)
+    num = tl.where(is_due, tl.load(num_unique, volatile=True).to(tl.int32), 0)
     column = tl.arange(0, COLUMNS)[None, :]
     for first in range(tl.program_id(0) * ROWS, num, tl.num_programs(0) * ROWS):
         unique = first + tl.arange(0, ROWS)[:, None]
@@ -129,11 +139,13 @@ def update_rows(
         FORMULA(rows + row.to(tl.int64) * row_stride, column, within, covers, g, decay, rate, hyper + OWN, width, DIMS)
         tl.debug_barrier()  # the threads that read a gradient need not be those that clear it
         tl.store(of_unique, tl.zeros_like(g), mask=covers)
+    end_step(num_unique, is_due)
 
 
-@triton.jit
-def end_step(num_unique, due):
-    tl.store(num_unique, tl.where(tl.load(due), 0, tl.load(num_unique)))
+# Programs that a multiprocessor holds at once, of rows of whole 16 bytes and of others.
+AT_ONCE = {
+    sgd: (10, 8), adagrad: (8, 4), rowwise_adagrad: (7, 5), adamw: (8, 4), adamw_by_column: (8, 3), ftrl: (4, 3),
+}  # fmt: skip
 
 
 def update(
@@ -143,13 +155,13 @@ def update(
     """`places`: in `hyper`, of decay, rate, scale and the formula's own scalars."""
     width = grads.shape[1]
     decay, rate, scale, own = places
-    update_rows[programs(unique_rows.numel(), rows_of(width))](
+    at_once = AT_ONCE[formula][width % 4 > 0]
+    update_rows[programs(unique_rows.numel(), rows_of(width), at_once)](
         rows, grads, num_unique, unique_rows, row_vocabularies, hyper, due, hyper if rates is None else rates,
         rows.stride(0), grads.stride(0), width, DECAY=decay, RATE=rate, SCALE=scale, OWN=own, FORMULA=formula,
         DIMS=tuple(dims), HAS_RATES=rates is not None, ROWS=rows_of(width), COLUMNS=columns_of(width),
         COVER=cover_of(width, rows.stride(0), grads.stride(0)),
     )  # fmt: skip
-    end_step[(1,)](num_unique, due, num_warps=1)
 
 
 def adamw_rows_(

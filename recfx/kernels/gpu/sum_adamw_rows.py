@@ -8,12 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.add_row_grads import chunk_sums, sum_of_rows
+from recfx.kernels.gpu.add_row_grads import at_once, chunk_sums, sum_of_rows
 from recfx.kernels.gpu.launch import programs, rows_of
 from recfx.kernels.gpu.optimizer_rows import adamw, scalar
-from recfx.kernels.gpu.runs import run_of, runs_of
+from recfx.kernels.gpu.runs import run_of
 
 __all__ = ["sum_adamw_rows_"]
+
+SUM_ADAMW = 8, 4  # as SUM_CHUNKS
 
 
 @triton.jit
@@ -33,11 +35,11 @@ def update_slice(
 
 @triton.jit
 def sum_adamw(
-    rows, num_unique, unique_rows, hyper, stride, begins, last_number, partial, cell_N, weight_N, blocks, width,
+    rows, num_unique, unique_rows, hyper, stride, partial, cell_N, weight_N, begins, last_number, blocks, width,
     WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    count = tl.load(num_unique).to(tl.int32)
+    count = tl.load(num_unique)
     for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         unique = first + tl.arange(0, ROWS)
         begin, end = run_of(begins, last_number, unique)
@@ -56,10 +58,9 @@ def sum_adamw_rows_(
 ) -> None:  # fmt: skip
     """`recfx.kernels.sum_adamw_rows.definition`; the same bytes from run to run."""
     most, per_program = min(unique_rows.numel(), cell_P.numel()), rows_of(max(dims))
-    sources, static = chunk_sums(inverse_P, cell_P, firsts, dims, blocks, weight_P, rows.shape[2])
-    partial, number_N, cell_N, weight_N, dense, *_, width = sources
-    sum_adamw[programs(most, per_program)](
-        rows, num_unique, unique_rows, hyper, rows.stride(0), *runs_of(number_N, most), partial, cell_N, weight_N,
-        dense, width, ROWS=per_program, **static,
-    )  # fmt: skip
-    num_unique.zero_()
+    sources, static, count = chunk_sums(
+        inverse_P, cell_P, firsts, dims, blocks, weight_P, rows.shape[2], most, num_unique
+    )
+    sum_adamw[programs(most, per_program, at_once(dims, SUM_ADAMW))](
+        rows, count, unique_rows, hyper, rows.stride(0), *sources, ROWS=per_program, **static
+    )

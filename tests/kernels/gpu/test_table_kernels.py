@@ -1,6 +1,7 @@
 """The Triton kernels that find, insert and update rows, against the oracles of the CPU's; run as `cases.py` says."""
 
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -44,8 +45,8 @@ from recfx.kernels.gpu import (  # noqa: E402  behind importorskip
     find,
     find_or_insert,
     launch,
+    occurrences,
     optimizer_rows,
-    runs,
     sum_adamw_rows,
 )
 from recfx.kernels.gpu import pool as gpu_pool  # noqa: E402
@@ -123,18 +124,42 @@ def test_rehash_of_no_rows_empties():
     assert rehash.rehash_ is not gpu_rehash.rehash_
 
 
-@pytest.mark.parametrize(
-    "items", [[], [-1], [-1, -1], [0], [3], [0, 0, 2, -1, -1], [-1, 0, 0, 5], [1] * 200 + [7], [3, 900, 1029]]
-)
-def test_runs_of_rising_items(items):
-    """Behind the others or in front of them stand those that are none."""
-    begins, last = on_device(lambda item_N: runs.runs_of(item_N, 1030))(torch.tensor(items, dtype=torch.int32))
-    assert int(last) == max(items, default=-1)
-    for item in range(int(last) + 1):
-        expected = [n for n, i in enumerate(items) if 0 <= i < item]
-        first = expected[-1] + 1 if expected else next(n for n, i in enumerate(items) if i >= 0)
-        assert int(begins[item]) == first
-        assert int(begins[item + 1]) - first == items.count(item)
+def ordered_by_torch(by_torch):
+    """Occurrences are sorted by torch, as those of a large batch are, or merged, as those of a small one."""
+    return mock.patch.object(occurrences, "MERGED", 0 if by_torch else occurrences.MERGED)
+
+
+NUMBERS = {
+    "none": [],
+    "padding": [-1] * 40,
+    "one": [3],
+    "one row": [0] * 1100,
+    "a full block": [k % 50 for k in range(occurrences.POSITIONS)],
+    "full blocks": [(7 * k) % 13 for k in range(2 * occurrences.POSITIONS)],
+    "gaps": [1029, -1, 3, 900, 3, -1],
+    "a gap between blocks": [1029] * 1050 + [2, 2],
+    "many": random.Random(0).choices(range(-1, 700), k=1300),
+}
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
+def test_occurrences_are_in_the_order_of_a_stable_sort(merged, numbers):
+    """With the places of each number, of which some do not occur."""
+    number_P, weight_P = torch.tensor(numbers, dtype=torch.int32), torch.randn(len(numbers))
+    cell_P = torch.where(number_P < 0, -1, torch.arange(len(numbers), dtype=torch.int32))
+    with ordered_by_torch(not merged):
+        number_N, cell_N, weight_N, begins, last = on_device(occurrences.in_order)(number_P, cell_P, weight_P, 1030)
+    order = torch.sort(number_P, stable=True).indices[(number_P < 0).sum() :]
+    assert int(last) == max(numbers, default=-1)
+    counts = torch.bincount(number_P[order], minlength=int(last) + 1)
+    begin = int(begins[0])
+    end = begin + len(order)
+    assert torch.equal(begins[1 : int(last) + 2], begin + counts.cumsum(0))
+    assert torch.equal(number_N[begin:end], number_P[order])
+    assert torch.equal(cell_N[begin:end], cell_P[order])
+    assert torch.equal(weight_N[begin:end], weight_P[order])
+    assert (number_N[:begin] < 0).all()
 
 
 @pytest.mark.parametrize("op", ["add_row_grads_", "add_row_grads_atomic_"])
@@ -168,6 +193,44 @@ def test_gradients_of_a_frequent_row_are_summed_in_chunks(num):
     assert torch.equal(a[2], c[2])
 
 
+HOT = {
+    "one row holds all": [0] * 300,
+    "whole chunks and one more or fewer": [n for n, size in enumerate((31, 32, 33, 64, 65, 1)) for _ in range(size)],
+    "rows of none between": [3] * 40 + [9] * 70 + [60] * 2,
+    "some of everything": random.Random(1).choices([0, 0, 0, *range(60), -1], k=400),
+}
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("numbers", HOT.values(), ids=HOT)
+def test_sums_of_hot_rows_have_the_same_bytes_however_occurrences_are_ordered(weighted, numbers):
+    """And are the definition's; of an occurrence with a unique number and no cell there is no gradient."""
+    inverse_P, cell_P = torch.tensor(numbers, dtype=torch.int32), torch.randperm(len(numbers), dtype=torch.int32)
+    inverse_P = inverse_P[cell_P.long()]  # chunks begin anywhere
+    if weighted:
+        cell_P[::7] = -1
+    weight_P = torch.randn(len(numbers)) if weighted else None
+    of_ids = cell_P, [0, 3], [3, 1], [torch.randn(len(numbers), 1, dim) for dim in (3, 1)], weight_P
+    rows, _, num_unique, unique_rows = test_adamw_rows.case(4, max(numbers) + 1, num_rows=70)
+    # Torch sorts by number alone: what has no cell has no number here, for rows to begin at the same places.
+    numbers_P, sums, updated = torch.where(cell_P < 0, -1, inverse_P), [], []
+    for by_torch in (False, True):
+        sums.append(torch.zeros(80, 4)), updated.append(rows.clone())
+        of_rows = num_unique.clone(), unique_rows, test_adamw_rows.HYPER
+        with ordered_by_torch(by_torch):
+            on_device(add_row_grads.add_row_grads_)(sums[-1], inverse_P, *of_ids)
+            on_device(sum_adamw_rows.sum_adamw_rows_)(updated[-1], *of_rows, numbers_P, *of_ids)
+        assert int(of_rows[0]) == 0
+    expected = torch.zeros(80, 4)
+    cpu_add.definition(expected, inverse_P, *of_ids)
+    for sum_of_rows in sums:
+        torch.testing.assert_close(sum_of_rows, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(*updated)
+    assert weighted or torch.equal(*sums)
+    after, *_ = test_adamw_rows.call(test_adamw_rows.OPS["definition"], rows, expected, num_unique, unique_rows)
+    torch.testing.assert_close(updated[0], after, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("num_unique", [0, 1, 40])
 @pytest.mark.parametrize("due", [True, False])
 def test_adamw_is_the_cpu_s(num_unique, due):
@@ -176,6 +239,16 @@ def test_adamw_is_the_cpu_s(num_unique, due):
     a, b = (test_adamw_rows.call(op, *arguments, due=due) for op in kernels)
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("due", [True, False])
+def test_the_last_of_many_programs_ends_the_step(due):
+    """Whichever it is: each of them reads how many rows there are."""
+    arguments = test_adamw_rows.case(300, 40, num_rows=60)  # two rows a program
+    kernels = on_device(optimizer_rows.adamw_rows_), test_adamw_rows.OPS["definition"]
+    a, b = (test_adamw_rows.call(op, *arguments, due=due) for op in kernels)
+    assert int(a[2]) == (0 if due else 40)
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dims", [(8, 1), (5,)], ids=str)
