@@ -94,7 +94,9 @@ def calls(dims: tuple[int, ...], sizes: tuple[int, ...] = SIZES) -> dict[tuple[s
     candidates = i64(S), i64(R), i32(R), i32(R), num, num
     taken = [values[0], numbers[0], strings[0]], [i32(B)] * 3, [i32(B)] * 3, [P] * 3
     side = values[0], offsets[0], numbers[0]
+    predictions = *[torch.zeros(B, 1)] * 3, torch.ones(B, 1, dtype=torch.bool), 20.0
     every = {
+        ("add_predictions", "add_predictions_"): (i64(2, 2**16), torch.zeros(6, dtype=torch.float64), *predictions),
         ("order_lists", "order_ids"): (values, offsets),
         ("order_lists", "order_lists"): (values, offsets, [None, *numbers[1:]], [0, 2] * (L // 2)),
         ("order_lists", "list_sums"): (weight, offsets[0]),

@@ -6,9 +6,16 @@ import random
 import pytest
 import torch
 
-from recfx.kernels import order_lists, pool
+from recfx.kernels import add_predictions, order_lists, pool
 from recfx.kernels.order_ids import order_ids
-from tests.kernels import test_cross_lists, test_pool, test_select_lists, test_string_hash, test_take_lists
+from tests.kernels import (
+    test_add_predictions,
+    test_cross_lists,
+    test_pool,
+    test_select_lists,
+    test_string_hash,
+    test_take_lists,
+)
 from tests.kernels.gpu.cases import INTERPRETED, LISTS, MARKS, addresses_inside, amid, on_device, programs_backwards
 from tests.reference import EXTREMES, ragged, random_lists
 from tests.reference_features import cross_pair, strings
@@ -17,6 +24,7 @@ pytest.importorskip("triton")
 pytestmark = MARKS
 
 from recfx.kernels.gpu import cross_lists, select_lists, string_hash, take_lists  # noqa: E402  behind importorskip
+from recfx.kernels.gpu import add_predictions as gpu_predictions  # noqa: E402
 from recfx.kernels.gpu import order_lists as gpu_order  # noqa: E402
 from recfx.kernels.gpu import pool as gpu_pool  # noqa: E402
 
@@ -243,3 +251,45 @@ def test_an_address_outside_the_tensors_is_seen(num_lists, num_values, inside):
     offsets = amid(torch.tensor([0, 2, 9, 9]).int())
     with contextlib.nullcontext() if inside else pytest.raises(InterpreterError, match="4 bytes outside every tensor"):
         gpu_order.sum_lists[(1,)](sums, values, offsets, num_lists, num_values, BLOCK=128, num_warps=1)
+
+
+def predictions(batch_size, *, one_logit=False):
+    """Every kind of label, logit and loss, each with each other in turn."""
+    rng, inf, nan = random.Random(batch_size), float("inf"), float("nan")
+    logits = [inf, -inf, nan, 20.0, -20.0, 25.0, 0.0, -0.0, 1e-30]
+    labels = [0.0, 1.0, 0.25, 0.75, -0.0, -1e-7, 1.0001, 2.0, -1.0, nan, inf, -inf, 0.5]
+    logit = [0.7 if one_logit else rng.choice([*logits, *(rng.gauss(0, 3) for _ in "abcdef")]) for _ in range(batch_size)]
+    label = [rng.choice([0.0, 1.0] if one_logit else labels) for _ in range(batch_size)]
+    loss = [rng.choice([nan, inf, -inf, *[rng.random()] * 9]) for _ in range(batch_size)]
+    valid = [rng.random() < 0.9 for _ in range(batch_size)]
+    return *(torch.tensor(t).view(-1, 1).float() for t in (logit, label, loss)), torch.tensor(valid).view(-1, 1).bool()
+
+
+def finite_sums(arguments):
+    """The same without what makes every sum NaN."""
+    logit, label, loss, valid = arguments
+    return logit.nan_to_num(0.0, 30.0, -30.0), label.nan_to_num(0.5, 2.0, -2.0), loss.nan_to_num(1.0, 2.0, 3.0), valid
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of NaN under the interpreter
+@pytest.mark.parametrize("num_sums", [5, 6])
+@pytest.mark.parametrize("num_bins", [1, 7, 2**16])
+@pytest.mark.parametrize("batch_size", [0, 1, 999, gpu_predictions.SAMPLES, gpu_predictions.SAMPLES + 1, 5000])
+def test_predictions_are_counted_as_by_the_definition(batch_size, num_bins, num_sums):
+    op, whole = on_device(gpu_predictions.add_predictions_), predictions(batch_size)
+    for arguments in (whole, finite_sums(whole)):
+        got = test_add_predictions.call(op, num_bins, *arguments, num_sums)
+        expected = test_add_predictions.call(add_predictions.definition, num_bins, *arguments, num_sums)
+        assert torch.equal(got[0], expected[0])
+        torch.testing.assert_close(got[1], expected[1], rtol=1e-7, atol=1e-7, equal_nan=True)
+        again = test_add_predictions.call(op, num_bins, *arguments, num_sums)
+        assert all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_predictions_of_one_logit_are_counted():
+    arguments = predictions(700, one_logit=True)
+    histogram, _ = test_add_predictions.call(on_device(gpu_predictions.add_predictions_), 2**16, *arguments)
+    expected, _ = test_add_predictions.call(add_predictions.definition, 2**16, *arguments)
+    assert torch.equal(histogram, expected)
+    assert (histogram > 0).sum() == 2
