@@ -1,4 +1,4 @@
-"""add_predictions_ on a GPU: one launch for up to SAMPLES samples, one more that adds up the programs of a larger batch.
+"""add_predictions_ on a GPU: one launch up to SAMPLES samples, and one more to add up the programs of a larger batch.
 
 Sums are the same bytes from run to run: each program adds its samples up in a tree, and programs are added in order.
 """

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recfx.kernels import add_predictions, order_lists, pool
-from recfx.kernels.order_ids import order_ids
+from recfx.kernels.order_ids import ends_definition, order_ids
 from tests.kernels import (
     test_add_predictions,
     test_cross_lists,
@@ -23,8 +23,8 @@ from tests.reference_features import cross_pair, strings
 pytest.importorskip("triton")
 pytestmark = MARKS
 
-from recfx.kernels.gpu import cross_lists, select_lists, string_hash, take_lists  # noqa: E402  behind importorskip
 from recfx.kernels.gpu import add_predictions as gpu_predictions  # noqa: E402
+from recfx.kernels.gpu import cross_lists, select_lists, string_hash, take_lists  # noqa: E402  behind importorskip
 from recfx.kernels.gpu import order_lists as gpu_order  # noqa: E402
 from recfx.kernels.gpu import pool as gpu_pool  # noqa: E402
 
@@ -51,6 +51,57 @@ def test_order_is_the_cpu_s(samples):
         assert torch.equal(a, b)
     sums = on_device(gpu_order.list_sums)(weights[1], offsets[1])
     torch.testing.assert_close(sums, order_lists.list_sums(weights[1], offsets[1]))
+
+
+@pytest.mark.parametrize(
+    ("lookups", "samples", "longest"), [(1, 600, 3), (26, 19, 1), (3, 200, 4), (130, 2, 2), (2, 5, 900)]
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_order_of_whole_lists_is_the_cpu_s(lookups, samples, longest, weighted):
+    """One sample a program and many, lists longer than it takes at once, lookups that begin amid their values."""
+    rng = random.Random(lookups)
+    lists = random_lists(rng, lookups=lookups, samples=samples, longest=longest, ids=EXTREMES)
+    features = [ragged(items, spare=rng.choice([0, 1, 300])) for items in lists]
+    unused = [rng.randint(0, 2) for _ in features]
+    values = [torch.cat([torch.full((n,), -7), f.values]) for n, f in zip(unused, features, strict=True)]
+    offsets = [f.offsets + n for n, f in zip(unused, features, strict=True)]
+    if weighted:
+        weights = [None if l % 3 == 1 else torch.randn(v.numel()) for l, v in enumerate(values)]
+        arguments = values, offsets, weights, [0] * lookups
+        got, expected = on_device(gpu_order.order_lists)(*arguments), order_lists.order_lists(*arguments)
+    else:
+        got, expected = on_device(gpu_order.order_ids_ends)(values, offsets), ends_definition(values, offsets)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("lookups", [1, 4, 40])
+def test_order_of_cut_lists_is_the_cpu_s(lookups):
+    rng = random.Random(lookups)
+    lists = random_lists(rng, lookups=lookups, samples=30, longest=4, ids=EXTREMES)
+    features = [ragged(items, spare=rng.choice([0, 1, 30])) for items in lists]
+    weights = [rng.choice([None, torch.randn(f.values.numel())]) for f in features]
+    arguments = [f.values for f in features], [f.offsets for f in features], weights
+    for lengths in ([1 + l % 3 for l in range(lookups)], [(l + 2) % 4 for l in range(lookups)]):
+        got, expected = (op(*arguments, lengths) for op in (on_device(gpu_order.order_lists), order_lists.order_lists))
+        assert all(map(torch.equal, got, expected))
+
+
+def test_no_offset_makes_a_position_that_is_not_written():
+    """Offsets at random, over many programs: of each position, the id is one of the values or 0, the cell one or -1."""
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        values = [torch.arange(1, 60), torch.arange(60, 80), torch.arange(80, 90)]
+        edges = [torch.randint(-9, v.numel() + 9, (151,), generator=g).int() for v in values]
+        sort = torch.rand(3, generator=g) < 0.7
+        offsets = [e.sort()[0] if s else e for e, s in zip(edges, sort, strict=True)]
+        id, cell, ends = on_device(gpu_order.order_ids_ends)(values, offsets)
+        assert ((id >= 0) & (id < 90)).all()
+        assert ((cell >= -1) & (cell < 450)).all()
+        rows, row_P = torch.randn(5, 1, 4, generator=g), torch.randint(-1, 5, id.shape, generator=g).int()
+        init = torch.zeros(3, 4, dtype=torch.int64), None
+        arguments = rows, row_P, id, cell, ends, torch.zeros(3).int(), 150, *init, [0], [4]
+        assert on_device(gpu_pool.pool_lists)(*arguments)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
@@ -83,6 +134,25 @@ def test_pool_is_the_cpu_s(lists, dims, weighted, unknown):
     arguments = rows, row_P, *reading, batch_size, *init, list(firsts), list(dims), weight_P
     for a, b in zip(on_device(gpu_pool.pool)(*arguments), pool.pool(*arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("unknown", [False, True])
+@pytest.mark.parametrize("dims", [(8, 1), (16, 4, 2), (70,)], ids=str)
+@pytest.mark.parametrize("lists", LISTS.values(), ids=LISTS)
+def test_pool_of_lists_with_their_ends_is_the_cpu_s(lists, dims, unknown, padded):
+    rows, row_P, reading, batch_size, init, firsts, dims = test_pool.case(lists, [0, 1, 0], dims, 3, unknown=unknown)
+    features = [ragged(items) for items in lists]
+    ends = ends_definition([f.values for f in features], [f.offsets for f in features])[2]
+    id_P, cell_P, vocabularies = reading
+    if padded:  # an id that counts as padding
+        cell_P = torch.where(id_P % 3 == 0, -1, cell_P)
+        row_P = torch.where(cell_P < 0, -1, row_P)
+    rest = vocabularies, batch_size, *init, list(firsts), list(dims)
+    expected = pool.pool(rows, row_P, id_P, cell_P, *rest)
+    for op in (on_device(gpu_pool.pool_lists), pool.pool_lists):
+        for a, b in zip(op(rows, row_P, id_P, cell_P, ends, *rest), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dims", [(8, 1), (70,)], ids=str)
@@ -258,7 +328,9 @@ def predictions(batch_size, *, one_logit=False):
     rng, inf, nan = random.Random(batch_size), float("inf"), float("nan")
     logits = [inf, -inf, nan, 20.0, -20.0, 25.0, 0.0, -0.0, 1e-30]
     labels = [0.0, 1.0, 0.25, 0.75, -0.0, -1e-7, 1.0001, 2.0, -1.0, nan, inf, -inf, 0.5]
-    logit = [0.7 if one_logit else rng.choice([*logits, *(rng.gauss(0, 3) for _ in "abcdef")]) for _ in range(batch_size)]
+    logit = [
+        0.7 if one_logit else rng.choice([*logits, *(rng.gauss(0, 3) for _ in "abcdef")]) for _ in range(batch_size)
+    ]
     label = [rng.choice([0.0, 1.0] if one_logit else labels) for _ in range(batch_size)]
     loss = [rng.choice([nan, inf, -inf, *[rng.random()] * 9]) for _ in range(batch_size)]
     valid = [rng.random() < 0.9 for _ in range(batch_size)]
