@@ -312,11 +312,7 @@ def test_no_string_is_read_in_front_of_its_tensor(name):
 
 
 @pytest.mark.parametrize("name", test_string_hash.HASHES)
-@pytest.mark.parametrize(
-    "lengths",
-    [range(34), [40, *range(47, 51), *range(62, 67), 96, 129], pytest.param(range(131), marks=pytest.mark.slow)],
-)
-def test_strings_are_read_inside_their_tensors(lengths, name):
+def test_strings_are_read_inside_their_tensors(name, lengths=(*range(34), 40, *range(47, 51), *range(62, 67), 96, 129)):
     """Each length begins a tensor and ends it, next to a long string, which makes all lanes of a program compute what
     long ones need. The tensors are all that their memory holds."""
     op, oracle = on_device(getattr(string_hash, f"{name}_hashes")), test_string_hash.HASHES[name][0]
@@ -326,6 +322,12 @@ def test_strings_are_read_inside_their_tensors(lengths, name):
         tensors = [strings(column) for column in columns]
         got = op([t.values for t in tensors], [t.offsets for t in tensors])
         assert [t.tolist() for t in got] == [[oracle(s) for s in column] for column in columns]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", test_string_hash.HASHES)
+def test_strings_of_every_length_are_read_inside_their_tensors(name):
+    test_strings_are_read_inside_their_tensors(name, range(131))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU does not say which address it reads")
