@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from recfx.kernels import add_predictions, order_lists, pool
+from recfx.kernels import add_predictions, keep_trained, order_lists, pool, untouch_rows
 from recfx.kernels.order_ids import ends_definition, order_ids
 from tests.kernels import (
     test_add_predictions,
@@ -25,6 +25,7 @@ pytestmark = MARKS
 
 from recfx.kernels.gpu import add_predictions as gpu_predictions  # noqa: E402
 from recfx.kernels.gpu import cross_lists, select_lists, string_hash, take_lists  # noqa: E402  behind importorskip
+from recfx.kernels.gpu import keep_trained as gpu_trained  # noqa: E402
 from recfx.kernels.gpu import order_lists as gpu_order  # noqa: E402
 from recfx.kernels.gpu import pool as gpu_pool  # noqa: E402
 
@@ -311,8 +312,7 @@ def test_no_string_is_read_in_front_of_its_tensor(name):
     assert [t.tolist() for t in got] == [[oracle(s) for s in column] for column in items]
 
 
-@pytest.mark.parametrize("name", test_string_hash.HASHES)
-def test_strings_are_read_inside_their_tensors(name, lengths=(*range(34), 40, *range(47, 51), *range(62, 67), 96, 129)):
+def hash_at_both_ends(name, lengths):
     """Each length begins a tensor and ends it, next to a long string, which makes all lanes of a program compute what
     long ones need. The tensors are all that their memory holds."""
     op, oracle = on_device(getattr(string_hash, f"{name}_hashes")), test_string_hash.HASHES[name][0]
@@ -324,10 +324,15 @@ def test_strings_are_read_inside_their_tensors(name, lengths=(*range(34), 40, *r
         assert [t.tolist() for t in got] == [[oracle(s) for s in column] for column in columns]
 
 
+@pytest.mark.parametrize("name", test_string_hash.HASHES)
+def test_strings_are_read_inside_their_tensors(name):
+    hash_at_both_ends(name, [*range(34), 40, *range(47, 51), *range(62, 67), 96, 129])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", test_string_hash.HASHES)
 def test_strings_of_every_length_are_read_inside_their_tensors(name):
-    test_strings_are_read_inside_their_tensors(name, range(131))
+    hash_at_both_ends(name, range(131))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU does not say which address it reads")
@@ -384,3 +389,49 @@ def test_predictions_of_one_logit_are_counted():
     expected, _ = test_add_predictions.call(add_predictions.definition, 2**16, *arguments)
     assert torch.equal(histogram, expected)
     assert (histogram > 0).sum() == 2
+
+
+def touched(seed, *, positions, num_before, num_new):
+    """A table of which a batch touched some rows: seen, unique_rows, and for each position its row, number and cell."""
+    g = torch.Generator().manual_seed(seed)
+    num = num_before + num_new
+    unique_rows, seen = torch.randperm(2 * num + 5, generator=g).int(), torch.full((2 * num + 5,), 3 << 32)
+    seen[unique_rows[:num].long()] = (7 << 32) | torch.arange(num)
+    inverse = torch.randint(-1, max(num, 1), (positions,), generator=g).int()
+    inverse[:num_new] = torch.arange(num_before, num) if num_new else inverse[:0]
+    inverse = inverse[torch.randperm(positions, generator=g)]
+    row = torch.where(inverse >= 0, unique_rows[inverse.long()], -1)
+    cell = torch.where((inverse >= 0) | (torch.rand(positions, generator=g) < 0.5), torch.arange(positions).int(), -1)
+    return seen, unique_rows, torch.tensor(num), row, inverse, cell
+
+
+@pytest.mark.parametrize(
+    ("positions", "num_before", "num_new"), [(0, 2, 0), (1, 0, 1), (5, 3, 0), (400, 0, 37), (700, 200, 300)]
+)
+def test_rows_that_nothing_trains_leave_the_step_as_by_the_definition(positions, num_before, num_new):
+    ops = on_device(gpu_trained.keep_trained_), keep_trained.definition
+    for trains in ([True, False, False], [False] * 3, [True]):
+        results = []
+        for op in ops:
+            seen, unique_rows, num, _, inverse, cell = touched(
+                1, positions=positions, num_before=num_before, num_new=num_new
+            )
+            before, step = torch.tensor(num_before).int(), torch.tensor(7)
+            out = op(seen, unique_rows, num, before, step, inverse, cell, torch.tensor(trains))
+            results.append((out, seen, unique_rows[: int(num)], num))
+        assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize(("positions", "num_before", "num_new"), [(0, 2, 0), (1, 0, 1), (700, 200, 100)])
+def test_a_batch_that_does_not_count_is_taken_back_as_by_the_definition(positions, num_before, num_new, counts):
+    results = []
+    for op in (on_device(gpu_trained.untouch_rows_), untouch_rows.definition):
+        seen, unique_rows, _, row, inverse, _ = touched(2, positions=positions, num_before=num_before, num_new=num_new)
+        read = unique_rows[num_before : num_before + num_new : 3].long()  # rows that nothing trains
+        seen[read] = (7 << 32) | keep_trained.NO_NUMBER
+        inverse = torch.where(torch.isin(row, read), -1, inverse)
+        op(seen, row, inverse, torch.tensor(num_before), torch.tensor(6), torch.tensor(counts))
+        results.append(seen)
+    assert torch.equal(*results)
+    assert bool((results[0] == 6 << 32).any()) == (not counts and num_new > 0)
