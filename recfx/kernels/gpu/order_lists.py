@@ -18,7 +18,8 @@ from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, chosen, columns_of, list_
 
 __all__ = ["list_sums", "order_ids", "order_ids_ends", "order_lists"]
 
-CELLS = 256  # lists of a program of `order_cells`
+FEW_CELLS, CELLS = 256, 1024  # lists of a program of `order_cells`: of few lists many programs, of many fewer steps
+MANY = 2**18  # lists from which a program takes more
 
 
 @triton.jit
@@ -152,7 +153,8 @@ def order_whole(
     num, num_samples, num_lookups = sum(v.numel() for v in values), offsets[0].numel() - 1, len(values)
     num_cells, lookups = num_samples * num_lookups, columns_of(num_lookups)
     id_P, cell_P, ends = values[0].new_empty(num), offsets[0].new_empty(num), offsets[0].new_empty(num_cells)
-    samples, sources = max(1, CELLS // lookups), values[0].new_empty(num_cells)
+    cells = FEW_CELLS if num_cells < MANY else CELLS
+    samples, sources = max(1, cells // lookups), values[0].new_empty(num_cells)
     weight_sources, weights_of = sources, [id_P]  # not looked at without weights
     if weight_P is not None:
         weight_sources, weights_of = torch.empty_like(sources), [weight_P if w is None else w for w in weights]
@@ -160,7 +162,7 @@ def order_whole(
         id_P, cell_P, id_P if weight_P is None else weight_P, ends, sources, weight_sources, tuple(offsets),
         tuple(values), tuple(weights_of), tuple(v.numel() for v in values), num, num_samples,
         search_steps(samples * num_lookups), LOOKUPS=lookups, SAMPLES=samples, WEIGHTED=weight_P is not None,
-        HAS_WEIGHT=tuple(int(w is not None) for w in weights), BLOCK=CELLS,
+        HAS_WEIGHT=tuple(int(w is not None) for w in weights), BLOCK=cells,
     )  # fmt: skip
     return id_P, cell_P, ends
 

@@ -155,7 +155,7 @@ def pool_cells_of(
     if unknown_params is not None:
         add_unknown[(triton.cdiv(num_cells, TILE),)](
             tuple(blocks), row_P, id_P, cell_P, vocabularies, init_keys, unknown_params, weight, marks,
-            rows.shape[2], num_lookups, num, num_cells, SPAN=TILE, **static,
+            rows.shape[2], num_lookups, num, num_cells, SPAN=TILE, **static, num_warps=8,
         )  # fmt: skip
     return blocks
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -74,6 +75,13 @@ def test_order_of_whole_lists_is_the_cpu_s(lookups, samples, longest, weighted):
         got, expected = on_device(gpu_order.order_ids_ends)(values, offsets), ends_definition(values, offsets)
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_order_of_many_lists_is_the_cpu_s():
+    """A program takes more lists of many than of few."""
+    with mock.patch.object(gpu_order, "MANY", 0):
+        test_order_of_whole_lists_is_the_cpu_s(26, 90, 2, False)
+        test_order_of_whole_lists_is_the_cpu_s(3, 400, 4, True)
 
 
 @pytest.mark.parametrize("lookups", [1, 4, 40])
