@@ -50,8 +50,8 @@ def write_ends(
     begin = offset_at(at, first + sample, size, within)
     num = tl.maximum(offset_at(at, first + sample + 1, size, within) - begin, 0)
     position = num_before(at, first, size, real)
-    of_sample = tl.sum(num, axis=1)
-    end = position + (tl.cumsum(of_sample, axis=0) - of_sample)[:, None] + tl.cumsum(num, axis=1)
+    all: tl.constexpr = SAMPLES * LOOKUPS
+    end = position + tl.reshape(tl.cumsum(tl.reshape(num, [all]), axis=0), [SAMPLES, LOOKUPS])
     cell = (first + sample) * num_lookups + lookup
     tl.store(ends + cell, end, mask=within)
     behind = (begin - (end - num)).to(tl.int64)
@@ -107,9 +107,8 @@ def count_ids(count, offsets, num_lists, LENGTHS: tl.constexpr, BLOCK: tl.conste
     lookup = nth % len(LENGTHS)
     at = chosen(offsets, lookup) + nth // len(LENGTHS)
     num = tl.load(at + 1, mask=nth < num_lists, other=0) - tl.load(at, mask=nth < num_lists, other=0)
-    length = chosen(LENGTHS, lookup)
-    num = tl.where(length > 0, tl.minimum(num, length), num)
-    tl.store(count + nth, tl.maximum(num, 0), mask=nth < num_lists)
+    num, length = tl.maximum(num, 0), chosen(LENGTHS, lookup)
+    tl.store(count + nth, tl.where(length > 0, tl.minimum(num, length), num), mask=nth < num_lists)
 
 
 @triton.jit

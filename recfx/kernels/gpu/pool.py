@@ -101,7 +101,9 @@ def add_unknown_slice(
         total += tl.where(new, value, 0.0)
     at = block + cell.to(tl.int64)[:, None] * DIM + column
     within = (begin < end)[:, None] & (column < DIM)
-    tl.store(at, tl.load(at, mask=within, other=0.0) + total, mask=within)
+    total += tl.load(at, mask=within, other=0.0)
+    tl.debug_barrier()  # of a narrow tile several threads have a copy, and one of them writes
+    tl.store(at, total, mask=within)
 
 
 @triton.jit
