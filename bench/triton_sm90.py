@@ -94,13 +94,19 @@ def calls(dims: tuple[int, ...], sizes: tuple[int, ...] = SIZES) -> dict[tuple[s
     candidates = i64(S), i64(R), i32(R), i32(R), num, num
     taken = [values[0], numbers[0], strings[0]], [i32(B)] * 3, [i32(B)] * 3, [P] * 3
     side = values[0], offsets[0], numbers[0]
+    predictions = *[torch.zeros(B, 1)] * 3, torch.ones(B, 1, dtype=torch.bool), 20.0
     every = {
+        ("add_predictions", "add_predictions_"): (i64(2, 2**16), torch.zeros(6, dtype=torch.float64), *predictions),
+        ("keep_trained", "keep_trained_"): (i64(R), i32(R), num, i32(()), num, *ids[1:2] * 2, torch.ones(L).bool()),
+        ("keep_trained", "untouch_rows_"): (i64(R), ids[1], ids[1], num, num, due),
         ("order_lists", "order_ids"): (values, offsets),
+        ("order_lists", "order_ids_ends"): (values, offsets),
         ("order_lists", "order_lists"): (values, offsets, [None, *numbers[1:]], [0, 2] * (L // 2)),
         ("order_lists", "list_sums"): (weight, offsets[0]),
         ("find", "find"): (*index, *ids),
         ("find_or_insert", "find_or_insert_"): (*table, num, num, num, *ids, *init, torch.zeros(P, dtype=torch.bool)),
         ("pool", "pool"): (rows, ids[1], *ids, B, *init, firsts, dims, weight),
+        ("pool", "pool_lists"): (rows, ids[1], *ids[:2], i32(B * L), ids[2], B, *init, firsts, dims),
         ("add_row_grads", "add_row_grads_"): gradients,
         ("add_row_grads", "add_row_grads_atomic_"): gradients,
         ("clip_row_grads", "clip_row_grads_"): (grads, num, torch.ones(()), due, dims, 1.0, 1.0),

@@ -37,5 +37,6 @@ add_predictions_ = define_op(
     "add_predictions_(Tensor(a!) histogram, Tensor(b!) sums, Tensor logit, Tensor label, Tensor loss, Tensor valid,"
     " float logit_range) -> ()",
     definition=definition,
+    cuda="add_predictions",
     fake=lambda *_: None,
 )

@@ -29,7 +29,7 @@ def definition(
               i64 or i32 []; inverse_P and cell_P i32 [P]; trains bool [L], of each cell of a sample.
     Returns:  inverse_P i32 [P], -1 for occurrences that do not train.
     Writes:   seen, unique_rows, num_unique.
-    Cost:     a dozen passes over the positions; never syncs.
+    Cost:     a dozen passes over the positions, 5 launches on a GPU; never syncs.
     """
     num = inverse_P.numel()
     if num == 0:
@@ -60,5 +60,6 @@ keep_trained_ = define_op(
     " Tensor inverse_P, Tensor cell_P, Tensor trains) -> Tensor",
     definition=definition,
     cpu=definition,
+    cuda="keep_trained",
     fake=lambda *args: torch.empty_like(args[5]),
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recfx.kernels.op import define_op
 
-__all__ = ["check_offsets", "order_ids", "order_ids_at"]
+__all__ = ["check_offsets", "order_ids", "order_ids_at", "order_ids_ends", "uses_ends"]
 
 
 def check_offsets(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> None:
@@ -67,6 +67,31 @@ order_ids = define_op(
     "order_ids(Tensor[] values, Tensor[] offsets) -> (Tensor, Tensor)",
     definition=definition,
     fake=_fake,
+    cuda="order_lists",
+)
+
+
+def uses_ends(device: torch.device) -> bool:
+    """Whether `pool_lists` is the faster one there: on a CPU `pool` finds the lists while it reads the cells."""
+    return device.type == "cuda"
+
+
+def ends_definition(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """`order_ids`, and at which position each list ends: i32 [B * L], by cell."""
+    id_P, cell_P = definition(values, offsets)
+    ends = torch.stack([offset.diff() for offset in offsets], dim=1).flatten().cumsum(0, dtype=torch.int32)
+    return id_P, cell_P, ends
+
+
+def _ends_fake(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake(values, offsets), offsets[0].new_empty((offsets[0].numel() - 1) * len(offsets))
+
+
+order_ids_ends = define_op(
+    "order_ids_ends(Tensor[] values, Tensor[] offsets) -> (Tensor, Tensor, Tensor)",
+    definition=ends_definition,
+    cpu=ends_definition,
+    fake=_ends_fake,
     cuda="order_lists",
 )
 

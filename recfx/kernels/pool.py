@@ -10,7 +10,7 @@ from torch import Tensor
 from recfx.kernels.initial import initial_values
 from recfx.kernels.op import define_op
 
-__all__ = ["LONG", "pool"]
+__all__ = ["LONG", "pool", "pool_lists"]
 
 LONG = 2**16
 
@@ -64,4 +64,38 @@ pool = define_op(
     definition=definition,
     cuda="pool",
     fake=_fake,
+)
+
+
+def lists_definition(
+    rows: Tensor,
+    row_P: Tensor,
+    id_P: Tensor,
+    cell_P: Tensor,
+    ends: Tensor,
+    vocabularies: Tensor,
+    batch_size: int,
+    init_keys: Tensor,
+    unknown_params: Tensor | None,
+    firsts: Sequence[int],
+    dims: Sequence[int],
+) -> list[Tensor]:
+    """`pool` where `order_ids_ends` says at which position each list ends, i32 [B * L]: on a GPU one launch, not three.
+
+    Cells are those of `order_ids_ends`, or -1 for an id that is padding.
+    """
+    return definition(rows, row_P, id_P, cell_P, vocabularies, batch_size, init_keys, unknown_params, firsts, dims)
+
+
+def _lists_fake(rows, row_P, id_P, cell_P, ends, vocabularies, batch_size, init_keys, unknown_params, firsts, dims):  # type: ignore[no-untyped-def]
+    return [rows.new_empty(batch_size, len(vocabularies), dim) for dim in dims]
+
+
+pool_lists = define_op(
+    "pool_lists(Tensor rows, Tensor row_P, Tensor id_P, Tensor cell_P, Tensor ends, Tensor vocabularies,"
+    " int batch_size, Tensor init_keys, Tensor? unknown_params, int[] firsts, int[] dims) -> Tensor[]",
+    definition=lists_definition,
+    cpu=lists_definition,
+    cuda="pool",
+    fake=_lists_fake,
 )

@@ -33,5 +33,6 @@ untouch_rows_ = define_op(
     "untouch_rows_(Tensor(a!) seen, Tensor row_P, Tensor inverse_P, Tensor num_before, Tensor step, Tensor counts)"
     " -> ()",
     definition=definition,
+    cuda="keep_trained",
     fake=lambda *_: None,
 )

@@ -49,6 +49,7 @@ class Found(NamedTuple):
     inverse: Tensor  # i32 [P], unique number in this step, -1 without
     vocabularies: Tensor  # i32 [L], of each cell
     read_only: Found | None = None  # where the ids of read-only lookups are, which come after the others
+    ends: Tensor | None = None  # i32 [B * L], the position at which each cell's ids end, where `pool_lists` is used
 
 
 class Cells(NamedTuple):
@@ -202,9 +203,9 @@ def table(
         return ragged
 
     def find_(state: TableState, ragged: list[Ragged], cells: Cells) -> Found:
-        id, cell, weight = _ordered(ragged, cells)
+        id, cell, weight, ends = _ordered(ragged, cells)
         row = find.find(state.slots, state.ids, state.num_slots, state.salt, id, cell, cells.vocabularies)
-        return Found(id, cell, weight, ragged, row, torch.full_like(row, -1), cells.vocabularies)
+        return Found(id, cell, weight, ragged, row, torch.full_like(row, -1), cells.vocabularies, ends=ends)
 
     def find_all(state: TableState, features: dict) -> Found:
         return find_(state, ids_in(features), all_cells)
@@ -224,7 +225,7 @@ def table(
             if num_inserting == 0:
                 return s, find_all(s, features)
             ragged = ids_in(features)
-            id, cell, weight = _ordered(ragged[:num_inserting], inserting)
+            id, cell, weight, ends = _ordered(ragged[:num_inserting], inserting)
             admits = admitted(count_with, s, id, cell)
             # Of another type, since an operator must not be given a tensor and its clone.
             num_before = None if trains_L is None else s.num_unique.int()
@@ -236,13 +237,17 @@ def table(
             if trains_L is not None:
                 inverse = keep(s.seen, s.unique_rows, s.num_unique, num_before, s.step + 1, inverse, cell, trains_L)
             read_only = find_(s, ragged[num_inserting:], reading) if reading.lookups else None
-            return s, Found(id, cell, weight, ragged, row, inverse, inserting.vocabularies, read_only)
+            return s, Found(id, cell, weight, ragged, row, inverse, inserting.vocabularies, read_only, ends)
 
         return insert_
 
     def pool_(state: TableState, found: Found) -> list[Tensor]:
-        ids = (found.row, found.id, found.cell, found.vocabularies, found.ragged[0].num_samples)
-        blocks = pool.pool(state.rows, *ids, init_keys, unknown_params, plan.firsts, plan.dims, found.weight)
+        ids, num_samples = (state.rows, found.row, found.id, found.cell), found.ragged[0].num_samples
+        rest = (found.vocabularies, num_samples, init_keys, unknown_params, plan.firsts, plan.dims)
+        if found.ends is None:
+            blocks = pool.pool(*ids, *rest, found.weight)
+        else:
+            blocks = pool.pool_lists(*ids, found.ends, *rest)
         if found.read_only is None:
             return blocks
         return [torch.cat(both, dim=1) for both in zip(blocks, pool_(state, found.read_only), strict=True)]
@@ -322,19 +327,22 @@ def _cells(lookups: Sequence[Lookup], device: torch.device) -> Cells:
     return Cells(lookups, vocabularies, (ids, torch.tensor(has_one, device=device)) if any(has_one) else None)
 
 
-def _ordered(ragged: list[Ragged], cells: Cells) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Id, cell and weight of all lists in the table's order. An id that is padding has cell -1."""
+def _ordered(ragged: list[Ragged], cells: Cells) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Id, cell, weight and ends of all lists in the table's order. An id that is padding has cell -1."""
     values, offsets = [r.values.contiguous() for r in ragged], [r.offsets.contiguous() for r in ragged]
-    lengths, weight = [lookup.length for lookup in cells.lookups], None
+    lengths, weight, ends = [lookup.length for lookup in cells.lookups], None, None
     if not any(lengths) and all(r.weights is None for r in ragged):
-        id, cell = order_ids.order_ids(values, offsets)
+        if order_ids.uses_ends(values[0].device):
+            id, cell, ends = order_ids.order_ids_ends(values, offsets)
+        else:
+            id, cell = order_ids.order_ids(values, offsets)
     else:
         weights = [None if r.weights is None else r.weights.contiguous() for r in ragged]
         id, cell, weight = order_lists.order_lists(values, offsets, weights, lengths)
     if cells.padding is not None:
         padding_id, has_one = (t[cell % len(t)] for t in cells.padding)
         cell = torch.where(has_one & (id == padding_id), -1, cell)
-    return id, cell, weight
+    return id, cell, weight, ends
 
 
 def ids_of(features: dict, name: str) -> Ragged:

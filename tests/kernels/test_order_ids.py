@@ -1,4 +1,5 @@
 import random
+from itertools import accumulate
 
 import pytest
 import torch
@@ -38,6 +39,16 @@ def test_ids_named_by_their_places_are_those_of_the_views(stream):
     num_samples = columns[0].num_samples
     for op in (order_ids.order_ids_at, order_ids._at_definition):
         assert all(map(torch.equal, op(values, [offsets], places, num_samples), expected))
+
+
+@given(stream=streams(max_batches=1))
+@settings(max_examples=30, deadline=None)
+def test_ends_are_where_the_cells_end(stream):
+    lists = stream.batches[0]
+    id, cell, ends = call(order_ids.order_ids_ends, lists, stream.spare)
+    assert all(map(torch.equal, (id, cell), call(order_ids.order_ids, lists, stream.spare)))
+    lengths = [len(items) for of_sample in zip(*lists, strict=True) for items in of_sample]
+    assert ends.tolist() == list(accumulate(lengths))
 
 
 def test_one_and_two_threads_give_the_same_order():
@@ -106,6 +117,7 @@ def test_lists_may_begin_behind_the_first_value():
 def test_opcheck():
     columns = [ragged([[1, 2], []], spare=1), ragged([[1], [3, 3]])]
     torch.library.opcheck(order_ids.order_ids, ([c.values for c in columns], [c.offsets for c in columns]))
+    torch.library.opcheck(order_ids.order_ids_ends, ([c.values for c in columns], [c.offsets for c in columns]))
     whole = torch.cat([c.offsets for c in columns])
     at = ([c.values for c in columns], [whole], [0, 0, 3, 0, 0, 1, 0, 3, 0, 3], 2)
     torch.library.opcheck(order_ids.order_ids_at, at)

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recfx.kernels import pool
+from recfx.embeddings import Embedding, plan_tables
+from recfx.kernels import order_ids, pool
 from recfx.kernels.initial import initial_values
-from recfx.table import initializer_tensors
-from tests.reference import REFUSED, on_threads, positions, random_lists, reading_of, streams, table_plan
+from recfx.table import initializer_tensors, table
+from tests.reference import REFUSED, on_threads, positions, ragged, random_lists, reading_of, streams, table_plan
 
 DIMS = [(3, 1), (8, 1), (1,), (5,), (16, 4, 2)]
 
@@ -77,6 +78,26 @@ def test_one_and_two_threads_give_the_same_bytes():
 def test_opcheck():
     rows, row_P, reading, batch_size, init, firsts, dims = case([[[1, 2], []], [[1], [3, 3]]], [0, 1], (8, 1), 0)
     torch.library.opcheck(pool.pool, (rows, row_P, *reading, batch_size, *init, firsts, dims))
+    ends, (id_P, cell_P, vocabularies) = torch.tensor([2, 3, 3, 5], dtype=torch.int32), reading
+    torch.library.opcheck(
+        pool.pool_lists, (rows, row_P, id_P, cell_P, ends, vocabularies, batch_size, *init, firsts, dims)
+    )
+
+
+def test_a_table_pools_alike_with_and_without_the_ends_of_lists(monkeypatch):
+    """Tables on a GPU ask for the ends; the same functions on a CPU, told that they are of use there."""
+    columns = {"a": ragged([[1, 2], [], [9]], spare=2), "b": ragged([[4], [4, 1], []])}
+    shared = {"dim": 3, "shared_name": "item", "unknown": "initial"}
+    lookups = [Embedding("a", padding_id=2, **shared), Embedding("b", read_only=True, **shared)]
+    plan = plan_tables({"emb": lookups}).tables[0]
+    pooled = []
+    for with_ends in (False, True):
+        monkeypatch.setattr(order_ids, "uses_ends", lambda device, with_ends=with_ends: with_ends)
+        functions = table(plan, optimizer_slots=2, seed=1, max_rows=64)
+        state, found = functions.insert_(functions.init(), columns)
+        assert (found.ends is not None) == with_ends == (found.read_only.ends is not None)
+        pooled.append([*functions.pool(state, found), *functions.pool(state, functions.find(state, columns))])
+    torch.testing.assert_close(*pooled, rtol=1e-6, atol=1e-6)
 
 
 def long_list(num, *, with_padding=False):

@@ -1,4 +1,9 @@
-"""order_ids, order_lists and list_sums on a GPU: counted, summed up, then each position looks up its list."""
+"""order_ids, order_lists and list_sums on a GPU.
+
+Offsets are sums already: how many ids come before a sample is the sum of its lookups' offsets. So one launch orders
+whole lists (`order_cells`): a program takes some samples, writes where each of their lists ends, and then looks up the
+list of each of its positions. Lists that are cut (`lengths`) are counted, summed up, and then looked up.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +14,107 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, list_bounds, lower_bound, search_steps
+from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, chosen, columns_of, list_bounds, lower_bound, search_steps
 
-__all__ = ["list_sums", "order_ids", "order_lists"]
+__all__ = ["list_sums", "order_ids", "order_ids_ends", "order_lists"]
+
+FEW_CELLS, CELLS = 256, 1024  # lists of a program of `order_cells`: of few lists many programs, of many fewer steps
+MANY = 2**18  # lists from which a program takes more
 
 
 @triton.jit
-def count_ids(count, offsets, num_lists, batch_size, num_lookups, LENGTHS: tl.constexpr, BLOCK: tl.constexpr):
+def offset_at(offsets, place, size, within):
+    """Of each lookup; whatever the offsets say, 0 to the number of its values."""
+    return tl.minimum(tl.maximum(tl.load(offsets + place, mask=within, other=0), 0), size).to(tl.int32)
+
+
+@triton.jit
+def num_before(offsets, place, size, within):
+    """Ids before a place of all lookups' offsets."""
+    return tl.sum(offset_at(offsets, place, size, within) - offset_at(offsets, 0, size, within))
+
+
+@triton.jit
+def write_ends(
+    ends, sources, weight_sources, offsets, values, weights, sizes, first, num_samples, LOOKUPS: tl.constexpr,
+    SAMPLES: tl.constexpr, WEIGHTED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Where each list of samples `first` and on ends; for position k its id is at source + 8 k, its weight at weight
+    source + 4 k, 0 without weights. Returns the positions of these samples: the first, the last + 1, and of all."""
+    num_lookups: tl.constexpr = len(offsets)
+    lookup = tl.arange(0, LOOKUPS)[None, :]
+    sample = tl.arange(0, SAMPLES)[:, None]
+    at, size, real = chosen(offsets, lookup) + 0 * lookup, chosen(sizes, lookup), lookup < num_lookups
+    num_here = tl.minimum(num_samples - first, SAMPLES)
+    within = real & (sample < num_here)
+    begin = offset_at(at, first + sample, size, within)
+    num = tl.maximum(offset_at(at, first + sample + 1, size, within) - begin, 0)
+    position = num_before(at, first, size, real)
+    all: tl.constexpr = SAMPLES * LOOKUPS
+    end = position + tl.reshape(tl.cumsum(tl.reshape(num, [all]), axis=0), [SAMPLES, LOOKUPS])
+    cell = (first + sample) * num_lookups + lookup
+    tl.store(ends + cell, end, mask=within)
+    behind = (begin - (end - num)).to(tl.int64)
+    tl.store(sources + cell, chosen(values, lookup).to(tl.int64) + 8 * behind, mask=within)
+    if WEIGHTED:
+        source = chosen(weights, lookup).to(tl.int64) + 4 * behind
+        tl.store(weight_sources + cell, tl.where(chosen(HAS_WEIGHT, lookup) != 0, source, 0), mask=within)
+    return position, num_before(at, first + num_here, size, real), num_before(at, num_samples, size, real)
+
+
+@triton.jit
+def order_cells(
+    id_P, cell_P, weight_P, ends, sources, weight_sources, offsets, values, weights, sizes, num_positions, num_samples,
+    steps, LOOKUPS: tl.constexpr, SAMPLES: tl.constexpr, WEIGHTED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Every position is written, whatever the offsets say: where a program ends the next one begins, by the same sum.
+    If that sum falls, as it does for no right offsets, two programs may write a position."""
+    first = tl.program_id(0) * SAMPLES
+    begin, end, total = write_ends(
+        ends, sources, weight_sources, offsets, values, weights, sizes, first, num_samples, LOOKUPS, SAMPLES, WEIGHTED,
+        HAS_WEIGHT,
+    )  # fmt: skip
+    tl.debug_barrier()  # what this program wrote is read by other threads of it
+    first_cell, num_cells = first * len(offsets), tl.minimum(num_samples - first, SAMPLES) * len(offsets)
+    for block in range(tl.maximum(begin, 0), tl.minimum(end, num_positions), BLOCK):
+        k = block + tl.arange(0, BLOCK)
+        mine = (k < end) & (k < num_positions)
+        nth = lower_bound(ends + first_cell, num_cells, steps, k + 1)
+        has = mine & (nth < num_cells)
+        cell = first_cell + nth
+        source = tl.load(sources + cell, mask=has, other=0) + 8 * k.to(tl.int64)
+        tl.store(id_P + k, tl.load(source.to(tl.pointer_type(tl.int64)), mask=has, other=0), mask=mine)
+        tl.store(cell_P + k, tl.where(has, cell, -1), mask=mine)
+        if WEIGHTED:
+            source = tl.load(weight_sources + cell, mask=has, other=0)
+            weighted = has & (source != 0)
+            at = (source + 4 * k.to(tl.int64)).to(tl.pointer_type(tl.float32))
+            weight = tl.where(weighted, tl.load(at, mask=weighted, other=0.0), tl.where(has, 1.0, 0.0))
+            tl.store(weight_P + k, weight, mask=mine)
+    for block in range(tl.maximum(total, 0) + tl.program_id(0) * BLOCK, num_positions, tl.num_programs(0) * BLOCK):
+        k = block + tl.arange(0, BLOCK)
+        tl.store(id_P + k, tl.zeros([BLOCK], tl.int64), mask=k < num_positions)
+        tl.store(cell_P + k, tl.full([BLOCK], -1, tl.int32), mask=k < num_positions)
+        if WEIGHTED:
+            tl.store(weight_P + k, tl.zeros([BLOCK], tl.float32), mask=k < num_positions)
+
+
+@triton.jit
+def count_ids(count, offsets, num_lists, LENGTHS: tl.constexpr, BLOCK: tl.constexpr):
     """How many ids of each list, sample by sample, have a place."""
     nth = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    lookup = nth % num_lookups
-    at = offsets + lookup * (batch_size + 1) + nth // num_lookups
+    lookup = nth % len(LENGTHS)
+    at = chosen(offsets, lookup) + nth // len(LENGTHS)
     num = tl.load(at + 1, mask=nth < num_lists, other=0) - tl.load(at, mask=nth < num_lists, other=0)
-    num = tl.maximum(num, 0)
-    for l in tl.static_range(len(LENGTHS)):
-        if LENGTHS[l] > 0:
-            num = tl.where(lookup == l, tl.minimum(num, LENGTHS[l]), num)
-    tl.store(count + nth, num, mask=nth < num_lists)
+    num, length = tl.maximum(num, 0), chosen(LENGTHS, lookup)
+    tl.store(count + nth, tl.where(length > 0, tl.minimum(num, length), num), mask=nth < num_lists)
 
 
 @triton.jit
 def order_positions(
-    id_P, cell_P, weight_P, ends, offsets, values, weights, sizes, num_positions, num_lists, batch_size, steps,
-    LENGTHS: tl.constexpr, CELLS: tl.constexpr, WEIGHTED: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    id_P, cell_P, weight_P, ends, offsets, values, weights, sizes, num_positions, num_lists, steps,
+    LENGTHS: tl.constexpr, FIRST_CELLS: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     num_lookups: tl.constexpr = len(LENGTHS)
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -39,30 +122,17 @@ def order_positions(
     valid = (k < num_positions) & (nth < num_lists)
     place = k - tl.load(ends + nth - 1, mask=valid & (nth > 0), other=0)
     lookup, sample = nth % num_lookups, nth // num_lookups
-    at = place + tl.load(offsets + lookup * (batch_size + 1) + sample, mask=valid, other=0)
-    id = tl.zeros([BLOCK], tl.int64)
-    weight = tl.zeros([BLOCK], tl.float32)
-    cell = sample * CELLS[num_lookups]
-    is_id = k < 0
-    for l in tl.static_range(num_lookups):
-        # Whatever the offsets say: nothing is read outside the values, and no cell is another lookup's.
-        mine = valid & (lookup == l) & (at >= 0) & (at < sizes[l])
-        if LENGTHS[l] > 0:
-            mine &= place < LENGTHS[l]
-        is_id |= mine
-        id += tl.load(values[l] + at, mask=mine, other=0)
-        cell += tl.where(mine, CELLS[l], 0)
-        if LENGTHS[l] > 0:
-            cell += tl.where(mine, place, 0)
-        if WEIGHTED:
-            if HAS_WEIGHT[l]:
-                weight += tl.load(weights[l] + at, mask=mine, other=0.0)
-            else:
-                weight += tl.where(mine, 1.0, 0.0)
+    at = place + tl.load(chosen(offsets, lookup) + sample, mask=valid, other=0)
+    length = chosen(LENGTHS, lookup)
+    # Whatever the offsets say: nothing is read outside the values, and no cell is another lookup's.
+    is_id = valid & (at >= 0) & (at < chosen(sizes, lookup)) & ((length == 0) | (place < length))
+    id = tl.load(chosen(values, lookup) + at, mask=is_id, other=0)
+    cell = sample * FIRST_CELLS[num_lookups] + chosen(FIRST_CELLS, lookup) + tl.where(length > 0, place, 0)
+    weighted = is_id & (chosen(HAS_WEIGHT, lookup) != 0)
+    weight = tl.load(chosen(weights, lookup) + at, mask=weighted, other=0.0)
     tl.store(id_P + k, id, mask=k < num_positions)
     tl.store(cell_P + k, tl.where(is_id, cell, -1), mask=k < num_positions)
-    if WEIGHTED:
-        tl.store(weight_P + k, weight, mask=k < num_positions)
+    tl.store(weight_P + k, tl.where(is_id & ~weighted, 1.0, weight), mask=k < num_positions)
 
 
 @triton.jit
@@ -75,38 +145,61 @@ def sum_lists(sums, values, offsets, num_lists, num_values, BLOCK: tl.constexpr)
     tl.store(sums + nth, total.to(tl.float32), mask=nth < num_lists)
 
 
-def order(
+def order_whole(
+    values: Sequence[Tensor], offsets: Sequence[Tensor], weights: Sequence[Tensor | None], weight_P: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, cells, and where each cell's positions end, i32 [cells]."""
+    num, num_samples, num_lookups = sum(v.numel() for v in values), offsets[0].numel() - 1, len(values)
+    num_cells, lookups = num_samples * num_lookups, columns_of(num_lookups)
+    id_P, cell_P, ends = values[0].new_empty(num), offsets[0].new_empty(num), offsets[0].new_empty(num_cells)
+    cells = FEW_CELLS if num_cells < MANY else CELLS
+    samples, sources = max(1, cells // lookups), values[0].new_empty(num_cells)
+    weight_sources, weights_of = sources, [id_P]  # not looked at without weights
+    if weight_P is not None:
+        weight_sources, weights_of = torch.empty_like(sources), [weight_P if w is None else w for w in weights]
+    order_cells[(max(1, triton.cdiv(num_samples, samples)),)](
+        id_P, cell_P, id_P if weight_P is None else weight_P, ends, sources, weight_sources, tuple(offsets),
+        tuple(values), tuple(weights_of), tuple(v.numel() for v in values), num, num_samples,
+        search_steps(samples * num_lookups), LOOKUPS=lookups, SAMPLES=samples, WEIGHTED=weight_P is not None,
+        HAS_WEIGHT=tuple(int(w is not None) for w in weights), BLOCK=cells,
+    )  # fmt: skip
+    return id_P, cell_P, ends
+
+
+def order_cut(
     values: Sequence[Tensor],
     offsets: Sequence[Tensor],
-    lengths: Sequence[int],
     weights: Sequence[Tensor | None],
-    weight_P: Tensor | None,
+    lengths: Sequence[int],
+    weight_P: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    num, batch_size = sum(v.numel() for v in values), offsets[0].numel() - 1
-    num_lists = batch_size * len(values)
-    id_P, cell_P = values[0].new_empty(num), offsets[0].new_empty(num)
+    """Ids and cells where a lookup's length is not 0."""
+    num, num_lists = sum(v.numel() for v in values), (offsets[0].numel() - 1) * len(values)
+    id_P, cell_P, count = values[0].new_empty(num), offsets[0].new_empty(num), offsets[0].new_empty(num_lists)
     if num == 0:
         return id_P, cell_P
-    of_lookup, count = torch.stack(list(offsets)), offsets[0].new_empty(num_lists)
     if num_lists:
         count_ids[(triton.cdiv(num_lists, BLOCK),)](
-            count, of_lookup, num_lists, batch_size, len(values), LENGTHS=tuple(lengths), BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
+            count, tuple(offsets), num_lists, LENGTHS=tuple(lengths), BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
     first_cells = [sum(max(n, 1) for n in lengths[:l]) for l in range(len(lengths) + 1)]
     order_positions[(triton.cdiv(num, BLOCK),)](
-        id_P, cell_P, id_P if weight_P is None else weight_P, torch.cumsum(count, 0, dtype=torch.int32), of_lookup,
-        tuple(values), tuple(v if w is None else w for v, w in zip(values, weights, strict=True)),
-        tuple(v.numel() for v in values), num, num_lists, batch_size, search_steps(num_lists), LENGTHS=tuple(lengths),
-        CELLS=tuple(first_cells), WEIGHTED=weight_P is not None, HAS_WEIGHT=tuple(w is not None for w in weights),
-        BLOCK=BLOCK, num_warps=NUM_WARPS,
+        id_P, cell_P, weight_P, torch.cumsum(count, 0, dtype=torch.int32), tuple(offsets), tuple(values),
+        tuple(weight_P if w is None else w for w in weights), tuple(v.numel() for v in values),
+        num, num_lists, search_steps(num_lists), LENGTHS=tuple(lengths), FIRST_CELLS=tuple(first_cells),
+        HAS_WEIGHT=tuple(int(w is not None) for w in weights), BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return id_P, cell_P
 
 
+def order_ids_ends(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """`recfx.kernels.order_ids.ends_definition`."""
+    return order_whole(values, offsets, [None] * len(values), None)
+
+
 def order_ids(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """`recfx.kernels.order_ids.definition`."""
-    return order(values, offsets, [0] * len(values), [None] * len(values), None)
+    return order_ids_ends(values, offsets)[:2]
 
 
 def order_lists(
@@ -114,7 +207,9 @@ def order_lists(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`recfx.kernels.order_lists.definition`."""
     weight_P = values[0].new_empty(sum(v.numel() for v in values), dtype=torch.float32)
-    return *order(values, offsets, lengths, weights, weight_P), weight_P
+    if any(lengths):
+        return *order_cut(values, offsets, weights, lengths, weight_P), weight_P
+    return *order_whole(values, offsets, weights, weight_P)[:2], weight_P
 
 
 def list_sums(values: Tensor, offsets: Tensor) -> Tensor:

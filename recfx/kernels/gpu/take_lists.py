@@ -1,4 +1,4 @@
-"""take_lists on a GPU, all columns at once: the lists' ends summed up, then each place looks its list up."""
+"""take_lists on a GPU, all columns at once: lengths end to end, summed up, then each place looks its list up."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, lower_bound, search_steps
+from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, chosen, lower_bound, search_steps
 
 __all__ = ["take_lists"]
+
+
+@triton.jit
+def join_lengths(joined, lengths, nums, BEGINS: tl.constexpr, BLOCK: tl.constexpr):
+    """The lengths of all columns end to end, none below 0: i64, so that they are summed up as they are."""
+    column = tl.program_id(1)
+    nth = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    within = nth < chosen(nums, column)
+    length = tl.load(chosen(lengths, column) + nth, mask=within, other=0)
+    tl.store(joined + chosen(BEGINS, column) + nth, tl.maximum(length, 0).to(tl.int64), mask=within)
 
 
 @triton.jit
@@ -52,11 +62,15 @@ def take_lists(
     """`recfx.kernels.take_lists.definition`."""
     out = [v.new_empty(size) for v, size in zip(values, capacity, strict=True)]
     offsets = [f.new_empty(f.numel() + 1) for f in first]
-    most = max(*capacity, *(o.numel() for o in offsets))
-    ends = torch.cumsum(torch.cat(list(length)).clamp_(min=0), 0)
+    nums = tuple(f.numel() for f in first)
+    begins, joined = (0, *accumulate(nums)), first[0].new_empty(sum(nums), dtype=torch.int64)
+    if any(nums):
+        join_lengths[(triton.cdiv(max(nums), BLOCK), len(nums))](
+            joined, tuple(length), nums, BEGINS=begins, BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
+    ends, most = torch.cumsum(joined, 0), max(*capacity, *(o.numel() for o in offsets))
     take_columns[(triton.cdiv(most, BLOCK), len(values))](
         tuple(out), tuple(offsets), tuple(values), tuple(v.numel() for v in values), tuple(first), ends,
-        search_steps(max(f.numel() for f in first)), BEGINS=(0, *accumulate(f.numel() for f in first)),
-        CAPACITIES=tuple(capacity), BLOCK=BLOCK, num_warps=NUM_WARPS,
+        search_steps(max(nums)), BEGINS=begins, CAPACITIES=tuple(capacity), BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return [t for pair in zip(out, offsets, strict=True) for t in pair]

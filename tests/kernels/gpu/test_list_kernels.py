@@ -2,13 +2,21 @@
 
 import contextlib
 import random
+from unittest import mock
 
 import pytest
 import torch
 
-from recfx.kernels import order_lists, pool
-from recfx.kernels.order_ids import order_ids
-from tests.kernels import test_cross_lists, test_pool, test_select_lists, test_string_hash, test_take_lists
+from recfx.kernels import add_predictions, keep_trained, order_lists, pool, untouch_rows
+from recfx.kernels.order_ids import ends_definition, order_ids
+from tests.kernels import (
+    test_add_predictions,
+    test_cross_lists,
+    test_pool,
+    test_select_lists,
+    test_string_hash,
+    test_take_lists,
+)
 from tests.kernels.gpu.cases import LISTS, amid, machine_alone, on_device
 from tests.reference import EXTREMES, ragged, random_lists
 from tests.reference_features import cross_pair, strings
@@ -16,7 +24,9 @@ from tests.reference_features import cross_pair, strings
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("place")
 
+from recfx.kernels.gpu import add_predictions as gpu_predictions  # noqa: E402
 from recfx.kernels.gpu import cross_lists, select_lists, string_hash, take_lists  # noqa: E402  behind importorskip
+from recfx.kernels.gpu import keep_trained as gpu_trained  # noqa: E402
 from recfx.kernels.gpu import order_lists as gpu_order  # noqa: E402
 from recfx.kernels.gpu import pool as gpu_pool  # noqa: E402
 from tests.machine.machine import MachineError  # noqa: E402
@@ -38,6 +48,64 @@ def test_order_is_the_cpu_s(samples):
         assert torch.equal(a, b)
     sums = on_device(gpu_order.list_sums)(weights[1], offsets[1])
     torch.testing.assert_close(sums, order_lists.list_sums(weights[1], offsets[1]))
+
+
+@pytest.mark.parametrize(
+    ("lookups", "samples", "longest"), [(1, 600, 3), (26, 19, 1), (3, 200, 4), (130, 2, 2), (2, 5, 900)]
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_order_of_whole_lists_is_the_cpu_s(lookups, samples, longest, weighted):
+    """One sample a program and many, lists longer than it takes at once, lookups that begin amid their values."""
+    rng = random.Random(lookups)
+    lists = random_lists(rng, lookups=lookups, samples=samples, longest=longest, ids=EXTREMES)
+    features = [ragged(items, spare=rng.choice([0, 1, 300])) for items in lists]
+    unused = [rng.randint(0, 2) for _ in features]
+    values = [torch.cat([torch.full((n,), -7), f.values]) for n, f in zip(unused, features, strict=True)]
+    offsets = [f.offsets + n for n, f in zip(unused, features, strict=True)]
+    if weighted:
+        weights = [None if l % 3 == 1 else torch.randn(v.numel()) for l, v in enumerate(values)]
+        arguments = values, offsets, weights, [0] * lookups
+        got, expected = on_device(gpu_order.order_lists)(*arguments), order_lists.order_lists(*arguments)
+    else:
+        got, expected = on_device(gpu_order.order_ids_ends)(values, offsets), ends_definition(values, offsets)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_order_of_many_lists_is_the_cpu_s():
+    """A program takes more lists of many than of few."""
+    with mock.patch.object(gpu_order, "MANY", 0):
+        test_order_of_whole_lists_is_the_cpu_s(26, 90, 2, False)
+        test_order_of_whole_lists_is_the_cpu_s(3, 400, 4, True)
+
+
+@pytest.mark.parametrize("lookups", [1, 4, 40])
+def test_order_of_cut_lists_is_the_cpu_s(lookups):
+    rng = random.Random(lookups)
+    lists = random_lists(rng, lookups=lookups, samples=30, longest=4, ids=EXTREMES)
+    features = [ragged(items, spare=rng.choice([0, 1, 30])) for items in lists]
+    weights = [rng.choice([None, torch.randn(f.values.numel())]) for f in features]
+    arguments = [f.values for f in features], [f.offsets for f in features], weights
+    for lengths in ([1 + l % 3 for l in range(lookups)], [(l + 2) % 4 for l in range(lookups)]):
+        got, expected = (op(*arguments, lengths) for op in (on_device(gpu_order.order_lists), order_lists.order_lists))
+        assert all(map(torch.equal, got, expected))
+
+
+def test_no_offset_makes_a_position_that_is_not_written():
+    """Offsets at random, over many programs: of each position, the id is one of the values or 0, the cell one or -1."""
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        values = [torch.arange(1, 60), torch.arange(60, 80), torch.arange(80, 90)]
+        edges = [torch.randint(-9, v.numel() + 9, (151,), generator=g).int() for v in values]
+        sort = torch.rand(3, generator=g) < 0.7
+        offsets = [e.sort()[0] if s else e for e, s in zip(edges, sort, strict=True)]
+        id, cell, ends = on_device(gpu_order.order_ids_ends)(values, offsets)
+        assert ((id >= 0) & (id < 90)).all()
+        assert ((cell >= -1) & (cell < 450)).all()
+        rows, row_P = torch.randn(5, 1, 4, generator=g), torch.randint(-1, 5, id.shape, generator=g).int()
+        init = torch.zeros(3, 4, dtype=torch.int64), None
+        arguments = rows, row_P, id, cell, ends, torch.zeros(3).int(), 150, *init, [0], [4]
+        assert on_device(gpu_pool.pool_lists)(*arguments)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
@@ -70,6 +138,25 @@ def test_pool_is_the_cpu_s(lists, dims, weighted, unknown):
     arguments = rows, row_P, *reading, batch_size, *init, list(firsts), list(dims), weight_P
     for a, b in zip(on_device(gpu_pool.pool)(*arguments), pool.pool(*arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("unknown", [False, True])
+@pytest.mark.parametrize("dims", [(8, 1), (16, 4, 2), (70,)], ids=str)
+@pytest.mark.parametrize("lists", LISTS.values(), ids=LISTS)
+def test_pool_of_lists_with_their_ends_is_the_cpu_s(lists, dims, unknown, padded):
+    rows, row_P, reading, batch_size, init, firsts, dims = test_pool.case(lists, [0, 1, 0], dims, 3, unknown=unknown)
+    features = [ragged(items) for items in lists]
+    ends = ends_definition([f.values for f in features], [f.offsets for f in features])[2]
+    id_P, cell_P, vocabularies = reading
+    if padded:  # an id that counts as padding
+        cell_P = torch.where(id_P % 3 == 0, -1, cell_P)
+        row_P = torch.where(cell_P < 0, -1, row_P)
+    rest = vocabularies, batch_size, *init, list(firsts), list(dims)
+    expected = pool.pool(rows, row_P, id_P, cell_P, *rest)
+    for op in (on_device(gpu_pool.pool_lists), pool.pool_lists):
+        for a, b in zip(op(rows, row_P, id_P, cell_P, ends, *rest), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dims", [(8, 1), (70,)], ids=str)
@@ -222,6 +309,29 @@ def test_no_string_is_read_in_front_of_its_tensor(name):
     assert [t.tolist() for t in got] == [[oracle(s) for s in column] for column in items]
 
 
+def hash_at_both_ends(name, lengths):
+    """Each length begins a tensor and ends it, next to a long string, which makes all lanes of a program compute what
+    long ones need. The tensors are all that their memory holds."""
+    op, oracle = on_device(getattr(string_hash, f"{name}_hashes")), test_string_hash.HASHES[name][0]
+    every = test_string_hash.EVERY_LENGTH
+    for n in lengths:
+        columns = [[every[n], every[65], every[n]], [every[n]]]
+        tensors = [strings(column) for column in columns]
+        got = op([t.values for t in tensors], [t.offsets for t in tensors])
+        assert [t.tolist() for t in got] == [[oracle(s) for s in column] for column in columns]
+
+
+@pytest.mark.parametrize("name", test_string_hash.HASHES)
+def test_strings_are_read_inside_their_tensors(name):
+    hash_at_both_ends(name, [*range(34), 40, *range(47, 51), *range(62, 67), 96, 129])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", test_string_hash.HASHES)
+def test_strings_of_every_length_are_read_inside_their_tensors(name):
+    hash_at_both_ends(name, range(131))
+
+
 @machine_alone
 @pytest.mark.parametrize(("num_lists", "num_values", "inside"), [(2, 8, True), (2, 9, False), (3, 8, False)], ids=str)
 def test_an_address_outside_the_tensors_is_seen(num_lists, num_values, inside):
@@ -232,3 +342,93 @@ def test_an_address_outside_the_tensors_is_seen(num_lists, num_values, inside):
         contextlib.nullcontext() if inside else pytest.raises(MachineError, match=r"4 bytes at .* outside every tensor")
     ):
         gpu_order.sum_lists[(1,)](sums, values, offsets, num_lists, num_values, BLOCK=128, num_warps=1)
+
+
+def predictions(batch_size, *, one_logit=False):
+    """Every kind of label, logit and loss, each with each other in turn."""
+    rng, inf, nan = random.Random(batch_size), float("inf"), float("nan")
+    logits = [inf, -inf, nan, 20.0, -20.0, 25.0, 0.0, -0.0, 1e-30]
+    labels = [0.0, 1.0, 0.25, 0.75, -0.0, -1e-7, 1.0001, 2.0, -1.0, nan, inf, -inf, 0.5]
+    logit = [
+        0.7 if one_logit else rng.choice([*logits, *(rng.gauss(0, 3) for _ in "abcdef")]) for _ in range(batch_size)
+    ]
+    label = [rng.choice([0.0, 1.0] if one_logit else labels) for _ in range(batch_size)]
+    loss = [rng.choice([nan, inf, -inf, *[rng.random()] * 9]) for _ in range(batch_size)]
+    valid = [rng.random() < 0.9 for _ in range(batch_size)]
+    return *(torch.tensor(t).view(-1, 1).float() for t in (logit, label, loss)), torch.tensor(valid).view(-1, 1).bool()
+
+
+def finite_sums(arguments):
+    """The same without what makes every sum NaN."""
+    logit, label, loss, valid = arguments
+    return logit.nan_to_num(0.0, 30.0, -30.0), label.nan_to_num(0.5, 2.0, -2.0), loss.nan_to_num(1.0, 2.0, 3.0), valid
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of NaN under the interpreter
+@pytest.mark.parametrize("num_sums", [5, 6])
+@pytest.mark.parametrize("num_bins", [1, 7, 2**16])
+@pytest.mark.parametrize("batch_size", [0, 1, 999, gpu_predictions.SAMPLES, gpu_predictions.SAMPLES + 1, 5000])
+def test_predictions_are_counted_as_by_the_definition(batch_size, num_bins, num_sums):
+    op, whole = on_device(gpu_predictions.add_predictions_), predictions(batch_size)
+    for arguments in (whole, finite_sums(whole)):
+        got = test_add_predictions.call(op, num_bins, *arguments, num_sums)
+        expected = test_add_predictions.call(add_predictions.definition, num_bins, *arguments, num_sums)
+        assert torch.equal(got[0], expected[0])
+        torch.testing.assert_close(got[1], expected[1], rtol=1e-7, atol=1e-7, equal_nan=True)
+        again = test_add_predictions.call(op, num_bins, *arguments, num_sums)
+        assert all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_predictions_of_one_logit_are_counted():
+    arguments = predictions(700, one_logit=True)
+    histogram, _ = test_add_predictions.call(on_device(gpu_predictions.add_predictions_), 2**16, *arguments)
+    expected, _ = test_add_predictions.call(add_predictions.definition, 2**16, *arguments)
+    assert torch.equal(histogram, expected)
+    assert (histogram > 0).sum() == 2
+
+
+def touched(seed, *, positions, num_before, num_new):
+    """A table of which a batch touched some rows: seen, unique_rows, and for each position its row, number and cell."""
+    g = torch.Generator().manual_seed(seed)
+    num = num_before + num_new
+    unique_rows, seen = torch.randperm(2 * num + 5, generator=g).int(), torch.full((2 * num + 5,), 3 << 32)
+    seen[unique_rows[:num].long()] = (7 << 32) | torch.arange(num)
+    inverse = torch.randint(-1, max(num, 1), (positions,), generator=g).int()
+    inverse[:num_new] = torch.arange(num_before, num) if num_new else inverse[:0]
+    inverse = inverse[torch.randperm(positions, generator=g)]
+    row = torch.where(inverse >= 0, unique_rows[inverse.long()], -1)
+    cell = torch.where((inverse >= 0) | (torch.rand(positions, generator=g) < 0.5), torch.arange(positions).int(), -1)
+    return seen, unique_rows, torch.tensor(num), row, inverse, cell
+
+
+@pytest.mark.parametrize(
+    ("positions", "num_before", "num_new"), [(0, 2, 0), (1, 0, 1), (5, 3, 0), (400, 0, 37), (700, 200, 300)]
+)
+def test_rows_that_nothing_trains_leave_the_step_as_by_the_definition(positions, num_before, num_new):
+    ops = on_device(gpu_trained.keep_trained_), keep_trained.definition
+    for trains in ([True, False, False], [False] * 3, [True]):
+        results = []
+        for op in ops:
+            seen, unique_rows, num, _, inverse, cell = touched(
+                1, positions=positions, num_before=num_before, num_new=num_new
+            )
+            before, step = torch.tensor(num_before).int(), torch.tensor(7)
+            out = op(seen, unique_rows, num, before, step, inverse, cell, torch.tensor(trains))
+            results.append((out, seen, unique_rows[: int(num)], num))
+        assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize(("positions", "num_before", "num_new"), [(0, 2, 0), (1, 0, 1), (700, 200, 100)])
+def test_a_batch_that_does_not_count_is_taken_back_as_by_the_definition(positions, num_before, num_new, counts):
+    results = []
+    for op in (on_device(gpu_trained.untouch_rows_), untouch_rows.definition):
+        seen, unique_rows, _, row, inverse, _ = touched(2, positions=positions, num_before=num_before, num_new=num_new)
+        read = unique_rows[num_before : num_before + num_new : 3].long()  # rows that nothing trains
+        seen[read] = (7 << 32) | keep_trained.NO_NUMBER
+        inverse = torch.where(torch.isin(row, read), -1, inverse)
+        op(seen, row, inverse, torch.tensor(num_before), torch.tensor(6), torch.tensor(counts))
+        results.append(seen)
+    assert torch.equal(*results)
+    assert bool((results[0] == 6 << 32).any()) == (not counts and num_new > 0)
