@@ -1,9 +1,9 @@
 """count_candidates_ on a GPU: the ids without a row numbered as find_or_insert_ numbers rows, occurrences by a sort.
 
-find               which ids have a row: those are left out
+leave_out          ids that have a row
 claim              every other id claims a place of a scratch table, which ends with its first position
-find_candidates    first occurrences read the candidates' index, and flag where a candidate is to be added
-(scan, sort)       ranks of the new candidates; positions by candidate, in order within it
+find_candidates    first occurrences read the candidates' index; those without a candidate are summed up (`scan.py`)
+(sort)             positions by candidate, in order within it
 count_occurrences  each occurrence's number among its candidate's
 store_counts       the new counts; new candidates enter the index
 """
@@ -15,19 +15,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.find import find
-from recfx.kernels.gpu.find_or_insert import NEVER, UNKNOWN, claim, scratch_table
+from recfx.kernels.gpu.find_or_insert import UNKNOWN, claim, scratch_table
 from recfx.kernels.gpu.hashing import hash_id, key_at, place, probe, slot_of
 from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, lower_bound, search_steps
+from recfx.kernels.gpu.scan import add_up, num_counters, sum_before, sum_of_all, sums_of
 
 __all__ = ["count_candidates_"]
 
 
+NEVER = tl.constexpr(2**31 - 1)  # first position of what does not occur: behind all others when sorted
+
+
+@triton.jit
+def leave_out(
+    absent_P, slots, ids, num_slots, salt, id_P, cell_P, vocabularies, num_positions, num_lookups, BLOCK: tl.constexpr
+):
+    """absent_P: the cells of ids without a row, -1 for all others."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cell = tl.load(cell_P + k, mask=k < num_positions, other=-1)
+    id, vocabulary = key_at(id_P, cell_P, vocabularies, num_lookups, k, cell >= 0)
+    hash = hash_id(id, vocabulary, tl.load(salt))
+    row = probe(slots, ids, (tl.load(num_slots) - 1).to(tl.uint64), hash, vocabulary, id, cell >= 0)
+    tl.store(absent_P + k, tl.where(row < 0, cell, -1), mask=k < num_positions)
+
+
 @triton.jit
 def find_candidates(
-    first_P, flags_P, found_P, first_H, place_P, slots, ids, num_slots, salt, id_P, cell_P, vocabularies, num_positions,
-    num_lookups, BLOCK: tl.constexpr,
+    first_P, sums_P, sums, counters, found_P, first_H, place_P, slots, ids, num_slots, salt, id_P, cell_P, vocabularies,
+    num_positions, num_lookups, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """sums_P: how many positions of its program up to each begin a new candidate."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = tl.load(cell_P + k, mask=k < num_positions, other=-1) >= 0
     first = tl.load(first_H + tl.load(place_P + k, mask=valid, other=0), mask=valid, other=NEVER)
@@ -37,12 +54,14 @@ def find_candidates(
     hash = hash_id(id, vocabulary, tl.load(salt))
     number = probe(slots, ids, (tl.load(num_slots) - 1).to(tl.uint64), hash, vocabulary, id, leads)
     tl.store(found_P + k, number, mask=leads)
-    tl.store(flags_P + k, tl.full(k.shape, 1, tl.int64), mask=leads & (number < 0))
+    is_new = (leads & (number < 0)).to(tl.int32)
+    tl.store(sums_P + k, tl.cumsum(is_new, axis=0), mask=k < num_positions)
+    add_up(sums, counters, tl.sum(is_new.to(tl.int64), axis=0))
 
 
 @triton.jit
 def count_occurrences(
-    count_P, number_N, first_N, order_N, sums_P, found_P, counts, num_candidates, num_slots, max_candidates,
+    count_P, number_N, first_N, order_N, sums_P, sums, found_P, counts, num_candidates, num_slots, max_candidates,
     num_positions, steps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """number_N: the candidate of each sorted position, UNKNOWN where there is no room for one."""
@@ -53,7 +72,8 @@ def count_occurrences(
     room = tl.minimum(max_candidates, tl.load(num_slots) // 8 * 7) - fill
     found = tl.load(found_P + first, mask=valid, other=0)
     before = tl.load(counts + found, mask=valid & (found >= 0), other=0)
-    rank = tl.load(sums_P + first, mask=valid, other=0) - 1
+    rank = sum_before(sums, tl.num_programs(0), first // BLOCK, valid) - 1
+    rank += tl.load(sums_P + first, mask=valid, other=0)
     number = tl.where(found >= 0, found, tl.where(rank < room, fill + rank, UNKNOWN))
     number = tl.where(valid, number, UNKNOWN).to(tl.int32)
     tl.store(number_N + n, number, mask=n < num_positions)
@@ -64,7 +84,7 @@ def count_occurrences(
 
 @triton.jit
 def store_counts(
-    slots, ids, candidate_vocabularies, counts, num_candidates, number_N, first_N, order_N, count_P, sums_P, found_P,
+    slots, ids, candidate_vocabularies, counts, num_candidates, number_N, first_N, order_N, count_P, sums, found_P,
     num_slots, salt, id_P, cell_P, vocabularies, max_candidates, num_positions, num_lookups, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -83,7 +103,7 @@ def store_counts(
     if tl.program_id(0) == 0:
         fill = tl.load(num_candidates)
         room = tl.minimum(max_candidates, tl.load(num_slots) // 8 * 7) - fill
-        tl.store(num_candidates, fill + tl.minimum(tl.load(sums_P + num_positions - 1), room))
+        tl.store(num_candidates, fill + tl.minimum(sum_of_all(sums, tl.num_programs(0)), room))
 
 
 def count_candidates_(
@@ -95,28 +115,26 @@ def count_candidates_(
     num, num_lookups, count_P = cell_P.numel(), len(vocabularies), torch.empty_like(cell_P)
     if num == 0:
         return count_P
-    row_P = find(slots, ids, num_slots, salt, id_P, cell_P, vocabularies)
-    absent_P = torch.where(row_P < 0, cell_P, -1)
-    flags_P, first_H, block = torch.empty_like(id_P), scratch_table(cell_P), {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
-    place_P, first_P, found_P, number_N = (torch.empty_like(cell_P) for _ in range(4))
-    grid, keys = (triton.cdiv(num, BLOCK),), (id_P, absent_P, vocabularies)
+    grid, block = (triton.cdiv(num, BLOCK),), {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    absent_P, place_P, first_P, found_P, number_N, sums_P = (torch.empty_like(cell_P) for _ in range(6))
+    sums, (first_H, counters) = sums_of(id_P, *grid), scratch_table(cell_P, num_counters=num_counters(*grid))
+    keys = id_P, absent_P, vocabularies
+    leave_out[grid](absent_P, slots, ids, num_slots, salt, id_P, cell_P, vocabularies, num, num_lookups, **block)
     claim[grid](
-        first_H, first_H, place_P, flags_P, *keys, salt, cell_P, num, num_lookups, first_H.numel(), ADMITS=False,
-        **block,
-    )  # fmt: skip
+        first_H, first_H, place_P, *keys, salt, cell_P, num, num_lookups, first_H.numel(), ADMITS=False, **block
+    )
     find_candidates[grid](
-        first_P, flags_P, found_P, first_H, place_P, candidate_slots, candidate_ids, num_candidate_slots, salt, *keys,
-        num, num_lookups, **block,
+        first_P, sums_P, sums, counters, found_P, first_H, place_P, candidate_slots, candidate_ids, num_candidate_slots,
+        salt, *keys, num, num_lookups, **block,
     )  # fmt: skip
-    sums_P = torch.cumsum(flags_P, 0)
     first_N, order_N = torch.sort(first_P, stable=True)
     count_occurrences[grid](
-        count_P, number_N, first_N, order_N, sums_P, found_P, candidate_counts, num_candidates, num_candidate_slots,
-        candidate_ids.numel(), num, search_steps(num), **block,
+        count_P, number_N, first_N, order_N, sums_P, sums, found_P, candidate_counts, num_candidates,
+        num_candidate_slots, candidate_ids.numel(), num, search_steps(num), **block,
     )  # fmt: skip
     store_counts[grid](
         candidate_slots, candidate_ids, candidate_vocabularies, candidate_counts, num_candidates, number_N, first_N,
-        order_N, count_P, sums_P, found_P, num_candidate_slots, salt, *keys, candidate_ids.numel(), num, num_lookups,
+        order_N, count_P, sums, found_P, num_candidate_slots, salt, *keys, candidate_ids.numel(), num, num_lookups,
         **block,
     )  # fmt: skip
     return count_P

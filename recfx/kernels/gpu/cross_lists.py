@@ -38,7 +38,7 @@ def flag_firsts(flags_P, first_H, place_P, cell_P, num_positions, BLOCK: tl.cons
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = tl.load(cell_P + k, mask=k < num_positions, other=-1) >= 0
     first = tl.load(first_H + tl.load(place_P + k, mask=valid, other=0), mask=valid, other=-1)
-    tl.store(flags_P + k, tl.full(k.shape, 1, tl.int64), mask=first == k)
+    tl.store(flags_P + k, (first == k).to(tl.int64), mask=k < num_positions)
 
 
 @triton.jit
@@ -106,12 +106,12 @@ def cross_lists(
         return values.zero_(), weights.zero_(), offsets.zero_(), overflow.zero_()
     id_P, flags_P, num_pairs = x.new_empty(num), x.new_empty(num), x.new_empty(num_lists)
     cell_P, place_P, firsts = (x_offsets.new_empty(num) for _ in range(3))
-    first_H, steps, block = scratch_table(cell_P), search_steps(num_lists), {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    (first_H, _), steps, block = scratch_table(cell_P), search_steps(num_lists), {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
     lists = torch.arange(2 * num_lists, dtype=torch.int32, device=x.device)
     grid = (triton.cdiv(num, BLOCK),)
     key_lists[grid](id_P, cell_P, x, x_offsets, y, y_offsets, num_x, num, num_lists, steps, **block)
     claim[grid](
-        first_H, first_H, place_P, flags_P, id_P, cell_P, lists, x.new_zeros(()), cell_P, num, len(lists),
+        first_H, first_H, place_P, id_P, cell_P, lists, x.new_zeros(()), cell_P, num, len(lists),
         first_H.numel(), ADMITS=False, **block,
     )  # fmt: skip
     flag_firsts[grid](flags_P, first_H, place_P, cell_P, num, **block)

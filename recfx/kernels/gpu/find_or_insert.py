@@ -1,11 +1,11 @@
 """find_or_insert_ on a GPU: the dict's order without a sort and without a read by the host.
 
-    claim       every id claims a place of a scratch table, which ends with the id's first position in the batch
-    look_up     first occurrences read the index, and flag where a row or a unique number is to be given out
-    (scan)      the flags summed up to each position: its rank among those before it
-    number      ranks become rows (free ones first) and unique numbers; every occurrence reads its first one's
-    insert      new rows enter the index, which is all that races: for places, never for numbers
-    initialise  new rows get their initial values
+    claim      every id claims a place of a scratch table, which ends with the id's first position in the batch
+    look_up    first occurrences read the index; where a row or a unique number is to be given out is summed up to each
+               position (`scan.py`), which is its rank among those before it
+    number     ranks become rows (free ones first) and unique numbers; every occurrence reads its first one's
+    store_new  new rows enter the index, which is all that races: for places, never for numbers; and get their initial
+               values
 
 The scratch table is what keeps a refused id out of the index: nothing is inserted before it is known to have a row.
 """
@@ -18,26 +18,32 @@ import triton.language as tl
 from torch import Tensor
 
 from recfx.kernels import op
-from recfx.kernels.gpu.hashing import EMPTY, IMPOSSIBLE, hash_id, key_at, next_run, place, probe, slot_of
+from recfx.kernels.gpu.hashing import EMPTY, hash_id, key_at, next_run, place, probe, slot_of, swap_where
 from recfx.kernels.gpu.initial import initial_values
 from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, columns_of, programs, rows_of
+from recfx.kernels.gpu.scan import add_up, num_counters, sum_before, sum_of_all, sums_of
 
-__all__ = ["NEVER", "UNKNOWN", "claim", "find_or_insert_", "scratch_table"]
+__all__ = ["UNKNOWN", "claim", "find_or_insert_", "scratch_table"]
 
-NEVER = tl.constexpr(2**31 - 1)  # position of what does not occur
 UNKNOWN, REFUSED = tl.constexpr(op.UNKNOWN), tl.constexpr(op.REFUSED)
 LOOKED_UP, CREATED, UNADMITTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)  # of `tally`
 SCRATCH_LOAD = 3 / 4
 
 
 @triton.jit
+def lower_to(places, at, k, mask):
+    """An empty place counts as above every position: all ones, compared without a sign."""
+    tl.atomic_min(places.to(tl.pointer_type(tl.uint32)) + at, k.to(tl.uint32), mask=mask, sem="relaxed")
+
+
+@triton.jit
 def claim(
-    first_H, admitted_H, place_P, flags_P, id_P, cell_P, vocabularies, salt, admit_P, num_positions, num_lookups,
-    num_places, ADMITS: tl.constexpr, BLOCK: tl.constexpr,
+    first_H, admitted_H, place_P, id_P, cell_P, vocabularies, salt, admit_P, num_positions, num_lookups, num_places,
+    ADMITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """first_H[place_P[k]]: the first position of k's key; admitted_H: the first one admitted, EMPTY without."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = tl.load(cell_P + k, mask=k < num_positions, other=-1) >= 0
-    tl.store(flags_P + k, tl.zeros_like(k).to(tl.int64), mask=k < num_positions)
     id, vocabulary = key_at(id_P, cell_P, vocabularies, num_lookups, k, valid)
     # Not from where the index would begin: ids that collide there must not collide here.
     at = (next_run(hash_id(id, vocabulary, tl.load(salt))) & (num_places - 1).to(tl.uint64)).to(tl.int32)
@@ -46,48 +52,50 @@ def claim(
         holder = tl.load(first_H + at, mask=active, other=0)
         empty = active & (holder == EMPTY)
         if tl.max(empty.to(tl.int32), axis=0) > 0:
-            before = tl.atomic_cas(first_H + at, tl.where(empty, EMPTY, IMPOSSIBLE).to(tl.int32), k, sem="relaxed")
-            holder = tl.where(empty, before, holder)
+            holder = tl.where(empty, swap_where(empty, first_H, num_places, at, EMPTY, k), holder)
         held = active & (holder != EMPTY)
         held_id, held_vocabulary = key_at(id_P, cell_P, vocabularies, num_lookups, holder, held)
         same = held & (held_id == id) & (held_vocabulary == vocabulary)
-        tl.atomic_min(first_H + at, k, mask=same & (k < holder), sem="relaxed")
+        lower_to(first_H, at, k, same & (k < holder))
         active = held & ~same
         at = tl.where(active, (at + 1) & (num_places - 1), at)
     tl.store(place_P + k, at, mask=valid)
     if ADMITS:
         admitted = tl.load(admit_P + k, mask=valid, other=0) != 0
-        tl.atomic_min(admitted_H + at, k, mask=valid & admitted, sem="relaxed")
+        lower_to(admitted_H, at, k, valid & admitted)
 
 
 @triton.jit
 def look_up(
-    first_H, admitted_H, place_P, flags_P, found_P, slots, ids, seen, num_slots, salt, step, id_P, cell_P, vocabularies,
-    num_positions, num_lookups, ADMITS: tl.constexpr, BLOCK: tl.constexpr,
+    sums_P, sums, counters, first_H, admitted_H, place_P, found_P, slots, ids, seen, num_slots, salt, step, id_P,
+    cell_P, vocabularies, num_positions, num_lookups, ADMITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """sums_P: how many positions of its program up to each give out a number (low 16 bits), and a row (high 16)."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = tl.load(cell_P + k, mask=k < num_positions, other=-1) >= 0
     at = tl.load(place_P + k, mask=valid, other=0)
     first = valid & (tl.load(first_H + at, mask=valid, other=0) == k)
-    id, vocabulary = key_at(id_P, cell_P, vocabularies, num_lookups, k, first)
+    begins = first
+    if ADMITS:
+        begins = valid & (tl.load(admitted_H + at, mask=valid, other=0) == k)
+    id, vocabulary = key_at(id_P, cell_P, vocabularies, num_lookups, k, first | begins)
     hash = hash_id(id, vocabulary, tl.load(salt))
-    row = probe(slots, ids, (tl.load(num_slots) - 1).to(tl.uint64), hash, vocabulary, id, first)
+    row = probe(slots, ids, (tl.load(num_slots) - 1).to(tl.uint64), hash, vocabulary, id, first | begins)
     last = tl.load(seen + row, mask=row >= 0, other=-1)
     number = tl.where(last >> 32 == tl.load(step), (last << 32) >> 32, UNKNOWN)
     tl.store(found_P + k, (number << 32) | (row.to(tl.int64) & 0xFFFFFFFF), mask=first)
-    joins = first & (row >= 0) & (number < 0)
-    tl.store(flags_P + k, tl.full(k.shape, 1, tl.int64), mask=joins)
-    begins = first & (row < 0)
-    if ADMITS:
-        k = tl.load(admitted_H + at, mask=begins, other=NEVER)
-    tl.store(flags_P + k, tl.full(k.shape, 1 << 32, tl.int64), mask=begins & (k < NEVER))
+    joins = (first & (row >= 0) & (number < 0)).to(tl.int32)
+    begins = (begins & (row < 0)).to(tl.int32)
+    tl.store(sums_P + k, tl.cumsum(joins + (begins << 16), axis=0), mask=k < num_positions)
+    add_up(sums, counters, tl.sum(joins.to(tl.int64) + (begins.to(tl.int64) << 32), axis=0))
 
 
 @triton.jit
 def number(
-    row_P, inverse_P, new_rows, totals, first_H, admitted_H, place_P, sums_P, found_P, ids, row_vocabularies, seen,
-    born, num_rows, free_rows, num_free, num_refused, tally, unique_rows, num_unique, num_slots, step, id_P, cell_P,
-    vocabularies, admit_P, max_rows, max_unique, num_positions, num_lookups, ADMITS: tl.constexpr, BLOCK: tl.constexpr,
+    row_P, inverse_P, new_rows, totals, first_H, admitted_H, place_P, sums_P, sums, found_P, ids, row_vocabularies,
+    seen, born, num_rows, free_rows, num_free, num_refused, tally, unique_rows, num_unique, num_slots, step, id_P,
+    cell_P, vocabularies, admit_P, max_rows, max_unique, num_positions, num_lookups, ADMITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = tl.load(cell_P + k, mask=k < num_positions, other=-1) >= 0
@@ -100,15 +108,18 @@ def number(
     row, number = (found << 32) >> 32, found >> 32
     known = row >= 0
     if ADMITS:
-        begin = tl.where(known, begin, tl.load(admitted_H + at, mask=valid, other=NEVER))
-    sums = tl.load(sums_P + begin, mask=valid & (begin < NEVER), other=0)
-    rank = (sums >> 32) - 1  # among the new keys
-    taken = valid & ~known & (begin < NEVER) & (rank < room)
+        begin = tl.where(known, begin, tl.load(admitted_H + at, mask=valid, other=EMPTY))
+    ranked = valid & (begin != EMPTY)
+    here = tl.load(sums_P + begin, mask=ranked, other=0)
+    before = sum_before(sums, tl.num_programs(0), begin // BLOCK, ranked)
+    rank = (before >> 32) + (here >> 16) - 1  # among the new keys
+    taken = ranked & ~known & (rank < room)
     reused = tl.load(free_rows + (free - 1 - rank), mask=taken & (rank < free), other=0)
     new_row = tl.where(rank < free, reused, fill + rank - free)
     row = tl.where(known, row, tl.where(taken & (k >= begin), new_row, REFUSED))
     fresh = number < 0
-    number = tl.where(fresh, unique + (sums & 0xFFFFFFFF) + tl.minimum(rank + 1, room) - 1, number)
+    joined = (before & 0xFFFFFFFF) + (here & 0xFFFF)
+    number = tl.where(fresh, unique + joined + tl.minimum(rank + 1, room) - 1, number)
     numbered = valid & (row >= 0) & (number < max_unique)
     tl.store(row_P + k, tl.where(valid, row, UNKNOWN).to(tl.int32), mask=k < num_positions)
     tl.store(inverse_P + k, tl.where(numbered, number, UNKNOWN).to(tl.int32), mask=k < num_positions)
@@ -134,7 +145,7 @@ def number(
     looked_up = tl.sum(valid.to(tl.int64), axis=0)
     tl.atomic_add(tally + LOOKED_UP, looked_up, mask=looked_up > 0, sem="relaxed")
     if tl.program_id(0) == 0:
-        all_sums = tl.load(sums_P + num_positions - 1)
+        all_sums = sum_of_all(sums, tl.num_programs(0))
         num_created = tl.minimum(all_sums >> 32, room)
         num_joined = tl.minimum((all_sums & 0xFFFFFFFF) + num_created, max_unique - unique)
         tl.store(totals, num_created)
@@ -143,12 +154,11 @@ def number(
 
 @triton.jit
 def insert(
-    slots, num_crowded, new_rows, totals, ids, row_vocabularies, num_rows, num_free, tally, num_unique, num_slots, salt,
+    slots, num_crowded, new_rows, num_created, ids, row_vocabularies, num_slots, salt, program, num_programs,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    num_created = tl.load(totals)
     mask = (tl.load(num_slots) - 1).to(tl.uint64)
-    for begin in range(tl.program_id(0) * BLOCK, num_created, tl.num_programs(0) * BLOCK):
+    for begin in range(program * BLOCK, num_created, num_programs * BLOCK):
         nth = begin + tl.arange(0, BLOCK)
         active = nth < num_created
         row = tl.load(new_rows + nth, mask=active, other=0)
@@ -156,23 +166,15 @@ def insert(
         hash = hash_id(tl.load(ids + row, mask=active, other=0), vocabulary, tl.load(salt))
         crowded = place(slots, mask, hash, slot_of(hash, vocabulary, row), active)
         tl.atomic_add(num_crowded, crowded, mask=crowded > 0, sem="relaxed")
-    if tl.program_id(0) == 0:
-        free = tl.load(num_free)
-        reused = tl.minimum(num_created, free)
-        tl.store(num_free, free - reused)
-        tl.store(num_rows, tl.load(num_rows) + num_created - reused)
-        tl.store(num_unique, tl.load(num_unique) + tl.load(totals + 1))
-        tl.store(tally + CREATED, tl.load(tally + CREATED) + num_created)
 
 
 @triton.jit
 def initialise(
-    rows, new_rows, totals, ids, row_vocabularies, init_keys, init_params, stride, width, size, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    rows, new_rows, num_created, ids, row_vocabularies, init_keys, init_params, stride, width, size, program,
+    num_programs, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    num_created = tl.load(totals)
     column = tl.arange(0, COLUMNS)[None, :]
-    for begin in range(tl.program_id(0) * ROWS, num_created, tl.num_programs(0) * ROWS):
+    for begin in range(program * ROWS, num_created, num_programs * ROWS):
         nth = begin + tl.arange(0, ROWS)[:, None]
         row = tl.load(new_rows + nth, mask=nth < num_created, other=0)
         id = tl.load(ids + row, mask=nth < num_created, other=0)
@@ -186,9 +188,42 @@ def initialise(
             tl.store(at + first + column, tl.zeros_like(value), mask=behind)
 
 
-def scratch_table(cell_P: Tensor) -> Tensor:
-    """Places that `claim` can give out to all positions: i32, empty."""
-    return cell_P.new_full((triton.next_power_of_2(int(cell_P.numel() / SCRATCH_LOAD) + 1),), EMPTY.value)
+@triton.jit
+def end_counts(num_created, num_joined, num_rows, num_free, tally, num_unique):
+    free = tl.load(num_free)
+    reused = tl.minimum(num_created, free)
+    tl.store(num_free, free - reused)
+    tl.store(num_rows, tl.load(num_rows) + num_created - reused)
+    tl.store(num_unique, tl.load(num_unique) + num_joined)
+    tl.store(tally + CREATED, tl.load(tally + CREATED) + num_created)
+
+
+@triton.jit
+def store_new(
+    slots, num_crowded, rows, new_rows, totals, ids, row_vocabularies, num_rows, num_free, tally, num_unique, num_slots,
+    salt, init_keys, init_params, stride, width, size, num_inserting, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first programs wait for the index, the others write rows: neither is held up by the other."""
+    program, num_created = tl.program_id(0), tl.load(totals)
+    if program < num_inserting:
+        insert(
+            slots, num_crowded, new_rows, num_created, ids, row_vocabularies, num_slots, salt, program, num_inserting,
+            BLOCK,
+        )  # fmt: skip
+        if program == 0:
+            end_counts(num_created, tl.load(totals + 1), num_rows, num_free, tally, num_unique)
+    else:
+        initialise(
+            rows, new_rows, num_created, ids, row_vocabularies, init_keys, init_params, stride, width, size,
+            program - num_inserting, tl.num_programs(0) - num_inserting, ROWS, COLUMNS,
+        )  # fmt: skip
+
+
+def scratch_table(cell_P: Tensor, *, num_counters: int = 0, num_tables: int = 1) -> tuple[Tensor, ...]:
+    """(places that `claim` can give out to all positions, ..., counters), i32 and empty, which is -1: one fill."""
+    num = triton.next_power_of_2(int(cell_P.numel() / SCRATCH_LOAD) + 1)
+    return cell_P.new_full((num * num_tables + num_counters,), EMPTY.value).split([num] * num_tables + [num_counters])
 
 
 def find_or_insert_(
@@ -202,34 +237,33 @@ def find_or_insert_(
     row_P, inverse_P, place_P, new_rows = (torch.empty_like(cell_P) for _ in range(4))
     if num == 0:
         return row_P, inverse_P
-    flags_P, found_P = torch.empty_like(id_P), torch.empty_like(id_P)
-    totals = id_P.new_empty(2)
-    first_H = scratch_table(cell_P)
-    admitted_H = first_H if admit_P is None else torch.full_like(first_H, NEVER.value)
+    grid = (triton.cdiv(num, BLOCK),)
+    found_P, totals, sums_P, sums = torch.empty_like(id_P), id_P.new_empty(2), torch.empty_like(cell_P), sums_of(id_P, *grid)
+    num_tables = 1 if admit_P is None else 2
+    *tables, counters = scratch_table(cell_P, num_counters=num_counters(*grid), num_tables=num_tables)
+    first_H, admitted_H = tables[0], tables[-1]
     admit = cell_P if admit_P is None else admit_P.view(torch.uint8)
     by_position = {"ADMITS": admit_P is not None, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
-    grid = (triton.cdiv(num, BLOCK),)
 
     claim[grid](
-        first_H, admitted_H, place_P, flags_P, id_P, cell_P, vocabularies, salt, admit, num, num_lookups,
-        first_H.numel(), **by_position,
-    )  # fmt: skip
-    look_up[grid](
-        first_H, admitted_H, place_P, flags_P, found_P, slots, ids, seen, num_slots, salt, step, id_P, cell_P,
-        vocabularies, num, num_lookups, **by_position,
-    )  # fmt: skip
-    number[grid](
-        row_P, inverse_P, new_rows, totals, first_H, admitted_H, place_P, torch.cumsum(flags_P, 0), found_P, ids,
-        row_vocabularies, seen, born, num_rows, free_rows, num_free, num_refused, tally, unique_rows, num_unique,
-        num_slots, step, id_P, cell_P, vocabularies, admit, ids.numel(), unique_rows.numel(), num, num_lookups,
+        first_H, admitted_H, place_P, id_P, cell_P, vocabularies, salt, admit, num, num_lookups, first_H.numel(),
         **by_position,
     )  # fmt: skip
-    insert[programs(num, BLOCK)](
-        slots, num_crowded, new_rows, totals, ids, row_vocabularies, num_rows, num_free, tally, num_unique, num_slots,
-        salt, BLOCK=BLOCK, num_warps=NUM_WARPS,
+    look_up[grid](
+        sums_P, sums, counters, first_H, admitted_H, place_P, found_P, slots, ids, seen, num_slots, salt, step, id_P,
+        cell_P, vocabularies, num, num_lookups, **by_position,
     )  # fmt: skip
-    initialise[programs(num, rows_of(width))](
-        rows, new_rows, totals, ids, row_vocabularies, init_keys, init_params, rows.stride(0), width,
-        rows.shape[1] * width, ROWS=rows_of(width), COLUMNS=columns_of(width),
+    number[grid](
+        row_P, inverse_P, new_rows, totals, first_H, admitted_H, place_P, sums_P, sums, found_P, ids, row_vocabularies,
+        seen, born, num_rows, free_rows, num_free, num_refused, tally, unique_rows, num_unique, num_slots, step, id_P,
+        cell_P, vocabularies, admit, ids.numel(), unique_rows.numel(), num, num_lookups, **by_position,
+    )  # fmt: skip
+    rows_at_once = max(1, rows_of(width) // 4)  # the tile of a warp
+    (inserting,), (initialising,) = programs(num, BLOCK), programs(num, rows_at_once)
+    store_new[(inserting + initialising,)](
+        slots, num_crowded, rows, new_rows, totals, ids, row_vocabularies, num_rows, num_free, tally, num_unique,
+        num_slots, salt, init_keys, init_params, rows.stride(0), width, rows.shape[1] * width, inserting,
+        ROWS=rows_at_once, COLUMNS=columns_of(width), BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     return row_P, inverse_P

@@ -7,10 +7,10 @@ import triton.language as tl
 
 from recfx.kernels import hashing
 
-__all__ = ["hash_id", "key_at", "mix", "next_run", "place", "probe", "slot_of"]
+__all__ = ["hash_id", "key_at", "mix", "next_run", "place", "probe", "slot_of", "swap_where"]
 
 EMPTY = tl.constexpr(hashing.EMPTY)
-IMPOSSIBLE = tl.constexpr(-2)  # no slot and no position: what an idle lane compares with, as atomic_cas has no mask
+IMPOSSIBLE = tl.constexpr(-2)  # neither a slot nor a position
 RUN = tl.constexpr(hashing.RUN)
 MULTIPLIER = tl.constexpr(hashing.MULTIPLIER % 2**64)
 GOLDEN = tl.constexpr(hashing.GOLDEN % 2**64)
@@ -52,23 +52,50 @@ def slot_of(hash, vocabulary, row):
 
 
 @triton.jit
-def probe(slots, ids, mask, hash, vocabulary, id, active):
-    """Row i32 of each key, -1 where it is absent or not active. The index is only read.
+def swap_where(active, places, num_places, at, expected, value):
+    """What places[at] held; `value` is there now if that was `expected`. Only for active lanes.
 
-    A lane reads the aligned group of GROUP slots that it has come to, in one or two 16-byte loads, and looks at those
-    of them that lie ahead in its run.
+    tl.atomic_cas has no mask. An idle lane compares with what no place holds, and does so at an address that it shares
+    with as few others as there can be: aimed at one, such as place 0, they would queue behind each other, launch-wide.
+    num_places: a power of two.
+    """
+    lane = tl.program_id(0).to(tl.int64) * active.shape[0] + tl.arange(0, active.shape[0])
+    at = tl.where(active, at.to(tl.int64), lane & (num_places - 1))
+    expected = tl.where(active, expected, IMPOSSIBLE).to(places.dtype.element_ty)
+    return tl.atomic_cas(places + at, expected, value, sem="relaxed")
+
+
+@triton.jit
+def read_group(slots, mask, start, k, active):
+    """The GROUP slots that a lane has come to, k slots into its run, in one or two 16-byte loads.
+
+    Returns (slots [lanes, GROUP], which of them are ahead in the run, how many are not).
     """
     nth = tl.arange(0, GROUP)[None, :]
-    head = slot_of(hash, vocabulary, vocabulary * 0) >> 32
+    at = ((start + k.to(tl.uint64)) & mask).to(tl.int64)
+    group = at // GROUP * GROUP
+    behind = (at - group).to(tl.int32)
+    slot = tl.load(slots + (group[:, None] + nth), mask=active[:, None], other=EMPTY)
+    return slot, (nth >= behind[:, None]) & (k[:, None] + nth - behind[:, None] < RUN), behind
+
+
+@triton.jit
+def go_on(start, k):
+    """(start, k) of a lane that has looked at k slots of its run, or more."""
+    over = k >= RUN
+    return tl.where(over, next_run(start), start), tl.where(over, 0, k)
+
+
+@triton.jit
+def probe(slots, ids, mask, hash, vocabulary, id, active):
+    """Row i32 of each key, -1 where it is absent or not active. The index is only read."""
+    nth = tl.arange(0, GROUP)[None, :]
+    head = (slot_of(hash, vocabulary, vocabulary * 0) >> 32).to(tl.int32)
     row = vocabulary * 0 - 1
     start, k = hash, vocabulary * 0  # k: how far in the run
     while tl.max(active.to(tl.int32), axis=0) > 0:
-        at = ((start + k.to(tl.uint64)) & mask).to(tl.int64)
-        group = at // GROUP * GROUP
-        first = (at - group).to(tl.int32)
-        slot = tl.load(slots + (group[:, None] + nth), mask=active[:, None], other=EMPTY)
-        ahead = (nth >= first[:, None]) & (k[:, None] + nth - first[:, None] < RUN)
-        stop = tl.min(tl.where(ahead & ((slot == EMPTY) | (slot >> 32 == head[:, None])), nth, GROUP), axis=1)
+        slot, ahead, behind = read_group(slots, mask, start, k, active)
+        stop = tl.min(tl.where(ahead & ((slot == EMPTY) | ((slot >> 32).to(tl.int32) == head[:, None])), nth, GROUP), axis=1)
         stopped = active & (stop < GROUP)
         here = tl.sum(tl.where(nth == stop[:, None], slot, 0), axis=1)
         used = stopped & (here != EMPTY)
@@ -76,27 +103,39 @@ def probe(slots, ids, mask, hash, vocabulary, id, active):
         found = used & (tl.load(ids + candidate, mask=used, other=0) == id)
         row = tl.where(found, candidate, row)
         active = active & ~found & ~(stopped & ~used)
-        k = tl.minimum(k - first + tl.where(stopped, stop + 1, GROUP), RUN)
-        start = tl.where(k == RUN, next_run(start), start)
-        k = tl.where(k == RUN, 0, k)
+        start, k = go_on(start, k - behind + tl.where(stopped, stop + 1, GROUP))
     return row
+
+
+@triton.jit
+def next_empty(slots, mask, start, k, active):
+    """(start, k) of the first slot at or behind each lane's that seems empty. A full one never does."""
+    nth = tl.arange(0, GROUP)[None, :]
+    while tl.max(active.to(tl.int32), axis=0) > 0:
+        slot, ahead, behind = read_group(slots, mask, start, k, active)
+        stop = tl.min(tl.where(ahead & (slot == EMPTY), nth, GROUP), axis=1)
+        k = tl.where(active, k - behind + stop, k)
+        active = active & (stop == GROUP)
+        start, k = go_on(start, k)
+    return start, k
 
 
 @triton.jit
 def place(slots, mask, hash, slot, active):
     """Puts the slots of distinct, absent keys in the first empty places of their ways; how many are crowded, i64.
 
-    Whatever the order in which lanes win a place, every key stands in its way with no empty slot before it.
+    Whatever the order in which lanes win a place, every key stands in its way with no empty slot before it: slots only
+    fill, so what a lane read as full is full, and what it read as empty is won or lost by compare-and-swap. Lanes look
+    for a place until all have one, and then swap at once: lanes that wait swap too (`swap_where`).
     """
-    start, k = hash, slot * 0
+    start, k = hash, (slot * 0).to(tl.int32)
     crowded = slot * 0
     while tl.max(active.to(tl.int32), axis=0) > 0:
+        start, k = next_empty(slots, mask, start, k, active)
         at = (start + k.to(tl.uint64)) & mask
-        expected = tl.where(active, EMPTY, IMPOSSIBLE).to(tl.int64)
-        before = tl.atomic_cas(slots + at.to(tl.int64), expected, slot, sem="relaxed")
+        before = swap_where(active, slots, mask.to(tl.int64) + 1, at, EMPTY, slot)
         placed = active & (before == EMPTY)
         crowded += (placed & (((at - hash) & mask) >= RUN)).to(tl.int64)
         active = active & ~placed
-        start = tl.where(k + 1 == RUN, next_run(start), start)
-        k = tl.where(k + 1 == RUN, 0, k + 1)
+        start, k = go_on(start, k + active.to(tl.int32))
     return tl.sum(crowded, axis=0)
