@@ -17,10 +17,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
-__all__ = ["compiling", "load", "pretending"]
+__all__ = ["Written", "compiling", "load", "pretending"]
 
 H200 = {
     "name": "NVIDIA H200", "major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 140 << 30,
@@ -108,12 +108,20 @@ def pretending() -> Iterator[None]:
         yield
 
 
-class _Written(BaseException):
+class Written(NamedTuple):
+    """What Inductor wrote."""
+
+    code: str  # Python, with the kernels in Triton
+    graph: Any  # torch.fx.Graph of ATen that it is of
+    names: dict[str, str]  # of what the code is given: parts of the state, or sections, by the code's own names
+
+
+class _Stop(BaseException):
     """Inductor has written its code. Not an Exception, which Inductor would report as its own."""
 
 
-def compiling(function: Any, state: Any, sections: list[Any]) -> tuple[str, Any]:
-    """What `recfx.compiled.compiled` would call on the device: Inductor's Python code, and the ATen graph it is of.
+def compiling(function: Any, state: Any, sections: list[Any]) -> Written:
+    """What `recfx.compiled.compiled` would call on the device.
 
     Args:     state, sections: fake tensors on cuda.
     """
@@ -122,21 +130,25 @@ def compiling(function: Any, state: Any, sections: list[Any]) -> tuple[str, Any]
 
     from recfx import compiled
 
-    written: list[tuple[str, Any]] = []
+    written: list[Written] = []
+    names: list[str] = []
     settings = {
         "compile_threads": 1, "fx_graph_cache": False, "fx_graph_remote_cache": False,
         "joint_graph_constant_folding": False,  # runs on the device
     }  # fmt: skip
     compile_fx = compiled.compile_fx
 
-    def compile_pretending(*args: Any, **kwargs: Any) -> Any:
+    def compile_pretending(module: Any, inputs: Any, **kwargs: Any) -> Any:
+        for node in module.graph.find_nodes(op="placeholder"):
+            source = node.meta["grapharg"].source.name
+            names.append(source if isinstance(source, str) else source())
         with pretending():
-            return compile_fx(*args, **kwargs)
+            return compile_fx(module, inputs, **kwargs)
 
     def keep(graph: Any) -> None:
         code, _ = graph.codegen()
-        written.append((code.value, graph.module.graph))
-        raise _Written
+        written.append(Written(code.value, graph.module.graph, dict(zip(graph.graph_input_names, names, strict=True))))
+        raise _Stop
 
     with (
         torch._inductor.config.patch(settings),
@@ -144,7 +156,7 @@ def compiling(function: Any, state: Any, sections: list[Any]) -> tuple[str, Any]
         mock.patch.object(compiled, "mistake_in", lambda *_: None),
         mock.patch.object(GraphLowering, "compile_to_module", keep),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
-        contextlib.suppress(_Written),
+        contextlib.suppress(_Stop),
     ):
         compiled.compiled(function, state, sections)
     return written[0]

@@ -41,6 +41,8 @@ def compiled(function: Function, state: Any, sections: list[Tensor]) -> Function
         "triton.cudagraphs": False,  # `cuda_graph` records the whole step itself
         "fallback_random": True,  # torch's random functions draw what they draw uncompiled
     }
+    if sections[0].device.type == "cuda":
+        options |= {"force_pointwise_cat": True, "combo_kernels": True, "shape_padding": False}
     graphs: list[tuple[Callable, Sequence[Tensor], Sequence[Tensor]]] = []
     is_compiling = True
 
