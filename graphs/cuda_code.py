@@ -1,4 +1,4 @@
-"""The launches of a captured DeepFM step on CUDA, as text; run by `graphs.fake_cuda`, whose torch has fake CUDA tensors.
+"""The launches of a captured DeepFM step on CUDA, as text. Run by `graphs.fake_cuda`: tensors on CUDA are fake.
 
 A CUDA graph replays a node a launch. Counted are the kernels that Inductor writes, the products that it calls, and for
 each operator of recfx what its launcher does: the launcher is called with fake tensors, launches of Triton and calls of
@@ -33,11 +33,13 @@ __all__ = ["NODES", "Launch", "launches", "text"]
 
 BATCH_SIZE, MAX_ROWS = 1000, 100_000
 NODE_US = 1.7  # from one small kernel of a graph to the next, predicted
-LOOPS = (
-    "add add_ arange bitwise_and bitwise_not bitwise_or clamp clamp_min copy_ clone div eq fill_ full ge gt index"
-    " index_select isfinite isinf le lt logical_and logical_not logical_or masked_fill mul ne ones rsub sigmoid sub"
-    " scalar_tensor sum to _to_copy where zero_ zeros abs amax all any cat stack constant_pad_nd new_zeros new_full zeros_like"
-).split()
+LOOPS = [
+    "_to_copy", "abs", "add", "add_", "all", "amax", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "cat",
+    "clamp", "clamp_min", "clone", "constant_pad_nd", "copy_", "div", "eq", "fill_", "full", "ge", "gt", "index",
+    "index_select", "isfinite", "isinf", "le", "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "mul",
+    "ne", "new_full", "new_zeros", "ones", "rsub", "scalar_tensor", "sigmoid", "stack", "sub", "sum", "to", "where",
+    "zero_", "zeros", "zeros_like",
+]  # fmt: skip
 # Nodes of a graph that a call of torch on CUDA makes, by the name of the operator; for batches as small as this one.
 NODES: dict[str, Callable[..., int]] = {
     **dict.fromkeys(LOOPS, lambda *_, **__: 1),
@@ -68,7 +70,9 @@ class _Counted(TorchDispatchMode):
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         is_view |= func.namespace == "prim"  # a question, such as the device
         if name not in NODES and not is_view:
-            raise NotImplementedError(f"{func}: got an unknown number of nodes, expected one in graphs.cuda_code.NODES.")
+            raise NotImplementedError(
+                f"{func}: got an unknown number of nodes, expected one in graphs.cuda_code.NODES."
+            )
         if nodes := 0 if is_view else NODES[name](*args, **(kwargs or {})):
             self.nodes.append(Launch(nodes, f"torch.{name.strip('_')}"))
         return func(*args, **(kwargs or {}))
@@ -140,9 +144,12 @@ def _kernel(code: str, name: str, arguments: str, names: dict[str, str]) -> str:
     mutated = ast.literal_eval(re.search(r"'mutated_arg_names': (\[.*?\])", source)[1])  # type: ignore[index]
     parameters = [p.split(":")[0].strip() for p in re.search(rf"def {name}\((.*?)\):", source)[1].split(",")]  # type: ignore[index]
     given = dict(zip(parameters, arguments.split(", "), strict=False))
-    written = dict.fromkeys(names[given[p]] for p in mutated if given.get(p) in names)
     said = f"{kind}, {joined[1]} in one" if joined else kind
-    return f"{said}; writes {', '.join(written)}" if written else said
+    written = sorted({names[given[p]].removeprefix("L['state'].") for p in mutated if given.get(p) in names})
+    trained = [name for path in written for name in re.findall(r"^params\['(.*)'\]$", path)]
+    others = [path for path in written if not re.search(r"\['.*'\]$", path)]
+    said = f"{said}; trains {', '.join(trained)}" if trained else said
+    return f"{said}; writes {', '.join(others)}" if others else said
 
 
 def launches(written: Written) -> list[Launch]:
@@ -181,7 +188,7 @@ def text() -> str:
     version = torch.__version__.split("+")[0]
     lines = [
         f"# torch:  {version}",
-        f"# DeepFM, one training step of {BATCH_SIZE} samples on CUDA: nodes of its CUDA graph, counted without a device.",
+        f"# DeepFM, one training step of {BATCH_SIZE} samples on CUDA: nodes of its graph, counted without a device.",
         "# config: python -m recfx.examples.deepfm --gradient_accumulation_steps=1 --numeric=raw --device=cuda",
         "",
         *(f"{nodes:>5}  {what}" for what, nodes in sorted(kinds.items())),

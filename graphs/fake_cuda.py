@@ -82,7 +82,8 @@ def pretending() -> Iterator[None]:
 
     properties = SimpleNamespace(**H200)
     answers: dict[str, Any] = {
-        "_lazy_init": lambda: None, "_cached_device_count": 1, "_get_device_properties": lambda _: properties, "is_initialized": lambda: True,
+        "_lazy_init": lambda: None, "_cached_device_count": 1, "is_initialized": lambda: True,
+        "_get_device_properties": lambda _: properties,
         "is_bf16_supported": lambda including_emulation=True: True, "synchronize": lambda _=None: None,
         "get_rng_state": lambda _="cuda": torch.zeros(16, dtype=torch.uint8), "set_rng_state": lambda *_: None,
         "device": _NoGuard, "_DeviceGuard": _NoGuard,
@@ -104,7 +105,7 @@ def pretending() -> Iterator[None]:
         for module, name in (
             (fuse_attention, "_sfdp_init"), (misc_patterns, "_misc_patterns_init"), (pad_mm, "_pad_mm_init"),
         ):  # fmt: skip
-            enter(mock.patch.object(module, name, lambda *_, **__: None))
+            enter(mock.patch.object(module, name, return_value=None))
         yield
 
 
@@ -153,9 +154,9 @@ def compiling(function: Any, state: Any, sections: list[Any]) -> Written:
     with (
         torch._inductor.config.patch(settings),
         mock.patch.object(compiled, "compile_fx", compile_pretending),
-        mock.patch.object(compiled, "mistake_in", lambda *_: None),
+        mock.patch.object(compiled, "mistake_in", return_value=None),
         mock.patch.object(GraphLowering, "compile_to_module", keep),
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", bool),
         contextlib.suppress(_Stop),
     ):
         compiled.compiled(function, state, sections)

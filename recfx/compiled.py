@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from recfx.fx_passes import StepPasses, UnfuseBias
 from recfx.kernels.build import build_ahead, library
 from recfx.rehearsal import mistake_in
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "options_for"]
 
 Function = Callable[[Any, list[Tensor]], Any]  # (state, sections of the batch) -> aux
 
@@ -34,15 +35,7 @@ def compiled(function: Function, state: Any, sections: list[Tensor]) -> Function
     except InvalidCxxCompiler:
         warnings.warn("recfx: no C++ compiler found, running the step uncompiled.", stacklevel=2)
         return function
-    options: dict[str, Any] = {
-        "post_grad_custom_pre_pass": StepPasses(),
-        "post_grad_custom_post_pass": UnfuseBias(),
-        "size_asserts": False,
-        "triton.cudagraphs": False,  # `cuda_graph` records the whole step itself
-        "fallback_random": True,  # torch's random functions draw what they draw uncompiled
-    }
-    if sections[0].device.type == "cuda":
-        options |= {"force_pointwise_cat": True, "combo_kernels": True, "shape_padding": False}
+    device, options = sections[0].device.type, options_for(sections[0].device.type)
     graphs: list[tuple[Callable, Sequence[Tensor], Sequence[Tensor]]] = []
     is_compiling = True
 
@@ -61,11 +54,14 @@ def compiled(function: Function, state: Any, sections: list[Tensor]) -> Function
 
     guards: dict[str, Any] = {"guard_filter_fn": lambda guards: [False for _ in guards]}
     by_dynamo = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=guards)
-    on_cpu = sections[0].device.type == "cpu"
+    on_cpu = device == "cpu"
     if on_cpu:
         build_ahead()
     try:
-        aux = by_dynamo(state, sections)
+        with warnings.catch_warnings() if device == "cuda" else nullcontext():
+            if device == "cuda":  # which precision products have is the step's to say
+                warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+            aux = by_dynamo(state, sections)
     except TorchDynamoException:
         mistake = mistake_in(function, state, sections)
         if mistake is None:
@@ -75,6 +71,24 @@ def compiled(function: Function, state: Any, sections: list[Tensor]) -> Function
     if on_cpu:
         library()  # so that the first step does not wait for it
     return _past_dynamo(*graphs.pop(), state, sections, aux) or by_dynamo
+
+
+def options_for(device: str) -> dict[str, Any]:
+    """Inductor's options for a step on that kind of device.
+
+    On CUDA launches are what a small batch waits for: independent kernels become one, and a `cat` is written by one.
+    Padding of products is left out, which Inductor would decide by timing them: it adds launches.
+    """
+    options: dict[str, Any] = {
+        "post_grad_custom_pre_pass": StepPasses(),
+        "post_grad_custom_post_pass": UnfuseBias(),
+        "size_asserts": False,
+        "triton.cudagraphs": False,  # `cuda_graph` records the whole step itself
+        "fallback_random": True,  # torch's random functions draw what they draw uncompiled
+    }
+    if device == "cuda":
+        options |= {"combo_kernels": True, "force_pointwise_cat": True, "shape_padding": False}
+    return options
 
 
 def _empty_like(fake: Tensor) -> Tensor:

@@ -53,10 +53,10 @@ def init(config: DeepFMConfig, generator: torch.Generator) -> Params:
 def forward(params: Params, emb: dict[str, Tensor], numeric_BN: Tensor) -> Tensor:
     """Logit f32 [B, 1] from emb["emb"] f32 [B, F, D], emb["bias"] f32 [B, F, 1] and the numeric values f32 [B, N].
 
-    Written so that on a CPU every sum over fields is a matrix product or runs along contiguous memory: the textbook form
-    reduces over an axis in the middle, which compilers turn into scalar loops. On CUDA those are plain sums, which join
-    the kernels next to them. The numeric embeddings enter the MLP unscaled, the same for every sample, so their part of
-    the first layer is a bias. Cost: one GEMM [B, F D] x [F D, H].
+    Written so that on a CPU every sum over fields is a matrix product or runs along contiguous memory: the textbook
+    form reduces over an axis in the middle, which compilers turn into scalar loops there. On CUDA they are plain sums,
+    which join the kernels next to them. The numeric embeddings enter the MLP unscaled, the same for every sample, so
+    their part of the first layer is a bias. Cost: one GEMM [B, F D] x [F D, H].
     """
     emb_BFD, numeric_emb, weight = emb["emb"], params["numeric_emb"], params["dnn.0.weight"]
     num_fields, dim = emb_BFD.shape[1:]
