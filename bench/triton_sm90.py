@@ -95,6 +95,7 @@ def calls(dims: tuple[int, ...], sizes: tuple[int, ...] = SIZES) -> dict[tuple[s
     taken = [values[0], numbers[0], strings[0]], [i32(B)] * 3, [i32(B)] * 3, [P] * 3
     side = values[0], offsets[0], numbers[0]
     every = {
+        ("all_finite", "finite_parts"): ([weight, grads[:1], *blocks],),
         ("order_lists", "order_ids"): (values, offsets),
         ("order_lists", "order_lists"): (values, offsets, [None, *numbers[1:]], [0, 2] * (L // 2)),
         ("order_lists", "list_sums"): (weight, offsets[0]),

@@ -17,6 +17,7 @@ from recfx.kernels import (
     adamw_rows,
     add_predictions,
     add_row_grads,
+    all_finite,
     clip_row_grads,
     count_candidates,
     count_rows,
@@ -40,6 +41,7 @@ from recfx.kernels import (
 )
 
 DEFINITIONS = {
+    ("all_finite", "finite_parts"): all_finite.finite_parts_definition,
     ("optimizer_rows", "adamw_rows_"): adamw_rows.definition,
     ("add_row_grads", "add_row_grads_"): add_row_grads.definition,
     ("add_row_grads", "add_row_grads_atomic_"): add_row_grads.definition,
@@ -79,7 +81,7 @@ def test_kernels_compute_what_the_oracles_say_under_the_interpreter():
     """Each file in a process of its own, at the same time: the interpreter is one thread."""
     pytest.importorskip("triton")
     tests = sorted(map(str, Path(__file__).parent.glob("test_*_kernels.py")))
-    assert len(tests) == 2
+    assert len(tests) == 3
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
     with ThreadPoolExecutor(len(tests)) as pool:
         for said in pool.map(lambda path: child(*command, path, TRITON_INTERPRET="1"), tests):
