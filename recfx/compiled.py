@@ -21,6 +21,8 @@ from recfx.rehearsal import mistake_in
 
 __all__ = ["compiled", "options_for"]
 
+CAT_PARTS = 32  # a kernel asks of each item which part it is from
+
 Function = Callable[[Any, list[Tensor]], Any]  # (state, sections of the batch) -> aux
 
 
@@ -76,8 +78,9 @@ def compiled(function: Function, state: Any, sections: list[Tensor]) -> Function
 def options_for(device: str) -> dict[str, Any]:
     """Inductor's options for a step on that kind of device.
 
-    On CUDA launches are what a small batch waits for: independent kernels become one, and a `cat` is written by one.
-    Padding of products is left out, which Inductor would decide by timing them: it adds launches.
+    On CUDA launches are what a small batch waits for: independent kernels become one, and so does a `cat` of up to
+    CAT_PARTS, at which Inductor would make a kernel of each part above 8. Padding of products is left out, which it
+    would decide by timing them: it adds launches. Older versions of torch lack some names, and join a little less.
     """
     options: dict[str, Any] = {
         "post_grad_custom_pre_pass": StepPasses(),
@@ -87,7 +90,9 @@ def options_for(device: str) -> dict[str, Any]:
         "fallback_random": True,  # torch's random functions draw what they draw uncompiled
     }
     if device == "cuda":
-        options |= {"combo_kernels": True, "force_pointwise_cat": True, "shape_padding": False}
+        joined = {"combo_kernels": True, "shape_padding": False}
+        joined |= dict.fromkeys(("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs"), CAT_PARTS)
+        options |= {name: value for name, value in joined.items() if hasattr(torch._inductor.config, name)}
     return options
 
 

@@ -64,8 +64,9 @@ def test_every_launch_of_the_total_is_listed():
 
 
 def test_kernels_are_joined_on_cuda_alone():
-    joining = {"combo_kernels", "force_pointwise_cat", "shape_padding"}
-    assert not joining & set(options_for("cpu"))
-    assert options_for("cuda").keys() - options_for("cpu").keys() == joining
-    with torch._inductor.config.patch({name: options_for("cuda")[name] for name in joining}):  # a name of this torch
-        pass
+    on_cpu, on_cuda = options_for("cpu"), options_for("cuda")
+    added = on_cuda.keys() - on_cpu.keys()
+    assert {"combo_kernels", "max_pointwise_cat_inputs", "shape_padding"} <= added
+    assert not {*on_cpu} & {"combo_kernels", "max_pointwise_cat_inputs", "shape_padding"}
+    with torch._inductor.config.patch({name: on_cuda[name] for name in added}):  # this version of torch knows them
+        assert torch._inductor.config.combo_kernels

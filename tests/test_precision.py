@@ -86,11 +86,14 @@ def test_gradients_are_those_of_the_formula():
         torch.testing.assert_close(got.double(), expected, rtol=ROUNDING, atol=1e-5)
 
 
-def test_a_single_output_is_not_rounded():
+@pytest.mark.parametrize("loops_on", [(), ("cpu",)], ids=["as on a CPU", "as on CUDA"])
+def test_a_single_output_is_not_rounded(loops_on, monkeypatch):
+    monkeypatch.setattr(layers, "LOOPS_ON", loops_on)
     params = {"w.weight": torch.randn(8, 1), "w.bias": torch.randn(1)}
     x = torch.randn(16, 8)
     forward = layers.in_bf16(lambda params, emb, feats: layers.linear(params, "w", feats))
     assert torch.equal(forward(params, {}, x), layers.linear(params, "w", x))
+    torch.testing.assert_close(forward(params, {}, x), x @ params["w.weight"] + params["w.bias"])
 
 
 def test_captured_is_eager(bf16):
