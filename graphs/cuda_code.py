@@ -35,10 +35,10 @@ BATCH_SIZE, MAX_ROWS = 1000, 100_000
 NODE_US = 1.7  # from one small kernel of a graph to the next, predicted
 LOOPS = [
     "_to_copy", "abs", "add", "add_", "all", "amax", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "cat",
-    "clamp", "clamp_min", "clone", "constant_pad_nd", "copy_", "div", "eq", "fill_", "full", "ge", "gt", "index",
-    "index_select", "isfinite", "isinf", "le", "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "mul",
-    "ne", "new_full", "new_zeros", "ones", "rsub", "scalar_tensor", "sigmoid", "stack", "sub", "sum", "to", "where",
-    "zero_", "zeros", "zeros_like",
+    "clamp", "clamp_", "clamp_min", "clone", "constant_pad_nd", "copy_", "div", "eq", "fill_", "full", "ge", "gt",
+    "index", "index_select", "isfinite", "isinf", "le", "logical_and", "logical_not", "logical_or", "lt", "masked_fill",
+    "mul", "ne", "new_full", "new_zeros", "ones", "rsub", "scalar_tensor", "sigmoid", "stack", "sub", "sum", "to",
+    "where", "zero_", "zeros", "zeros_like",
 ]  # fmt: skip
 # Nodes of a graph that a call of torch on CUDA makes, by the name of the operator; for batches as small as this one.
 NODES: dict[str, Callable[..., int]] = {
@@ -157,7 +157,8 @@ def launches(written: Written) -> list[Launch]:
     code, calls = written.code[written.code.index("def call(") :], list[Launch]()
     operators = [n for n in written.graph.nodes if getattr(n.target, "namespace", "") == "recfx"]
     in_order = {target: iter([n for n in operators if n.target is target]) for target in {n.target for n in operators}}
-    shapes = dict(re.findall(r"(buf\d+) = empty_strided_cuda\(\((.*?)\)", code))
+    shapes = dict(re.findall(r"(buf\d+) = (?:empty_strided_cuda\(|reinterpret_tensor\(\w+, )\((.*?),? ?\)", code))
+    shapes |= {new: shapes.get(old, "?") for new, old in re.findall(r"(buf\d+) = (buf\d+); del", code)}
     for line in map(str.strip, code.splitlines()):
         if found := re.match(r"(triton_\w+)\.run\((.*), stream=", line):
             calls.append(Launch(1, f"inductor: {_kernel(written.code, found[1], found[2], written.names)}"))

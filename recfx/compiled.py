@@ -90,7 +90,7 @@ def options_for(device: str) -> dict[str, Any]:
         "fallback_random": True,  # torch's random functions draw what they draw uncompiled
     }
     if device == "cuda":
-        joined = {"combo_kernels": True, "shape_padding": False}
+        joined: dict[str, Any] = {"combo_kernels": True, "shape_padding": False}
         joined |= dict.fromkeys(("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs"), CAT_PARTS)
         options |= {name: value for name, value in joined.items() if hasattr(torch._inductor.config, name)}
     return options
