@@ -99,6 +99,7 @@ def calls(dims: tuple[int, ...], sizes: tuple[int, ...] = SIZES) -> dict[tuple[s
         ("add_predictions", "add_predictions_"): (i64(2, 2**16), torch.zeros(6, dtype=torch.float64), *predictions),
         ("keep_trained", "keep_trained_"): (i64(R), i32(R), num, i32(()), num, *ids[1:2] * 2, torch.ones(L).bool()),
         ("keep_trained", "untouch_rows_"): (i64(R), ids[1], ids[1], num, num, due),
+        ("all_finite", "finite_parts"): ([weight, grads[:1], *blocks],),
         ("order_lists", "order_ids"): (values, offsets),
         ("order_lists", "order_ids_ends"): (values, offsets),
         ("order_lists", "order_lists"): (values, offsets, [None, *numbers[1:]], [0, 2] * (L // 2)),

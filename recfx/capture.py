@@ -367,15 +367,31 @@ def _recorder(precision: str) -> Callable[..., Any]:
 @contextmanager
 def _f32_products(precision: str) -> Iterator[None]:
     """Lets cuBLAS use tf32 where a step asks for it. Inductor reads this when it compiles and cuBLAS when it is called,
-    so a recording keeps what held while it was made."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if precision == "tf32":
-        matmul.fp32_precision = "tf32"
+    so a recording keeps what held while it was made.
+
+    torch has two ways to say so. Each raises after the other alone was used, and Inductor reads both, so both are set;
+    then both are put back, whichever the program uses.
+    """
+    if precision != "tf32":
+        yield
+        return
+    backends: Any = torch.backends
+    levels = [backends, backends.cudnn, backends.cuda.matmul, backends.mkldnn.matmul]
+    new: list[str] = []
+    for level in levels:  # from the outside: one that says nothing itself repeats what is around it
+        new.append(level.fp32_precision)
+        level.fp32_precision = "none"
+    old = torch.get_float32_matmul_precision()  # which now nothing contradicts
+    torch.set_float32_matmul_precision("high")
+    backends.mkldnn.matmul.fp32_precision = "ieee"
+    for level, word in zip(levels[:2], new, strict=False):
+        level.fp32_precision = word
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(old)
+        for level, word in zip(levels, new, strict=True):
+            level.fp32_precision = word
 
 
 def _shapes(state: Any) -> tuple:

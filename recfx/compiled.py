@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from recfx.fx_passes import StepPasses, UnfuseBias
 from recfx.kernels.build import build_ahead, library
 from recfx.rehearsal import mistake_in
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "options_for"]
+
+CAT_PARTS = 32  # a kernel asks of each item which part it is from
 
 Function = Callable[[Any, list[Tensor]], Any]  # (state, sections of the batch) -> aux
 
@@ -34,13 +37,7 @@ def compiled(function: Function, state: Any, sections: list[Tensor]) -> Function
     except InvalidCxxCompiler:
         warnings.warn("recfx: no C++ compiler found, running the step uncompiled.", stacklevel=2)
         return function
-    options: dict[str, Any] = {
-        "post_grad_custom_pre_pass": StepPasses(),
-        "post_grad_custom_post_pass": UnfuseBias(),
-        "size_asserts": False,
-        "triton.cudagraphs": False,  # `cuda_graph` records the whole step itself
-        "fallback_random": True,  # torch's random functions draw what they draw uncompiled
-    }
+    device, options = sections[0].device.type, options_for(sections[0].device.type)
     graphs: list[tuple[Callable, Sequence[Tensor], Sequence[Tensor]]] = []
     is_compiling = True
 
@@ -59,11 +56,14 @@ def compiled(function: Function, state: Any, sections: list[Tensor]) -> Function
 
     guards: dict[str, Any] = {"guard_filter_fn": lambda guards: [False for _ in guards]}
     by_dynamo = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=guards)
-    on_cpu = sections[0].device.type == "cpu"
+    on_cpu = device == "cpu"
     if on_cpu:
         build_ahead()
     try:
-        aux = by_dynamo(state, sections)
+        with warnings.catch_warnings() if device == "cuda" else nullcontext():
+            if device == "cuda":  # which precision products have is the step's to say
+                warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+            aux = by_dynamo(state, sections)
     except TorchDynamoException:
         mistake = mistake_in(function, state, sections)
         if mistake is None:
@@ -73,6 +73,27 @@ def compiled(function: Function, state: Any, sections: list[Tensor]) -> Function
     if on_cpu:
         library()  # so that the first step does not wait for it
     return _past_dynamo(*graphs.pop(), state, sections, aux) or by_dynamo
+
+
+def options_for(device: str) -> dict[str, Any]:
+    """Inductor's options for a step on that kind of device.
+
+    On CUDA launches are what a small batch waits for: independent kernels become one, and so does a `cat` of up to
+    CAT_PARTS, at which Inductor would make a kernel of each part above 8. Padding of products is left out, which it
+    would decide by timing them: it adds launches. Older versions of torch lack some names, and join a little less.
+    """
+    options: dict[str, Any] = {
+        "post_grad_custom_pre_pass": StepPasses(),
+        "post_grad_custom_post_pass": UnfuseBias(),
+        "size_asserts": False,
+        "triton.cudagraphs": False,  # `cuda_graph` records the whole step itself
+        "fallback_random": True,  # torch's random functions draw what they draw uncompiled
+    }
+    if device == "cuda":
+        joined: dict[str, Any] = {"combo_kernels": True, "shape_padding": False}
+        joined |= dict.fromkeys(("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs"), CAT_PARTS)
+        options |= {name: value for name, value in joined.items() if hasattr(torch._inductor.config, name)}
+    return options
 
 
 def _empty_like(fake: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recfx.kernels import untouch_rows
-from recfx.kernels.all_finite import all_finite, are_finite
+from recfx.kernels.all_finite import all_finite, are_finite, finite_parts
 from recfx.table import Found, TableState
 from recfx.types import Params
 
@@ -61,7 +61,7 @@ def gradients_finite(grads: Params, block_grads: list[list[Tensor]], sums: list[
     """
     numbers = [*grads.values(), *(g for of_table in block_grads for g in of_table)]
     if numbers[0].device.type != "cpu":
-        return are_finite(numbers)
+        return finite_parts(numbers).all()
     if sums is not None:
         numbers = [*grads.values()]
     others = [g for g in numbers if g.dtype != torch.float32]

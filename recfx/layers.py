@@ -12,9 +12,11 @@ from torch import Tensor
 
 from recfx.types import Params
 
-__all__ = ["full_matmul", "in_bf16", "init_linear", "linear", "mlp", "mlp_from_first"]
+__all__ = ["full_matmul", "in_bf16", "init_linear", "linear", "mlp", "mlp_from_first", "sums_are_loops"]
 
 Forward = Callable[..., Any]
+
+LOOPS_ON = ("cuda",)  # devices on which a compiled sum joins the loops next to it, over whatever axis it runs
 
 
 def init_linear(num_in: int, num_out: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -30,8 +32,12 @@ def linear(params: Params, name: str, x: Tensor) -> Tensor:
     A single output, such as a logit, is f32 under `in_bf16` too: eight bits would tie scores, and it is no GEMM.
     """
     weight = params[f"{name}.weight"]
-    product = full_matmul(x, weight) if weight.shape[1] == 1 else x @ weight
-    return product + params[f"{name}.bias"]
+    bias = params[f"{name}.bias"]
+    if weight.shape[1] > 1:
+        return x @ weight + bias
+    if sums_are_loops(x):
+        return (x.to(weight.dtype) * weight[:, 0]).sum(1, keepdim=True) + bias
+    return full_matmul(x, weight) + bias
 
 
 def mlp(params: Params, name: str, x: Tensor, *, num_hidden: int) -> Tensor:
@@ -76,3 +82,12 @@ def full_matmul(x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight
     with torch.autocast(x.device.type, enabled=False):
         return x @ weight
+
+
+def sums_are_loops(x: Tensor) -> bool:
+    """Whether sums of small products are better written as sums than as products of matrices where `x` is.
+
+    On a CPU a GEMM of few columns beats a sum that runs along an axis in the middle. On CUDA it is a launch, and so are
+    the shapes that it wants.
+    """
+    return x.device.type in LOOPS_ON

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import random
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -83,11 +86,14 @@ def test_gradients_are_those_of_the_formula():
         torch.testing.assert_close(got.double(), expected, rtol=ROUNDING, atol=1e-5)
 
 
-def test_a_single_output_is_not_rounded():
+@pytest.mark.parametrize("loops_on", [(), ("cpu",)], ids=["as on a CPU", "as on CUDA"])
+def test_a_single_output_is_not_rounded(loops_on, monkeypatch):
+    monkeypatch.setattr(layers, "LOOPS_ON", loops_on)
     params = {"w.weight": torch.randn(8, 1), "w.bias": torch.randn(1)}
     x = torch.randn(16, 8)
     forward = layers.in_bf16(lambda params, emb, feats: layers.linear(params, "w", feats))
     assert torch.equal(forward(params, {}, x), layers.linear(params, "w", x))
+    torch.testing.assert_close(forward(params, {}, x), x @ params["w.weight"] + params["w.bias"])
 
 
 def test_captured_is_eager(bf16):
@@ -127,6 +133,67 @@ def test_tf32_holds_while_recording_alone():
     for other in ("fp32", "bf16"):
         with _f32_products(other):
             assert matmul.fp32_precision == before
+
+
+def said() -> list[Any]:
+    """What torch says of products in f32, the new way and the old: "mixed" where the old one raises."""
+    backends, answers = torch.backends, []
+    for ask in (
+        lambda: backends.fp32_precision, lambda: backends.cudnn.fp32_precision,
+        lambda: backends.cudnn.conv.fp32_precision, lambda: backends.cuda.matmul.fp32_precision,
+        lambda: backends.mkldnn.matmul.fp32_precision, lambda: backends.cuda.matmul.allow_tf32,
+        torch.get_float32_matmul_precision,
+    ):  # fmt: skip
+        try:
+            answers.append(ask())
+        except RuntimeError:
+            answers.append("mixed")
+    return answers
+
+
+SETTINGS = {
+    "nothing": "",
+    "old, highest": "torch.set_float32_matmul_precision('highest')",
+    "old, high": "torch.set_float32_matmul_precision('high')",
+    "old, medium": "torch.set_float32_matmul_precision('medium')",
+    "old, allowed": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "new, tf32": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "new, ieee": "torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+    "new, everywhere": "torch.backends.fp32_precision = 'tf32'",
+    "new, everywhere in bf16": "torch.backends.fp32_precision = 'bf16'",
+    "new, on CUDA": "torch.backends.cudnn.fp32_precision = 'tf32'",
+    "both": "torch.set_float32_matmul_precision('high'); torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+}
+
+
+def test_tf32_leaves_what_the_program_has_set():
+    """In a process of its own, a child of it for each setting: torch keeps them for a whole process."""
+    program = """
+import os, sys, torch
+from recfx.capture import _f32_products
+from tests.test_precision import SETTINGS, said
+for name, setting in SETTINGS.items():
+    if os.fork() == 0:
+        exec(setting)
+        before = said()
+        with _f32_products("tf32"):
+            inside = said()
+        inherits = []
+        for word in ("ieee", "tf32"):  # who says nothing still follows
+            torch.backends.fp32_precision = word
+            inherits.append(torch.backends.cuda.matmul.fp32_precision)
+        torch.backends.fp32_precision = before[0]
+        print([name, before, inside, said(), inherits], flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True)
+    lines = [ast.literal_eval(line) for line in child.stdout.splitlines()]
+    assert [name for name, *_ in lines] == [*SETTINGS]
+    for name, before, inside, after, inherits in lines:
+        assert after == before, name
+        assert inside == [*before[:3], "tf32", "ieee", True, "high"], name  # both ways, as Inductor reads either
+        assert (inherits == ["ieee", "tf32"]) == (name in ("nothing", "new, everywhere", "new, everywhere in bf16"))
 
 
 def test_tf32_changes_nothing_on_a_cpu():

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from recfx.kernels.op import define_op
 
-__all__ = ["all_finite", "are_finite"]
+__all__ = ["PARTS", "all_finite", "are_finite", "finite_parts"]
+
+PARTS = 512  # programs of a launch on a GPU, a few for each multiprocessor
 
 
 def are_finite(tensors: Sequence[Tensor]) -> Tensor:
@@ -37,4 +39,28 @@ all_finite = define_op(
     "all_finite(Tensor[] tensors, Tensor[] grads, Tensor[] num_unique) -> Tensor",
     definition=definition,
     fake=_fake,
+)
+
+
+def finite_parts_definition(grads: Sequence[Tensor]) -> Tensor:
+    """bool [PARTS]: shares of the tensors that hold no NaN and no infinity; which share holds what is not said.
+
+    For a GPU: its one launch needs no counter that another clears, and the loop that reads the answer comes anyway.
+
+    Shapes:   grads of floats, of any shape and strides.
+    """
+    return are_finite(grads).to(grads[0].device).expand(PARTS).clone()
+
+
+def finite_parts_fake(grads: Sequence[Tensor]) -> Tensor:
+    """An empty result."""
+    return grads[0].new_empty(PARTS, dtype=torch.bool)
+
+
+finite_parts = define_op(
+    "finite_parts(Tensor[] grads) -> Tensor",
+    definition=finite_parts_definition,
+    cpu=finite_parts_definition,
+    cuda="all_finite",
+    fake=finite_parts_fake,
 )

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recfx.layers import full_matmul, init_linear, mlp_from_first
+from recfx.layers import full_matmul, init_linear, mlp_from_first, sums_are_loops
 from recfx.types import Params
 
 __all__ = ["DeepFMConfig", "forward", "init"]
@@ -52,20 +53,18 @@ def init(config: DeepFMConfig, generator: torch.Generator) -> Params:
 def forward(params: Params, emb: dict[str, Tensor], numeric_BN: Tensor) -> Tensor:
     """Logit f32 [B, 1] from emb["emb"] f32 [B, F, D], emb["bias"] f32 [B, F, 1] and the numeric values f32 [B, N].
 
-    Written so that every sum over fields is a matrix product or runs along contiguous memory: the textbook form reduces
-    over an axis in the middle, which compilers turn into scalar loops. The numeric embeddings enter the MLP unscaled,
-    the same for every sample, so their part of the first layer is a bias. Cost: one GEMM [B, F D] x [F D, H].
+    Written so that on a CPU every sum over fields is a matrix product or runs along contiguous memory: the textbook
+    form reduces over an axis in the middle, which compilers turn into scalar loops there. On CUDA they are plain sums,
+    which join the kernels next to them. The numeric embeddings enter the MLP unscaled, the same for every sample, so
+    their part of the first layer is a bias. Cost: one GEMM [B, F D] x [F D, H].
     """
     emb_BFD, numeric_emb, weight = emb["emb"], params["numeric_emb"], params["dnn.0.weight"]
     num_fields, dim = emb_BFD.shape[1:]
     numeric_weight, sparse_weight = weight.split([numeric_emb.numel(), num_fields * dim])
     hidden_BH = emb_BFD.flatten(1) @ sparse_weight
 
-    # Numeric terms in one product: first order, sums, and squares that come from the squared values alone.
-    linear = torch.cat([params["numeric_bias"], numeric_emb], dim=1)
-    squares = (numeric_emb**2).sum(1, keepdim=True)
-    numeric_product = narrow_matmul(torch.cat([numeric_BN, numeric_BN**2], dim=1), torch.block_diag(linear, squares))
-    numeric_first_B, numeric_sum_BD, numeric_squares_B = numeric_product.split([1, dim, 1], dim=1)
+    numeric_terms = numeric_by_sums if sums_are_loops(numeric_BN) else numeric_by_products
+    numeric_first_B, numeric_sum_BD, numeric_squares_B = numeric_terms(params, numeric_BN)
     first_order = emb["bias"].sum(1) + numeric_first_B
 
     # Squared in its own shape: added to the product's gradient by one loop, where two matrices would be copied first.
@@ -79,12 +78,32 @@ def forward(params: Params, emb: dict[str, Tensor], numeric_BN: Tensor) -> Tenso
     return first_order + second_order + mlp_from_first(params, "dnn", hidden_BH + bias, num_hidden=num_hidden)
 
 
-def sum_over_fields(emb_BFD: Tensor) -> Tensor:
-    """The sum [B, D] of embeddings [B, F, D], by loops over at least 16 numbers that lie together.
+def numeric_by_products(params: Params, numeric_BN: Tensor) -> Sequence[Tensor]:
+    """Of the numeric features: first order [B, 1], sums [B, D], and squares [B, 1], which come from the squared values
+    alone. All in one product."""
+    numeric_emb, dim = params["numeric_emb"], params["numeric_emb"].shape[1]
+    linear = torch.cat([params["numeric_bias"], numeric_emb], dim=1)
+    squares = (numeric_emb**2).sum(1, keepdim=True)
+    values = torch.cat([numeric_BN, numeric_BN**2], dim=1)
+    return narrow_matmul(values, torch.block_diag(linear, squares)).split([1, dim, 1], dim=1)
 
-    Adding up rows of 8 numbers compiles to scalar loops, 30 times slower. So as many fields as make up 16 numbers are
-    added as one, and a product with stacked identity matrices, small by then, adds what is left side by side.
+
+def numeric_by_sums(params: Params, numeric_BN: Tensor) -> Sequence[Tensor]:
+    """The same as sums, without a product."""
+    numeric_emb = params["numeric_emb"]
+    first_B = (numeric_BN * params["numeric_bias"][:, 0]).sum(1, keepdim=True)
+    squares_B = (numeric_BN**2 * (numeric_emb**2).sum(1)).sum(1, keepdim=True)
+    return first_B, (numeric_BN[:, :, None] * numeric_emb).sum(1), squares_B
+
+
+def sum_over_fields(emb_BFD: Tensor) -> Tensor:
+    """The sum [B, D] of embeddings [B, F, D], on a CPU by loops over at least 16 numbers that lie together.
+
+    Adding up rows of 8 numbers compiles there to scalar loops, 30 times slower. So as many fields as make up 16 numbers
+    are added as one, and a product with stacked identity matrices, small by then, adds what is left side by side.
     """
+    if sums_are_loops(emb_BFD):
+        return emb_BFD.sum(1)
     num_samples, num_fields, dim = emb_BFD.shape
     together = LANES // math.gcd(LANES, dim)
     whole = num_fields - num_fields % together

@@ -3,11 +3,17 @@ import math
 import pytest
 import torch
 
-from recfx.kernels.all_finite import all_finite, are_finite, definition
+from recfx.kernels.all_finite import PARTS, all_finite, are_finite, definition, finite_parts
 from recfx.table.memory import reserve_rows
 from tests.reference import on_threads
 
-OPS = {"definition": definition, "kernel": all_finite}
+OPS = {
+    "definition": definition,
+    "kernel": all_finite,
+    "parts": lambda tensors, grads, num_unique: finite_parts(
+        [*tensors, *(g[:n] for g, n in zip(grads, num_unique, strict=True))]
+    ).all(),
+}
 NONE = [], []
 
 
@@ -71,3 +77,8 @@ def test_the_largest_numbers_are_finite_and_other_types_are_refused():
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_opcheck():
     torch.library.opcheck(all_finite, ([torch.ones(3)], [rows(20)], [torch.tensor(7)]))
+    torch.library.opcheck(finite_parts, ([torch.ones(3), torch.ones(2, 1).expand(2, 3)],))
+
+
+def test_parts_are_as_many_as_a_launch_has_programs():
+    assert finite_parts([torch.ones(3)]).shape == (PARTS,)

@@ -1,6 +1,8 @@
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from recfx import layers
 from recfx.models import deepfm
 from tests.reference import DeepFM, fm
 
@@ -23,6 +25,13 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.fixture(params=["products", "sums"])
+def _form(request, monkeypatch):
+    """As it is written for a CPU and for CUDA."""
+    monkeypatch.setattr(layers, "LOOPS_ON", ("cpu",) if request.param == "sums" else ())
+
+
+@pytest.mark.usefixtures("_form")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_logits_and_gradients_are_the_plain_module(shape):
     """In float64, where the two orders of summation cannot hide a difference."""
@@ -43,12 +52,22 @@ def test_logits_and_gradients_are_the_plain_module(shape):
         torch.testing.assert_close(emb[name].grad, other[name].grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures("_form")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float32_logits(shape):
     params, emb, numeric = case(*shape)
     naive = DeepFM(params).double()
     expected = naive(emb["emb"].double(), emb["bias"].double(), numeric.double())
     torch.testing.assert_close(deepfm.forward(params, emb, numeric).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_on_cuda_the_widths_of_layers_alone_are_products(monkeypatch):
+    """Each product is a launch there, and so is each matrix that is shaped for one."""
+    monkeypatch.setattr(layers, "LOOPS_ON", ("cpu",))
+    graph = make_fx(deepfm.forward)(*case(13, 26, 8, (64, 16))).graph
+    names = {node.target.__name__ for node in graph.nodes if node.op == "call_function"}
+    assert len(graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)) == 2
+    assert not names & {"cat.default", "eye.default", "constant_pad_nd.default", "block_diag.default"}
 
 
 def test_second_order_term_is_the_double_loop_over_pairs():

@@ -15,6 +15,7 @@ from recfx.kernels import (
     adamw_rows,
     add_predictions,
     add_row_grads,
+    all_finite,
     clip_row_grads,
     count_candidates,
     count_rows,
@@ -39,6 +40,7 @@ from recfx.kernels import (
 
 DEFINITIONS = {
     ("add_predictions", "add_predictions_"): add_predictions.definition,
+    ("all_finite", "finite_parts"): all_finite.finite_parts_definition,
     ("optimizer_rows", "adamw_rows_"): adamw_rows.definition,
     ("add_row_grads", "add_row_grads_"): add_row_grads.definition,
     ("add_row_grads", "add_row_grads_atomic_"): add_row_grads.definition,
