@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.baselines_torch import LR, WEIGHT_DECAY, Baseline, DeepFM, eager_sparse, eager_unique
-from bench.gpu_timing import Results, results, times_ms
+from bench.gpu_timing import DEVICE, Results, results, times_ms
 from bench.harness import Child, call_in_child
 from bench.recfx_side import write_weights_
 from bench.workload import CATEGORICAL, DIM, DenseBatch, Workload, column_rows, init_weights, make_batches, raw_ids
@@ -241,9 +241,9 @@ def main() -> None:
     several, losses = {64: (2, 4)} if small else STEPS_PER_REPLAY, {}
     for size, num in sizes.items():
         steps = several.get(size, ())
-        losses[size] = compare(to, size, num_batches=num, table_rows=table_rows, device="cuda", steps_per_replay=steps)
+        losses[size] = compare(to, size, num_batches=num, table_rows=table_rows, device=DEVICE, steps_per_replay=steps)
     torch.cuda.empty_cache()
-    beside_jax(to, sizes, losses, table_rows=table_rows)
+    beside_jax(to, sizes, losses, table_rows=table_rows, backend="gpu" if DEVICE == "cuda" else DEVICE)
     to.end()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_timing import Results, results
+from bench.gpu_timing import DEVICE, Results, results
 from recfx.capture import capture
 from recfx.data.criteo_synthetic import generate
 from recfx.examples import deepfm as program
@@ -83,7 +83,7 @@ def main() -> None:
         generate(data, rows_per_file=rows_per_file, train_files=threads, eval_files=1, seed=0)
         for batch_size in batch_sizes:
             with to.attempt(f"from ORC files, batch {batch_size:,}"):
-                from_files(to, data / "train", batch_size, threads=threads, max_rows=2**24, device="cuda")
+                from_files(to, data / "train", batch_size, threads=threads, max_rows=2**24, device=DEVICE)
     to.end()
 
 

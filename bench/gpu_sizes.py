@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from bench.gpu_deepfm import CHUNK, fill
-from bench.gpu_timing import Results, results, times_ms
+from bench.gpu_timing import DEVICE, Results, results, times_ms
 from bench.workload import CATEGORICAL, DIM, HIDDEN, NUM_COLUMNS, NUM_NUMERICS, draw_batches, recfx_batch
 from recfx.capture import capture
 from recfx.embeddings import Embedding, truncated_normal
@@ -104,7 +104,7 @@ def main() -> None:
     to, small = results("sizes")
     free_bytes = torch.cuda.mem_get_info()[0]
     rows, batch_size = ([10_000, 20_000], 256) if small else (SIZES, 65_536)
-    sizes(to, rows, batch_size=batch_size, device="cuda", free_bytes=free_bytes)
+    sizes(to, rows, batch_size=batch_size, device=DEVICE, free_bytes=free_bytes)
     to.end()
 
 

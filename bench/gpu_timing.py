@@ -1,18 +1,19 @@
 """Timing on a GPU: device events, medians, bytes against the device's own copy; and the pages the numbers go to.
 
-`python -m bench.gpu_timing OUTCOMES` makes parts_<device>_<yyyymm>.md and .json of how bench/gpu.sh's parts ended.
+`python -m bench.gpu_timing` says what the device is. With `--outcomes FILE` it makes parts_<device>_<yyyymm>.md and
+.json of how bench/gpu.sh's parts ended.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import functools
 import json
 import re
 import statistics
-import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DEVICE = "cuda"
 RESULTS = Path(__file__).parent / "results"
+COPY_BYTES, SMALL_COPY_BYTES = 2**30, 2**20
 HEADS = ["what", "median ms", "IQR ms", "bytes", "GB/s", "of copy", "rate", "target"]
 MOST_APART = 0.01
 OUTCOMES = ["part", "limit_s", "seconds", "exit_code", "last_line"]
@@ -33,15 +36,25 @@ def need_device(part: str) -> None:
 
 
 def times_ms(
-    function: Callable[[Any], Any], inputs: Iterable[Any], *, repeats: int = 3, warm_up: int = 3
+    function: Callable[[Any], Any],
+    inputs: Iterable[Any],
+    *,
+    repeats: int = 3,
+    warm_up: int = 3,
+    before: Callable[[Any], Any] = lambda x: None,
 ) -> list[float]:
-    """Device time of each call; inputs are made beforehand and, together, should be larger than the L2 cache."""
+    """Device time of each call; inputs are made beforehand and, together, should be larger than the L2 cache.
+
+    Args:     before: called with each input before its call, and not timed.
+    """
     inputs = list(inputs)
     for x in inputs[:warm_up]:
+        before(x)
         function(x)
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats * len(inputs))]
     torch.cuda.synchronize()
     for n, (begin, end) in enumerate(pairs):
+        before(inputs[n % len(inputs)])
         begin.record()
         function(inputs[n % len(inputs)])
         end.record()
@@ -49,26 +62,40 @@ def times_ms(
     return [begin.elapsed_time(end) for begin, end in pairs]
 
 
+def graph_of(function: Callable[[], Any]) -> Any:
+    """`function` recorded as a CUDA graph, whose `replay()` runs it. It is called once before: what compiles, compiles."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
 @functools.cache
-def copy_bytes_per_s() -> float:
-    """Bytes read and written per second by a copy of 1 GiB."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+def copy_bytes_per_s(num_bytes: int) -> float:
+    """Bytes read and written per second by a copy of so many bytes."""
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     ms = statistics.median(times_ms(target.copy_, [source] * 10))
     del source, target
     torch.cuda.empty_cache()
-    return 2 * 2**30 / (ms / 1e3)
+    return 2 * num_bytes / (ms / 1e3)
 
 
 class Results:
     """What a part measured. The page and its JSON are written anew with every record, so a part cut short leaves them.
 
     Args:     theme: files are <theme>_<device>_<yyyymm>.md and .json; folder: where, None to print alone.
+              copy_bytes: of the copy that rates are compared with.
     """
 
-    def __init__(self, theme: str, folder: Path | None, *, command: str = "bash bench/gpu.sh") -> None:
-        self.theme, self.folder, self.command = theme, folder, command
+    def __init__(
+        self, theme: str, folder: Path | None, *, command: str = "bash bench/gpu.sh", copy_bytes: int = COPY_BYTES
+    ) -> None:
+        self.theme, self.folder, self.command, self.copy_bytes = theme, folder, command, copy_bytes
         self.records: list[dict[str, Any]] = []
+        self.tables: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.failures: list[str] = []
 
@@ -91,7 +118,8 @@ class Results:
         record = {"name": name, "median_ms": median, "iqr_ms": quarters[2] - quarters[0], "target": target}
         if num_bytes is not None:
             rate = num_bytes / (median / 1e3)
-            record |= {"bytes": num_bytes, "gb_per_s": rate / 1e9, "percent_of_copy": 100 * rate / copy_bytes_per_s()}
+            of_copy = 100 * rate / copy_bytes_per_s(self.copy_bytes)
+            record |= {"bytes": num_bytes, "gb_per_s": rate / 1e9, "percent_of_copy": of_copy}
         if items is not None:
             record |= {"rate": items / (median / 1e3), "unit": unit}
         self.records.append(record)
@@ -103,6 +131,12 @@ class Results:
         """A sentence under the table: why something was left out, what follows from the numbers."""
         self.notes.append(text)
         print(text, flush=True)
+        self.write()
+
+    def add_table(self, title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table after that of the records, with a heading."""
+        self.tables.append({"title": title, "rows": [dict(zip(heads, row, strict=True)) for row in rows]})
+        print("\n".join(tabled(self.tables[-1])), flush=True)
         self.write()
 
     def same_rows(self, what: str, ours: Tensor, theirs: Tensor, before: Tensor) -> None:
@@ -127,22 +161,51 @@ class Results:
             self.note(f"{what}: failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
     def end(self) -> None:
-        """Ends the program with an error if an attempt failed."""
+        """The last line of a part. Ends the program with an error if an attempt failed."""
         if self.failures:
             raise SystemExit(f"{self.theme}: failed: {', '.join(self.failures)}")
+        print(f"{self.theme}: all done, {len(self.records)} records")
 
     def write(self) -> None:
         if self.folder is not None:
-            held = {"records": self.records, "notes": self.notes}
-            write(self.folder, self.theme, page(self.records, self.notes, self.command), held)
+            held = {"records": self.records, "tables": self.tables, "notes": self.notes}
+            write(self.folder, self.theme, self.page(), held)
+
+    def page(self) -> str:
+        rate = copy_bytes_per_s(self.copy_bytes) / 1e9
+        copy = (
+            f"Medians; device events where nothing else is said. A copy of {self.copy_bytes:,} bytes moved {rate:.0f} "
+            "GB/s."
+        )
+        records = [*ruled(HEADS), *map(line, self.records)] if self.records else []
+        tables = [text for table in self.tables for text in ["", *tabled(table)]]
+        return "\n".join([*head(self.command), copy, "", *records, *tables, "", *(f"- {n}" for n in self.notes), ""])
+
+
+def arguments() -> argparse.Namespace:
+    """What bench/gpu.sh hands to its parts."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--small", action="store_true", help="sizes for a first look, printed and not kept")
+    parser.add_argument("--results", type=Path, help="folder of the pages; default: bench/results, none where small")
+    parser.add_argument("--outcomes", type=Path, help="of the parts of bench/gpu.sh")
+    parser.add_argument("paths", nargs="*", help="of tests")
+    return parser.parse_args()
+
+
+def results_folder(args: argparse.Namespace) -> Path | None:
+    return args.results or (None if args.small else RESULTS)
+
+
+def copy_bytes(args: argparse.Namespace) -> int:
+    return SMALL_COPY_BYTES if args.small else COPY_BYTES
 
 
 def results(theme: str) -> tuple[Results, bool]:
-    """Where `python -m bench.gpu_<theme> [--small]` puts its numbers, and whether it is small: then nowhere."""
-    part = f"bench.gpu_{theme}"
+    """Where `python -m bench.gpu_<theme> [--small] [--results FOLDER]` puts its numbers, and whether it is small."""
+    part, args = f"bench.gpu_{theme}", arguments()
     need_device(part)
-    small = "--small" in sys.argv
-    return Results(theme, None if small else RESULTS, command=f"python -m {part}"), small
+    command = f"python -m {part}{' --small' * args.small}"
+    return Results(theme, results_folder(args), command=command, copy_bytes=copy_bytes(args)), args.small
 
 
 def line(record: dict[str, Any]) -> str:
@@ -154,14 +217,6 @@ def line(record: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def page(records: list[dict[str, Any]], notes: list[str], command: str) -> str:
-    """The page of one part."""
-    copy = (
-        f"Medians; device events where nothing else is said. A copy of 1 GiB moved {copy_bytes_per_s() / 1e9:.0f} GB/s."
-    )
-    return "\n".join([*head(command), copy, "", *ruled(HEADS), *map(line, records), "", *(f"- {n}" for n in notes), ""])
-
-
 def head(command: str) -> list[str]:
     title = f"# On one {device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
     return [title, "", f"`{command}`, {datetime.date.today()}.", ""]
@@ -171,25 +226,43 @@ def ruled(heads: list[str]) -> list[str]:
     return [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
 
 
+def tabled(table: dict[str, Any]) -> list[str]:
+    """A table of dicts that are alike, as lines of a page."""
+    rows = [[str(cell).replace("|", "/") for cell in row.values()] for row in table["rows"]]
+    heads = ruled(list(table["rows"][0])) if rows else ["Nothing."]
+    return [f"## {table['title']}", "", *heads, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
 def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def write(folder: Path, theme: str, text: str, held: Any) -> None:
     short = re.sub(r"[^a-z0-9]+", "", device_name().lower().removeprefix("nvidia"))
+    folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{theme}_{short}_{datetime.date.today():%Y%m}"
     stem.with_suffix(".md").write_text(text)
     stem.with_suffix(".json").write_text(json.dumps(held, indent=1) + "\n")
 
 
-def write_outcomes(outcomes: Path, folder: Path) -> None:
+def write_outcomes(outcomes: Path, folder: Path | None) -> None:
     """The page of how the parts ended, tests included: lines of OUTCOMES with tabs between."""
     rows = [text.split("\t") for text in outcomes.read_text().splitlines()]
     held = [dict(zip(OUTCOMES, row, strict=True)) for row in rows]
     table = [*ruled(OUTCOMES), *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)]
-    write(folder, "parts", "\n".join([*head("bash bench/gpu.sh"), *table, ""]), held)
+    print("\n".join(table))
+    if folder is not None:
+        write(folder, "parts", "\n".join([*head("bash bench/gpu.sh"), *table, ""]), held)
+
+
+def main() -> None:
+    args = arguments()
+    need_device("bench/gpu.sh")
+    if args.outcomes is None:
+        print(f"torch {torch.__version__}, {device_name()}", flush=True)
+    else:
+        write_outcomes(args.outcomes, results_folder(args))
 
 
 if __name__ == "__main__":
-    need_device("bench.gpu_timing")
-    write_outcomes(Path(sys.argv[1]), RESULTS)
+    main()
