@@ -238,7 +238,12 @@ def find_or_insert_(
     if num == 0:
         return row_P, inverse_P
     grid = (triton.cdiv(num, BLOCK),)
-    found_P, totals, sums_P, sums = torch.empty_like(id_P), id_P.new_empty(2), torch.empty_like(cell_P), sums_of(id_P, *grid)
+    found_P, totals, sums_P, sums = (
+        torch.empty_like(id_P),
+        id_P.new_empty(2),
+        torch.empty_like(cell_P),
+        sums_of(id_P, *grid),
+    )
     num_tables = 1 if admit_P is None else 2
     *tables, counters = scratch_table(cell_P, num_counters=num_counters(*grid), num_tables=num_tables)
     first_H, admitted_H = tables[0], tables[-1]

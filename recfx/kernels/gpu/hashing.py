@@ -95,7 +95,9 @@ def probe(slots, ids, mask, hash, vocabulary, id, active):
     start, k = hash, vocabulary * 0  # k: how far in the run
     while tl.max(active.to(tl.int32), axis=0) > 0:
         slot, ahead, behind = read_group(slots, mask, start, k, active)
-        stop = tl.min(tl.where(ahead & ((slot == EMPTY) | ((slot >> 32).to(tl.int32) == head[:, None])), nth, GROUP), axis=1)
+        stop = tl.min(
+            tl.where(ahead & ((slot == EMPTY) | ((slot >> 32).to(tl.int32) == head[:, None])), nth, GROUP), axis=1
+        )
         stopped = active & (stop < GROUP)
         here = tl.sum(tl.where(nth == stop[:, None], slot, 0), axis=1)
         used = stopped & (here != EMPTY)

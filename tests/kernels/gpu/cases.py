@@ -43,6 +43,11 @@ MEANT = [
         "An empty place is then claimed by compare-and-swap, which reads memory; one that is held stays held by a "
         "position of the same key, and an old one of those only lets a minimum be taken that changes nothing.",
     ),
+    (
+        "order_cells", "two plain writes", "_P + k",
+        "Two programs write a position only where offsets fall from one's samples to the next's, which is an error: an "
+        "id of either, or padding, is in its place.",
+    ),
 ]  # fmt: skip
 
 

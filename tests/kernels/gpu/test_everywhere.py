@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 REPO = Path(__file__).parents[3]
 TRITON_36 = Path(os.environ.get("RECFX_TRITON_36", REPO / ".venv" / "triton-3.6"))
 TRITONS = {"installed": None, "3.6.0": TRITON_36}
-KERNEL_TESTS = [f"tests/kernels/gpu/test_{name}_kernels.py" for name in ("list", "table")]
+KERNEL_TESTS = [f"tests/kernels/gpu/test_{name}_kernels.py" for name in ("dense", "list", "table")]
 PYTEST = ("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider")
 
 
