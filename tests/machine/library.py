@@ -47,7 +47,16 @@ class Launch(ctypes.Structure):
     )  # fmt: skip
 
 
-COUNTS = "executed", "accesses", "accesses_16_bytes", "atomics", "hottest", "lost_swaps", "stale_loads"
+COUNTS = (
+    "executed",
+    "accesses",
+    "global_accesses",
+    "accesses_16_bytes",
+    "atomics",
+    "hottest",
+    "lost_swaps",
+    "stale_loads",
+)
 
 
 class Outcome(ctypes.Structure):

@@ -17,7 +17,7 @@ struct Launch {  // the records that Python fills and reads; `library.py` has th
     u64 seed, limit;
 };
 struct Outcome {
-    u64 executed, accesses, accesses_16_bytes, atomics, hottest, lost_swaps, stale_loads;
+    u64 executed, accesses, global_accesses, accesses_16_bytes, atomics, hottest, lost_swaps, stale_loads;
     s32 num_races;
     Race races[64];
     s32 line;
@@ -149,6 +149,7 @@ class Machine {
     }
     Access begin_access(const Program& p, const Thread& t, const Instruction& i) {
         o.accesses++;
+        o.global_accesses += i.space == GLOBAL;
         o.accesses_16_bytes += i.size * i.count >= 16;
         return {p.number * l.num_threads + t.number, s32(&i - l.code), ++now};
     }

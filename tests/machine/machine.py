@@ -58,6 +58,7 @@ class Counts:
     threads: int = 0
     executed: int = 0
     accesses: int = 0
+    global_accesses: int = 0
     accesses_16_bytes: int = 0
     atomics: int = 0
     hottest: int = 0

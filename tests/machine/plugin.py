@@ -7,7 +7,9 @@ fails if a kernel raced, whatever its tests say.
 import importlib
 import os
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -18,10 +20,10 @@ from recfx.kernels.op import library
 from tests.kernels.gpu.cases import unmeant
 from tests.machine.machine import Report, running
 
-_stack, _reports = ExitStack(), list[Report]()
 
-
-def pytest_configure(config: pytest.Config) -> None:
+@contextmanager
+def kernels_on_cpu() -> Iterator[None]:
+    """The operators on CPU tensors are the GPU's kernels: to be called while the machine is `running`."""
     library()  # registers what is replaced here
     kernels = torch.library.Library("recfx", "IMPL")
     with warnings.catch_warnings():
@@ -31,9 +33,17 @@ def pytest_configure(config: pytest.Config) -> None:
         for module, name in calls((8, 1)):
             function = getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)
             kernels.impl(name, function, "CPU", allow_override=True)
-    _stack.callback(kernels._destroy)
-    recfx.step.FUSED_ON = ("cpu", "cuda")
+    with mock.patch.object(recfx.step, "FUSED_ON", ("cpu", "cuda")):
+        yield
+    kernels._destroy()
+
+
+_stack, _reports = ExitStack(), list[Report]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
     mode, seed = os.environ.get("RECFX_ORDER", "threads-0").split("-")
+    _stack.enter_context(kernels_on_cpu())
     _reports.append(_stack.enter_context(running(mode=mode, seed=int(seed))))
 
 

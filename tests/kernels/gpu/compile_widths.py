@@ -1,4 +1,4 @@
-"""`python -m tests.kernels.gpu.compile_widths FIRST END`: kernels of rows compiled for sm_90, a logical table of a width.
+"""Kernels of rows compiled for sm_90 for tables of a width: `python -m tests.kernels.gpu.compile_widths FIRST END`.
 
 As far as PTX: the assembler is left out, so the compiler's cache must be a folder that nothing else uses.
 """

@@ -3,6 +3,7 @@
 Each is a process of its own. `make slow` unpacks Triton 3.6.0, which CUDA builds of torch 2.11 bring along.
 """
 
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,10 @@ REPO = Path(__file__).parents[3]
 TRITON_36 = Path(os.environ.get("RECFX_TRITON_36", REPO / ".venv" / "triton-3.6"))
 TRITONS = {"installed": None, "3.6.0": TRITON_36}
 KERNEL_TESTS = [f"tests/kernels/gpu/test_{name}_kernels.py" for name in ("dense", "list", "table")]
+OF_TABLES = [
+    "step", "step_embeddings", "table", "table_life", "policies", "clipping", "combiners", "optim",
+    "padding_id", "fused",
+]  # fmt: skip
 PYTEST = ("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider")
 
 
@@ -56,22 +61,20 @@ def test_kernels_of_rows_compile_for_every_width(triton, first, tmp_path):
 
 @pytest.mark.parametrize("order", ["threads-0", "bursts-1", "warps-2", "programs-3"])
 def test_step_and_table_pass_their_tests_with_the_gpu_s_kernels(order):
-    names = [
-        "step",
-        "step_embeddings",
-        "table",
-        "table_life",
-        "policies",
-        "clipping",
-        "combiners",
-        "optim",
-        "padding_id",
-        "fused",
-    ]
-    tests = [f"tests/test_{name}.py" for name in names]
+    tests = [f"tests/test_{name}.py" for name in OF_TABLES]
     done = child(*PYTEST, "-p", "tests.machine.plugin", "-m", "not slow and not gpu", *tests, RECFX_ORDER=order)
     assert_passed(done)
     assert int(re.search(r"(\d+) launches of", done.stdout)[1]) > 10**4
+
+
+def test_counts_of_a_step_are_as_recorded():
+    """`python -m tests.machine.counts` writes the page again."""
+    from tests.machine import counts
+
+    found, recorded = counts.records(), json.loads((counts.RESULTS / "machine_counts.json").read_text())
+    assert {r["kernel"] for r in found} == {r["kernel"] for r in recorded}
+    if f"triton {counts.triton.__version__}," in (counts.RESULTS / "machine_counts.md").read_text():
+        assert found == recorded
 
 
 # File, what is written there once, what is put there, tests that are to fail, what they then say.

@@ -315,7 +315,7 @@ def test_row_optimizers_are_their_definitions(name, by_column):
 @pytest.mark.parametrize("grad_stride", [9, 16])
 def test_row_optimizers_of_rows_that_lie_apart(place, name, grad_stride):
     """Which threads read a gradient and which clear it follows from the strides."""
-    a = test_optimizer_rows.case(name, (8, 1), 40, by_column=False)
+    a = test_optimizer_rows.case(name, (8, 1), 40, num_rows=60, by_column=False)
     b = [t.clone() if isinstance(t, torch.Tensor) else t for t in a]
     getattr(test_optimizer_rows.optimizer_rows, name).definition(*b)
     rows, grads = (spread(t, stride, place)[0] for t, stride in zip(a[:2], (32, grad_stride), strict=True))
