@@ -27,7 +27,7 @@ def clip_rows(
     bound = limit / by
     for first_row in range(tl.program_id(0) * ROWS, num, tl.num_programs(0) * ROWS):
         unique = first_row + tl.arange(0, ROWS)[:, None]
-        covers = (unique < num) & (column < COVER)  # what lies behind the width is nobody's
+        covers = (unique < num) & (column < COVER)  # what comes after the width is nobody's
         at = grads + unique.to(tl.int64) * stride + column
         g = tl.load(at, mask=covers, other=0.0)
         g = tl.where(g > bound, bound, tl.where(g < -bound, -bound, g))

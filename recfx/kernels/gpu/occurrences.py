@@ -1,6 +1,6 @@
 """The occurrences of each unique row, one row after another and in order within a row, and where each row's begin.
 
-Up to MERGED positions by two launches of our own, where a sort of torch's takes 13 and its results take more:
+Up to MERGED positions take two launches, where torch's sort takes 13:
 
     sort_block     a block of positions by (unique number, position), in registers
     merge_blocks   an item's place is the number of items before it: in its own block its place there, in each other
@@ -79,7 +79,7 @@ def merge_blocks(
         tl.store(cell_N + place, tl.load(cell_P + k, mask=valid, other=0), mask=valid)
         if WEIGHTED:
             tl.store(weight_N + place, tl.load(weight_P + k, mask=valid, other=0.0), mask=valid)
-        # The last block's first absent item stands where the last row ends.
+        # The place of the last block's first absent item is the end of the last row.
         is_end = (own == num_blocks - 1) & ~valid & (previous < ABSENT)
         tl.store(last_number + at * 0, before, mask=is_end)
         item = tl.where(valid, number, before + 1)
@@ -108,12 +108,14 @@ def take_sorted(
 def in_order(
     number_P: Tensor, cell_P: Tensor, weight_P: Tensor | None, num_numbers: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The positions whose number and cell are not negative, by number and in order within it.
+    """The positions that have a number and a cell, by number and in order within it.
 
-    Returns: number_N, cell_N, weight_N (cell_N where there is no weight), begins and last_number: `runs.run_of` reads
-             the places of numbers 0 .. num_numbers - 1 from the last two. N has P places. The runs are next to each
-             other and the last one ends at begins[last_number + 1]; a number_N before the first one is negative, and
-             what is behind the last one is undefined.
+    Shapes:  number_P i32 [P] less than num_numbers, cell_P i32 [P], both negative where there is no gradient,
+             weight_P f32 [P].
+    Returns: number_N, cell_N i32 [P], weight_N f32 [P] (cell_N where there is no weight), begins i32 and last_number
+             i32 [1], from which `runs.run_of` reads the places of numbers 0 .. num_numbers - 1. The runs follow each
+             other, and the last one ends at begins[last_number + 1]. Before the first one number_N is negative; after
+             the last one nothing is written. A position with a number and no cell may be in its run, with cell -1.
     """
     num, weighted = cell_P.numel(), weight_P is not None
     weight = cell_P if weight_P is None else weight_P

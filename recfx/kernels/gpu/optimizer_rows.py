@@ -1,7 +1,7 @@
 """The row optimisers on a GPU: one walk over a step's unique rows, one formula each.
 
 A formula is called with a tile of rows: addresses of the weights in column 0, scaled gradients, decay and rate. It
-reads and writes the weights and, behind them, its slots. Weights may be read where `covers`, up to a multiple of 4.
+reads and writes the weights and, after them, its slots. Weights may be read where `covers`, up to a multiple of 4.
 
 Of a tile of fewer items than threads, several threads hold a copy each, which each reads for itself and one of them
 writes. So where a tile may be small a barrier comes before a slot is written from which something is computed later.
