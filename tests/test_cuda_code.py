@@ -16,6 +16,7 @@ from recfx.compiled import options_for
 from tests.test_graphs import review
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has real hooks of CUDA")
 
 FILE = "deepfm.cuda.txt"
 MOST_NODES = 60  # at 1.7 us each, 100 us of the 125 that 8 M samples/s leave a step of 1000 samples
