@@ -106,7 +106,11 @@ def cross_lists(
         return values.zero_(), weights.zero_(), offsets.zero_(), overflow.zero_()
     id_P, flags_P, num_pairs = x.new_empty(num), x.new_empty(num), x.new_empty(num_lists)
     cell_P, place_P, firsts = (x_offsets.new_empty(num) for _ in range(3))
-    (first_H, _), steps, block = scratch_table(cell_P), search_steps(num_lists), {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    (first_H, _), steps, block = (
+        scratch_table(cell_P),
+        search_steps(num_lists),
+        {"BLOCK": BLOCK, "num_warps": NUM_WARPS},
+    )
     lists = torch.arange(2 * num_lists, dtype=torch.int32, device=x.device)
     grid = (triton.cdiv(num, BLOCK),)
     key_lists[grid](id_P, cell_P, x, x_offsets, y, y_offsets, num_x, num, num_lists, steps, **block)

@@ -238,7 +238,12 @@ def find_or_insert_(
     if num == 0:
         return row_P, inverse_P
     grid = (triton.cdiv(num, BLOCK),)
-    found_P, totals, sums_P, sums = torch.empty_like(id_P), id_P.new_empty(2), torch.empty_like(cell_P), sums_of(id_P, *grid)
+    found_P, totals, sums_P, sums = (
+        torch.empty_like(id_P),
+        id_P.new_empty(2),
+        torch.empty_like(cell_P),
+        sums_of(id_P, *grid),
+    )
     num_tables = 1 if admit_P is None else 2
     *tables, counters = scratch_table(cell_P, num_counters=num_counters(*grid), num_tables=num_tables)
     first_H, admitted_H = tables[0], tables[-1]
@@ -258,12 +263,12 @@ def find_or_insert_(
         seen, born, num_rows, free_rows, num_free, num_refused, tally, unique_rows, num_unique, num_slots, step, id_P,
         cell_P, vocabularies, admit, ids.numel(), unique_rows.numel(), num, num_lookups, **by_position,
     )  # fmt: skip
-    rows_at_once = max(1, rows_of(width) // 4)  # the tile of a warp
-    (inserting,), (initialising,) = programs(num, BLOCK), programs(num, rows_at_once)
+    rows_of_warp = max(1, rows_of(width) // 4)  # the tile of a warp
+    (inserting,), (initialising,) = programs(num, BLOCK, at_once=4), programs(num, rows_of_warp, at_once=12)
     store_new[(inserting + initialising,)](
         slots, num_crowded, rows, new_rows, totals, ids, row_vocabularies, num_rows, num_free, tally, num_unique,
         num_slots, salt, init_keys, init_params, rows.stride(0), width, rows.shape[1] * width, inserting,
-        ROWS=rows_at_once, COLUMNS=columns_of(width), BLOCK=BLOCK,
+        ROWS=rows_of_warp, COLUMNS=columns_of(width), BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )  # fmt: skip
     return row_P, inverse_P

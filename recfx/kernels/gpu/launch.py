@@ -5,22 +5,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 
 __all__ = [
-    "chosen", "columns_of", "cover_of", "list_bounds", "lower_bound", "programs", "rows_of", "search_steps", "slices",
+    "chosen", "columns_of", "cover_of", "held_at_once", "list_bounds", "lower_bound", "multiprocessors", "programs",
+    "rows_of", "search_steps", "slices",
 ]  # fmt: skip
 
 BLOCK = 128  # positions per program of the kernels that look ids up: one warp, four ids a lane
 NUM_WARPS = 1
 TILE = 1024  # floats per program of the kernels that move rows
-MOST_PROGRAMS = 2048  # of a launch whose programs walk on by the number of programs: a few for each multiprocessor
+MULTIPROCESSORS = 132  # of an H100 or H200, for compilation without a GPU
+REGISTERS, MOST_AT_ONCE = 65536, 32  # registers of a multiprocessor, and programs that it holds at most
 
 
-def programs(num: int, per_program: int) -> tuple[int]:
-    """The grid of programs that walk over `num` items, at most MOST_PROGRAMS of them. Never empty."""
-    return (max(1, min(triton.cdiv(num, per_program), MOST_PROGRAMS)),)
+def multiprocessors() -> int:
+    """Of the current device."""
+    if not torch.cuda.is_available():
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+def programs(num: int, per_program: int, at_once: int = 7) -> tuple[int]:
+    """The grid of programs that walk over `num` items by the number of programs. Never empty.
+
+    It has no more programs than the device holds at once: all begin together and walk equally far. With more, the last
+    ones begin when the first ones end, and most of the device then waits for them.
+
+    Args:     at_once: programs of this kernel on a multiprocessor, which follows from its registers; 7 is 72 registers
+              at 4 warps. A test holds it against the compiled kernel.
+    """
+    return (max(1, min(triton.cdiv(num, per_program), at_once * multiprocessors())),)
+
+
+def held_at_once(registers: int, num_warps: int) -> int:
+    """Programs that a multiprocessor holds at once. It gives out registers by 8 a thread."""
+    return min(REGISTERS // (-(-registers // 8) * 8 * 32 * num_warps), MOST_AT_ONCE, 64 // num_warps)
 
 
 def columns_of(width: int) -> int:
