@@ -27,7 +27,12 @@ demo: $(VENV)/installed
 test: $(VENV)/installed lint
 	$(PY) -m pytest -n 2 --dist loadfile
 
-slow: $(VENV)/installed
+# The Triton of a device's torch, for the tests that compile with both; it is not installed.
+$(VENV)/triton-3.6: $(VENV)/installed
+	$(PIP) --no-deps --target $@ triton==3.6.0
+	touch $@
+
+slow: $(VENV)/installed $(VENV)/triton-3.6
 	$(PY) -m pytest -m slow
 
 BENCH := $(PY) -m pytest --benchmark-only -p no:cacheprovider -o addopts= -s

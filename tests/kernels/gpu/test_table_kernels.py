@@ -21,7 +21,7 @@ from tests.kernels import (
     test_padding,
     test_sum_adamw_rows,
 )
-from tests.kernels.gpu.cases import INTERPRETED, LISTS, MARKS, addresses_inside, on_device, programs_backwards
+from tests.kernels.gpu.cases import LISTS, on_device, once
 from tests.reference import (
     EXTREMES,
     MAX_INT64,
@@ -34,7 +34,7 @@ from tests.reference import (
 )
 
 pytest.importorskip("triton")
-pytestmark = MARKS
+pytestmark = pytest.mark.usefixtures("place")
 
 from recfx.kernels.gpu import (  # noqa: E402  behind importorskip
     add_row_grads,
@@ -50,12 +50,6 @@ from recfx.kernels.gpu import (  # noqa: E402  behind importorskip
 )
 from recfx.kernels.gpu import pool as gpu_pool  # noqa: E402
 from recfx.kernels.gpu import rehash as gpu_rehash  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def _addresses_inside():
-    with addresses_inside():
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -78,17 +72,6 @@ def test_table_is_the_dict(seed):
     ends = [rng.random() < 0.5 for _ in batches]
     max_rows, max_unique = [(300, None), (20, 10), (300, 25)][seed % 3]
     test_find_or_insert.check(stream, ends, max_rows, max_unique, rng if seed % 2 else None)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU has its own order")
-def test_no_number_depends_on_the_order_of_programs(monkeypatch):
-    """The last program first: later occurrences claim places before the earlier ones do."""
-    programs_backwards(monkeypatch)
-    for seed in (0, 1):
-        test_table_is_the_dict(seed)
-    test_gradients_of_a_frequent_row_are_summed_in_chunks(65)
-    test_sum_and_adamw_in_one_have_the_bytes_of_the_two(200)
-    check_candidates(1000, 1, (9, 60), [0, 1, 0], IDS)
 
 
 def test_keys_of_one_home_slot_are_told_apart_and_none_is_lost():
@@ -220,7 +203,7 @@ def test_sum_and_adamw_in_one_have_the_bytes_of_the_two(num):
     assert torch.equal(fused, rows)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="reserves 9 GB, of which a CPU takes what is written")
+@once
 def test_rows_behind_two_to_the_31_floats():
     """Offsets in a table of 2**26 rows do not fit 32 bits: rows are created there, pooled, and updated both ways."""
     last = 2**26 + 90
@@ -255,6 +238,20 @@ def test_row_optimizers_are_their_definitions(name, by_column):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", test_optimizer_rows.KERNELS)
+@pytest.mark.parametrize("grad_stride", [9, 16])
+def test_row_optimizers_of_rows_that_lie_apart(place, name, grad_stride):
+    """Which threads read a gradient and which clear it follows from the strides."""
+    a = test_optimizer_rows.case(name, (8, 1), 40, num_rows=60, by_column=False)
+    b = [t.clone() if isinstance(t, torch.Tensor) else t for t in a]
+    getattr(test_optimizer_rows.optimizer_rows, name).definition(*b)
+    rows, grads = (spread(t, stride, place)[0] for t, stride in zip(a[:2], (32, grad_stride), strict=True))
+    rest = [t.to(place) if isinstance(t, torch.Tensor) else t for t in a[2:]]
+    getattr(optimizer_rows, f"{name}_")(rows, grads, *rest)
+    for x, y in zip((rows, grads, rest[0]), b[:3], strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("limit", "max_norm"), [(0.1, 1.0), (float("inf"), 0.1)])
 def test_clipping_is_the_definition(limit, max_norm):
     grads = test_clip_row_grads.grads_of(9)
@@ -265,25 +262,23 @@ def test_clipping_is_the_definition(limit, max_norm):
     torch.testing.assert_close(norm, grads[:7].double().square().sum())
 
 
-def spread(t, stride):
+def spread(t, stride, device):
     """`t` as rows that lie `stride` floats apart, NaN between and behind them: (view, its memory)."""
-    if not INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    memory = torch.full((len(t) + 1, stride), float("nan"), device="cpu" if INTERPRETED else "cuda")
+    memory = torch.full((len(t) + 1, stride), float("nan"), device=device)
     view = memory[: len(t), : t[0].numel()].unflatten(1, t.shape[1:])
     return view.copy_(t), memory
 
 
 @pytest.mark.parametrize("num_unique", [0, 7, 40])
 @pytest.mark.parametrize(("row_stride", "grad_stride"), [(27, 9), (28, 9), (27, 12), (28, 12), (32, 16), (64, 10)])
-def test_only_what_is_the_row_s_own_is_touched_whatever_lies_between_rows(num_unique, row_stride, grad_stride):
+def test_only_what_is_the_row_s_own_is_touched_whatever_lies_between_rows(place, num_unique, row_stride, grad_stride):
     """Widths that are no multiple of 4 are read up to the next one where that is theirs; never written but to 0."""
     rows, grads, num, unique_rows = test_adamw_rows.case(9, num_unique)
     expected = test_adamw_rows.call(test_adamw_rows.OPS["definition"], rows, grads, num, unique_rows)
     clipped, scale, due = grads.clone(), torch.tensor(0.5), torch.tensor(True)
     test_clip_row_grads.OPS["definition"](clipped, num, scale, due, [8, 1], 0.3, 0.4)
-    (a, a_memory), (b, b_memory) = spread(rows, row_stride), spread(grads, grad_stride)
-    c, c_memory = spread(grads, grad_stride)
+    (a, a_memory), (b, b_memory) = spread(rows, row_stride, place), spread(grads, grad_stride, place)
+    c, c_memory = spread(grads, grad_stride, place)
     num, unique_rows, scale, due = (t.to(a.device) for t in (num, unique_rows, scale, due))
     norm = clip_row_grads.squared_norm(c, num)
     torch.testing.assert_close(norm.cpu(), grads[:num_unique].double().square().sum())
