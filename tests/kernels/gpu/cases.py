@@ -43,6 +43,14 @@ MEANT = [
         "An empty place is then claimed by compare-and-swap, which reads memory; one that is held stays held by a "
         "position of the same key, and an old one of those only lets a minimum be taken that changes nothing.",
     ),
+    *(
+        (
+            kernel, "a plain read and an atomic", "slot = tl.load(slots +",
+            "A slot only fills: what was read as full is full, and what was read as empty is then won or lost by "
+            "compare-and-swap, which reads memory.",
+        )
+        for kernel in ("store_new", "store_counts", "place_rows")
+    ),
 ]  # fmt: skip
 
 
