@@ -22,6 +22,6 @@ def count_touched(counts, num_unique, unique_rows, due, BLOCK: tl.constexpr):
 
 def count_rows_(counts: Tensor, num_unique: Tensor, unique_rows: Tensor, due: Tensor) -> None:
     """`recfx.kernels.count_rows.definition`."""
-    count_touched[programs(unique_rows.numel(), BLOCK)](
+    count_touched[programs(unique_rows.numel(), BLOCK, at_once=32)](
         counts, num_unique, unique_rows, due, BLOCK=BLOCK, num_warps=NUM_WARPS
     )

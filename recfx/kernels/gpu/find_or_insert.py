@@ -263,12 +263,12 @@ def find_or_insert_(
         seen, born, num_rows, free_rows, num_free, num_refused, tally, unique_rows, num_unique, num_slots, step, id_P,
         cell_P, vocabularies, admit, ids.numel(), unique_rows.numel(), num, num_lookups, **by_position,
     )  # fmt: skip
-    rows_at_once = max(1, rows_of(width) // 4)  # the tile of a warp
-    (inserting,), (initialising,) = programs(num, BLOCK), programs(num, rows_at_once)
+    rows_of_warp = max(1, rows_of(width) // 4)  # the tile of a warp
+    (inserting,), (initialising,) = programs(num, BLOCK, at_once=4), programs(num, rows_of_warp, at_once=12)
     store_new[(inserting + initialising,)](
         slots, num_crowded, rows, new_rows, totals, ids, row_vocabularies, num_rows, num_free, tally, num_unique,
         num_slots, salt, init_keys, init_params, rows.stride(0), width, rows.shape[1] * width, inserting,
-        ROWS=rows_at_once, COLUMNS=columns_of(width), BLOCK=BLOCK,
+        ROWS=rows_of_warp, COLUMNS=columns_of(width), BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )  # fmt: skip
     return row_P, inverse_P

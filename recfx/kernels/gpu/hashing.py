@@ -59,8 +59,8 @@ def swap_where(active, places, num_places, at, expected, value):
     with as few others as there can be: aimed at one, such as place 0, they would queue behind each other, launch-wide.
     num_places: a power of two.
     """
-    lane = tl.program_id(0).to(tl.int64) * active.shape[0] + tl.arange(0, active.shape[0])
-    at = tl.where(active, at.to(tl.int64), lane & (num_places - 1))
+    lane = tl.program_id(0) * active.shape[0] + tl.arange(0, active.shape[0])
+    at = tl.where(active, at, lane & (num_places - 1))
     expected = tl.where(active, expected, IMPOSSIBLE).to(places.dtype.element_ty)
     return tl.atomic_cas(places + at, expected, value, sem="relaxed")
 
@@ -130,14 +130,11 @@ def place(slots, mask, hash, slot, active):
     fill, so what a lane read as full is full, and what it read as empty is won or lost by compare-and-swap. Lanes look
     for a place until all have one, and then swap at once: lanes that wait swap too (`swap_where`).
     """
-    start, k = hash, (slot * 0).to(tl.int32)
-    crowded = slot * 0
-    while tl.max(active.to(tl.int32), axis=0) > 0:
-        start, k = next_empty(slots, mask, start, k, active)
-        at = (start + k.to(tl.uint64)) & mask
-        before = swap_where(active, slots, mask.to(tl.int64) + 1, at, EMPTY, slot)
-        placed = active & (before == EMPTY)
-        crowded += (placed & (((at - hash) & mask) >= RUN)).to(tl.int64)
-        active = active & ~placed
-        start, k = go_on(start, k + active.to(tl.int32))
-    return tl.sum(crowded, axis=0)
+    start, k, left = hash, (slot * 0).to(tl.int32), active
+    while tl.max(left.to(tl.int32), axis=0) > 0:
+        start, k = next_empty(slots, mask, start, k, left)
+        at = ((start + k.to(tl.uint64)) & mask).to(tl.int64)
+        left = left & (swap_where(left, slots, mask.to(tl.int64) + 1, at, EMPTY, slot) != EMPTY)
+        start, k = go_on(start, k + left.to(tl.int32))
+    crowded = active & (((start + k.to(tl.uint64) - hash) & mask) >= RUN)
+    return tl.sum(crowded.to(tl.int64), axis=0)

@@ -5,8 +5,8 @@ of its part into sums of those before; the last part's does the same for the par
 
     sum up to item i  =  items of i's program up to i  +  sum_before(i's program)
 
-Sums are of integers and by place, so they do not depend on who is last. What programs hand to each other goes by atomics,
-never by plain loads, which may show what memory held before.
+Sums are of integers and by place, so they do not depend on who is last. What programs hand to each other goes by
+atomics, never by plain loads, which may show what memory held before.
 """
 
 from __future__ import annotations

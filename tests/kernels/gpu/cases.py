@@ -48,6 +48,14 @@ MEANT = [
         "Two programs write a position only where offsets fall from one's samples to the next's, which is an error: an "
         "id of either, or padding, is in its place.",
     ),
+    *(
+        (
+            kernel, "a plain read and an atomic", "slot = tl.load(slots +",
+            "A slot only fills: what was read as full is full, and what was read as empty is then won or lost by "
+            "compare-and-swap, which reads memory.",
+        )
+        for kernel in ("store_new", "store_counts", "place_rows")
+    ),
 ]  # fmt: skip
 
 

@@ -1,0 +1,167 @@
+"""How often the table's kernels go to memory, and from how many programs: what costs time, counted without a GPU."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from recfx.kernels import count_candidates as cpu_candidates
+from recfx.kernels import rehash
+from recfx.policies import Life, at_least
+from recfx.table import initializer_tensors, table
+from tests.kernels.test_find_or_insert import arguments
+from tests.reference import Reading, table_plan
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402  behind importorskip
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from recfx.kernels.gpu import count_candidates, find_or_insert, launch  # noqa: E402
+from recfx.kernels.gpu.scan import add_up, num_counters, sum_before, sum_of_all, sums_of  # noqa: E402
+from tests.machine.machine import running  # noqa: E402
+
+bench = importlib.import_module("bench.triton_sm90")
+SLOTS, NEW = 2**14, 512
+
+
+def random_ids(num, seed):
+    return torch.randint(-(2**63), 2**63 - 1, (num,), generator=torch.Generator().manual_seed(seed))
+
+
+def reading(ids):
+    return Reading(ids, torch.arange(len(ids), dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
+
+
+def inserted(ids, *, old=0, resident=12):
+    """The report of inserting ids[old:] into a table of ids[:old], and the table."""
+    state = table(table_plan([0]), optimizer_slots=0, seed=1, max_rows=SLOTS, max_unique=SLOTS).init()
+    state.ids[:old], state.vocabularies[:old] = ids[:old], 0
+    state.num_rows.fill_(old), state.num_slots.fill_(SLOTS)
+    rehash.rehash_(state.slots, state.num_crowded, state.ids, state.vocabularies, old, SLOTS, int(state.salt))
+    init = initializer_tensors(table_plan([0]), 1)
+    with running(seed=1, mode="warps", resident=resident) as report:
+        find_or_insert.find_or_insert_(*arguments(state, reading(ids[old:]), init))
+    assert int(state.num_rows) == len(torch.unique(ids))
+    return report.kernels
+
+
+@pytest.mark.parametrize(("load", "most"), [(0.5, 4), (0.75, 6), (0.84, 10)])
+def test_new_keys_swap_where_they_have_found_a_place(load, most):
+    """It was 15, 55 and 146 swaps a new key: every lane swapped its way through, as long as one had not arrived."""
+    old = int(SLOTS * load)
+    kernels = inserted(random_ids(old + NEW, 0), old=old)
+    assert NEW <= kernels["store_new"].atomics < most * NEW
+
+
+def test_lanes_without_work_do_not_queue_at_a_frequent_id():
+    """It was two atomics on one address for each of its occurrences, those of idle lanes among them."""
+    num = 4096
+    hot = torch.rand(num, generator=torch.Generator().manual_seed(0)) < 0.3
+    kernels = inserted(torch.where(hot, 7, random_ids(num, 1) % 800))
+    assert kernels["claim"].hottest < int(hot.sum()) / 2
+
+
+def test_lanes_without_a_new_candidate_do_not_queue():
+    """It was nearly one atomic on one address for each id that was no new candidate."""
+    life = Life(admit=at_least(2), candidates=2048)
+    states = [table(table_plan([0]), optimizer_slots=0, seed=1, max_rows=64, life=life).init() for _ in range(2)]
+    ids = torch.cat([random_ids(400, 2), torch.arange(50).repeat(20)])[torch.randperm(1400)]
+    index = states[0].slots, states[0].ids, states[0].num_slots, states[0].salt
+    with running(seed=1, mode="warps", resident=12) as report:
+        count_P = count_candidates.count_candidates_(*states[0].candidates, *index, *reading(ids))
+    assert torch.equal(count_P, cpu_candidates.definition(*states[1].candidates, *index, *reading(ids)))
+    assert report.kernels["store_counts"].hottest < 50
+
+
+def test_one_function_swaps_for_all_kernels():
+    """`swap_where` says where lanes without work go."""
+    sources = {p.name: p.read_text() for p in Path(find_or_insert.__file__).parent.glob("*.py")}
+    assert {name: len(re.findall(r"tl\.atomic_cas\(", s)) for name, s in sources.items() if "tl.atomic_cas(" in s} == {
+        "hashing.py": 1
+    }
+
+
+@triton.jit
+def add_up_all(sums, counters, items, BLOCK: tl.constexpr):
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    add_up(sums, counters, tl.sum(tl.load(items + k), axis=0))
+
+
+@triton.jit
+def read_back(before, all, sums, num_programs, BLOCK: tl.constexpr):
+    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = sum_before(sums, num_programs, p, p < num_programs)
+    tl.store(before + p, value, mask=p < num_programs)
+    if tl.program_id(0) == 0:
+        tl.store(all, sum_of_all(sums, num_programs))
+
+
+@pytest.mark.parametrize("mode", ["threads", "programs"])
+@pytest.mark.parametrize("num_programs", [1, 2, 127, 128, 129, 300, 128 * 128 + 1])
+def test_sums_of_programs_are_exact_whoever_is_last(num_programs, mode):
+    items = torch.randint(-(2**40), 2**40, (num_programs, 32), generator=torch.Generator().manual_seed(0))
+    sums, counters = sums_of(items, num_programs).fill_(77), torch.full((num_counters(num_programs),), -1).int()
+    before, everything = torch.empty(num_programs, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    with running(seed=num_programs, mode=mode, resident=12) as report:
+        add_up_all[(num_programs,)](sums, counters, items, BLOCK=32, num_warps=1)
+        read_back[(triton.cdiv(num_programs, 128),)](before, everything, sums, num_programs, BLOCK=128, num_warps=1)
+    expected = items.sum(1).cumsum(0)
+    assert torch.equal(before, expected - items.sum(1))
+    assert int(everything) == int(expected[-1])
+    assert not report.races
+
+
+class Nodes(TorchDispatchMode):
+    """What torch would launch itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in {"empty", "empty_like", "new_empty", "view", "split", "detach"}:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("op", "most"), [("find_or_insert_", 5), ("count_candidates_", 7)])
+def test_launches_of_an_operator(op, most):
+    """A fill and the kernels, and a sort of candidates. With a scan by torch it was eight and ten."""
+    launcher = getattr(importlib.import_module(f"recfx.kernels.gpu.{op.removesuffix('_')}"), op)
+    args = call_of(op)
+    with bench.compiling() as kernels, Nodes() as nodes:
+        launcher(*args)
+    assert len(kernels) + len(nodes.names) <= most, (list(kernels), nodes.names)
+
+
+def call_of(op, *sizes):
+    return next(a for (_, name), a in bench.calls((8, 1), *sizes).items() if name == op)
+
+
+def test_no_more_programs_walk_than_fit_on_the_device(monkeypatch):
+    """2048 where 924 fit took three turns for 2.2 turns of work."""
+    assert launch.programs(0, 8) == (1,)
+    assert launch.programs(17, 8) == (3,)
+    grids, run = {}, JITFunction.run
+    with bench.compiling() as compiled:
+        compile_only = JITFunction.run
+
+        def noted(self, *args, grid, **kwargs):
+            grids[self.fn.__name__] = grid[0]
+            return compile_only(self, *args, grid=grid, **kwargs)
+
+        monkeypatch.setattr(JITFunction, "run", noted)
+        for module, op in (("find_or_insert", "find_or_insert_"), ("count_rows", "count_rows_")):
+            size = 2**20, 64, 16, 2**20, 2**20
+            getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), op)(*call_of(op, size))
+        monkeypatch.setattr(JITFunction, "run", run)
+    for name in ("store_new", "count_touched"):
+        at_once, rest = divmod(grids[name], launch.MULTIPROCESSORS)
+        kernel = compiled[name]
+        registers = bench.assembled(kernel.asm["ptx"])["registers"]
+        assert rest == 0
+        assert at_once == launch.held_at_once(registers, kernel.metadata.num_warps), (name, registers)
