@@ -41,7 +41,8 @@ def counted() -> list[tuple[int, dict[str, Counts]]]:
         name: [embeddings.Embedding(f, dim=d, init=init) for f in names] for name, d in (("emb", DIM), ("bias", 1))
     }
     training = step.train_step(
-        features=dict, embeddings=groups, forward=lambda params, emb, feats: deepfm.forward(params, emb, feats["numeric"]),
+        features=dict, embeddings=groups,
+        forward=lambda params, emb, feats: deepfm.forward(params, emb, feats["numeric"]),
         sparse_optimizer=sparse_adamw(1e-3), dense_optimizer=adamw(1e-3), max_rows=2**16, seed=0,
     )  # fmt: skip
     config = deepfm.DeepFMConfig(num_numeric=NUM_NUMERIC, num_sparse=LOOKUPS, dim=DIM)
@@ -77,10 +78,10 @@ def markdown(found: list[dict[str, float]]) -> str:
         "# What the kernels of a step do: executed as sm_90 code on a virtual machine, untimed",
         "",
         f"triton {triton.__version__}, written by `python -m tests.machine.counts` on a machine without a GPU: DeepFM, "
-        f"{SAMPLES} samples of {LOOKUPS} lookups, rows of widths {DIM} + 1 with AdamW, ids by a power law; step 1 creates "
-        f"rows, step {STEPS} finds most. One order of accesses: counts of loops that wait or lose a swap differ in "
-        "another. An instruction is one of a thread; an access of a vector is one; the "
-        "hottest address is the most atomics on one in a launch; a lost swap found what it did not expect.",
+        f"{SAMPLES} samples of {LOOKUPS} lookups, rows of widths {DIM} + 1 with AdamW, ids by a power law; step 1 "
+        f"creates rows, step {STEPS} finds most. One order of accesses: loops that wait or lose a swap count otherwise "
+        "in another. An instruction is one of a thread; an access of a vector is one; the hottest address is the most "
+        "atomics on one in a launch; a lost swap found what it did not expect.",
         "",
         "| " + " | ".join(name.replace("_", " ") for name in found[0]) + " |",
         "|" + "---|" * len(found[0]),

@@ -5,6 +5,7 @@
 #include "arithmetic.h"
 #include "memory.h"
 #include "threads.h"
+#include "warp.h"
 
 struct Launch {  // the records that Python fills and reads; `library.py` has the same
     const Instruction* code;
@@ -232,6 +233,7 @@ class Machine {
             std::memcpy(&before[k], at + k * i.size, i.size);
             after[k] = combined(i, before[k], r[i.from[1 + k]], i.function == COMPARE ? r[i.from[2]] : 0);
             changes |= std::memcmp(&before[k], &after[k], i.size) != 0;
+            if (i.function == COMPARE) o.lost_swaps += before[k] != (r[i.from[1]] & ~u64(0) >> (64 - 8 * i.size));
         }
         each_cell(p, i, address, u64(i.size) * i.count, region, [&](Cell& c, u64 place) {
             races.strong(c, who, access, i.space, changes);
@@ -248,24 +250,6 @@ class Machine {
             if (i.to[k] >= 0) t.registers[i.to[k]] = before[k];
         }
     }
-    u64 combined(const Instruction& i, u64 old, u64 given, u64 instead) {
-        const int above = 64 - 8 * i.size;
-        const u64 cut = ~u64(0) >> above;
-        given &= cut;
-        const bool less = i.is_signed ? s64(given << above) < s64(old << above) : given < old;
-        switch (i.function) {
-            case ADD: return (old + given) & cut;
-            case MIN: return less ? given : old;
-            case MAX: return less ? old : given;
-            case AND: return old & given;
-            case OR: return old | given;
-            case XOR: return old ^ given;
-            case EXCHANGE: return given;
-            case ADD_FLOAT: return i.size == 4 ? word(as<float>(old) + as<float>(given)) : word(as<double>(old) + as<double>(given));
-            default: o.lost_swaps += old != given; return old == given ? instead & cut : old;
-        }
-    }
-
     void pass_barrier(Program& p) {
         if (!p.at_barrier || p.at_barrier != p.alive) return;
         p.at_barrier = 0, p.barrier = ++now;
@@ -316,34 +300,6 @@ class Machine {
             warp[k].registers[i.to[0]] = results[k];
             if (i.to[1] >= 0) warp[k].registers[i.to[1]] = inside[k];
         }
-    }
-    static s32 source_of(const Thread& t, const Instruction& i, s32 lane, u64& inside) {
-        const u32 by = as<u32>(t.registers[i.from[1]]) & 31, clamp = as<u32>(t.registers[i.from[2]]);
-        const s32 segment = clamp >> 8 & 31, last = (lane & segment) | (clamp & 31 & ~segment), first = lane & segment;
-        const s32 sources[] = {lane ^ s32(by), first | s32(by & ~u32(segment)), lane - s32(by), lane + s32(by)};
-        const s32 source = sources[i.function];
-        inside = i.function == UP ? source >= last : source <= last;
-        return inside ? source : lane;
-    }
-    static u64 voted(const Thread* warp, s32 lanes, const Instruction& i) {
-        u32 yes = 0, voters = 0;
-        for (s32 k = 0; k < lanes; k++) {
-            if (warp[k].state == DONE) continue;
-            voters |= u32(1) << k;
-            yes |= u32((warp[k].registers[i.from[0]] & 1) != i.flag) << k;
-        }
-        return i.function == BALLOT ? yes : i.function == ANY ? yes != 0 : yes == voters;
-    }
-    u64 reduced(const Thread* warp, s32 lanes, const Instruction& i) {
-        u64 result = 0;
-        bool begun = false;
-        for (s32 k = 0; k < lanes; k++) {
-            if (warp[k].state == DONE) continue;
-            u64 value = as<u32>(warp[k].registers[i.from[0]]);
-            result = begun ? combined(i, result, value, 0) : value;
-            begun = true;
-        }
-        return result;
     }
     // Matrices of 8 x 8 items of two bytes: lane 8 m + k gives the address of row k of matrix m; lane k holds of each
     // the items 2 (k % 4) and 2 (k % 4) + 1 of row k / 4, or, transposed, of column k / 4.
