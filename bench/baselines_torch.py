@@ -103,9 +103,13 @@ def eager_unique(weights: dict[str, Tensor]) -> Baseline:
 
 
 def eager_with_sparse_adam(model: DeepFM) -> Baseline:
+    """SparseAdam adds eps to a root of v that is not corrected for its beginning at 0: this eps is AdamW's at step 1.
+
+    With AdamW's own eps, rows of a batch of 1000 move 4 % less, and a check of rows fails.
+    """
     return eager(
         model,
-        torch.optim.SparseAdam(model.tables.parameters(), lr=LR),
+        torch.optim.SparseAdam(model.tables.parameters(), lr=LR, eps=EPS * (1 - B2) ** 0.5),
         torch.optim.AdamW(model.dense.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True),
     )
 

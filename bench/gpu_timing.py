@@ -202,8 +202,9 @@ def copy_bytes(args: argparse.Namespace) -> int:
 
 def results(theme: str) -> tuple[Results, bool]:
     """Where `python -m bench.gpu_<theme> [--small] [--results FOLDER]` puts its numbers, and whether it is small."""
-    part, args = f"bench.gpu_{theme}", arguments()
+    part = f"bench.gpu_{theme}"
     need_device(part)
+    args = arguments()
     command = f"python -m {part}{' --small' * args.small}"
     return Results(theme, results_folder(args), command=command, copy_bytes=copy_bytes(args)), args.small
 
@@ -256,8 +257,8 @@ def write_outcomes(outcomes: Path, folder: Path | None) -> None:
 
 
 def main() -> None:
-    args = arguments()
     need_device("bench/gpu.sh")
+    args = arguments()
     if args.outcomes is None:
         print(f"torch {torch.__version__}, {device_name()}", flush=True)
     else:

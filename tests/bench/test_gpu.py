@@ -1,40 +1,51 @@
-"""bench/gpu.sh and its parts, without a GPU: they say so and end, and small sizes of them run on a CPU."""
+"""The parts of bench/gpu.sh without a GPU: they say so and end, and small sizes of them run on a CPU."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from bench import gpu_deepfm, gpu_files, gpu_sizes, gpu_table, gpu_timing
+from bench import (
+    baselines_torch,
+    gpu_deepfm,
+    gpu_draws,
+    gpu_dynamicemb,
+    gpu_files,
+    gpu_profile,
+    gpu_sizes,
+    gpu_table,
+    gpu_tests,
+    gpu_timing,
+)
 from bench.gpu_timing import Results
-from bench.workload import draw_batches, make_batches, recfx_batch
+from bench.workload import draw_batches, init_weights, make_batches, recfx_batch
 from recfx.data.criteo_synthetic import generate
 
-ROOT = Path(gpu_timing.__file__).parents[1]
-SCRIPT = ROOT / "bench" / "gpu.sh"
-THEMES = ["table", "deepfm", "sizes", "files"]
+PARTS = [gpu_deepfm, gpu_dynamicemb, gpu_files, gpu_profile, gpu_sizes, gpu_table, gpu_tests]
 
 
 @pytest.fixture
 def to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
     """Where results go; calls are made and not timed."""
 
-    def times_ms(function, inputs, *, repeats=3, warm_up=3):
+    def times_ms(function, inputs, *, repeats=3, warm_up=3, before=lambda x: None):
         for x in inputs:
+            before(x)
             function(x)
         return [1.0, 2.0, 4.0]
 
-    for part in (gpu_table, gpu_deepfm, gpu_sizes):
+    for part in (gpu_table, gpu_deepfm, gpu_sizes, gpu_dynamicemb, gpu_profile):
         monkeypatch.setattr(part, "times_ms", times_ms)
-    monkeypatch.setattr(gpu_timing, "copy_bytes_per_s", lambda: 1e12)
+    monkeypatch.setattr(gpu_timing, "copy_bytes_per_s", lambda num_bytes: 1e12)
     monkeypatch.setattr(gpu_timing, "device_name", lambda: "NVIDIA H000 80GB")
     return Results("theme", tmp_path)
 
@@ -45,70 +56,11 @@ def written(to: Results, suffix: str, theme: str = "theme") -> str:
     return path.read_text()
 
 
-@pytest.mark.parametrize("part", [gpu_table, gpu_deepfm, gpu_sizes, gpu_files])
+@pytest.mark.parametrize("part", PARTS)
 def test_a_part_without_a_device_says_so(part, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=rf"^{part.__name__}: needs a CUDA device, .* Nothing was measured\.$"):
         part.main()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_the_script_without_a_device_says_so_in_one_line():
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("bench/gpu.sh: needs a CUDA device")
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_the_script_is_bash_and_its_parts_together_take_less_than_nine_minutes():
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True, timeout=20)
-    parts = [text.split() for text in SCRIPT.read_text().splitlines() if text.startswith("part ")]
-    limits = sum(int(seconds) for _, _, seconds, *_ in parts)
-    assert f"Limits add up to {limits} s" in SCRIPT.read_text()
-    assert limits + 2 + 15 < 540  # the last one's grace, and the page of outcomes
-    modules = {words[5] for words in parts if words[4] == "-m"} - {"pytest"}
-    assert modules == {f"bench.gpu_{theme}" for theme in THEMES}
-    paths = [word for words in parts for word in words if word.startswith("tests/")]
-    assert len(paths) == 3
-    assert all((ROOT / path).exists() for path in paths)
-
-
-FAKE_PYTHON = r"""#!/bin/bash
-case "$*" in
-    -c*) exit 0 ;;
-    *tests/kernels/gpu*) echo begun; sleep 30 ;;
-    *bench.gpu_deepfm*) printf 'first\nit\tbroke\n'; exit 3 ;;
-    *bench.gpu_timing*) cat "$3" >"$KEPT" ;;
-    *) echo well ;;
-esac
-"""
-
-
-def test_the_script_goes_on_after_a_part_that_hangs_or_fails(tmp_path):
-    (tmp_path / "bench").mkdir()
-    copy, python, kept = tmp_path / "bench" / "gpu.sh", tmp_path / "python3", tmp_path / "kept"
-    copy.write_text(re.sub(r"^(part \w+) \d+", r"\1 1", SCRIPT.read_text(), flags=re.MULTILINE))
-    python.write_text(FAKE_PYTHON)
-    python.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "KEPT": str(kept)}
-    done = subprocess.run(["bash", str(copy)], env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    rows = [text.split("\t") for text in kept.read_text().splitlines()]
-    assert [(row[0], *row[3:]) for row in rows] == [
-        ("kernels", "124", "begun"),
-        ("races", "0", "well"),
-        ("captured", "0", "well"),
-        ("table", "0", "well"),
-        ("deepfm", "3", "it broke"),
-        ("sizes", "0", "well"),
-        ("files", "0", "well"),
-    ]
-    limits = [int(row[1]) for row in rows]
-    assert limits[0] == 1
-    assert limits[-1] > 2  # time that earlier ones left
 
 
 def test_how_parts_ended_becomes_a_page(to, tmp_path):
@@ -139,16 +91,95 @@ def test_what_fails_is_noted_and_the_rest_measured(to):
 
 
 def test_dynamicemb_s_case(to):
-    gpu_table.dynamicemb(to, rows=200, lookups=50, pool=20, device="cpu", graph=False)
-    training, in_two, in_any_order, evaluation = to.records
-    assert training["name"].startswith("10 tables, 500 lookups, ")
-    assert training["median_ms"] == 2.0
-    assert evaluation["bytes"] < training["bytes"] < in_two["bytes"]
-    assert in_any_order["bytes"] < in_two["bytes"]
-    assert to.notes[0] == "evaluation: checked before timing, pooled rows are the table's."
-    assert to.notes[1] == "training in one kernel: checked before timing, rows 0.0e+00 of their step apart."
-    assert len(to.notes) == 4
-    assert training["percent_of_copy"] == pytest.approx(100 * training["bytes"] / 2e-3 / 1e12)
+    gpu_dynamicemb.dynamicemb(to, rows=200, lookups=50, pool=20, device="cpu", graph=False)
+    to.end()
+    of_uniform, of_power_law = to.records[:4], to.records[4:]
+    assert len(of_power_law) == 4
+    for training, in_two, in_any_order, evaluation in (of_uniform, of_power_law):
+        assert "10 tables, 500 lookups, " in training["name"]
+        assert training["median_ms"] == 2.0
+        assert evaluation["bytes"] < training["bytes"] < in_two["bytes"]
+        assert in_any_order["bytes"] < in_two["bytes"]
+        assert training["percent_of_copy"] == pytest.approx(100 * training["bytes"] / 2e-3 / 1e12)
+    for notes in (to.notes[:5], to.notes[5:]):
+        assert notes[0] == "evaluation: checked before timing, pooled rows are the table's."
+        assert [note.partition(":")[0] for note in notes[1:4]] == [
+            "training in one kernel", "training in two", "training in any order",
+        ]  # fmt: skip
+        assert all("rows 0.0e+00 of their step apart" in note for note in notes[1:4])
+        assert re.search(r"unique, D = 128: the hottest row is looked up [\d,]+ times in a step\.$", notes[4])
+
+
+def test_draws_by_a_power_law():
+    """Row k of an order of chance as often as the density says: of the first eight, compared with their integrals."""
+    torch.manual_seed(0)
+    rows, num = 1000, 200_000
+    counts = gpu_draws.power_law(rows, device="cpu")(num).bincount(minlength=rows).sort(descending=True).values
+    most = (rows + 1) ** -0.05 - 1
+    expected = [num * ((k + 1) ** -0.05 - k**-0.05) / most for k in range(1, 9)]
+    assert counts[:8].tolist() == pytest.approx(expected, rel=0.05)
+    assert len(gpu_draws.uniform(rows, 20, device="cpu")(1000).unique()) == 20
+
+
+def test_dynamicemb_s_unique_ids():
+    """The published case: 24 M rows, exponent 1.05. Ten tables' 1,048,570 draws hit about 363,000 rows."""
+    torch.manual_seed(0)
+    sizes = gpu_dynamicemb.SIZES
+    drawn = gpu_draws.power_law(sizes["rows"], device="cpu")(sizes["lookups"])
+    assert len(drawn.unique()) == pytest.approx(36_300, rel=0.02)
+    drawn = gpu_draws.uniform(sizes["rows"], sizes["pool"], device="cpu")(sizes["lookups"])
+    assert len(drawn.unique()) == pytest.approx(34_700, rel=0.02)
+
+
+class Event(NamedTuple):
+    name: str
+    us: float
+    device_type: DeviceType = DeviceType.CUDA
+    is_user_annotation: bool = False
+
+    @property
+    def time_range(self):
+        return SimpleNamespace(elapsed_us=lambda: self.us)
+
+
+def profiled(monkeypatch, events):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    profile = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: nullcontext(profile))
+    return gpu_profile.kernels_of(lambda x: None, range(2))
+
+
+def test_kernels_of_a_step_are_summed_by_name_and_sorted(to, monkeypatch):
+    on_host, annotation = Event("a|b", 100.0, DeviceType.CPU), Event("step", 50.0, is_user_annotation=True)
+    kernels = profiled(
+        monkeypatch, [Event("small", 1.0), *[Event("a|b", us) for us in (2, 4, 2, 4)], on_host, annotation]
+    )
+    assert kernels == [("a|b", 2, 3.0), ("small", 0.5, 1.0)]
+    gpu_profile.add_kernels(to, "DeepFM: ", kernels, 0.0165)
+    text = written(to, ".md")
+    assert "## DeepFM: kernels of a step\n\n| kernel | calls a step |" in text
+    assert "| a/b | 2 | 3.00 | 6.00 | 92.3% |\n| small | 0.5 | 1.00 | 0.50 | 7.7% |" in text
+    assert "2.5 nodes a step, their sum 6.5 us, the step 16.5 us without the profiler: 10.0 us between them" in text
+    assert text.endswith("them, 4.00 us a node.\n")
+    assert json.loads(written(to, ".json"))["tables"][0]["rows"][1]["kernel"] == "small"
+
+
+def test_a_profile_of_nothing_is_an_error(monkeypatch):
+    with pytest.raises(ValueError, match="profiler: got no kernel, expected those of the calls"):
+        profiled(monkeypatch, [Event("on the host", 1.0, DeviceType.CPU)])
+
+
+def test_peers_with_sparse_adam_move_rows_as_far_as_adamw_does():
+    """At their first step, which is compared before they are timed, with the small gradients of a large batch."""
+    work, weights = make_batches(1, 1000, table_rows=2000), init_weights(2000)
+    row = gpu_deepfm.read_rows(work, "cpu")
+    rows = []
+    for peer in (baselines_torch.eager_dense, gpu_deepfm.eager_sparse, gpu_deepfm.eager_unique):
+        step, held = peer(weights)
+        step(work.dense[0])
+        rows.append(held()["embedding"][row])
+    way = (rows[0] - weights["embedding"][row]).abs().mean()
+    assert all((other - rows[0]).abs().mean() < 1e-3 * way for other in rows[1:])
 
 
 def test_look_ups_at_each_load(to):
@@ -163,17 +194,16 @@ def test_look_ups_at_each_load(to):
 
 def test_a_comparison_of_unlike_sides_fails_before_it_is_timed(to, monkeypatch):
     """Training without one table's gradients, and a look-up that is one row off."""
-    add = gpu_table.add_row_grads_
+    add = gpu_dynamicemb.add_row_grads_
 
     def add_less(grads, inverse, cell, firsts, dims, blocks, weight=None):
         less = [torch.cat([block[:, :-1], 0 * block[:, -1:]], dim=1) for block in blocks]
         add(grads, inverse, cell, firsts, dims, less, weight)
 
-    monkeypatch.setattr(gpu_table, "add_row_grads_", add_less)
-    with pytest.raises(
-        ValueError, match=r"training in two: got rows 0\.\d+ of their step apart, expected 0\.01 at most"
-    ):
-        gpu_table.dynamicemb(to, rows=200, lookups=50, pool=20, device="cpu", graph=False)
+    monkeypatch.setattr(gpu_dynamicemb, "add_row_grads_", add_less)
+    gpu_dynamicemb.dynamicemb(to, rows=200, lookups=50, pool=20, device="cpu", graph=False)
+    assert re.search(r"training in two: got rows 0\.\d+ of their step apart, expected 0\.01 at most", to.notes[-1])
+    assert len(to.failures) == 2
     find = gpu_table.find.find
     monkeypatch.setattr(gpu_table.find, "find", lambda *args: find(*args) + 1)
     with pytest.raises(ValueError, match=r"load 0\.5, .*got other rows than ids were given"):
@@ -292,6 +322,15 @@ def test_deepfm_beside_its_peers(to, monkeypatch):
     assert len(checked) == 2 * 3
     assert to.failures == ["DeepFM, batch 32: broken"]
     assert "broken: failed: ValueError: " in to.notes[-1]
+
+
+@pytest.mark.slow
+def test_deepfm_s_step_is_checked_before_it_is_profiled(to, monkeypatch):
+    monkeypatch.setattr(gpu_profile, "kernels_of", lambda run, inputs: [gpu_profile.Kernel("all of it", 1, 1500.0)])
+    gpu_profile.profile_step(to, make_batches(2, 32, table_rows=20_000), "cpu")
+    assert to.records[0]["rate"] == 32 / 2e-3
+    assert to.notes[0].startswith("DeepFM, batch 32: captured step: checked before timing, losses ")
+    assert "1 nodes a step, their sum 1500.0 us, the step 2000.0 us" in to.notes[1]
 
 
 @pytest.mark.slow
