@@ -1,4 +1,4 @@
-"""Races between programs: the interpreter runs them one after another and shows none."""
+"""Races between programs, on a device: `tests/machine` shows them on a CPU in orders that it draws."""
 
 from __future__ import annotations
 
