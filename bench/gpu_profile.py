@@ -76,10 +76,10 @@ def add_kernels(to: Results, say: str, kernels: list[Kernel], step_ms: float) ->
     )
 
 
-def predicted_nodes(path: Path = PREDICTED) -> str:
-    """The line of graphs/deepfm.cuda.txt that says how many nodes were predicted; empty without the file."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.lstrip("# ") for line in lines if "nodes" in line), "")
+def predicted_nodes(path: Path = PREDICTED) -> list[str]:
+    """Of graphs/deepfm.cuda.txt: how many nodes each operator was predicted to be, and all. Empty without the file."""
+    blocks = path.read_text().split("\n\n") if path.exists() else []
+    return next(([line.strip() for line in b.splitlines()] for b in blocks if " in all" in b), [])
 
 
 def first_losses(run: Callable[[Any, Batch], Any], state: Any, batches: list[Batch]) -> list[float]:
@@ -111,7 +111,7 @@ def main() -> None:
     to, small = results("profile")
     sizes, table_rows = ({64: 8, 256: 4}, 20_000) if small else (NUM_BATCHES, TABLE_ROWS)
     if nodes := predicted_nodes():
-        to.note(f"Predicted at batch 1,000, graphs/{PREDICTED.name}: {nodes}")
+        to.note(f"Predicted nodes at batch 1,000, by graphs/{PREDICTED.name}: {'; '.join(nodes)}.")
     for size, num in sizes.items():
         with to.attempt(f"DeepFM, batch {size:,}"):
             profile_step(to, make_batches(num, size, table_rows=table_rows), DEVICE)

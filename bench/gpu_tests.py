@@ -48,6 +48,7 @@ def by_xdist(paths: Sequence[str], num: int) -> tuple[int, str]:
                 lines.append(line)
         except KeyboardInterrupt:  # pytest has it too, and says what failed so far
             continue
+    process.stdout.close()
     return process.returncode, "".join(lines)
 
 

@@ -63,7 +63,7 @@ def times_ms(
 
 
 def graph_of(function: Callable[[], Any]) -> Any:
-    """`function` recorded as a CUDA graph, whose `replay()` runs it. It is called once before: what compiles, compiles."""
+    """`function` recorded as a CUDA graph, whose `replay()` runs it. It is called once before, so that it compiles."""
     function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -169,6 +169,12 @@ def test_a_profile_of_nothing_is_an_error(monkeypatch):
         profiled(monkeypatch, [Event("on the host", 1.0, DeviceType.CPU)])
 
 
+def test_predicted_nodes_are_those_of_the_list(tmp_path):
+    assert gpu_profile.predicted_nodes(tmp_path / "none") == []
+    (tmp_path / "list").write_text("# nodes of its graph\n\n    8  pool\n   3  in all: 5 us\n\n    1  pool: cells\n")
+    assert gpu_profile.predicted_nodes(tmp_path / "list") == ["8  pool", "3  in all: 5 us"]
+
+
 def test_peers_with_sparse_adam_move_rows_as_far_as_adamw_does():
     """At their first step, which is compared before they are timed, with the small gradients of a large batch."""
     work, weights = make_batches(1, 1000, table_rows=2000), init_weights(2000)
