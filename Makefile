@@ -51,7 +51,7 @@ lint: $(VENV)/installed
 
 # Accepts the captured graphs as they are now; review the diff of graphs/.
 graphs: $(VENV)/installed
-	$(PY) -m pytest tests/test_graphs.py --accept-graphs
+	$(PY) -m pytest tests/test_graphs.py tests/test_cuda_code.py --accept-graphs
 
 clean:
 	rm -rf $(VENV) demo ckpt ckpt-deepctr .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks *.egg-info

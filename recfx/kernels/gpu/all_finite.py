@@ -16,6 +16,15 @@ BLOCK = 1024  # numbers of a tensor that a program looks at at once
 
 
 @triton.jit
+def is_number(x):
+    """False of NaN and infinity. Of 16 bits, by those of the exponent."""
+    if x.dtype.primitive_bitwidth == 16:
+        exponent: tl.constexpr = 0x7F80 if x.dtype.is_bf16() else 0x7C00
+        return (x.to(tl.int16, bitcast=True) & exponent) != exponent
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
 def look(is_finite, tensors, sizes, BLOCK: tl.constexpr):
     nothing_bad = tl.full([BLOCK], 1, tl.int32)
     begin, step = tl.program_id(0).to(tl.int64) * BLOCK, tl.num_programs(0) * BLOCK
@@ -23,7 +32,7 @@ def look(is_finite, tensors, sizes, BLOCK: tl.constexpr):
         for first in range(begin, sizes[t], step):
             at = first + tl.arange(0, BLOCK)
             number = tl.load(tensors[t] + at, mask=at < sizes[t], other=0.0)
-            nothing_bad &= (tl.abs(number) < float("inf")).to(tl.int32)  # false of NaN
+            nothing_bad &= is_number(number).to(tl.int32)
     tl.store(is_finite + tl.program_id(0), tl.min(nothing_bad, axis=0) > 0)
 
 

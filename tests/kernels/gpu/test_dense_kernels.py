@@ -54,4 +54,7 @@ def test_nothing_is_finite_and_other_types_are_read():
     assert on_device(gpu.finite_parts)([torch.ones(0)]).all()
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         assert on_device(gpu.finite_parts)([torch.ones(3), torch.ones(3, dtype=dtype)]).all()
-        assert not on_device(gpu.finite_parts)([torch.ones(3), torch.tensor([1, math.inf], dtype=dtype)]).all()
+        largest = torch.finfo(dtype).max
+        assert on_device(gpu.finite_parts)([torch.tensor([-largest, largest], dtype=dtype)]).all()
+        for bad in (math.inf, -math.inf, math.nan):
+            assert not on_device(gpu.finite_parts)([torch.ones(3), torch.tensor([1, bad], dtype=dtype)]).all()
