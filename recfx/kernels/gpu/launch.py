@@ -14,8 +14,8 @@ __all__ = [
     "rows_of", "search_steps", "slices",
 ]  # fmt: skip
 
-BLOCK = 128  # positions per program of the kernels that look ids up: one warp, four ids a lane
-NUM_WARPS = 1
+BLOCK, NUM_WARPS = 128, 1  # positions per program of most kernels, four a lane
+KEYS = 32  # of those that probe an index, one a lane: a warp waits for the longest of its probes
 TILE = 1024  # floats per program of the kernels that move rows
 MULTIPROCESSORS = 132  # of an H100 or H200, for compilation without a GPU
 REGISTERS, MOST_AT_ONCE = 65536, 32  # registers of a multiprocessor, and programs that it holds at most
