@@ -15,15 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.launch import programs, rows_of, slices
+from recfx.kernels.gpu.launch import at_once, programs, rows_of, slices
 from recfx.kernels.gpu.occurrences import in_order
 from recfx.kernels.gpu.runs import run_of
 
-__all__ = ["add_row_grads_", "add_row_grads_atomic_", "at_once", "chunk_sums", "sum_of_rows"]
+__all__ = ["add_row_grads_", "add_row_grads_atomic_", "chunk_sums", "sum_of_rows"]
 
 CHUNK = 32
-# Programs of each kernel that a multiprocessor holds at once, of rows that are one slice of whole 16 bytes, and others.
-SUM_CHUNKS, ADD_ROWS = (7, 5), (8, 5)
+SUM_CHUNKS, ADD_ROWS = (7, 5, 3), (9, 6, 3)  # `launch.at_once`
 
 
 @triton.jit
@@ -163,11 +162,6 @@ def add_atomically(
         )
 
 
-def at_once(dims: Sequence[int], held: tuple[int, int]) -> int:
-    """The one of `held` that is of rows with slices of these widths."""
-    return held[0] if len(dims) == 1 and dims[0] % 4 == 0 else held[1]
-
-
 def chunk_sums(
     inverse_P: Tensor, cell_P: Tensor, firsts: Sequence[int], dims: Sequence[int], blocks: Sequence[Tensor],
     weight_P: Tensor | None, width: int, most: int, num_unique: Tensor | None = None,
@@ -178,7 +172,7 @@ def chunk_sums(
     number_N, *occurrences = in_order(inverse_P, cell_P, weight_P, most)
     partial, count = dense[0].new_empty(num // CHUNK + 1, width), number_N.new_empty(1)
     static = {"WEIGHTED": weight_P is not None, **slices(firsts, dims), "CHUNK": CHUNK}
-    sum_chunks[programs(num, CHUNK, at_once(dims, SUM_CHUNKS))](
+    sum_chunks[programs(num, CHUNK, at_once(width, SUM_CHUNKS, len(dims)))](
         partial, number_N, *occurrences, dense, width, count, count if num_unique is None else num_unique,
         TAKES=num_unique is not None, **static,
     )  # fmt: skip
@@ -193,7 +187,7 @@ def add_row_grads_(
     num, rows = cell_P.numel(), rows_of(max(dims))
     if num:
         sources, static, _ = chunk_sums(inverse_P, cell_P, firsts, dims, blocks, weight_P, grads.shape[1], len(grads))
-        grid = programs(num, rows, at_once(dims, ADD_ROWS))
+        grid = programs(num, rows, at_once(sum(dims), ADD_ROWS, len(dims)))
         add_rows[grid](grads, grads.stride(0), *sources, ROWS=rows, **static)
 
 

@@ -28,7 +28,7 @@ __all__ = ["UNKNOWN", "claim", "find_or_insert_", "scratch_table"]
 UNKNOWN, REFUSED = tl.constexpr(op.UNKNOWN), tl.constexpr(op.REFUSED)
 LOOKED_UP, CREATED, UNADMITTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)  # of `tally`
 SCRATCH_LOAD = 3 / 4
-INSERTING, INITIALISING = 8, 13  # programs of `store_new` that a multiprocessor holds at once
+INSERTING, INITIALISING = 6, 10  # programs of `store_new` that a multiprocessor holds at once: 16 in all
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def insert(
 @triton.jit
 def initialise(
     rows, new_rows, num_created, ids, row_vocabularies, init_keys, init_params, stride, width, size, program,
-    num_programs, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    num_programs, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)[None, :]
     for begin in range(program * ROWS, num_created, num_programs * ROWS):
@@ -181,10 +181,11 @@ def initialise(
         id = tl.load(ids + row, mask=nth < num_created, other=0)
         vocabulary = tl.load(row_vocabularies + row, mask=nth < num_created, other=0)
         at = rows + row.to(tl.int64) * stride
-        for first in range(0, width, COLUMNS):
-            within = (nth < num_created) & (first + column < width)
-            value = initial_values(init_keys, init_params, width, vocabulary, id, first + column, within)
-            tl.store(at + first + column, value, mask=within)
+        for t in tl.static_range(TILES):
+            c = t * COLUMNS + column
+            within = (nth < num_created) & (c < width)
+            value = initial_values(init_keys, init_params, width, vocabulary, id, c, within)
+            tl.store(at + c, value, mask=within)
         for first in range(width, size, COLUMNS):
             behind = (nth < num_created) & (first + column < size)
             tl.store(at + first + column, tl.zeros([ROWS, COLUMNS], tl.float32), mask=behind)
@@ -204,7 +205,7 @@ def end_counts(num_created, num_joined, num_rows, num_free, tally, num_unique):
 def store_new(
     slots, num_crowded, rows, new_rows, totals, ids, row_vocabularies, num_rows, num_free, tally, num_unique, num_slots,
     salt, init_keys, init_params, stride, width, size, num_inserting, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first programs wait for the index, the others write rows: neither is held up by the other."""
     program, num_created = tl.program_id(0), tl.load(totals)
@@ -218,7 +219,7 @@ def store_new(
     else:
         initialise(
             rows, new_rows, num_created, ids, row_vocabularies, init_keys, init_params, stride, width, size,
-            program - num_inserting, tl.num_programs(0) - num_inserting, ROWS, COLUMNS,
+            program - num_inserting, tl.num_programs(0) - num_inserting, ROWS, COLUMNS, TILES,
         )  # fmt: skip
 
 
@@ -272,6 +273,6 @@ def find_or_insert_(
     store_new[(inserting + initialising,)](
         slots, num_crowded, rows, new_rows, totals, ids, row_vocabularies, num_rows, num_free, tally, num_unique,
         num_slots, salt, init_keys, init_params, rows.stride(0), width, rows.shape[1] * width, inserting,
-        ROWS=rows_of_warp, COLUMNS=columns, BLOCK=KEYS, num_warps=NUM_WARPS,
+        ROWS=rows_of_warp, COLUMNS=columns, TILES=triton.cdiv(width, columns), BLOCK=KEYS, num_warps=NUM_WARPS,
     )  # fmt: skip
     return row_P, inverse_P

@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.add_row_grads import at_once, chunk_sums, sum_of_rows
-from recfx.kernels.gpu.launch import programs, rows_of
+from recfx.kernels.gpu.add_row_grads import chunk_sums, sum_of_rows
+from recfx.kernels.gpu.launch import at_once, programs, rows_of
 from recfx.kernels.gpu.optimizer_rows import adamw, scalar
 from recfx.kernels.gpu.runs import run_of
 
 __all__ = ["sum_adamw_rows_"]
 
-SUM_ADAMW = 8, 4  # as SUM_CHUNKS
+SUM_ADAMW = 8, 4, 3  # `launch.at_once`
 
 
 @triton.jit
@@ -61,6 +61,6 @@ def sum_adamw_rows_(
     sources, static, count = chunk_sums(
         inverse_P, cell_P, firsts, dims, blocks, weight_P, rows.shape[2], most, num_unique
     )
-    sum_adamw[programs(most, per_program, at_once(dims, SUM_ADAMW))](
+    sum_adamw[programs(most, per_program, at_once(sum(dims), SUM_ADAMW, len(dims)))](
         rows, count, unique_rows, hyper, rows.stride(0), *sources, ROWS=per_program, **static
     )
