@@ -21,11 +21,11 @@ SUM_ADAMW = 8, 4, 3  # `launch.at_once`
 @triton.jit
 def update_slice(
     at, hyper, partial, block, cell_N, weight_N, width, begin, end, valid, WEIGHTED: tl.constexpr, FIRST: tl.constexpr,
-    DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    DIM: tl.constexpr, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     total = sum_of_rows(
-        total, partial, block, cell_N, weight_N, width, begin, end, WEIGHTED, FIRST, DIM, COLUMNS, CHUNK
+        total, partial, block, cell_N, weight_N, width, begin, end, WEIGHTED, FIRST, DIM, LOOKUPS, COLUMNS, CHUNK
     )
     column = tl.arange(0, COLUMNS)[None, :]
     within = valid[:, None] & (column < DIM)
@@ -36,8 +36,8 @@ def update_slice(
 @triton.jit
 def sum_adamw(
     rows, num_unique, unique_rows, hyper, stride, partial, cell_N, weight_N, begins, last_number, blocks, width,
-    WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr, DIMS: tl.constexpr, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(num_unique)
     for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
@@ -48,7 +48,7 @@ def sum_adamw(
         for s in tl.static_range(len(FIRSTS)):
             update_slice(
                 at, hyper, partial, blocks[s], cell_N, weight_N, width, begin, end, unique < count, WEIGHTED, FIRSTS[s],
-                DIMS[s], COLUMNS[s], ROWS, CHUNK,
+                DIMS[s], LOOKUPS[s], COLUMNS[s], ROWS, CHUNK,
             )  # fmt: skip
 
 
