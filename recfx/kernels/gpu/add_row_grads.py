@@ -15,25 +15,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.launch import programs, rows_of, slices
+from recfx.kernels.gpu.launch import at_once, programs, rows_of, slices
 from recfx.kernels.gpu.occurrences import in_order
 from recfx.kernels.gpu.runs import run_of
 
-__all__ = ["add_row_grads_", "add_row_grads_atomic_", "at_once", "chunk_sums", "sum_of_rows"]
+__all__ = ["add_row_grads_", "add_row_grads_atomic_", "chunk_sums", "sum_of_rows"]
 
 CHUNK = 32
-# Programs of each kernel that a multiprocessor holds at once, of rows that are one slice of whole 16 bytes, and others.
-SUM_CHUNKS, ADD_ROWS = (7, 5), (8, 5)
+SUM_CHUNKS, ADD_ROWS = (7, 5, 3), (9, 6, 3)  # `launch.at_once`
 
 
 @triton.jit
-def gradients(block, cell_N, weight_N, nth, has, column, DIM: tl.constexpr, WEIGHTED: tl.constexpr):
-    """Weighted gradients f32 [nth, column] of the sorted occurrences `nth`; zeros where not `has`.
+def gradients(
+    block, cell_N, weight_N, nth, has, column, DIM: tl.constexpr, LOOKUPS: tl.constexpr, WEIGHTED: tl.constexpr
+):  # fmt: skip
+    """Weighted gradients f32 [nth, column] of the sorted occurrences `nth`; zeros where not `has`. block: as of
+    `places_of`.
 
     The mask is taken from the cells: Triton 3.6.0 cannot compile one that it would have to compute in two layouts.
     """
-    cell = tl.load(cell_N + nth, mask=has, other=-1).to(tl.int64)
-    value = tl.load(block + cell[:, None] * DIM + column, mask=(cell >= 0)[:, None] & (column < DIM), other=0.0)
+    cell = tl.load(cell_N + nth, mask=has, other=-1)
+    if LOOKUPS == 0:
+        at = cell.to(tl.int64) * DIM
+    else:
+        at = (cell // LOOKUPS).to(tl.int64) * block[1] + (cell % LOOKUPS).to(tl.int64) * block[2]
+    value = tl.load(block[0] + at[:, None] + column, mask=(cell >= 0)[:, None] & (column < DIM), other=0.0)
     if WEIGHTED:
         value *= tl.load(weight_N + nth, mask=has, other=0.0)[:, None]
     return value
@@ -42,11 +48,11 @@ def gradients(block, cell_N, weight_N, nth, has, column, DIM: tl.constexpr, WEIG
 @triton.jit
 def sum_chunk(
     partial, block, cell_N, weight_N, begin, WEIGHTED: tl.constexpr, FIRST: tl.constexpr, DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)[None, :]
     nth = begin + tl.arange(0, CHUNK)
-    value = gradients(block, cell_N, weight_N, nth, nth >= 0, column, DIM, WEIGHTED)
+    value = gradients(block, cell_N, weight_N, nth, nth >= 0, column, DIM, LOOKUPS, WEIGHTED)
     tl.store(partial + FIRST + column, tl.sum(value, axis=0)[None, :], mask=column < DIM)
 
 
@@ -63,8 +69,8 @@ def take_count(count, num_unique):
 @triton.jit
 def sum_chunks(
     partial, number_N, cell_N, weight_N, begins, last_number, blocks, width, count, num_unique,
-    WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    TAKES: tl.constexpr,
+    WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr, DIMS: tl.constexpr, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr, TAKES: tl.constexpr,
 ):  # fmt: skip
     """partial[c] of the chunk that begins in the c-th CHUNK of places, if one does: there is at most one."""
     if TAKES:
@@ -81,14 +87,14 @@ def sum_chunks(
                 for s in tl.static_range(len(FIRSTS)):
                     sum_chunk(
                         partial + (begin // CHUNK).to(tl.int64) * width, blocks[s], cell_N, weight_N, begin, WEIGHTED,
-                        FIRSTS[s], DIMS[s], COLUMNS[s], CHUNK,
+                        FIRSTS[s], DIMS[s], LOOKUPS[s], COLUMNS[s], CHUNK,
                     )  # fmt: skip
 
 
 @triton.jit
 def sum_of_rows(
     total, partial, block, cell_N, weight_N, width, begin, end, WEIGHTED: tl.constexpr, FIRST: tl.constexpr,
-    DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    DIM: tl.constexpr, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """`total` and, added to it in order, the gradients of each row's sorted occurrences begin .. end."""
     column = tl.arange(0, COLUMNS)[None, :]
@@ -99,10 +105,10 @@ def sum_of_rows(
     begin += num_chunks * CHUNK
     for j in range(0, tl.max(end - begin, axis=0), 4):  # four at a time: their gradients are on their way together
         k = begin + j
-        a = gradients(block, cell_N, weight_N, k, k < end, column, DIM, WEIGHTED)
-        b = gradients(block, cell_N, weight_N, k + 1, k + 1 < end, column, DIM, WEIGHTED)
-        c = gradients(block, cell_N, weight_N, k + 2, k + 2 < end, column, DIM, WEIGHTED)
-        d = gradients(block, cell_N, weight_N, k + 3, k + 3 < end, column, DIM, WEIGHTED)
+        a = gradients(block, cell_N, weight_N, k, k < end, column, DIM, LOOKUPS, WEIGHTED)
+        b = gradients(block, cell_N, weight_N, k + 1, k + 1 < end, column, DIM, LOOKUPS, WEIGHTED)
+        c = gradients(block, cell_N, weight_N, k + 2, k + 2 < end, column, DIM, LOOKUPS, WEIGHTED)
+        d = gradients(block, cell_N, weight_N, k + 3, k + 3 < end, column, DIM, LOOKUPS, WEIGHTED)
         total = total + a + b + c + d
     return total
 
@@ -110,14 +116,14 @@ def sum_of_rows(
 @triton.jit
 def add_slice(
     grads, stride, partial, block, cell_N, weight_N, width, unique, begin, end, WEIGHTED: tl.constexpr,
-    FIRST: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    FIRST: tl.constexpr, DIM: tl.constexpr, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)[None, :]
     at = grads + unique.to(tl.int64)[:, None] * stride + FIRST + column
     touched = (begin < end)[:, None] & (column < DIM)
     total = tl.load(at, mask=touched, other=0.0)
     total = sum_of_rows(
-        total, partial, block, cell_N, weight_N, width, begin, end, WEIGHTED, FIRST, DIM, COLUMNS, CHUNK
+        total, partial, block, cell_N, weight_N, width, begin, end, WEIGHTED, FIRST, DIM, LOOKUPS, COLUMNS, CHUNK
     )
     tl.store(at, total, mask=touched)
 
@@ -125,7 +131,8 @@ def add_slice(
 @triton.jit
 def add_rows(
     grads, stride, partial, cell_N, weight_N, begins, last_number, blocks, width, WEIGHTED: tl.constexpr,
-    FIRSTS: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    FIRSTS: tl.constexpr, DIMS: tl.constexpr, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     num_unique = tl.load(last_number) + 1
     for first in range(tl.program_id(0) * ROWS, num_unique, tl.num_programs(0) * ROWS):
@@ -134,17 +141,17 @@ def add_rows(
         for s in tl.static_range(len(FIRSTS)):
             add_slice(
                 grads, stride, partial, blocks[s], cell_N, weight_N, width, unique, begin, end, WEIGHTED, FIRSTS[s],
-                DIMS[s], COLUMNS[s], CHUNK,
+                DIMS[s], LOOKUPS[s], COLUMNS[s], CHUNK,
             )  # fmt: skip
 
 
 @triton.jit
 def add_slice_atomically(
     grads, stride, block, cell_P, weight_P, unique, k, WEIGHTED: tl.constexpr, FIRST: tl.constexpr, DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)[None, :]
-    value = gradients(block, cell_P, weight_P, k, unique >= 0, column, DIM, WEIGHTED)
+    value = gradients(block, cell_P, weight_P, k, unique >= 0, column, DIM, LOOKUPS, WEIGHTED)
     at = grads + unique.to(tl.int64)[:, None] * stride + FIRST + column
     tl.atomic_add(at, value, mask=(unique >= 0)[:, None] & (column < DIM), sem="relaxed")
 
@@ -152,20 +159,25 @@ def add_slice_atomically(
 @triton.jit
 def add_atomically(
     grads, stride, inverse_P, cell_P, weight_P, blocks, num, WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr,
-    DIMS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    DIMS: tl.constexpr, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = tl.load(cell_P + k, mask=k < num, other=-1) >= 0
     unique = tl.load(inverse_P + k, mask=valid, other=-1)
     for s in tl.static_range(len(FIRSTS)):
         add_slice_atomically(
-            grads, stride, blocks[s], cell_P, weight_P, unique, k, WEIGHTED, FIRSTS[s], DIMS[s], COLUMNS[s]
+            grads, stride, blocks[s], cell_P, weight_P, unique, k, WEIGHTED, FIRSTS[s], DIMS[s], LOOKUPS[s], COLUMNS[s]
         )
 
 
-def at_once(dims: Sequence[int], held: tuple[int, int]) -> int:
-    """The one of `held` that is of rows with slices of these widths."""
-    return held[0] if len(dims) == 1 and dims[0] % 4 == 0 else held[1]
+def places_of(blocks: Sequence[Tensor]) -> tuple[tuple[tuple[Tensor, int, int], ...], tuple[int, ...]]:
+    """Of each block f32 [B, F, dim]: itself and its strides of samples and lookups; and F, or 0 of a contiguous one.
+
+    The gradient of a sum over lookups is the same for all of them: autograd expands it, and it is not copied here.
+    """
+    read = [b if b.stride(2) == 1 or b.shape[2] == 1 else b.contiguous() for b in blocks]
+    places = tuple((b, b.stride(0), b.stride(1)) for b in read)
+    return places, tuple(0 if b.is_contiguous() else b.shape[1] for b in read)
 
 
 def chunk_sums(
@@ -174,15 +186,15 @@ def chunk_sums(
 ) -> tuple[tuple, dict, Tensor]:  # fmt: skip
     """What `sum_of_rows` and `run_of` read, chunks of frequent rows summed beforehand: arguments from `partial` to
     `width`, and static ones; of unique numbers less than `most`. And i32 [1], what num_unique was: it is 0 then."""
-    num, dense = cell_P.numel(), tuple(block.contiguous() for block in blocks)
+    num, (places, lookups) = cell_P.numel(), places_of(blocks)
     number_N, *occurrences = in_order(inverse_P, cell_P, weight_P, most)
-    partial, count = dense[0].new_empty(num // CHUNK + 1, width), number_N.new_empty(1)
-    static = {"WEIGHTED": weight_P is not None, **slices(firsts, dims), "CHUNK": CHUNK}
-    sum_chunks[programs(num, CHUNK, at_once(dims, SUM_CHUNKS))](
-        partial, number_N, *occurrences, dense, width, count, count if num_unique is None else num_unique,
+    partial, count = blocks[0].new_empty(num // CHUNK + 1, width), number_N.new_empty(1)
+    static = {"WEIGHTED": weight_P is not None, **slices(firsts, dims), "LOOKUPS": lookups, "CHUNK": CHUNK}
+    sum_chunks[programs(num, CHUNK, at_once(width, SUM_CHUNKS, len(dims)))](
+        partial, number_N, *occurrences, places, width, count, count if num_unique is None else num_unique,
         TAKES=num_unique is not None, **static,
     )  # fmt: skip
-    return (partial, *occurrences, dense, width), static, count
+    return (partial, *occurrences, places, width), static, count
 
 
 def add_row_grads_(
@@ -193,7 +205,7 @@ def add_row_grads_(
     num, rows = cell_P.numel(), rows_of(max(dims))
     if num:
         sources, static, _ = chunk_sums(inverse_P, cell_P, firsts, dims, blocks, weight_P, grads.shape[1], len(grads))
-        grid = programs(num, rows, at_once(dims, ADD_ROWS))
+        grid = programs(num, rows, at_once(sum(dims), ADD_ROWS, len(dims)))
         add_rows[grid](grads, grads.stride(0), *sources, ROWS=rows, **static)
 
 
@@ -202,10 +214,9 @@ def add_row_grads_atomic_(
     blocks: Sequence[Tensor], weight_P: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`recfx.kernels.add_row_grads.definition`, the sums in whatever order the adders come."""
-    num, rows = cell_P.numel(), rows_of(max(dims))
+    num, rows, (places, lookups) = cell_P.numel(), rows_of(max(dims)), places_of(blocks)
     if num:
         add_atomically[(triton.cdiv(num, rows),)](
             grads, grads.stride(0), inverse_P, cell_P, cell_P if weight_P is None else weight_P,
-            tuple(block.contiguous() for block in blocks), num, WEIGHTED=weight_P is not None, **slices(firsts, dims),
-            ROWS=rows,
+            places, num, WEIGHTED=weight_P is not None, **slices(firsts, dims), LOOKUPS=lookups, ROWS=rows,
         )  # fmt: skip

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.launch import columns_of, cover_of, programs, rows_of
+from recfx.kernels.gpu.launch import at_once, columns_of, cover_of, programs, rows_of
 
 __all__ = ["clip_row_grads_", "squared_norm"]
 
-CLIP_ROWS, SUM_SQUARES = 10, 12  # programs that a multiprocessor holds at once
+CLIP_ROWS, SUM_SQUARES = (10, 10, 6), (12, 12, 12)  # `launch.at_once`
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def clip_row_grads_(
 ) -> None:
     """`recfx.kernels.clip_row_grads.definition`."""
     width = grads.shape[1]
-    clip_rows[programs(grads.shape[0], rows_of(width), CLIP_ROWS)](
+    clip_rows[programs(grads.shape[0], rows_of(width), at_once(width, CLIP_ROWS))](
         grads, num_unique, scale, due, grads.stride(0), width, limit, max_norm, DIMS=tuple(dims), ROWS=rows_of(width),
         COLUMNS=columns_of(width), COVER=cover_of(width, grads.stride(0)),
     )  # fmt: skip
@@ -71,7 +71,7 @@ def clip_row_grads_(
 def squared_norm(grads: Tensor, num_unique: Tensor) -> Tensor:
     """`recfx.kernels.clip_row_grads.squared_norm_definition`; the same bytes from run to run."""
     num, width = grads.shape
-    grid = programs(num, rows_of(width), SUM_SQUARES)
+    grid = programs(num, rows_of(width), at_once(width, SUM_SQUARES))
     sums = grads.new_empty(grid, dtype=torch.float64)
     sum_squares[grid](
         sums, grads, num_unique, grads.stride(0), width, ROWS=rows_of(width), COLUMNS=columns_of(width),

@@ -3,7 +3,7 @@
 leave_out          ids that have a row
 claim              every other id claims a place of a scratch table, which ends with its first position
 find_candidates    first occurrences read the candidates' index; those without a candidate are summed up (`scan.py`)
-(sort)             positions by candidate, in order within it
+(in order)         positions by candidate, in order within it (`occurrences.py`)
 count_occurrences  each occurrence's number among its candidate's
 store_counts       the new counts; new candidates enter the index
 """
@@ -17,13 +17,12 @@ from torch import Tensor
 
 from recfx.kernels.gpu.find_or_insert import UNKNOWN, claim, scratch_table
 from recfx.kernels.gpu.hashing import hash_id, key_at, place, probe, slot_of
-from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, lower_bound, search_steps
+from recfx.kernels.gpu.launch import BLOCK, KEYS, NUM_WARPS
+from recfx.kernels.gpu.occurrences import in_order
+from recfx.kernels.gpu.runs import run_of
 from recfx.kernels.gpu.scan import add_up, num_counters, sum_before, sum_of_all, sums_of
 
 __all__ = ["count_candidates_"]
-
-
-NEVER = tl.constexpr(2**31 - 1)  # first position of what does not occur: behind all others when sorted
 
 
 @triton.jit
@@ -41,14 +40,17 @@ def leave_out(
 
 @triton.jit
 def find_candidates(
-    first_P, sums_P, sums, counters, found_P, first_H, place_P, slots, ids, num_slots, salt, id_P, cell_P, vocabularies,
-    num_positions, num_lookups, BLOCK: tl.constexpr,
+    first_P, position_P, count_P, sums_P, sums, counters, found_P, first_H, place_P, slots, ids, num_slots, salt, id_P,
+    cell_P, vocabularies, num_positions, num_lookups, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sums_P: how many positions of its program up to each begin a new candidate."""
+    """first_P: the first position of the same key; position_P: its own; both -1 without a key. sums_P: how many
+    positions of its program up to each begin a new candidate."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = tl.load(cell_P + k, mask=k < num_positions, other=-1) >= 0
-    first = tl.load(first_H + tl.load(place_P + k, mask=valid, other=0), mask=valid, other=NEVER)
+    first = tl.load(first_H + tl.load(place_P + k, mask=valid, other=0), mask=valid, other=-1)
     tl.store(first_P + k, first, mask=k < num_positions)
+    tl.store(position_P + k, tl.where(valid, k, -1), mask=k < num_positions)
+    tl.store(count_P + k, tl.zeros_like(k), mask=(k < num_positions) & ~valid)
     leads = valid & (first == k)
     id, vocabulary = key_at(id_P, cell_P, vocabularies, num_lookups, k, leads)
     hash = hash_id(id, vocabulary, tl.load(salt))
@@ -60,38 +62,45 @@ def find_candidates(
 
 
 @triton.jit
+def occurrence(first_N, begins, last_first, n):
+    """Of the n-th position in order: whether there is one, its key's first position, the places of all of its key's."""
+    last = tl.load(last_first)
+    valid = n < tl.load(begins + last + 1, mask=last >= 0, other=0)
+    first = tl.load(first_N + n, mask=valid, other=-1)
+    begin, end = run_of(begins, last_first, tl.where(first >= 0, first, last + 1))
+    return first >= 0, first, begin, end
+
+
+@triton.jit
 def count_occurrences(
-    count_P, number_N, first_N, order_N, sums_P, sums, found_P, counts, num_candidates, num_slots, max_candidates,
-    num_positions, steps, BLOCK: tl.constexpr,
+    count_P, number_N, first_N, order_N, begins, last_first, sums_P, sums, num_sums, found_P, counts, num_candidates,
+    num_slots, max_candidates, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """number_N: the candidate of each sorted position, UNKNOWN where there is no room for one."""
+    """number_N: the candidate of each position in order, UNKNOWN where there is no room for one."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first = tl.load(first_N + n, mask=n < num_positions, other=NEVER)
-    valid = first < NEVER
+    valid, first, begin, _ = occurrence(first_N, begins, last_first, n)
     fill = tl.load(num_candidates)
     room = tl.minimum(max_candidates, tl.load(num_slots) // 8 * 7) - fill
     found = tl.load(found_P + first, mask=valid, other=0)
     before = tl.load(counts + found, mask=valid & (found >= 0), other=0)
-    rank = sum_before(sums, tl.num_programs(0), first // BLOCK, valid) - 1
+    rank = sum_before(sums, num_sums, first // KEYS, valid) - 1
     rank += tl.load(sums_P + first, mask=valid, other=0)
-    number = tl.where(found >= 0, found, tl.where(rank < room, fill + rank, UNKNOWN))
-    number = tl.where(valid, number, UNKNOWN).to(tl.int32)
-    tl.store(number_N + n, number, mask=n < num_positions)
-    nth = n - lower_bound(first_N, num_positions, steps, first) + 1
-    at = count_P + tl.load(order_N + n, mask=n < num_positions, other=0)
-    tl.store(at, tl.where(valid, tl.where(number >= 0, before + nth, 1), 0), mask=n < num_positions)
+    number = tl.where(found >= 0, found, tl.where(rank < room, fill + rank, UNKNOWN)).to(tl.int32)
+    tl.store(number_N + n, number, mask=valid)
+    at = count_P + tl.load(order_N + n, mask=valid, other=0)
+    tl.store(at, tl.where(number >= 0, before + n - begin + 1, 1), mask=valid)
 
 
 @triton.jit
 def store_counts(
-    slots, ids, candidate_vocabularies, counts, num_candidates, number_N, first_N, order_N, count_P, sums, found_P,
-    num_slots, salt, id_P, cell_P, vocabularies, max_candidates, num_positions, num_lookups, BLOCK: tl.constexpr,
+    slots, ids, candidate_vocabularies, counts, num_candidates, number_N, first_N, order_N, begins, last_first, count_P,
+    sums, num_sums, found_P, num_slots, salt, id_P, cell_P, vocabularies, max_candidates, num_lookups,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first = tl.load(first_N + n, mask=n < num_positions, other=NEVER)
-    is_last = tl.load(first_N + n + 1, mask=n + 1 < num_positions, other=NEVER) != first
-    number = tl.load(number_N + n, mask=n < num_positions, other=UNKNOWN)
-    held = is_last & (number >= 0)
+    valid, first, _, end = occurrence(first_N, begins, last_first, n)
+    number = tl.load(number_N + n, mask=valid, other=UNKNOWN)
+    held = valid & (n + 1 == end) & (number >= 0)
     k = tl.load(order_N + n, mask=held, other=0)
     tl.store(counts + number, tl.load(count_P + k, mask=held, other=0), mask=held)
     is_new = held & (tl.load(found_P + first, mask=held, other=0) < 0)
@@ -103,7 +112,7 @@ def store_counts(
     if tl.program_id(0) == 0:
         fill = tl.load(num_candidates)
         room = tl.minimum(max_candidates, tl.load(num_slots) // 8 * 7) - fill
-        tl.store(num_candidates, fill + tl.minimum(sum_of_all(sums, tl.num_programs(0)), room))
+        tl.store(num_candidates, fill + tl.minimum(sum_of_all(sums, num_sums), room))
 
 
 def count_candidates_(
@@ -115,26 +124,27 @@ def count_candidates_(
     num, num_lookups, count_P = cell_P.numel(), len(vocabularies), torch.empty_like(cell_P)
     if num == 0:
         return count_P
-    grid, block = (triton.cdiv(num, BLOCK),), {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
-    absent_P, place_P, first_P, found_P, number_N, sums_P = (torch.empty_like(cell_P) for _ in range(6))
-    sums, (first_H, counters) = sums_of(id_P, *grid), scratch_table(cell_P, num_counters=num_counters(*grid))
+    grid, probing = (triton.cdiv(num, BLOCK),), (triton.cdiv(num, KEYS),)
+    by_position, by_key = {"BLOCK": BLOCK, "num_warps": NUM_WARPS}, {"BLOCK": KEYS, "num_warps": NUM_WARPS}
+    absent_P, place_P, first_P, position_P, found_P, number_N, sums_P = (torch.empty_like(cell_P) for _ in range(7))
+    sums, (first_H, counters) = sums_of(id_P, *probing), scratch_table(cell_P, num_counters=num_counters(*probing))
     keys = id_P, absent_P, vocabularies
-    leave_out[grid](absent_P, slots, ids, num_slots, salt, id_P, cell_P, vocabularies, num, num_lookups, **block)
+    leave_out[probing](absent_P, slots, ids, num_slots, salt, id_P, cell_P, vocabularies, num, num_lookups, **by_key)
     claim[grid](
-        first_H, first_H, place_P, *keys, salt, cell_P, num, num_lookups, first_H.numel(), ADMITS=False, **block
+        first_H, first_H, place_P, *keys, salt, cell_P, num, num_lookups, first_H.numel(), ADMITS=False, **by_position
     )
-    find_candidates[grid](
-        first_P, sums_P, sums, counters, found_P, first_H, place_P, candidate_slots, candidate_ids, num_candidate_slots,
-        salt, *keys, num, num_lookups, **block,
+    find_candidates[probing](
+        first_P, position_P, count_P, sums_P, sums, counters, found_P, first_H, place_P, candidate_slots, candidate_ids,
+        num_candidate_slots, salt, *keys, num, num_lookups, **by_key,
     )  # fmt: skip
-    first_N, order_N = torch.sort(first_P, stable=True)
+    first_N, order_N, _, *ends = in_order(first_P, position_P, None, num)
     count_occurrences[grid](
-        count_P, number_N, first_N, order_N, sums_P, sums, found_P, candidate_counts, num_candidates,
-        num_candidate_slots, candidate_ids.numel(), num, search_steps(num), **block,
+        count_P, number_N, first_N, order_N, *ends, sums_P, sums, *probing, found_P, candidate_counts, num_candidates,
+        num_candidate_slots, candidate_ids.numel(), KEYS=KEYS, **by_position,
     )  # fmt: skip
-    store_counts[grid](
+    store_counts[probing](
         candidate_slots, candidate_ids, candidate_vocabularies, candidate_counts, num_candidates, number_N, first_N,
-        order_N, count_P, sums, found_P, num_candidate_slots, salt, *keys, candidate_ids.numel(), num, num_lookups,
-        **block,
+        order_N, *ends, count_P, sums, *probing, found_P, num_candidate_slots, salt, *keys, candidate_ids.numel(),
+        num_lookups, **by_key,
     )  # fmt: skip
     return count_P

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from recfx.kernels.gpu.hashing import hash_id, key_at, probe
-from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS
+from recfx.kernels.gpu.launch import KEYS, NUM_WARPS
 
 __all__ = ["find"]
 
@@ -31,8 +31,8 @@ def find(
     """`recfx.kernels.find.definition`."""
     row_P, num = torch.empty_like(cell_P), cell_P.numel()
     if num:
-        find_rows[(triton.cdiv(num, BLOCK),)](
+        find_rows[(triton.cdiv(num, KEYS),)](
             slots, ids, num_slots, salt, id_P, cell_P, vocabularies, row_P, num, len(vocabularies),
-            BLOCK=BLOCK, num_warps=NUM_WARPS,
+            BLOCK=KEYS, num_warps=NUM_WARPS,
         )  # fmt: skip
     return row_P

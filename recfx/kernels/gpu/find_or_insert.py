@@ -20,7 +20,7 @@ from torch import Tensor
 from recfx.kernels import op
 from recfx.kernels.gpu.hashing import EMPTY, hash_id, key_at, next_run, place, probe, slot_of, swap_where
 from recfx.kernels.gpu.initial import initial_values
-from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, columns_of, programs, rows_of
+from recfx.kernels.gpu.launch import BLOCK, KEYS, NUM_WARPS, TILE, columns_of, programs
 from recfx.kernels.gpu.scan import add_up, num_counters, sum_before, sum_of_all, sums_of
 
 __all__ = ["UNKNOWN", "claim", "find_or_insert_", "scratch_table"]
@@ -28,6 +28,7 @@ __all__ = ["UNKNOWN", "claim", "find_or_insert_", "scratch_table"]
 UNKNOWN, REFUSED = tl.constexpr(op.UNKNOWN), tl.constexpr(op.REFUSED)
 LOOKED_UP, CREATED, UNADMITTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)  # of `tally`
 SCRATCH_LOAD = 3 / 4
+INSERTING, INITIALISING = 6, 10  # programs of `store_new` that a multiprocessor holds at once: 16 in all
 
 
 @triton.jit
@@ -94,8 +95,8 @@ def look_up(
 def number(
     row_P, inverse_P, new_rows, totals, first_H, admitted_H, place_P, sums_P, sums, found_P, ids, row_vocabularies,
     seen, born, num_rows, free_rows, num_free, num_refused, tally, unique_rows, num_unique, num_slots, step, id_P,
-    cell_P, vocabularies, admit_P, max_rows, max_unique, num_positions, num_lookups, ADMITS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    cell_P, vocabularies, admit_P, max_rows, max_unique, num_positions, num_lookups, num_sums, ADMITS: tl.constexpr,
+    KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = tl.load(cell_P + k, mask=k < num_positions, other=-1) >= 0
@@ -111,7 +112,7 @@ def number(
         begin = tl.where(known, begin, tl.load(admitted_H + at, mask=valid, other=EMPTY))
     ranked = valid & (begin != EMPTY)
     here = tl.load(sums_P + begin, mask=ranked, other=0)
-    before = sum_before(sums, tl.num_programs(0), begin // BLOCK, ranked)
+    before = sum_before(sums, num_sums, begin // KEYS, ranked)
     rank = (before >> 32) + (here >> 16) - 1  # among the new keys
     taken = ranked & ~known & (rank < room)
     reused = tl.load(free_rows + (free - 1 - rank), mask=taken & (rank < free), other=0)
@@ -145,7 +146,7 @@ def number(
     looked_up = tl.sum(valid.to(tl.int64), axis=0)
     tl.atomic_add(tally + LOOKED_UP, looked_up, mask=looked_up > 0, sem="relaxed")
     if tl.program_id(0) == 0:
-        all_sums = sum_of_all(sums, tl.num_programs(0))
+        all_sums = sum_of_all(sums, num_sums)
         num_created = tl.minimum(all_sums >> 32, room)
         num_joined = tl.minimum((all_sums & 0xFFFFFFFF) + num_created, max_unique - unique)
         tl.store(totals, num_created)
@@ -171,7 +172,7 @@ def insert(
 @triton.jit
 def initialise(
     rows, new_rows, num_created, ids, row_vocabularies, init_keys, init_params, stride, width, size, program,
-    num_programs, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    num_programs, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)[None, :]
     for begin in range(program * ROWS, num_created, num_programs * ROWS):
@@ -179,13 +180,15 @@ def initialise(
         row = tl.load(new_rows + nth, mask=nth < num_created, other=0)
         id = tl.load(ids + row, mask=nth < num_created, other=0)
         vocabulary = tl.load(row_vocabularies + row, mask=nth < num_created, other=0)
-        within = (nth < num_created) & (column < width)
-        value = initial_values(init_keys, init_params, width, vocabulary, id, column, within)
         at = rows + row.to(tl.int64) * stride
-        tl.store(at + column, value, mask=within)
+        for t in tl.static_range(TILES):
+            c = t * COLUMNS + column
+            within = (nth < num_created) & (c < width)
+            value = initial_values(init_keys, init_params, width, vocabulary, id, c, within)
+            tl.store(at + c, value, mask=within)
         for first in range(width, size, COLUMNS):
             behind = (nth < num_created) & (first + column < size)
-            tl.store(at + first + column, tl.zeros_like(value), mask=behind)
+            tl.store(at + first + column, tl.zeros([ROWS, COLUMNS], tl.float32), mask=behind)
 
 
 @triton.jit
@@ -202,7 +205,7 @@ def end_counts(num_created, num_joined, num_rows, num_free, tally, num_unique):
 def store_new(
     slots, num_crowded, rows, new_rows, totals, ids, row_vocabularies, num_rows, num_free, tally, num_unique, num_slots,
     salt, init_keys, init_params, stride, width, size, num_inserting, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first programs wait for the index, the others write rows: neither is held up by the other."""
     program, num_created = tl.program_id(0), tl.load(totals)
@@ -216,7 +219,7 @@ def store_new(
     else:
         initialise(
             rows, new_rows, num_created, ids, row_vocabularies, init_keys, init_params, stride, width, size,
-            program - num_inserting, tl.num_programs(0) - num_inserting, ROWS, COLUMNS,
+            program - num_inserting, tl.num_programs(0) - num_inserting, ROWS, COLUMNS, TILES,
         )  # fmt: skip
 
 
@@ -237,38 +240,39 @@ def find_or_insert_(
     row_P, inverse_P, place_P, new_rows = (torch.empty_like(cell_P) for _ in range(4))
     if num == 0:
         return row_P, inverse_P
-    grid = (triton.cdiv(num, BLOCK),)
+    grid, probing = (triton.cdiv(num, BLOCK),), (triton.cdiv(num, KEYS),)
     found_P, totals, sums_P, sums = (
         torch.empty_like(id_P),
         id_P.new_empty(2),
         torch.empty_like(cell_P),
-        sums_of(id_P, *grid),
+        sums_of(id_P, *probing),
     )
     num_tables = 1 if admit_P is None else 2
-    *tables, counters = scratch_table(cell_P, num_counters=num_counters(*grid), num_tables=num_tables)
+    *tables, counters = scratch_table(cell_P, num_counters=num_counters(*probing), num_tables=num_tables)
     first_H, admitted_H = tables[0], tables[-1]
     admit = cell_P if admit_P is None else admit_P.view(torch.uint8)
-    by_position = {"ADMITS": admit_P is not None, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    admits = {"ADMITS": admit_P is not None, "num_warps": NUM_WARPS}
 
     claim[grid](
         first_H, admitted_H, place_P, id_P, cell_P, vocabularies, salt, admit, num, num_lookups, first_H.numel(),
-        **by_position,
+        BLOCK=BLOCK, **admits,
     )  # fmt: skip
-    look_up[grid](
+    look_up[probing](
         sums_P, sums, counters, first_H, admitted_H, place_P, found_P, slots, ids, seen, num_slots, salt, step, id_P,
-        cell_P, vocabularies, num, num_lookups, **by_position,
+        cell_P, vocabularies, num, num_lookups, BLOCK=KEYS, **admits,
     )  # fmt: skip
     number[grid](
         row_P, inverse_P, new_rows, totals, first_H, admitted_H, place_P, sums_P, sums, found_P, ids, row_vocabularies,
         seen, born, num_rows, free_rows, num_free, num_refused, tally, unique_rows, num_unique, num_slots, step, id_P,
-        cell_P, vocabularies, admit, ids.numel(), unique_rows.numel(), num, num_lookups, **by_position,
+        cell_P, vocabularies, admit, ids.numel(), unique_rows.numel(), num, num_lookups, *probing,
+        KEYS=KEYS, BLOCK=BLOCK, **admits,
     )  # fmt: skip
-    rows_of_warp = max(1, rows_of(width) // 4)  # the tile of a warp
-    (inserting,), (initialising,) = programs(num, BLOCK, at_once=4), programs(num, rows_of_warp, at_once=12)
+    columns = min(columns_of(width), TILE // 4)  # the tile of a warp
+    rows_of_warp = TILE // 4 // columns
+    (inserting,), (initialising,) = programs(num, KEYS, INSERTING), programs(num, rows_of_warp, INITIALISING)
     store_new[(inserting + initialising,)](
         slots, num_crowded, rows, new_rows, totals, ids, row_vocabularies, num_rows, num_free, tally, num_unique,
         num_slots, salt, init_keys, init_params, rows.stride(0), width, rows.shape[1] * width, inserting,
-        ROWS=rows_of_warp, COLUMNS=columns_of(width), BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        ROWS=rows_of_warp, COLUMNS=columns, TILES=triton.cdiv(width, columns), BLOCK=KEYS, num_warps=NUM_WARPS,
     )  # fmt: skip
     return row_P, inverse_P

@@ -14,7 +14,7 @@ IMPOSSIBLE = tl.constexpr(-2)  # neither a slot nor a position
 RUN = tl.constexpr(hashing.RUN)
 MULTIPLIER = tl.constexpr(hashing.MULTIPLIER % 2**64)
 GOLDEN = tl.constexpr(hashing.GOLDEN % 2**64)
-GROUP = tl.constexpr(4)  # slots a probe reads at once: 32 bytes, one sector
+GROUP = tl.constexpr(8)  # slots a probe reads at once: 64 bytes, as DRAM is read
 
 
 @triton.jit
@@ -66,58 +66,57 @@ def swap_where(active, places, num_places, at, expected, value):
 
 
 @triton.jit
-def read_group(slots, mask, start, k, active):
-    """The GROUP slots that a lane has come to, k slots into its run, in one or two 16-byte loads.
-
-    Returns (slots [lanes, GROUP], which of them are ahead in the run, how many are not).
-    """
-    nth = tl.arange(0, GROUP)[None, :]
-    at = ((start + k.to(tl.uint64)) & mask).to(tl.int64)
-    group = at // GROUP * GROUP
-    behind = (at - group).to(tl.int32)
-    slot = tl.load(slots + (group[:, None] + nth), mask=active[:, None], other=EMPTY)
-    return slot, (nth >= behind[:, None]) & (k[:, None] + nth - behind[:, None] < RUN), behind
-
-
-@triton.jit
 def go_on(start, k):
     """(start, k) of a lane that has looked at k slots of its run, or more."""
     over = k >= RUN
-    return tl.where(over, next_run(start), start), tl.where(over, 0, k)
+    if tl.max(over.to(tl.int32), axis=0) > 0:
+        start, k = tl.where(over, next_run(start), start), tl.where(over, 0, k)
+    return start, k
+
+
+@triton.jit
+def first_stop(slots, mask, head, start, k, active):
+    """Of the GROUP slots that each active lane has come to, k slots into its run, the first that is empty or of `head`.
+
+    A lane reads all slots of its group at once, in one place each: what belongs to a key is in one thread, and nothing
+    is exchanged between threads. Returns (low half of that slot, whether there is one, k after it or after the group).
+    """
+    at = ((start + k.to(tl.uint64)) & mask).to(tl.int64)
+    group, before = slots + at // GROUP * GROUP, (at & (GROUP - 1)).to(tl.int32)
+    begin, end = tl.where(active, before, GROUP), RUN + before - k  # the run may end within the group
+    other_head = (head ^ 1).to(tl.int64) << 32
+    low, stop = head * 0, head * 0 + GROUP
+    for j in tl.static_range(GROUP - 1, -1, -1):
+        slot = tl.load(group + j, mask=(j >= begin) & (j < end), other=other_head)
+        stops = (slot == EMPTY) | ((slot >> 32).to(tl.int32) == head)
+        low, stop = tl.where(stops, slot.to(tl.int32), low), tl.where(stops, j, stop)
+    return low, stop < GROUP, k - before + tl.minimum(stop + 1, GROUP)
 
 
 @triton.jit
 def probe(slots, ids, mask, hash, vocabulary, id, active):
     """Row i32 of each key, -1 where it is absent or not active. The index is only read."""
-    nth = tl.arange(0, GROUP)[None, :]
     head = (slot_of(hash, vocabulary, vocabulary * 0) >> 32).to(tl.int32)
     row = vocabulary * 0 - 1
     start, k = hash, vocabulary * 0  # k: how far in the run
     while tl.max(active.to(tl.int32), axis=0) > 0:
-        slot, ahead, behind = read_group(slots, mask, start, k, active)
-        stop = tl.min(
-            tl.where(ahead & ((slot == EMPTY) | ((slot >> 32).to(tl.int32) == head[:, None])), nth, GROUP), axis=1
-        )
-        stopped = active & (stop < GROUP)
-        here = tl.sum(tl.where(nth == stop[:, None], slot, 0), axis=1)
-        used = stopped & (here != EMPTY)
-        candidate = (here & 0x7FFFFFFF).to(tl.int32)
+        candidate, stopped, k = first_stop(slots, mask, head, start, k, active)
+        used = stopped & (candidate >= 0)
         found = used & (tl.load(ids + candidate, mask=used, other=0) == id)
         row = tl.where(found, candidate, row)
         active = active & ~found & ~(stopped & ~used)
-        start, k = go_on(start, k - behind + tl.where(stopped, stop + 1, GROUP))
+        start, k = go_on(start, k)
     return row
 
 
 @triton.jit
 def next_empty(slots, mask, start, k, active):
-    """(start, k) of the first slot at or behind each lane's that seems empty. A full one never does."""
-    nth = tl.arange(0, GROUP)[None, :]
+    """(start, k) of the first slot at or after each lane's that seems empty. A full one is not, but for one whose upper
+    half is all ones."""
     while tl.max(active.to(tl.int32), axis=0) > 0:
-        slot, ahead, behind = read_group(slots, mask, start, k, active)
-        stop = tl.min(tl.where(ahead & (slot == EMPTY), nth, GROUP), axis=1)
-        k = tl.where(active, k - behind + stop, k)
-        active = active & (stop == GROUP)
+        _, stopped, after = first_stop(slots, mask, k * 0 - 1, start, k, active)
+        k = tl.where(active, after - stopped.to(tl.int32), k)
+        active = active & ~stopped
         start, k = go_on(start, k)
     return start, k
 

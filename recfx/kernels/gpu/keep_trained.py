@@ -1,7 +1,7 @@
 """keep_trained_ and untouch_rows_ on a GPU: which rows are among the step's after all.
 
 mark_trained  of each new unique number, whether an occurrence trains; the rows by number are copied
-(scan)        ranks of those that are kept
+sum_kept      those that are kept are summed up (`scan.py`), which ranks them
 renumber      rows, `seen` and occurrences get the new numbers
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recfx.kernels import keep_trained, op
 from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS
+from recfx.kernels.gpu.scan import num_counters, store_sums, sum_of_all, sum_up_to, sums_of
 
 __all__ = ["keep_trained_", "untouch_rows_"]
 
@@ -42,27 +43,34 @@ def mark_trained(
 
 
 @triton.jit
+def sum_kept(sums_P, sums, counters, kept, num_positions, BLOCK: tl.constexpr):
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_kept = tl.load(kept + k, mask=k < num_positions, other=0) > 0
+    store_sums(sums_P, sums, counters, k, is_kept.to(tl.int32), k < num_positions)
+
+
+@triton.jit
 def renumber(
-    out_P, seen, unique_rows, num_unique, rows, sums, num_before, step, inverse_P, cell_P, trains, num_cells,
+    out_P, seen, unique_rows, num_unique, rows, ranks, num_before, step, inverse_P, cell_P, trains, num_cells,
     num_positions, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of new number n, position n of the batch takes care: there are no more of them than positions."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     within, before = k < num_positions, tl.load(num_before)
-    row, rank = tl.load(rows + k, mask=within, other=-1), tl.load(sums + k, mask=within, other=0)
-    kept = rank > tl.load(sums + k - 1, mask=within & (k > 0), other=0)
+    row, rank = tl.load(rows + k, mask=within, other=-1), sum_up_to(ranks, k, within, BLOCK)
+    kept = rank > sum_up_to(ranks, k - 1, within & (k > 0), BLOCK)
     number = before + rank - 1
-    now = (tl.load(step) << 32) | tl.where(kept, number.to(tl.int64), NO_NUMBER)
+    now = (tl.load(step) << 32) | tl.where(kept, number, NO_NUMBER)
     tl.store(seen + row, now, mask=row >= 0)
     tl.store(unique_rows + number, row, mask=(row >= 0) & kept)
 
     inverse = tl.load(inverse_P + k, mask=within, other=-1)
     trained = is_trained(inverse, cell_P, trains, num_cells, k, within)
     is_new = trained & (inverse >= before)
-    new_number = before + tl.load(sums + (inverse - before), mask=is_new, other=0) - 1
+    new_number = before + sum_up_to(ranks, inverse - before, is_new, BLOCK) - 1
     out = tl.where(is_new, new_number, tl.where(trained, inverse, UNKNOWN))
     tl.store(out_P + k, out.to(tl.int32), mask=within)
-    total = before + tl.load(sums + num_positions - 1)
+    total = before + sum_of_all(ranks[1], ranks[2])
     tl.store(num_unique + k * 0, tl.zeros([BLOCK], tl.int64) + total, mask=k == 0)
 
 
@@ -88,12 +96,15 @@ def keep_trained_(
     num, out_P = inverse_P.numel(), torch.empty_like(inverse_P)
     if num == 0:
         return out_P
-    kept, rows = torch.zeros_like(inverse_P), torch.empty_like(inverse_P)
+    rows, sums_P = torch.empty_like(inverse_P), torch.empty_like(inverse_P)
     occurrences = inverse_P, cell_P, trains, len(trains), num
     grid, block = (triton.cdiv(num, BLOCK),), {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    kept, counters = inverse_P.new_full((num + num_counters(*grid),), -1).split([num, num_counters(*grid)])
+    sums = sums_of(seen, *grid)
     mark_trained[grid](kept, rows, unique_rows, num_unique, num_before, *occurrences, **block)
-    sums = torch.cumsum(kept, 0, dtype=torch.int32)
-    renumber[grid](out_P, seen, unique_rows, num_unique, rows, sums, num_before, step, *occurrences, **block)
+    sum_kept[grid](sums_P, sums, counters, kept, num, **block)
+    ranks = sums_P, sums, *grid
+    renumber[grid](out_P, seen, unique_rows, num_unique, rows, ranks, num_before, step, *occurrences, **block)
     return out_P
 
 

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "chosen", "columns_of", "cover_of", "held_at_once", "list_bounds", "lower_bound", "multiprocessors", "programs",
-    "rows_of", "search_steps", "slices",
+    "at_once", "chosen", "columns_of", "cover_of", "held_at_once", "list_bounds", "lower_bound", "multiprocessors",
+    "programs", "rows_of", "search_steps", "slices",
 ]  # fmt: skip
 
-BLOCK = 128  # positions per program of the kernels that look ids up: one warp, four ids a lane
-NUM_WARPS = 1
+BLOCK, NUM_WARPS = 128, 1  # positions per program of most kernels, four a lane
+KEYS = 32  # of those that probe an index, one a lane: a warp waits for the longest of its probes
 TILE = 1024  # floats per program of the kernels that move rows
 MULTIPROCESSORS = 132  # of an H100 or H200, for compilation without a GPU
 REGISTERS, MOST_AT_ONCE = 65536, 32  # registers of a multiprocessor, and programs that it holds at most
@@ -38,6 +38,15 @@ def programs(num: int, per_program: int, at_once: int = 7) -> tuple[int]:
               at 4 warps. A test holds it against the compiled kernel.
     """
     return (max(1, min(triton.cdiv(num, per_program), at_once * multiprocessors())),)
+
+
+def at_once(width: int, held: tuple[int, int, int], num_slices: int = 1) -> int:
+    """The one of `held` that is of rows of this width: as many programs as a multiprocessor holds by the registers that
+    the compiler gives them. The first is of rows of 16, 32 .. 256 floats in one slice, the second of other rows of 4 to
+    128 floats in one slice or two, the last of all others."""
+    if num_slices == 1 and width % 16 == 0 and width <= 256:
+        return held[0]
+    return held[1] if num_slices <= 2 and 4 <= width <= 128 else held[2]
 
 
 def held_at_once(registers: int, num_warps: int) -> int:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.launch import columns_of, cover_of, programs, rows_of
+from recfx.kernels.gpu.launch import at_once, columns_of, cover_of, programs, rows_of
 
 __all__ = [
     "adagrad_rows_",
@@ -142,9 +142,9 @@ def update_rows(
     end_step(num_unique, is_due)
 
 
-# Programs that a multiprocessor holds at once, of rows of whole 16 bytes and of others.
-AT_ONCE = {
-    sgd: (10, 8), adagrad: (8, 4), rowwise_adagrad: (7, 5), adamw: (8, 4), adamw_by_column: (8, 3), ftrl: (4, 3),
+AT_ONCE = {  # `launch.at_once`
+    sgd: (10, 10, 8), adagrad: (8, 5, 4), rowwise_adagrad: (7, 6, 5), adamw: (9, 5, 4), adamw_by_column: (8, 4, 3),
+    ftrl: (4, 3, 3),
 }  # fmt: skip
 
 
@@ -155,8 +155,7 @@ def update(
     """`places`: in `hyper`, of decay, rate, scale and the formula's own scalars."""
     width = grads.shape[1]
     decay, rate, scale, own = places
-    at_once = AT_ONCE[formula][width % 4 > 0]
-    update_rows[programs(unique_rows.numel(), rows_of(width), at_once)](
+    update_rows[programs(unique_rows.numel(), rows_of(width), at_once(width, AT_ONCE[formula]))](
         rows, grads, num_unique, unique_rows, row_vocabularies, hyper, due, hyper if rates is None else rates,
         rows.stride(0), grads.stride(0), width, DECAY=decay, RATE=rate, SCALE=scale, OWN=own, FORMULA=formula,
         DIMS=tuple(dims), HAS_RATES=rates is not None, ROWS=rows_of(width), COLUMNS=columns_of(width),

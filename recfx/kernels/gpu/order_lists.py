@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, chosen, columns_of, list_bounds, lower_bound, search_steps
+from recfx.kernels.gpu.scan import lower_bound_of_sums, num_counters, store_sums, sum_up_to, sums_of
 
 __all__ = ["list_sums", "order_ids", "order_ids_ends", "order_lists"]
 
@@ -101,14 +102,14 @@ def order_cells(
 
 
 @triton.jit
-def count_ids(count, offsets, num_lists, LENGTHS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many ids of each list, sample by sample, have a place."""
+def count_ids(sums_L, sums, counters, offsets, num_lists, LENGTHS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums up how many ids of each list, sample by sample, have a place."""
     nth = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     lookup = nth % len(LENGTHS)
     at = chosen(offsets, lookup) + nth // len(LENGTHS)
     num = tl.load(at + 1, mask=nth < num_lists, other=0) - tl.load(at, mask=nth < num_lists, other=0)
     num, length = tl.maximum(num, 0), chosen(LENGTHS, lookup)
-    tl.store(count + nth, tl.where(length > 0, tl.minimum(num, length), num), mask=nth < num_lists)
+    store_sums(sums_L, sums, counters, nth, tl.where(length > 0, tl.minimum(num, length), num), nth < num_lists)
 
 
 @triton.jit
@@ -118,9 +119,9 @@ def order_positions(
 ):  # fmt: skip
     num_lookups: tl.constexpr = len(LENGTHS)
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    nth = lower_bound(ends, num_lists, steps, k + 1)
+    nth = lower_bound_of_sums(ends, 0, num_lists, steps, k + 1, BLOCK)
     valid = (k < num_positions) & (nth < num_lists)
-    place = k - tl.load(ends + nth - 1, mask=valid & (nth > 0), other=0)
+    place = k - sum_up_to(ends, nth - 1, valid & (nth > 0), BLOCK).to(tl.int32)
     lookup, sample = nth % num_lookups, nth // num_lookups
     at = place + tl.load(chosen(offsets, lookup) + sample, mask=valid, other=0)
     length = chosen(LENGTHS, lookup)
@@ -175,16 +176,19 @@ def order_cut(
 ) -> tuple[Tensor, Tensor]:
     """Ids and cells where a lookup's length is not 0."""
     num, num_lists = sum(v.numel() for v in values), (offsets[0].numel() - 1) * len(values)
-    id_P, cell_P, count = values[0].new_empty(num), offsets[0].new_empty(num), offsets[0].new_empty(num_lists)
+    id_P, cell_P, sums_L = values[0].new_empty(num), offsets[0].new_empty(num), offsets[0].new_empty(num_lists)
     if num == 0:
         return id_P, cell_P
+    grid = (triton.cdiv(num_lists, BLOCK),)
+    sums = sums_of(values[0], *grid)
     if num_lists:
-        count_ids[(triton.cdiv(num_lists, BLOCK),)](
-            count, tuple(offsets), num_lists, LENGTHS=tuple(lengths), BLOCK=BLOCK, num_warps=NUM_WARPS
+        counters = offsets[0].new_full((num_counters(*grid),), -1)
+        count_ids[grid](
+            sums_L, sums, counters, tuple(offsets), num_lists, LENGTHS=tuple(lengths), BLOCK=BLOCK, num_warps=NUM_WARPS
         )
     first_cells = [sum(max(n, 1) for n in lengths[:l]) for l in range(len(lengths) + 1)]
     order_positions[(triton.cdiv(num, BLOCK),)](
-        id_P, cell_P, weight_P, torch.cumsum(count, 0, dtype=torch.int32), tuple(offsets), tuple(values),
+        id_P, cell_P, weight_P, (sums_L, sums, *grid), tuple(offsets), tuple(values),
         tuple(weight_P if w is None else w for w in weights), tuple(v.numel() for v in values),
         num, num_lists, search_steps(num_lists), LENGTHS=tuple(lengths), FIRST_CELLS=tuple(first_cells),
         HAS_WEIGHT=tuple(int(w is not None) for w in weights), BLOCK=BLOCK, num_warps=NUM_WARPS,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recfx.kernels import op
 from recfx.kernels.gpu.hashing import EMPTY, hash_id, place, slot_of
-from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS
+from recfx.kernels.gpu.launch import KEYS, NUM_WARPS
 
 __all__ = ["rehash_"]
 
@@ -34,6 +34,6 @@ def rehash_(
     slots[:num_slots].fill_(EMPTY.value)
     num_crowded.zero_()
     if num_rows:
-        place_rows[(triton.cdiv(num_rows, BLOCK),)](
-            slots, num_crowded, ids, row_vocabularies, num_rows, num_slots, salt, BLOCK=BLOCK, num_warps=NUM_WARPS
+        place_rows[(triton.cdiv(num_rows, KEYS),)](
+            slots, num_crowded, ids, row_vocabularies, num_rows, num_slots, salt, BLOCK=KEYS, num_warps=NUM_WARPS
         )

@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["add_up", "num_counters", "sum_before", "sum_of_all", "sums_of"]
+__all__ = [
+    "add_up", "lower_bound_of_sums", "num_counters", "store_sums", "sum_before", "sum_of_all", "sum_up_to", "sums_of",
+]  # fmt: skip
 
 PART = tl.constexpr(128)  # programs whose totals one program adds up
 
@@ -67,3 +69,29 @@ def sum_before(sums, num_programs, program, mask):
 @triton.jit
 def sum_of_all(sums, num_programs):
     return tl.load(sums + num_programs + (num_programs + PART - 1) // PART)
+
+
+@triton.jit
+def store_sums(sums_P, sums, counters, k, item, mask):
+    """Hands in the items k of a program, and stores their sums within it."""
+    tl.store(sums_P + k, tl.cumsum(item, axis=0), mask=mask)
+    add_up(sums, counters, tl.sum(item.to(tl.int64), axis=0))
+
+
+@triton.jit
+def sum_up_to(scan, k, mask, BLOCK: tl.constexpr):
+    """i64 sums of all items up to k and with it. scan: (sums_P, sums, programs of BLOCK items) of `store_sums`."""
+    return tl.load(scan[0] + k, mask=mask, other=0) + sum_before(scan[1], scan[2], k // BLOCK, mask)
+
+
+@triton.jit
+def lower_bound_of_sums(scan, first, num, steps, key, BLOCK: tl.constexpr):
+    """The first of `num` items from item `first` on up to which the sum is not less than `key`; less `first`."""
+    low = tl.zeros_like(key).to(tl.int32)
+    high = low + num
+    for _ in range(steps):
+        middle = (low + high) // 2
+        less = sum_up_to(scan, first + middle, low < high, BLOCK) < key
+        high = tl.where((low < high) & ~less, middle, high)
+        low = tl.where((low < high) & less, middle + 1, low)
+    return low

@@ -8,24 +8,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.add_row_grads import at_once, chunk_sums, sum_of_rows
-from recfx.kernels.gpu.launch import programs, rows_of
+from recfx.kernels.gpu.add_row_grads import chunk_sums, sum_of_rows
+from recfx.kernels.gpu.launch import at_once, programs, rows_of
 from recfx.kernels.gpu.optimizer_rows import adamw, scalar
 from recfx.kernels.gpu.runs import run_of
 
 __all__ = ["sum_adamw_rows_"]
 
-SUM_ADAMW = 8, 4  # as SUM_CHUNKS
+SUM_ADAMW = 8, 4, 3  # `launch.at_once`
 
 
 @triton.jit
 def update_slice(
     at, hyper, partial, block, cell_N, weight_N, width, begin, end, valid, WEIGHTED: tl.constexpr, FIRST: tl.constexpr,
-    DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    DIM: tl.constexpr, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     total = sum_of_rows(
-        total, partial, block, cell_N, weight_N, width, begin, end, WEIGHTED, FIRST, DIM, COLUMNS, CHUNK
+        total, partial, block, cell_N, weight_N, width, begin, end, WEIGHTED, FIRST, DIM, LOOKUPS, COLUMNS, CHUNK
     )
     column = tl.arange(0, COLUMNS)[None, :]
     within = valid[:, None] & (column < DIM)
@@ -36,8 +36,8 @@ def update_slice(
 @triton.jit
 def sum_adamw(
     rows, num_unique, unique_rows, hyper, stride, partial, cell_N, weight_N, begins, last_number, blocks, width,
-    WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr, DIMS: tl.constexpr, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(num_unique)
     for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
@@ -48,7 +48,7 @@ def sum_adamw(
         for s in tl.static_range(len(FIRSTS)):
             update_slice(
                 at, hyper, partial, blocks[s], cell_N, weight_N, width, begin, end, unique < count, WEIGHTED, FIRSTS[s],
-                DIMS[s], COLUMNS[s], ROWS, CHUNK,
+                DIMS[s], LOOKUPS[s], COLUMNS[s], ROWS, CHUNK,
             )  # fmt: skip
 
 
@@ -61,6 +61,6 @@ def sum_adamw_rows_(
     sources, static, count = chunk_sums(
         inverse_P, cell_P, firsts, dims, blocks, weight_P, rows.shape[2], most, num_unique
     )
-    sum_adamw[programs(most, per_program, at_once(dims, SUM_ADAMW))](
+    sum_adamw[programs(most, per_program, at_once(sum(dims), SUM_ADAMW, len(dims)))](
         rows, count, unique_rows, hyper, rows.stride(0), *sources, ROWS=per_program, **static
     )

@@ -10,33 +10,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, chosen, lower_bound, search_steps
+from recfx.kernels.gpu.launch import BLOCK, NUM_WARPS, search_steps
+from recfx.kernels.gpu.scan import lower_bound_of_sums, num_counters, store_sums, sum_up_to, sums_of
 
 __all__ = ["take_lists"]
 
 
 @triton.jit
-def join_lengths(joined, lengths, nums, BEGINS: tl.constexpr, BLOCK: tl.constexpr):
-    """The lengths of all columns end to end, none below 0: i64, so that they are summed up as they are."""
-    column = tl.program_id(1)
-    nth = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    within = nth < chosen(nums, column)
-    length = tl.load(chosen(lengths, column) + nth, mask=within, other=0)
-    tl.store(joined + chosen(BEGINS, column) + nth, tl.maximum(length, 0).to(tl.int64), mask=within)
+def sum_lengths(sums_L, sums, counters, lengths, BEGINS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums up the lengths of all columns end to end, none below 0."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = lengths[0] + k
+    for c in tl.static_range(1, len(lengths)):
+        at = tl.where(k >= BEGINS[c], lengths[c] + (k - BEGINS[c]), at)
+    within = k < BEGINS[len(lengths)]
+    length = tl.load(at, mask=within, other=0)
+    store_sums(sums_L, sums, counters, k, tl.maximum(length, 0).to(tl.int64), within)
 
 
 @triton.jit
 def take_column(
-    out, out_offsets, values, size, first, ends, has_before, num_lists, capacity, steps, BLOCK: tl.constexpr
+    out, out_offsets, values, size, first, ends, begin_list, num_lists, capacity, steps, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """`ends` go on from those of the column before, if there is one. Outside the values every item is 0."""
-    before = tl.load(ends - 1, mask=has_before, other=0)
+    """`ends` go on from those of the columns before. Outside the values every item is 0."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    end = tl.load(ends + k - 1, mask=(k > 0) & (k <= num_lists), other=0)
+    before = sum_up_to(ends, begin_list - 1 + 0 * k, begin_list > 0 * k, BLOCK)
+    end = sum_up_to(ends, begin_list + k - 1, (k > 0) & (k <= num_lists), BLOCK)
     tl.store(out_offsets + k, tl.where(k > 0, tl.minimum(end - before, capacity), 0).to(tl.int32), mask=k <= num_lists)
-    owner = lower_bound(ends, num_lists, steps, k + 1 + before)
+    owner = lower_bound_of_sums(ends, begin_list, num_lists, steps, k + 1 + before, BLOCK)
     has = (k < capacity) & (owner < num_lists)
-    begin = tl.load(ends + owner - 1, mask=has & (owner > 0), other=0)
+    begin = sum_up_to(ends, begin_list + owner - 1, has & (owner > 0), BLOCK)
     place = k - tl.where(owner > 0, begin - before, 0)
     source = tl.load(first + owner, mask=has, other=0) + place
     has &= (source >= 0) & (source < size)
@@ -51,7 +54,7 @@ def take_columns(
     for c in tl.static_range(len(CAPACITIES)):
         if tl.program_id(1) == c:
             take_column(
-                outs[c], out_offsets[c], values[c], sizes[c], firsts[c], ends + BEGINS[c], BEGINS[c] > 0,
+                outs[c], out_offsets[c], values[c], sizes[c], firsts[c], ends, BEGINS[c],
                 BEGINS[c + 1] - BEGINS[c], CAPACITIES[c], steps, BLOCK,
             )  # fmt: skip
 
@@ -63,14 +66,16 @@ def take_lists(
     out = [v.new_empty(size) for v, size in zip(values, capacity, strict=True)]
     offsets = [f.new_empty(f.numel() + 1) for f in first]
     nums = tuple(f.numel() for f in first)
-    begins, joined = (0, *accumulate(nums)), first[0].new_empty(sum(nums), dtype=torch.int64)
+    begins, grid = (0, *accumulate(nums)), (triton.cdiv(sum(nums), BLOCK),)
+    sums_L = first[0].new_empty(sum(nums), dtype=torch.int64)
+    sums = sums_of(sums_L, *grid)
     if any(nums):
-        join_lengths[(triton.cdiv(max(nums), BLOCK), len(nums))](
-            joined, tuple(length), nums, BEGINS=begins, BLOCK=BLOCK, num_warps=NUM_WARPS
-        )
-    ends, most = torch.cumsum(joined, 0), max(*capacity, *(o.numel() for o in offsets))
+        counters = first[0].new_full((num_counters(*grid),), -1)
+        sum_lengths[grid](sums_L, sums, counters, tuple(length), BEGINS=begins, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    most = max(*capacity, *(o.numel() for o in offsets))
     take_columns[(triton.cdiv(most, BLOCK), len(values))](
-        tuple(out), tuple(offsets), tuple(values), tuple(v.numel() for v in values), tuple(first), ends,
-        search_steps(max(nums)), BEGINS=begins, CAPACITIES=tuple(capacity), BLOCK=BLOCK, num_warps=NUM_WARPS,
+        tuple(out), tuple(offsets), tuple(values), tuple(v.numel() for v in values), tuple(first),
+        (sums_L, sums, *grid), search_steps(max(nums)), BEGINS=begins, CAPACITIES=tuple(capacity), BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     return [t for pair in zip(out, offsets, strict=True) for t in pair]

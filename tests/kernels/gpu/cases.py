@@ -50,7 +50,7 @@ MEANT = [
         "id of either, or padding, is in its place.",
     ),
     (
-        "place_rows|store_counts|store_new", "a plain read and an atomic", "slot = tl.load(slots + (group",
+        "place_rows|store_counts|store_new", "a plain read and an atomic", "slot = tl.load(group + j",
         "A slot that looks empty is then taken by compare-and-swap, which reads memory; one that is taken stays taken.",
     ),
 ]  # fmt: skip

@@ -16,7 +16,6 @@ from tests.reference import Reading, table_plan
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402  behind importorskip
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from recfx.kernels.gpu import count_candidates, find_or_insert, launch  # noqa: E402
@@ -114,54 +113,55 @@ def test_sums_of_programs_are_exact_whoever_is_last(num_programs, mode):
     assert not report.races
 
 
-class Nodes(TorchDispatchMode):
-    """What torch would launch itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in {"empty", "empty_like", "new_empty", "view", "split", "detach"}:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("op", "most"), [("find_or_insert_", 5), ("count_candidates_", 7)])
-def test_launches_of_an_operator(op, most):
-    """A fill and the kernels, and a sort of candidates. With a scan by torch it was eight and ten."""
-    launcher = getattr(importlib.import_module(f"recfx.kernels.gpu.{op.removesuffix('_')}"), op)
-    args = call_of(op)
-    with bench.compiling() as kernels, Nodes() as nodes:
-        launcher(*args)
-    assert len(kernels) + len(nodes.names) <= most, (list(kernels), nodes.names)
-
-
-def call_of(op, *sizes):
-    return next(a for (_, name), a in bench.calls((8, 1), *sizes).items() if name == op)
-
-
-def test_no_more_programs_walk_than_fit_on_the_device(monkeypatch):
-    """2048 where 924 fit took three turns for 2.2 turns of work."""
+def test_programs_that_walk_are_as_many_as_there_is_work():
     assert launch.programs(0, 8) == (1,)
     assert launch.programs(17, 8) == (3,)
-    grids, run = {}, JITFunction.run
-    with bench.compiling() as compiled:
+    assert launch.programs(10**9, 8, 7) == (7 * launch.MULTIPROCESSORS,)
+
+
+WALK = {
+    "find_or_insert", "count_rows", "sum_adamw_rows", "add_row_grads", "clip_row_grads", "optimizer_rows",
+}  # fmt: skip
+FORMULAS = "sgd", "adagrad", "rowwise_adagrad", "adamw", "adamw_by_column", "ftrl"
+WALKING = {"store_new", "count_touched", "sum_chunks", "add_rows", "sum_adamw", "clip_rows", "sum_squares"} | {
+    f"update_rows/{name}" for name in FORMULAS
+}
+WIDTHS = [(8, 1), (16,)]
+OTHER_WIDTHS = [(1,), (4,), (5,), (8,), (64,), (100,), (128,), (255,), (256,), (300,), (512,), (1024,), (16, 16, 1)]
+
+
+def walking_launches(dims, monkeypatch):
+    """Compiled kernels and programs of the launches that walk, over more rows than are held at once."""
+    rows = 2**20 if sum(dims) < 64 else 2**17
+    grids, positions = {}, 2**17
+    with bench.compiling() as compiled, monkeypatch.context() as patched:
         compile_only = JITFunction.run
 
         def noted(self, *args, grid, **kwargs):
-            grids[self.fn.__name__] = grid[0]
-            return compile_only(self, *args, grid=grid, **kwargs)
+            grids[compile_only(self, *args, grid=grid, **kwargs)] = grid[0]
 
-        monkeypatch.setattr(JITFunction, "run", noted)
-        for module, op in (("find_or_insert", "find_or_insert_"), ("count_rows", "count_rows_")):
-            size = 2**20, 64, 16, 2**20, 2**20
-            getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), op)(*call_of(op, size))
-        monkeypatch.setattr(JITFunction, "run", run)
-    for name in ("store_new", "count_touched"):
-        at_once, rest = divmod(grids[name], launch.MULTIPROCESSORS)
-        kernel = compiled[name]
+        patched.setattr(JITFunction, "run", noted)
+        for (module, op), arguments in bench.calls(dims, (positions, 64, 16, rows, 2**15)).items():
+            if module in WALK:
+                getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), op)(*arguments)
+    return {name: (kernel, grids[kernel]) for name, kernel in compiled.items() if name in WALKING}
+
+
+@pytest.mark.parametrize("dims", [*WIDTHS, *(pytest.param(d, marks=pytest.mark.slow) for d in OTHER_WIDTHS)])
+def test_no_more_programs_walk_than_fit_on_the_device(dims, monkeypatch):
+    """2048 where 924 fit took three turns for 2.2 turns of work: so it was of AdamW at widths 4 to 12, and 100."""
+    launches = walking_launches(dims, monkeypatch)
+    assert launches.keys() == WALKING
+    for name, (kernel, grid) in launches.items():
         registers = bench.assembled(kernel.asm["ptx"])["registers"]
-        assert rest == 0
-        assert at_once == launch.held_at_once(registers, kernel.metadata.num_warps), (name, registers)
+        held = launch.held_at_once(registers, kernel.metadata.num_warps)
+        assert grid <= held * launch.MULTIPROCESSORS, (name, registers, grid)
+
+
+def test_walking_kernels_are_those_that_say_so():
+    """A kernel that walks on by the number of programs is in WALKING."""
+    sources = [p.read_text() for p in Path(find_or_insert.__file__).parent.glob("*.py")]
+    kernels = {name for s in sources for name, body in re.findall(r"\ndef (\w+)\((.*?)(?=\n\n\n|\Z)", s, re.DOTALL)
+               if re.search(r"range\(.*num_programs", body)}  # fmt: skip
+    # The first two are of store_new; a program of order_cells writes what comes after all lists.
+    assert kernels == {"insert", "initialise", "order_cells"} | {n.split("/")[0] for n in WALKING - {"store_new"}}

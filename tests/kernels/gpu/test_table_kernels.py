@@ -231,6 +231,52 @@ def test_sums_of_hot_rows_have_the_same_bytes_however_occurrences_are_ordered(we
     torch.testing.assert_close(updated[0], after, rtol=1e-4, atol=1e-4)
 
 
+def laid_out(layout, samples, lookups, dim):
+    if layout == "expanded over lookups":
+        return torch.randn(samples, 1, dim).expand(-1, lookups, -1)
+    if layout == "expanded over samples":
+        return torch.randn(1, lookups, dim).expand(samples, -1, -1)
+    if layout == "a slice":
+        return torch.randn(samples, lookups, dim + 4)[:, :, 4:]
+    if layout == "lookups first":
+        return torch.randn(lookups, samples, dim).transpose(0, 1)
+    return torch.randn(dim, samples, lookups).permute(1, 2, 0)
+
+
+LAYOUTS = "expanded over lookups", "expanded over samples", "a slice", "lookups first", "floats last"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dims", [(8, 1), (5,), (1, 16)], ids=str)
+def test_gradients_are_read_where_they_are(layout, dims):
+    """As from contiguous blocks, which are next to others that are not. A chunk's tree of sums follows the compiler's
+    layout, so only rows of few occurrences have the same bytes."""
+    samples, lookups = 9, 13
+    cell_P = torch.randperm(samples * lookups, dtype=torch.int32)
+    inverse_P = torch.tensor(random.Random(0).choices([-1, 0, 0, 0, 1, 1, 2, 7], k=len(cell_P)), dtype=torch.int32)
+    blocks = [laid_out(layout, samples, lookups, dims[0]), *(torch.randn(samples, lookups, dim) for dim in dims[1:])]
+    of_ids = cell_P, [0, dims[0]][: len(dims)], list(dims)
+    rows, _, num_unique, unique_rows = test_adamw_rows.case(sum(dims), 8)
+    results = []
+    for read in (blocks, [block.contiguous() for block in blocks]):
+        exact, atomic, updated = torch.zeros(8, sum(dims)), torch.zeros(8, sum(dims)), rows.clone()
+        on_device(add_row_grads.add_row_grads_)(exact, inverse_P, *of_ids, read)
+        on_device(add_row_grads.add_row_grads_atomic_)(atomic, inverse_P, *of_ids, read)
+        of_rows = num_unique.clone(), unique_rows, test_adamw_rows.HYPER
+        on_device(sum_adamw_rows.sum_adamw_rows_)(updated, *of_rows, inverse_P, *of_ids, read)
+        results.append((exact, updated))
+        torch.testing.assert_close(atomic, exact, rtol=1e-4, atol=1e-4)
+    few = torch.bincount(inverse_P[inverse_P >= 0].long(), minlength=8) <= add_row_grads.CHUNK
+    assert 2 <= few.sum() < 8
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert torch.equal(results[0][0][few], results[1][0][few])
+    assert torch.equal(results[0][1][unique_rows[:8][few].long()], results[1][1][unique_rows[:8][few].long()])
+    expected = torch.zeros(8, sum(dims))
+    cpu_add.definition(expected, inverse_P, *of_ids, blocks)
+    torch.testing.assert_close(results[0][0], expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("num_unique", [0, 1, 40])
 @pytest.mark.parametrize("due", [True, False])
 def test_adamw_is_the_cpu_s(num_unique, due):
