@@ -72,8 +72,9 @@ def test_a_warp_that_probes_has_few_instructions_and_room(load, most):
     assert counts.executed < most * len(asked)
     assert counts.accesses == counts.global_accesses
     with bench.compiling() as compiled:
-        for op in ("find", "rehash_", "find_or_insert_", "count_candidates_"):
-            getattr(importlib.import_module(f"recfx.kernels.gpu.{op.removesuffix('_')}"), op)(*call_of(op))
+        for (module, op), arguments in bench.calls((8, 1)).items():
+            if module in ("find", "rehash", "find_or_insert", "count_candidates"):
+                getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), op)(*arguments)
     for name in ("find_rows", "look_up", "leave_out", "find_candidates", "store_counts", "place_rows"):
         registers = bench.assembled(compiled[name].asm["ptx"])["registers"]
         assert launch.held_at_once(registers, compiled[name].metadata.num_warps) == launch.MOST_AT_ONCE, name
