@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402  behind importorskip
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from recfx.kernels.gpu import count_candidates, find_or_insert, launch  # noqa: E402
+from recfx.kernels.gpu import count_candidates, find, find_or_insert, launch  # noqa: E402
 from recfx.kernels.gpu.scan import add_up, num_counters, sum_before, sum_of_all, sums_of  # noqa: E402
 from tests.machine.machine import running  # noqa: E402
 
@@ -53,6 +53,31 @@ def test_new_keys_swap_where_they_have_found_a_place(load, most):
     old = int(SLOTS * load)
     kernels = inserted(random_ids(old + NEW, 0), old=old)
     assert NEW <= kernels["store_new"].atomics < most * NEW
+
+
+@pytest.mark.parametrize(("load", "most"), [(0.5, 400), (0.75, 650), (0.875, 1500)])
+def test_a_warp_that_probes_has_few_instructions_and_room(load, most):
+    """It was 727, 1712 and 4378 instructions a key: a warp of 128 keys waited for the longest way among them, and the
+    slots of a group were in four threads. 32 programs are as many as a multiprocessor holds of any."""
+    ids, salt = random_ids(int(SLOTS * load), 0), torch.tensor(5)
+    num = torch.tensor(SLOTS)
+    slots, vocabularies = torch.full((SLOTS,), -1), torch.zeros(len(ids), dtype=torch.int32)
+    rehash.rehash_(slots, torch.tensor(0), ids, vocabularies, len(ids), SLOTS, int(salt))
+    asked = torch.randperm(len(ids), generator=torch.Generator().manual_seed(1))[:2048]
+    cell = torch.arange(len(asked), dtype=torch.int32)
+    with running(seed=1, mode="warps", resident=12) as report:
+        row = find.find(slots, ids, num, salt, ids[asked], cell, vocabularies[:1])
+    assert torch.equal(row.long(), asked)
+    counts = report.kernels["find_rows"]
+    assert counts.executed < most * len(asked)
+    assert counts.accesses == counts.global_accesses
+    with bench.compiling() as compiled:
+        for (module, op), arguments in bench.calls((8, 1)).items():
+            if module in ("find", "rehash", "find_or_insert", "count_candidates"):
+                getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), op)(*arguments)
+    for name in ("find_rows", "look_up", "leave_out", "find_candidates", "store_counts", "place_rows"):
+        registers = bench.assembled(compiled[name].asm["ptx"])["registers"]
+        assert launch.held_at_once(registers, compiled[name].metadata.num_warps) == launch.MOST_AT_ONCE, name
 
 
 def test_lanes_without_work_do_not_queue_at_a_frequent_id():
