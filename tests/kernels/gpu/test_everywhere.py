@@ -86,20 +86,38 @@ PLANTS = {
         "row_optimizers", "update_rows: a plain (read|write), then",
     ),
     "claim loses a minimum": (
-        "find_or_insert.py", '        tl.atomic_min(first_H + at, k, mask=same & (k < holder), sem="relaxed")\n', "",
-        INSERTING, "AssertionError",
+        "find_or_insert.py", "        lower_to(first_H, at, k, same & (k < holder))\n", "", INSERTING, "AssertionError",
     ),
     "claim takes a place by a store": (
         "find_or_insert.py",
-        'before = tl.atomic_cas(first_H + at, tl.where(empty, EMPTY, IMPOSSIBLE).to(tl.int32), k, sem="relaxed")',
-        "before = tl.load(first_H + at); tl.store(first_H + at, k, mask=empty & (before == EMPTY))",
+        "            holder = tl.where(empty, swap_where(empty, first_H, num_places, at, EMPTY, k), holder)",
+        """            before = tl.load(first_H + at, mask=empty, other=0)
+            tl.store(first_H + at, k, mask=empty & (before == EMPTY))
+            holder = tl.where(empty, before, holder)""",
         INSERTING, "AssertionError|claim: two plain writes",
     ),
     "place takes a slot by a store": (
-        "hashing.py", 'before = tl.atomic_cas(slots + at.to(tl.int64), expected, slot, sem="relaxed")',
-        "before = tl.load(slots + at.to(tl.int64)); "
-        "tl.store(slots + at.to(tl.int64), slot, mask=active & (before == EMPTY))",
-        f"{INSERTING} or rehash", "AssertionError|(insert|place_rows): two plain writes",
+        "hashing.py",
+        "        left = left & (swap_where(left, slots, mask.to(tl.int64) + 1, at, EMPTY, slot) != EMPTY)",
+        """        before = tl.load(slots + at, mask=left, other=0)
+        tl.store(slots + at, slot, mask=left & (before == EMPTY))
+        left = left & (before != EMPTY)""",
+        f"{INSERTING} or rehash", "AssertionError|(store_new|place_rows): two plain writes",
+    ),
+    "a total is handed in and not released": (
+        "scan.py",
+        """    tl.atomic_xchg(sums + program, total, sem="relaxed")
+    if tl.atomic_add(counters + part, 1, sem="acq_rel") == size - 2:""",
+        """    tl.store(sums + program, total)
+    if tl.atomic_add(counters + part, 1, sem="relaxed") == size - 2:""",
+        INSERTING, "look_up: a plain write and an atomic",
+    ),
+    "totals are added up before the last one is there": (
+        "scan.py", "== size - 2:", "== size - 3:", INSERTING, "AssertionError",
+    ),
+    "a program reads what its other threads have not written": (
+        "order_lists.py", "    tl.debug_barrier()  # what this program wrote is read by other threads of it\n", "",
+        "order", "order_cells: a plain (read|write), then|AssertionError",
     ),
     "refused ids are counted without an atomic": (
         "find_or_insert.py", 'tl.atomic_add(num_refused, refused, mask=refused > 0, sem="relaxed")',
