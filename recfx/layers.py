@@ -36,7 +36,7 @@ def linear(params: Params, name: str, x: Tensor) -> Tensor:
     if weight.shape[1] > 1:
         return x @ weight + bias
     if sums_are_loops(x):
-        return (x.to(weight.dtype) * weight[:, 0]).sum(1, keepdim=True) + bias
+        return (x.to(weight.dtype) * weight[:, 0]).sum(-1, keepdim=True) + bias
     return full_matmul(x, weight) + bias
 
 

@@ -232,3 +232,13 @@ def test_bf16_learns_as_well_as_fp32(bf16):
     assert aucs[0] > 0.8
     assert abs(aucs[1] - aucs[0]) < 0.005
     assert aucs[1] != aucs[0]
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (3, 5, 4), (0, 4)])
+def test_one_output_as_a_loop_takes_the_shapes_that_a_product_takes(monkeypatch, shape):
+    generator = torch.Generator().manual_seed(0)
+    params = {"out.weight": torch.randn(4, 1, generator=generator), "out.bias": torch.ones(1)}
+    x = torch.randn(shape, generator=generator)
+    product = layers.linear(params, "out", x)
+    monkeypatch.setattr(layers, "LOOPS_ON", ("cpu",))
+    torch.testing.assert_close(layers.linear(params, "out", x), product)
