@@ -22,7 +22,7 @@ TRITONS = {"installed": None, "3.6.0": TRITON_36}
 KERNEL_TESTS = [f"tests/kernels/gpu/test_{name}_kernels.py" for name in ("dense", "list", "table")]
 OF_TABLES = [
     "step", "step_embeddings", "table", "table_life", "policies", "clipping", "combiners", "optim",
-    "padding_id", "fused",
+    "padding_id", "fused", "trainable", "life_in_training", "metrics",
 ]  # fmt: skip
 PYTEST = ("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider")
 
@@ -65,6 +65,16 @@ def test_step_and_table_pass_their_tests_with_the_gpu_s_kernels(order):
     done = child(*PYTEST, "-p", "tests.machine.plugin", "-m", "not slow and not gpu", *tests, RECFX_ORDER=order)
     assert_passed(done)
     assert int(re.search(r"(\d+) launches of", done.stdout)[1]) > 10**4
+    for kernel in (
+        "order_cells",
+        "store_new",
+        "pool_cells",
+        "merge_blocks",
+        "sum_adamw",
+        "add_samples",
+        "mark_trained",
+    ):
+        assert f"{kernel} " in done.stdout
 
 
 def test_counts_of_a_step_are_as_recorded():
