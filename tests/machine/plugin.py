@@ -14,8 +14,10 @@ from unittest import mock
 import pytest
 import torch
 
+import recfx.layers
 import recfx.step
 from bench.triton_sm90 import calls
+from recfx.kernels import order_ids
 from recfx.kernels.op import library
 from tests.kernels.gpu.cases import unmeant
 from tests.machine.machine import Report, running
@@ -23,7 +25,8 @@ from tests.machine.machine import Report, running
 
 @contextmanager
 def kernels_on_cpu() -> Iterator[None]:
-    """The operators on CPU tensors are the GPU's kernels: to be called while the machine is `running`."""
+    """The operators on CPU tensors are the GPU's kernels, and steps and tables choose what they choose on CUDA: to be
+    called while the machine is `running`."""
     library()  # registers what is replaced here
     kernels = torch.library.Library("recfx", "IMPL")
     with warnings.catch_warnings():
@@ -33,7 +36,11 @@ def kernels_on_cpu() -> Iterator[None]:
         for module, name in calls((8, 1)):
             function = getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)
             kernels.impl(name, function, "CPU", allow_override=True)
-    with mock.patch.object(recfx.step, "FUSED_ON", ("cpu", "cuda")):
+    with (
+        mock.patch.object(recfx.step, "FUSED_ON", ("cpu", "cuda")),
+        mock.patch.object(recfx.layers, "LOOPS_ON", ("cpu", "cuda")),
+        mock.patch.object(order_ids, "uses_ends", return_value=True),
+    ):
         yield
     kernels._destroy()
 
