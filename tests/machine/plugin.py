@@ -1,14 +1,16 @@
 """For pytest: the operators on CPU tensors are the GPU's kernels, run on the machine.
 
-`RECFX_ORDER=threads-0 python -m pytest -p tests.machine.plugin tests/test_step.py`: mode and seed of the order. The run
-fails if a kernel raced, whatever its tests say.
+`RECFX_ORDER=threads-0 python -m pytest -p tests.machine.plugin tests/test_step.py`: mode and seed of the order. A
+test after which a kernel has raced fails, whatever it says itself. It may be run by several processes (`-n 2`).
 """
 
 import importlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -45,7 +47,7 @@ def kernels_on_cpu() -> Iterator[None]:
     kernels._destroy()
 
 
-_stack, _reports = ExitStack(), list[Report]()
+_stack, _reports, _launches = ExitStack(), list[Report](), Counter[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,17 +56,27 @@ def pytest_configure(config: pytest.Config) -> None:
     _reports.append(_stack.enter_context(running(mode=mode, seed=int(seed))))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    (report,) = _reports
-    launches = sum(c.launches for c in report.kernels.values())
-    terminalreporter.write_line(f"{launches} launches of {len(report.kernels)} kernels")
-    for race in unmeant(report.races):
-        terminalreporter.write_line(race)
+def pytest_runtest_teardown() -> None:
+    """Here and not at the end of the run: what a worker says then, pytest-xdist does not hear."""
+    races = unmeant(_reports[0].races)
+    _reports[0].races.clear()
+    assert not races, "\n".join(races)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if unmeant(_reports[0].races):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    _launches.update({name: c.launches for name, c in _reports[0].kernels.items()})
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["launches"] = dict(_launches)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _launches.update(getattr(node, "workeroutput", {}).get("launches", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"{_launches.total()} launches of {len(_launches)} kernels")
+    terminalreporter.write_line(", ".join(f"{name} {n}" for name, n in sorted(_launches.items())))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
