@@ -25,6 +25,11 @@ from tests.kernels.gpu.cases import unmeant
 from tests.machine.machine import Report, running
 
 
+def uses_ends(device: torch.device) -> bool:
+    """`order_ids.uses_ends` on CUDA; a function, which Dynamo can read."""
+    return True
+
+
 @contextmanager
 def kernels_on_cpu() -> Iterator[None]:
     """The operators on CPU tensors are the GPU's kernels, and steps and tables choose what they choose on CUDA: to be
@@ -41,7 +46,7 @@ def kernels_on_cpu() -> Iterator[None]:
     with (
         mock.patch.object(recfx.step, "FUSED_ON", ("cpu", "cuda")),
         mock.patch.object(recfx.layers, "LOOPS_ON", ("cpu", "cuda")),
-        mock.patch.object(order_ids, "uses_ends", return_value=True),
+        mock.patch.object(order_ids, "uses_ends", uses_ends),
     ):
         yield
     kernels._destroy()
