@@ -377,20 +377,21 @@ def _f32_products(precision: str) -> Iterator[None]:
         return
     backends: Any = torch.backends
     levels = [backends, backends.cudnn, backends.cuda.matmul, backends.mkldnn.matmul]
-    new: list[str] = []
-    for level in levels:  # from the outside: one that says nothing itself repeats what is around it
-        new.append(level.fp32_precision)
-        level.fp32_precision = "none"
-    old = torch.get_float32_matmul_precision()  # which now nothing contradicts
-    torch.set_float32_matmul_precision("high")
-    backends.mkldnn.matmul.fp32_precision = "ieee"
-    for level, word in zip(levels[:2], new, strict=False):
-        level.fp32_precision = word
-    try:
+    new, old = list[str](), None
+    try:  # what was changed before an error is put back too
+        for level in levels:  # from the outside: one that says nothing itself repeats what is around it
+            new.append(level.fp32_precision)
+            level.fp32_precision = "none"
+        old = torch.get_float32_matmul_precision()  # which now nothing contradicts
+        torch.set_float32_matmul_precision("high")
+        backends.mkldnn.matmul.fp32_precision = "ieee"
+        for level, word in zip(levels[:2], new, strict=False):
+            level.fp32_precision = word
         yield
     finally:
-        torch.set_float32_matmul_precision(old)
-        for level, word in zip(levels, new, strict=True):
+        if old is not None:
+            torch.set_float32_matmul_precision(old)
+        for level, word in zip(levels, new, strict=False):
             level.fp32_precision = word
 
 

@@ -151,6 +151,28 @@ def said() -> list[Any]:
     return answers
 
 
+@pytest.mark.parametrize("name", ["get_float32_matmul_precision", "set_float32_matmul_precision"])
+def test_tf32_puts_back_what_it_has_changed_before_an_error(name, monkeypatch):
+    """Of torch's two ways the new one is changed first: the old one then fails, when it is read or when it is set."""
+
+    def fails(*args, change=torch.set_float32_matmul_precision):
+        if args in [(), ("high",)]:
+            raise RuntimeError("no such precision")
+        change(*args)
+
+    matmul = torch.backends.cuda.matmul
+    unset, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        before = said()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, name, fails)
+            with pytest.raises(RuntimeError, match="no such precision"), _f32_products("tf32"):
+                pytest.fail("a step would run in a precision that nobody asked for")
+        assert said() == before
+    finally:
+        matmul.fp32_precision = unset
+
+
 SETTINGS = {
     "nothing": "",
     "old, highest": "torch.set_float32_matmul_precision('highest')",

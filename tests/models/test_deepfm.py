@@ -61,6 +61,25 @@ def test_float32_logits(shape):
     torch.testing.assert_close(deepfm.forward(params, emb, numeric).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("run", "rtol"), [(lambda f: f, 2e-5), (layers.in_bf16, 4 * 2**-8)], ids=["fp32", "bf16"])
+def test_both_forms_have_the_same_gradients_of_functions(shape, run, rtol, monkeypatch):
+    """As a step takes them, by `torch.func`: of parameters, embeddings and biases; relative to the largest of each."""
+    params, emb, numeric = case(*shape)
+
+    def loss(params, emb):
+        return (run(deepfm.forward)(params, emb, numeric) * torch.linspace(-1, 1, 16)[:, None]).sum()
+
+    both = []
+    for loops_on in ((), ("cpu",)):
+        monkeypatch.setattr(layers, "LOOPS_ON", loops_on)
+        of_params, of_emb = torch.func.grad(loss, argnums=(0, 1))(params, emb)
+        both.append({**of_params, **of_emb})
+    for name, grad in both[0].items():
+        assert grad.dtype == both[1][name].dtype == torch.float32
+        assert (grad - both[1][name]).abs().max() <= rtol * grad.abs().max() + 1e-7, name
+
+
 def test_on_cuda_the_widths_of_layers_alone_are_products(monkeypatch):
     """Each product is a launch there, and so is each matrix that is shaped for one."""
     monkeypatch.setattr(layers, "LOOPS_ON", ("cpu",))
