@@ -123,7 +123,7 @@ PLANTS = {
         INSERTING, "look_up: a plain write and an atomic",
     ),
     "totals are added up before the last one is there": (
-        "scan.py", "== size - 2:", "== size - 3:", INSERTING, "AssertionError",
+        "scan.py", "== size - 2:", "== size - 3:", INSERTING, "AssertionError|MachineError",
     ),
     "a program reads what its other threads have not written": (
         "order_lists.py", "    tl.debug_barrier()  # what this program wrote is read by other threads of it\n", "",
@@ -139,6 +139,25 @@ PLANTS = {
         "tl.store(at, tl.load(at, mask=(unique >= 0)[:, None] & (column < DIM)) + value, "
         "mask=(unique >= 0)[:, None] & (column < DIM))",
         "gradients_of_rows", "add_atomically: (two plain writes|a plain (read|write), then)",
+    ),
+    "the step is ended by the last program but one": (
+        "optimizer_rows.py", "== tl.num_programs(0) - 1:", "== tl.num_programs(0) - 2:",
+        "ends_the_step or adamw", "AssertionError",
+    ),
+    "programs that end the step are counted without an atomic": (
+        "optimizer_rows.py", "    before = tl.atomic_add(num_unique, 1 << 32)\n",
+        """    before = tl.load(num_unique)
+    tl.store(num_unique, before + (1 << 32))
+""",
+        "ends_the_step", "AssertionError|update_rows: (two plain writes|a plain (read|write))",
+    ),
+    "parts are added up before the last one is there": (
+        "scan.py", "== num_parts - 2:", "== num_parts - 3:", INSERTING, "AssertionError|MachineError",
+    ),
+    "unknown ids are pooled while copies read what they are added to": (
+        "pool.py",
+        "    tl.debug_barrier()  # of a narrow tile several threads have a copy, and one of them writes\n", "",
+        "pool", "a plain (read|write), then|AssertionError",
     ),
 }  # fmt: skip
 
