@@ -28,11 +28,11 @@ test: $(VENV)/installed lint
 	$(PY) -m pytest -n 2 --dist loadfile
 
 # The Triton of a device's torch, for the tests that compile with both; it is not installed.
-$(VENV)/triton-3.6: $(VENV)/installed
-	$(PIP) --no-deps --target $@ triton==3.6.0
+$(VENV)/triton-3.6/installed: $(VENV)/installed
+	$(PIP) --no-deps --upgrade --target $(@D) triton==3.6.0
 	touch $@
 
-slow: $(VENV)/installed $(VENV)/triton-3.6
+slow: $(VENV)/installed $(VENV)/triton-3.6/installed
 	$(PY) -m pytest -m slow
 
 BENCH := $(PY) -m pytest --benchmark-only -p no:cacheprovider -o addopts= -s

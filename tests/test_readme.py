@@ -164,7 +164,7 @@ def test_what_make_installs_is_pinned_and_torch_comes_first():
     files = [name for line in installed for name in re.findall(r"-r (\S+)", line)]
     assert installed[0] == "$(TORCH)"
     assert files == ["requirements.txt", "requirements-bench.txt"]
-    others = ["--no-deps --no-build-isolation --editable .", "--no-deps --target $@ triton==3.6.0"]
+    others = ["--no-deps --no-build-isolation --editable .", "--no-deps --upgrade --target $(@D) triton==3.6.0"]
     assert [line for line in installed[1:] if "-r" not in line] == others
     lines = [line for name in files for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
     assert not [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line) or line.startswith("torch==")]

@@ -364,7 +364,6 @@ def finite_sums(arguments):
     return logit.nan_to_num(0.0, 30.0, -30.0), label.nan_to_num(0.5, 2.0, -2.0), loss.nan_to_num(1.0, 2.0, 3.0), valid
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of NaN under the interpreter
 @pytest.mark.parametrize("num_sums", [5, 6])
 @pytest.mark.parametrize("num_bins", [1, 7, 2**16])
 @pytest.mark.parametrize("batch_size", [0, 1, 999, gpu_predictions.SAMPLES, gpu_predictions.SAMPLES + 1, 5000])
@@ -379,7 +378,6 @@ def test_predictions_are_counted_as_by_the_definition(batch_size, num_bins, num_
         assert all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(got, again, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_predictions_of_one_logit_are_counted():
     arguments = predictions(700, one_logit=True)
     histogram, _ = test_add_predictions.call(on_device(gpu_predictions.add_predictions_), 2**16, *arguments)
