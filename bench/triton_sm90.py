@@ -12,7 +12,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,23 +54,36 @@ class NoHostReads(TorchDispatchMode):
 
 
 @contextmanager
-def compiling() -> Iterator[dict[str, Any]]:
-    """Launches compile and do nothing else; yields the compiled kernels by name."""
-    compiled: dict[str, Any] = {}
+def replaced_launches(launch: Callable[..., None]) -> Iterator[None]:
+    """Launches compile for Hopper, and then call `launch(kernel, compiled, args, grid, kwargs)`."""
     run, active = JITFunction.run, driver._active
 
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        formula = kwargs.get("FORMULA") or kwargs.get("HASH")
-        name = self.fn.__name__ if formula is None else f"{self.fn.__name__}/{formula.fn.__name__}"
-        compiled[name] = run(self, *args, grid=grid, warmup=True, **kwargs)
-        return compiled[name]
+    def compile_first(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if not warmup:
+            launch(self, compiled, args, grid, kwargs)
+        return compiled
 
     driver.set_active(Hopper())
-    JITFunction.run = compile_only
+    JITFunction.run = compile_first
     try:
-        yield compiled
+        yield
     finally:
         JITFunction.run, driver._active = run, active
+
+
+@contextmanager
+def compiling() -> Iterator[dict[str, Any]]:
+    """Launches compile and do nothing else; yields the compiled kernels by name."""
+    found: dict[str, Any] = {}
+
+    def note(kernel: JITFunction, compiled: Any, args: Any, grid: Any, kwargs: dict[str, Any]) -> None:
+        formula = kwargs.get("FORMULA") or kwargs.get("HASH")
+        name = kernel.fn.__name__ if formula is None else f"{kernel.fn.__name__}/{formula.fn.__name__}"
+        found[name] = compiled
+
+    with replaced_launches(note):
+        yield found
 
 
 def calls(dims: tuple[int, ...], sizes: tuple[int, ...] = SIZES) -> dict[tuple[str, str], tuple]:
@@ -171,23 +184,30 @@ def measure() -> list[dict[str, Any]]:
 
 def markdown(records: list[dict[str, Any]]) -> str:
     """The records as a page."""
-    lines = [
-        "# The Triton kernels on sm_90: compiled, not run",
-        "",
+    text = (
         f"triton {triton.__version__}, written by `python -m bench.triton_sm90` on a machine without a GPU. "
         "`deepfm` is a row of widths 8 + 1 with AdamW's slots, `d128` one of width 128. No time here was measured: "
-        "a register count is a fact, how fast a kernel runs is not known yet.",
-        "",
-        "| " + " | ".join(name.replace("_", " ") for name in records[0]) + " |",
-        "|" + "---|" * len(records[0]),
-    ]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, r.values())) + " |" for r in records)]) + "\n"
+        "a register count is a fact, how fast a kernel runs is not known yet."
+    )
+    return page("# The Triton kernels on sm_90: compiled, not run", text, records)
+
+
+def page(title: str, text: str, records: Sequence[dict[str, Any]]) -> str:
+    """A title, a paragraph and the records as a table."""
+    heads = "| " + " | ".join(name.replace("_", " ") for name in records[0]) + " |"
+    rows = ("| " + " | ".join(map(str, r.values())) + " |" for r in records)
+    return "\n".join([title, "", text, "", heads, "|" + "---|" * len(records[0]), *rows]) + "\n"
+
+
+def write(name: str, records: Sequence[dict[str, Any]], text: str) -> None:
+    """bench/results/<name>.json and .md."""
+    (RESULTS / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(text)
 
 
 def main() -> None:
     records = measure()
-    (RESULTS / "triton_sm90.json").write_text(json.dumps(records, indent=1) + "\n")
-    (RESULTS / "triton_sm90.md").write_text(markdown(records))
+    write("triton_sm90", records, markdown(records))
 
 
 if __name__ == "__main__":

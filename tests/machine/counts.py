@@ -6,12 +6,10 @@ rows, the third is of a table that is warm. Executed as sm_90 code on the machin
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
 import triton
 
+from bench.triton_sm90 import page, write
 from recfx import embeddings, step
 from recfx.models import deepfm
 from recfx.optim import adamw, sparse_adamw
@@ -19,7 +17,6 @@ from recfx.types import NUM_SAMPLES, Batch, Ragged, pack
 from tests.machine.machine import Counts, running
 from tests.machine.plugin import kernels_on_cpu
 
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
 SAMPLES, LOOKUPS, NUM_NUMERIC, DIM, STEPS = 1000, 26, 13, 8, 3
 
 
@@ -74,25 +71,19 @@ def records() -> list[dict[str, float]]:
 
 
 def markdown(found: list[dict[str, float]]) -> str:
-    lines = [
-        "# What the kernels of a step do: executed as sm_90 code on a virtual machine, untimed",
-        "",
+    text = (
         f"triton {triton.__version__}, written by `python -m tests.machine.counts` on a machine without a GPU: DeepFM, "
         f"{SAMPLES} samples of {LOOKUPS} lookups, rows of widths {DIM} + 1 with AdamW, ids by a power law; step 1 "
         f"creates rows, step {STEPS} finds most. One order of accesses: loops that wait or lose a swap count otherwise "
         "in another. An instruction is one of a thread; an access of a vector is one; the hottest address is the most "
-        "atomics on one in a launch; a lost swap found what it did not expect.",
-        "",
-        "| " + " | ".join(name.replace("_", " ") for name in found[0]) + " |",
-        "|" + "---|" * len(found[0]),
-    ]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, r.values())) + " |" for r in found)]) + "\n"
+        "atomics on one in a launch; a lost swap found what it did not expect."
+    )
+    return page("# What the kernels of a step do: executed as sm_90 code on a virtual machine, untimed", text, found)
 
 
 def main() -> None:
     found = records()
-    (RESULTS / "machine_counts.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "machine_counts.md").write_text(markdown(found))
+    write("machine_counts", found, markdown(found))
 
 
 if __name__ == "__main__":

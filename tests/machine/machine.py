@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from bench.triton_sm90 import replaced_launches
 from tests.machine.library import COUNTS, MODES, Launch, Outcome, library
 from tests.machine.program import Kind, Program
 from tests.machine.ptx import SIZES, parse
@@ -70,19 +69,6 @@ class Counts:
 class Report:
     kernels: dict[str, Counts] = field(default_factory=dict)
     races: Counter[Race] = field(default_factory=Counter)  # in how many launches
-
-
-class Hopper:
-    """As much of a driver as compilation asks for."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
 
 
 def memory_of(arguments: Any) -> np.ndarray:
@@ -156,29 +142,21 @@ def running(
               too many instructions. UnknownInstructionError: an instruction that the machine does not have.
     """
     report, draws = Report(), np.random.default_rng(seed)
-    run, active = JITFunction.run, driver._active
 
-    def launched(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if warmup:
-            return compiled
-        bound = inspect.signature(self.fn).bind(*args, **{k: v for k, v in kwargs.items() if k in self.arg_names})
+    def launch(kernel: JITFunction, compiled: Any, args: tuple, grid: Any, kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in kwargs.items() if k in kernel.arg_names})
         bound.apply_defaults()
         size = grid(bound.arguments) if callable(grid) else grid
         values = [x for name, s in compiled.src.signature.items() for x in scalars(s, bound.arguments[name])]
         drawn = {"resident": int(draws.integers(1, resident + 1)), "seed": int(draws.integers(2**63))}
         order = {"mode": MODES.index(mode), "stale": stale, "limit": limit, **drawn}
         execute(
-            report, compiled, self.fn.__code__.co_filename, values, (*size, 1, 1)[:3], memory_of(bound.arguments), order
-        )
-        return compiled
+            report, compiled, kernel.fn.__code__.co_filename, values, (*size, 1, 1)[:3], memory_of(bound.arguments),
+            order,
+        )  # fmt: skip
 
-    driver.set_active(Hopper())
-    JITFunction.run = launched
-    try:
+    with replaced_launches(launch):
         yield report
-    finally:
-        JITFunction.run, driver._active = run, active
 
 
 def race_of(record: Any, program: Program, kernel: str, file: str) -> Race:

@@ -37,9 +37,8 @@ def kernels_on_cpu() -> Iterator[None]:
     library()  # registers what is replaced here
     kernels = torch.library.Library("recfx", "IMPL")
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Warning only once for all operators", UserWarning
-        )  # torch says what it replaces
+        # torch says what it replaces.
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
         for module, name in calls((8, 1)):
             function = getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)
             kernels.impl(name, function, "CPU", allow_override=True)

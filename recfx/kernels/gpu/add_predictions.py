@@ -9,16 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from recfx.kernels.gpu.all_finite import is_number
+
 __all__ = ["add_predictions_"]
 
 SAMPLES = 2048  # of a program
 COLUMNS = 8  # room for the numbers of `sums`
 ROWS = 128  # programs that are added up at once
-
-
-@triton.jit
-def is_finite(x):
-    return tl.abs(x) < float("inf")
 
 
 @triton.jit
@@ -64,7 +61,7 @@ def add_samples(
     total = tl.where(column == 0, num_of(valid, valid), tl.where(column == 1, sum_of(label, valid), 0.0))
     total += tl.where(column == 2, sum_of(loss, valid), 0.0)
     total += tl.where(column == 3, sum_of(1.0 / (1.0 + tl.exp(-logit)), valid), 0.0)
-    total += tl.where(column == 4, num_of(~(is_finite(logit) & is_finite(loss)), valid), 0.0)
+    total += tl.where(column == 4, num_of(~(is_number(logit) & is_number(loss)), valid), 0.0)
     total += tl.where(column == 5, num_of(~((label >= 0.0) & (label <= 1.0)), valid), 0.0)
     if ALONE:
         tl.atomic_add(sums + column, total, mask=column < NUM_SUMS, sem="relaxed")  # nothing else adds: no order

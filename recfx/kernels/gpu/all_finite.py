@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recfx.kernels.all_finite import PARTS, finite_parts_fake
 
-__all__ = ["finite_parts"]
+__all__ = ["finite_parts", "is_number"]
 
 BLOCK = 1024  # numbers of a tensor that a program looks at at once
 

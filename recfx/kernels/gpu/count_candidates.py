@@ -20,7 +20,7 @@ from recfx.kernels.gpu.hashing import hash_id, key_at, place, probe, slot_of
 from recfx.kernels.gpu.launch import BLOCK, KEYS, NUM_WARPS
 from recfx.kernels.gpu.occurrences import in_order
 from recfx.kernels.gpu.runs import run_of
-from recfx.kernels.gpu.scan import add_up, num_counters, sum_before, sum_of_all, sums_of
+from recfx.kernels.gpu.scan import num_counters, store_sums, sum_of_all, sum_up_to, sums_of
 
 __all__ = ["count_candidates_"]
 
@@ -57,8 +57,7 @@ def find_candidates(
     number = probe(slots, ids, (tl.load(num_slots) - 1).to(tl.uint64), hash, vocabulary, id, leads)
     tl.store(found_P + k, number, mask=leads)
     is_new = (leads & (number < 0)).to(tl.int32)
-    tl.store(sums_P + k, tl.cumsum(is_new, axis=0), mask=k < num_positions)
-    add_up(sums, counters, tl.sum(is_new.to(tl.int64), axis=0))
+    store_sums(sums_P, sums, counters, k, is_new, k < num_positions)
 
 
 @triton.jit
@@ -83,8 +82,7 @@ def count_occurrences(
     room = tl.minimum(max_candidates, tl.load(num_slots) // 8 * 7) - fill
     found = tl.load(found_P + first, mask=valid, other=0)
     before = tl.load(counts + found, mask=valid & (found >= 0), other=0)
-    rank = sum_before(sums, num_sums, first // KEYS, valid) - 1
-    rank += tl.load(sums_P + first, mask=valid, other=0)
+    rank = sum_up_to((sums_P, sums, num_sums), first, valid, KEYS) - 1
     number = tl.where(found >= 0, found, tl.where(rank < room, fill + rank, UNKNOWN)).to(tl.int32)
     tl.store(number_N + n, number, mask=valid)
     at = count_P + tl.load(order_N + n, mask=valid, other=0)

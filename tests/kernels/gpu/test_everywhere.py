@@ -79,11 +79,12 @@ def test_step_and_table_pass_their_tests_with_the_gpu_s_kernels(order):
 
 def test_counts_of_a_step_are_as_recorded():
     """`python -m tests.machine.counts` writes the page again."""
+    from bench.triton_sm90 import RESULTS
     from tests.machine import counts
 
-    found, recorded = counts.records(), json.loads((counts.RESULTS / "machine_counts.json").read_text())
+    found, recorded = counts.records(), json.loads((RESULTS / "machine_counts.json").read_text())
     assert {r["kernel"] for r in found} == {r["kernel"] for r in recorded}
-    if f"triton {counts.triton.__version__}," in (counts.RESULTS / "machine_counts.md").read_text():
+    if f"triton {counts.triton.__version__}," in (RESULTS / "machine_counts.md").read_text():
         assert found == recorded
 
 
