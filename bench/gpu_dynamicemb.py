@@ -15,9 +15,9 @@ from bench.gpu_draws import ALPHA, Draw, power_law, uniform
 from bench.gpu_profile import add_kernels, kernels_of
 from bench.gpu_table import fill, ids_of, lists_of_one, make
 from bench.gpu_timing import DEVICE, Results, graph_of, results, times_ms
-from recfx.kernels.adamw_rows import adamw_rows_
-from recfx.kernels.add_row_grads import add_row_grads_, add_row_grads_atomic_
-from recfx.kernels.sum_adamw_rows import sum_adamw_rows_
+from recfx.kernels.rows.adamw_rows import adamw_rows_
+from recfx.kernels.rows.add_row_grads import add_row_grads_, add_row_grads_atomic_
+from recfx.kernels.rows.sum_adamw_rows import sum_adamw_rows_
 from recfx.optim import sparse_adam
 from recfx.table import Found, Table, TableState
 from recfx.types import Ragged

@@ -18,8 +18,8 @@ import torch
 
 from bench.gpu_timing import DEVICE, Results, results
 from recfx.capture import capture
-from recfx.data.criteo_synthetic import generate
 from recfx.examples import deepfm as program
+from recfx.examples.criteo_synthetic import generate
 from recfx.types import Batch
 
 EPOCHS = 5

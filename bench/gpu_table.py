@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.gpu_timing import DEVICE, Results, results, times_ms
 from recfx.embeddings import Embedding, plan_tables
-from recfx.kernels import find
+from recfx.kernels.index import find
 from recfx.kernels.op import UNKNOWN
 from recfx.table import Table, TableState, grow_, table
 from recfx.types import Ragged

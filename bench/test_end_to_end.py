@@ -18,8 +18,8 @@ import torch
 
 from bench.harness import BASELINES, Claim, Claims, call_in_child
 from recfx.capture import capture
-from recfx.data.criteo_synthetic import generate
 from recfx.examples import deepfm as program
+from recfx.examples.criteo_synthetic import generate
 
 BATCH_SIZE, ROUNDS, EPOCHS = 1000, 7, 3
 JAX_TARGETS = {"jax_textbook": 1.4, "jax": 1.0}

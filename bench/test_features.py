@@ -16,9 +16,9 @@ import torch
 
 from bench.harness import Claim, Claims, Comparison, Loop, compare, rate
 from graphs.many_features import NUM_FEATURES, Features, columns, dicts_of_columns, one_call_per_column
-from recfx.fx_passes import StepPasses
-from recfx.kernels.order_ids import order_ids
-from recfx.kernels.string_hash import farm_hashes, murmur_hashes
+from recfx.capture.passes import StepPasses
+from recfx.kernels.lists.order_ids import order_ids
+from recfx.kernels.lists.string_hash import farm_hashes, murmur_hashes
 from recfx.types import Layout, Ragged, unpack
 
 NUM_STRINGS, BATCH_SIZE = 1_000_000, 1000

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from bench.harness import Claim, Claims, Comparison, compare, rate
 from recfx.data import FixedLen, Reader, fixedlen, reader, varlen
 from recfx.data.convert import convert
-from recfx.data.criteo_synthetic import generate
+from recfx.examples.criteo_synthetic import generate
 from recfx.examples.deepfm import COLUMNS
 
 BATCH_SIZE, NUM_FILES, ROWS_PER_FILE = 1000, 4, 100_000

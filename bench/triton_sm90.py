@@ -24,6 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from recfx.kernels.op import gpu_function
+
 RESULTS = Path(__file__).parent / "results"
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 READS_THE_HOST = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
@@ -148,8 +150,8 @@ def call_all(dims: tuple[int, ...], sizes: tuple[int, ...] = SIZES) -> None:
     many = torch.zeros(occurrences.MERGED + 1, dtype=torch.int32)
     with NoHostReads():
         occurrences.in_order(many, many, many.float(), 1)
-        for (module, name), arguments in calls(dims, sizes).items():
-            getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)(*arguments)
+        for (_module, name), arguments in calls(dims, sizes).items():
+            gpu_function(name)(*arguments)
 
 
 def assembled(ptx: str) -> dict[str, int]:

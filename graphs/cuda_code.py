@@ -8,8 +8,6 @@ torch are written down, and nothing runs.
 from __future__ import annotations
 
 import ast
-import importlib
-import pkgutil
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from graphs.fake_cuda import Written, compiling
 from recfx.capture import sections_function
 from recfx.examples import deepfm as program
-from recfx.kernels import gpu
+from recfx.kernels.op import gpu_function
 from recfx.types import Batch, Ragged, pack
 
 __all__ = ["NODES", "Launch", "launches", "text"]
@@ -89,24 +87,14 @@ def _counting(mode: Any) -> Iterator[list[Launch]]:
         yield counted.nodes
 
 
-def _launcher(name: str) -> Callable | None:
-    """The function of recfx.kernels.gpu that an operator calls on CUDA; None where its definition runs there."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"recfx::{name}", "CUDA"):
-        return None
-    for module in pkgutil.iter_modules(gpu.__path__):
-        found = getattr(importlib.import_module(f"{gpu.__name__}.{module.name}"), name, None)
-        if found is not None and found.__module__ == f"{gpu.__name__}.{module.name}":
-            return found
-    raise LookupError(f"{name}: got no launcher, expected one in {gpu.__name__}.")
-
-
 def operator_launches(node: Node) -> list[Launch]:
     """The launches of one call of an operator of recfx, whose arguments are fake tensors."""
     name: str = node.target._opname  # type: ignore[union-attr]
     args, kwargs = tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
     mode = next(n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)).meta["val"].fake_mode
     with _counting(mode) as nodes:
-        function = _launcher(name)
+        on_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"recfx::{name}", "CUDA")
+        function = gpu_function(name) if on_cuda else None
         if function is None:
             key = torch._C.DispatchKey.CompositeExplicitAutograd
             function = node.target.redispatch  # type: ignore[union-attr]

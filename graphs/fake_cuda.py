@@ -122,14 +122,14 @@ class _Stop(BaseException):
 
 
 def compiling(function: Any, state: Any, sections: list[Any]) -> Written:
-    """What `recfx.compiled.compiled` would call on the device.
+    """What `recfx.capture.compiled.compiled` would call on the device.
 
     Args:     state, sections: fake tensors on cuda.
     """
     import torch
     from torch._inductor.graph import GraphLowering
 
-    from recfx import compiled
+    from recfx.capture import compiled
 
     written: list[Written] = []
     names: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -127,7 +128,11 @@ def _binds(signature: inspect.Signature, arguments: str) -> bool:
 
 
 def _name(kind: type) -> str:
-    """Of a class, with its module where a reader may need it."""
+    """Of a class, with its module where a reader may need it: a class of recfx is named as a program imports it."""
     if kind is Mapping:
         return "a dict"
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__module__ == "builtins":
+        return kind.__qualname__
+    package = kind.__module__.rpartition(".")[0]
+    is_exported = package.startswith("recfx") and getattr(sys.modules[package], kind.__qualname__, None) is kind
+    return f"{package if is_exported else kind.__module__}.{kind.__qualname__}"

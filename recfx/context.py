@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recfx.checks import check_type, signature_of
-from recfx.kernels.hashing import GOLDEN, mix, shift_right
+from recfx.kernels.index.hashing import GOLDEN, mix, shift_right
 from recfx.types import Params
 
 __all__ = ["Context", "Stats", "with_context"]

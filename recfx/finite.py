@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recfx.kernels import untouch_rows
-from recfx.kernels.all_finite import all_finite, are_finite, finite_parts
+from recfx.kernels.dense.all_finite import all_finite, are_finite, finite_parts
+from recfx.kernels.index import untouch_rows
 from recfx.table import Found, TableState
 from recfx.types import Params
 

@@ -51,7 +51,7 @@ def check_reader(reader: object) -> None:
     if not all(callable(getattr(reader, name, None)) for name in ("epoch", "start_at")):
         raise TypeError(
             f"reader: got {said(reader)}, expected one with the methods `epoch` and `start_at`. A run is resumed where "
-            "it stopped. Use recfx.data.reader(...)."
+            "it stopped. Use recfx.data.reading(...)."
         )
 
 

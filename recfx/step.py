@@ -16,13 +16,12 @@ from recfx.describe import or_plain, state_text, step_text
 from recfx.embeddings import Embedding, Plan, Tile, plan_tables
 from recfx.finite import NonFinite, clean_padding, counts_after, gradients_finite, outputs_finite, untouch_
 from recfx.generators import Draws
-from recfx.kernels.add_row_grads import add_row_grads_
-from recfx.kernels.order_lists import list_sums
+from recfx.kernels.lists.order_lists import list_sums
+from recfx.kernels.rows.add_row_grads import add_row_grads_
 from recfx.layers import in_bf16
 from recfx.losses import bce_with_logits
 from recfx.metrics import BinaryCounts, binary_metrics
 from recfx.optim import SparseOptimizer
-from recfx.policies import Life
 from recfx.step_checks import (
     check_batch,
     check_features,
@@ -37,6 +36,7 @@ from recfx.step_checks import (
 )
 from recfx.table import Found, Table, TableState, copy_of, ids_of, is_full, is_sweep_due, table
 from recfx.table import sweep_ as sweep_table_
+from recfx.table.policies import Life
 from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
 
 __all__ = ["Aux", "NonFinite", "OnNonFinite", "Step", "TrainState", "Window", "train_step"]
@@ -182,13 +182,13 @@ def train_step(
               number of samples, as with torch's `weight`; metrics show the weighted loss, and AUC without weights.
               accumulation: micro-batches per optimiser step. The step equals one on their concatenation: gradients are
               summed over valid samples and divided by their total.
-              max_rows, max_bytes, max_unique, seed: of every physical table, see `recfx.table.table`.
-              life: which ids get a row and which rows are deleted, see `recfx.policies`. None: all, and none.
+              max_rows, max_bytes, max_unique, seed: of every physical table, see `recfx.table.functions`.
+              life: which ids get a row and which rows are deleted, see `recfx.table.policies`. None: all, and none.
               clip: (dense gradients, tables, scale) -> scale of all gradients, such as `recfx.optim.clip_global_norm`.
               sum_row_grads: how the gradients of a row are summed, in f32: of 2**24 occurrences or more in a step small
               terms may be lost. The default adds occurrences in order, the same bytes from run to run; on a GPU, where
               nothing comes between the sum and the optimiser, the two are one kernel.
-              `recfx.kernels.add_row_grads.add_row_grads_atomic_` adds them as they come on a GPU.
+              `recfx.kernels.rows.add_row_grads.add_row_grads_atomic_` adds them as they come on a GPU.
               precision: of the products of matrices in `forward` and its gradients; all else is f32. "bf16": see
               `recfx.layers.in_bf16`. "tf32": on CUDA, in captured steps, operands keep 10 bits of their mantissa.
               on_nonfinite: what follows when a loss, a logit or a gradient is NaN or infinite. "stop": the state says

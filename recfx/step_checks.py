@@ -15,7 +15,7 @@ from torch import Tensor
 from recfx.checks import check_function, check_type, names, said
 from recfx.embeddings import Plan
 from recfx.optim import SparseOptimizer
-from recfx.policies import Life
+from recfx.table.policies import Life
 from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
 
 __all__ = [
@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "sparse_optimizer": (SparseOptimizer, "Build one: recfx.optim.sparse_adamw(1e-3)."),
     "dense_optimizer": (Transform, "Build one: recfx.optim.adamw(1e-3)."),
     "metrics": (Transform | None, "Build them: recfx.metrics.binary_metrics()."),
-    "life": (Life | None, "Build one: recfx.policies.Life(...)."),
+    "life": (Life | None, "Build one: recfx.table.policies.Life(...)."),
     "label": (str, "It is the name of a feature."),
     "sample_weight": (str | None, "It is the name of a feature."),
     "check_labels": (bool | None, "None: they are checked with the default loss."),

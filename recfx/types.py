@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from recfx.describe import batch_text, or_plain
-from recfx.kernels import flatten_lists
-from recfx.kernels.check_columns import Links, check_columns, check_num_samples, links_of, offsets_fit, table_of
+from recfx.kernels.lists import flatten_lists
+from recfx.kernels.lists.check_columns import Links, check_columns, check_num_samples, links_of, offsets_fit, table_of
 
 __all__ = ["Batch", "Field", "Layout", "Params", "Ragged", "Transform", "pack"]
 

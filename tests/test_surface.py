@@ -26,14 +26,12 @@ CODE = [name for name in MODULES if not name.endswith(".__main__") and (HAS_TRIT
 LAYERS = (
     ("types", "checks", "describe", "kernels"),  # the gate of a batch is a kernel, and the packing kernels make batches
     ("features", "layers", "losses", "metrics", "data"),
-    ("policies",),
     ("embeddings", "table", "optim"),
     ("models",),
     ("context", "finite", "generators"),
     ("step_checks", "step", "run_checks", "dist"),
-    ("fx_passes", "rehearsal", "compiled", "cuda_graph", "capture", "checkpoint", "rows"),
-    ("labels", "nonfinite"),
-    ("train",),
+    ("capture", "checkpoint", "rows"),
+    ("recis", "train"),
     ("examples", "commands"),
     ("cli", "__main__"),
 )
@@ -41,12 +39,9 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SEES_ONLY = {
     "types": {"describe", "kernels"},
     "data": {"types", "checks", "kernels"},
-    "checkpoint": {"types", "checks", "kernels", "generators", "embeddings", "table", "step", "run_checks", "rows"},
+    "checkpoint": {"types", "checks", "kernels", "generators", "embeddings", "table", "step", "run_checks"},
     "models": {"types", "features", "layers", "losses"},
-    "capture": {"types", "checks", "generators", "step", "run_checks", "compiled", "cuda_graph"},
-    "compiled": {"fx_passes", "kernels", "rehearsal"},
-    "fx_passes": {"kernels"},
-    "cuda_graph": {"types"},
+    "capture": {"types", "checks", "generators", "kernels", "step", "run_checks"},
 }
 
 

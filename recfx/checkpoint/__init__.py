@@ -11,7 +11,6 @@ from recfx.checkpoint.folders import latest
 from recfx.checkpoint.loading import load
 from recfx.checkpoint.matching import held
 from recfx.checkpoint.merging import compact, diff
-from recfx.checkpoint.recis import load_recis
 from recfx.checkpoint.saving import Saver, save
 
-__all__ = ["Saver", "compact", "diff", "held", "latest", "load", "load_recis", "save"]
+__all__ = ["Saver", "compact", "diff", "held", "latest", "load", "save"]

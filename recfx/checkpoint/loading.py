@@ -20,8 +20,8 @@ from recfx.checkpoint.matching import Move, Source, check_arguments, check_names
 from recfx.checks import check_type
 from recfx.embeddings import TablePlan
 from recfx.generators import set_generator_states
-from recfx.kernels.initial import initial_values
-from recfx.kernels.owner import owner
+from recfx.kernels.index.owner import owner
+from recfx.kernels.rows.initial import initial_values
 from recfx.run_checks import check_program
 from recfx.step import Step, TrainState
 from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState, initializer_tensors, restore_
@@ -56,7 +56,7 @@ def load(
               dense: dense parameters to take, with their optimiser's state; default all, and what `forward` keeps in
               `state.stats`; () none.
               names: name in the checkpoint, of a table or dense parameter that has another one in the model.
-              rank, world_size: take the rows that `recfx.kernels.owner.owner` gives to this rank.
+              rank, world_size: take the rows that `recfx.kernels.index.owner.owner` gives to this rank.
     Cost:     reads every byte once, where a partial save is loaded by several ranks the ids twice; rebuilds the index.
     Raises:   ValueError naming the file when it is missing, damaged, or newer than this version; naming the table or
               parameter when the checkpoint lacks it, has it in another shape, or was made with another seed or

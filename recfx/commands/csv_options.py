@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recfx.data.csv import Csv
+    from recfx.data.text.csv import Csv
 
 __all__ = ["add_csv_options", "format_of"]
 
@@ -34,7 +34,7 @@ def format_of(args: argparse.Namespace) -> Csv | None:
 
     Raises:   ValueError when it must name the delimiter, for files of two, and does not.
     """
-    from recfx.data.csv import Csv
+    from recfx.data.text.csv import Csv
 
     given: dict[str, Any] = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     if not given:

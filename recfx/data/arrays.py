@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from recfx.checks import check_choice, check_type
 from recfx.data.arguments import Filter, check_columns, check_numbers, check_pinned, expression_of
-from recfx.data.batches import Columns, Reader
 from recfx.data.columns import Column
 from recfx.data.decode import Decoder, Recipe
 from recfx.data.memory import arrays_of
+from recfx.data.order import Plan
+from recfx.data.reading import Columns, Reader
 from recfx.data.split import Split
-from recfx.data.stream import Plan
 from recfx.data.tables import table_of
 
 __all__ = ["from_arrays"]

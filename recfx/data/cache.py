@@ -17,8 +17,8 @@ import xxhash
 
 from recfx.data.files import File
 from recfx.data.identity import NoIdentityError
+from recfx.data.packing.mapped_files import MappedFile, replaced
 from recfx.data.rows import Decoded
-from recfx.kernels.mapped_files import MappedFile, replaced
 
 if TYPE_CHECKING:
     from recfx.data.decode import Recipe

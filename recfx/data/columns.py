@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recfx.checks import check_choice, check_function, check_int, check_type, said
 from recfx.data.numbers import Rounding
-from recfx.kernels.pack_columns import PackedColumn
+from recfx.data.packing.pack_columns import PackedColumn
 
 __all__ = ["Between", "Column", "FixedLen", "OneOf", "Valid", "VarLen", "finite", "fixedlen", "hashed", "varlen"]
 
@@ -233,12 +233,12 @@ def hashed(
 ) -> VarLen:
     """A column of lists of strings, of any bytes, read as int64 hashes of their bytes.
 
-    Args:     string_hash: `recfx.kernels.string_hash.farm_hashes` or `murmur_hashes`.
+    Args:     string_hash: `recfx.kernels.lists.string_hash.farm_hashes` or `murmur_hashes`.
               buckets: n > 0: the unsigned hash mod n; 0: its sign bit cleared; None: as it is, signed.
               name, depth, weighted, null, rounding, missing, truncate, side: as for `varlen`.
     Raises:   ValueError when buckets is negative, depth below 1 or truncate below 0.
     """
-    hashes = "recfx.kernels.string_hash"
+    hashes = "recfx.kernels.lists.string_hash"
     check_function(
         f"column '{name}', string_hash", string_hash, "bytes, offsets", "hashes", f"Use farm_hashes of {hashes}."
     )

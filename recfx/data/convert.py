@@ -14,14 +14,14 @@ from pyarrow import fs, orc
 from pyarrow import parquet as pq
 
 from recfx.checks import check_choice
-from recfx.data.csv import CsvSource, check_named_columns
 from recfx.data.files import File, Paths, match_files
 from recfx.data.formats import EXTENSIONS, Format, Source, open_source, reading
-from recfx.data.lines import COMPRESSIONS
 from recfx.data.numbers import Rounding
 from recfx.data.rows import BadRow, BadRows, Rows
 from recfx.data.schema import map_leaves
 from recfx.data.stored import Keeping, NotTextError, check_asked, read_as, stored, stored_type
+from recfx.data.text.csv import CsvSource, check_named_columns
+from recfx.data.text.lines import COMPRESSIONS
 
 __all__ = ["TYPES", "convert"]
 

@@ -14,16 +14,16 @@ import pyarrow.compute as pc
 from recfx.data.cache import RecordCache
 from recfx.data.columns import Column, VarLen
 from recfx.data.conform import conform
-from recfx.data.csv import CsvSource
 from recfx.data.files import File, checksum, quoted
 from recfx.data.formats import Format, Source, open_source, reading
 from recfx.data.identity import identity_of
-from recfx.data.json_lines import JsonLinesSource
+from recfx.data.packing.pack_columns import PackPlan
 from recfx.data.records import as_records
 from recfx.data.rows import BadRow, BadRows, ColumnError, Decoded, Rows
 from recfx.data.schema import check_schema, column_at, is_plain, path_to, type_at, without_views
 from recfx.data.split import Split, check_key
-from recfx.kernels.pack_columns import PackPlan
+from recfx.data.text.csv import CsvSource
+from recfx.data.text.json_lines import JsonLinesSource
 
 __all__ = ["Decoder", "Recipe"]
 

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recfx.data.csv import check_named_columns
 from recfx.data.files import File
 from recfx.data.formats import Format, open_source, reading
 from recfx.data.schema import as_list, is_list, item_type
+from recfx.data.text.csv import check_named_columns
 
 __all__ = ["ColumnFacts", "Facts", "describe"]
 

@@ -15,13 +15,13 @@ from pyarrow import parquet as pq
 
 from recfx.checks import check_choice
 from recfx.data.columns import Column
-from recfx.data.csv import Csv, CsvSource
 from recfx.data.files import File, subject
-from recfx.data.json_lines import JsonLines, JsonLinesSource
-from recfx.data.libsvm import Libsvm, LibsvmSource
 from recfx.data.memory import Arrays
 from recfx.data.rows import Rows
 from recfx.data.schema import column_at, path_to
+from recfx.data.text.csv import Csv, CsvSource
+from recfx.data.text.json_lines import JsonLines, JsonLinesSource
+from recfx.data.text.libsvm import Libsvm, LibsvmSource
 
 __all__ = ["Format", "Source", "check_format", "open_source", "reading"]
 

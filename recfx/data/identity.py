@@ -12,11 +12,11 @@ import torch
 import xxhash
 
 from recfx.data.columns import Between, FixedLen, OneOf, VarLen
-from recfx.data.csv import Csv
-from recfx.data.json_lines import JsonLines
-from recfx.data.libsvm import Libsvm
 from recfx.data.split import Split
-from recfx.kernels.string_hash import farm_hashes, murmur_hashes
+from recfx.data.text.csv import Csv
+from recfx.data.text.json_lines import JsonLines
+from recfx.data.text.libsvm import Libsvm
+from recfx.kernels.lists.string_hash import farm_hashes, murmur_hashes
 
 __all__ = ["NoIdentityError", "identity_of"]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from recfx.data.conform import block_of
-from recfx.kernels.pack_columns import PackPlan
-from recfx.kernels.pack_records import Records, write_records
+from recfx.data.packing.pack_columns import PackPlan
+from recfx.data.packing.pack_records import Records, write_records
 
 __all__ = ["as_records", "records_of"]
 

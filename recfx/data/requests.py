@@ -15,9 +15,9 @@ from recfx.data.arguments import check_columns, check_transform, check_transform
 from recfx.data.columns import Column
 from recfx.data.conform import block_of, conform
 from recfx.data.files import ROWS
+from recfx.data.packing.pack_columns import PackedColumn, PackPlan, Segment, count_items, pack_columns
 from recfx.data.rows import BadRow, BadRows, ColumnError
 from recfx.data.values import by_arrow, values_array
-from recfx.kernels.pack_columns import PackedColumn, PackPlan, Segment, count_items, pack_columns
 from recfx.types import NUM_SAMPLES, Batch, Layout, Ragged, pack
 
 __all__ = ["pack_rows"]

@@ -16,7 +16,7 @@ from recfx.data.files import File, quoted
 from recfx.data.numbers import Wrong, spelled, to_int64
 from recfx.data.rows import BadRows
 from recfx.data.schema import as_list, decoded, is_list, is_text, item_type, without_views
-from recfx.kernels.hashing import mix
+from recfx.kernels.index.hashing import mix
 
 __all__ = ["Split", "check_key"]
 

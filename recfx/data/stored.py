@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recfx.data.lines import is_utf8
 from recfx.data.numbers import Rounding, Wrong, rounded, spelled, to_float, to_int64
 from recfx.data.rows import BadRows
 from recfx.data.schema import as_list, decoded, is_list, is_text, item_type, packed_list
+from recfx.data.text.lines import is_utf8
 
 __all__ = ["Keeping", "NotTextError", "check_asked", "read_as", "stored", "stored_type"]
 

@@ -16,7 +16,7 @@ from recfx.data.columns import Column
 from recfx.data.files import ARRAYS
 from recfx.data.schema import is_list, item_type
 from recfx.data.values import values_array
-from recfx.kernels.flatten_lists import numpy_of
+from recfx.kernels.lists.flatten_lists import numpy_of
 from recfx.types import NUM_SAMPLES, Batch, Ragged
 
 __all__ = ["table_of"]

@@ -16,9 +16,9 @@ from recfx import features as ops
 from recfx.capture import capture, capture_evaluation, capture_steps
 from recfx.checks import check_int
 from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
-from recfx.data.criteo_synthetic import generate
 from recfx.embeddings import Embedding, truncated_normal
 from recfx.examples.bar import Bar
+from recfx.examples.criteo_synthetic import generate
 from recfx.examples.environment import check_one_process, use_threads
 from recfx.examples.summary import run_program, summary_of, write_summary
 from recfx.models import deepfm

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from recfx.kernels.check_columns import check_columns, check_forms
-from recfx.kernels.join import join, split
+from recfx.kernels.lists.check_columns import check_columns, check_forms
+from recfx.kernels.lists.join import join, split
 from recfx.types import Ragged
 
 __all__ = ["Column", "can_be_read", "expect_ragged", "join_and_split", "of_one_or_many", "on_values"]

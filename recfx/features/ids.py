@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from recfx.features.columns import Column, expect_ragged, of_one_or_many, on_values
-from recfx.kernels.cross_lists import cross_lists
-from recfx.kernels.string_hash import farm_hashes, murmur_hashes
+from recfx.kernels.lists.cross_lists import cross_lists
+from recfx.kernels.lists.string_hash import farm_hashes, murmur_hashes
 from recfx.types import Ragged
 
 __all__ = ["cross", "farm_hash", "mod", "multi_hash", "murmur_hash"]

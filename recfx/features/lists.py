@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recfx.features.columns import can_be_read, expect_ragged, join_and_split, of_one_or_many
-from recfx.kernels.select_lists import select_lists
-from recfx.kernels.take_lists import take_lists
+from recfx.kernels.lists.select_lists import select_lists
+from recfx.kernels.lists.take_lists import take_lists
 from recfx.types import Ragged
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels of this folder, once per machine and source, into one shared library."""
+"""Compiles the package's C++ sources, once per machine and source, into one shared library."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ import torch  # first, so that the kernels share torch's OpenMP runtime
 __all__ = ["build_ahead", "has_compiler", "library"]
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC")
+PACKAGE = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
 NUM_CORES = os.cpu_count() or 1
 ELSEWHERE = "Set TMPDIR to a folder of yours."
@@ -79,28 +80,27 @@ def _built(num_processes: int) -> Path | None:
     compiler = _compiler()
     if compiler is None:
         return None
-    sources = sorted(Path(__file__).parent.glob("*.cpp"))
-    headers = sorted(Path(__file__).parent.glob("*.h"))
-    words = [
-        _run([compiler, "--version"]).encode(),
-        torch.__version__.encode(),
-        _processor().encode(),
-        *map(str.encode, FLAGS),
-    ]
-    words += [f.read_bytes() for f in sources + headers]
-    name = hashlib.sha256(b"\0".join(words)).hexdigest()[:24]
     folder = _own_folder()
-    path = folder / f"{name}.so"
+    path = folder / f"{_name_of(compiler)}.so"
     with _one_build:
         if not os.path.lexists(path):
             try:
-                _compile(compiler, sources, path, num_processes)
+                _compile(compiler, sorted(PACKAGE.rglob("*.cpp")), path, num_processes)
             except OSError as error:
                 raise RuntimeError(
                     f"{folder}: {error}, expected a folder with room for the compiled kernels. {ELSEWHERE}"
                 ) from error
         _check_own(path, stat.S_ISREG, "file")
     return path
+
+
+def _name_of(compiler: str) -> str:
+    """A hash of all that the library depends on."""
+    words = [_run([compiler, "--version"]), torch.__version__, _processor(), *FLAGS]
+    parts = [word.encode() for word in words]
+    for path in sorted([*PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")]):
+        parts += [str(path.relative_to(PACKAGE)).encode(), path.read_bytes()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
 def _own_folder() -> Path:
@@ -142,8 +142,8 @@ def _check_own(path: Path, is_kind: Callable[[int], bool], kind: str) -> None:
 def _compile(compiler: str, sources: list[Path], path: Path, num_processes: int) -> None:
     """Writes under another name and renames, so that two processes building at once are both right."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
-        include = ("-I", str(TORCH / "include"))
+        objects = [Path(scratch) / f"{n}_{source.stem}.o" for n, source in enumerate(sources)]
+        include = ("-I", str(PACKAGE), "-I", str(TORCH / "include"))
         commands = [
             [compiler, *FLAGS, *include, "-c", str(source), "-o", str(o)]
             for source, o in zip(sources, objects, strict=True)

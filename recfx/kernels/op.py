@@ -20,6 +20,7 @@ from recfx.kernels.build import library
 __all__ = ["address", "addresses", "c_function", "define_op", "gpu_function", "int64s"]
 
 _LIBRARY = torch.library.Library("recfx", "DEF")
+_GPU_MODULES: dict[str, str] = {}  # of the operators that have a Triton function
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
 _STRIDED = {"rows", "grads", "blocks"}  # arguments whose strides the kernels know; all others are read as contiguous
 
@@ -37,7 +38,7 @@ def define_op(
               fake: shapes and dtypes of the results.
               cpu: the same through the C++ library; None: ops.cpp registers it when the library is loaded, which the
               first call on CPU tensors does. Either falls back to the definition where there is no compiler.
-              cuda: module of recfx.kernels.gpu that has the same in Triton under the operator's name. It is imported at
+              cuda: module below recfx.kernels that has the same in Triton under the operator's name. It is imported at
               the first call on CUDA tensors, and gives way to the definition where there is no triton.
     Raises:   NotImplementedError, when called: an argument requires a gradient, which no operator here has. torch alone
               would go on, and take it for 0. What the operator writes to or returns decides: where it returns no
@@ -57,12 +58,13 @@ def define_op(
         for t in _tensors(itertools.compress(args, read_flat)):
             assert t.is_contiguous(), f"{name}: got strides {t.stride()} of {list(t.shape)}, expected contiguous"
         with torch.cuda.device(next(_tensors(args)).device):  # Triton launches on the current one, wherever tensors are
-            return (gpu_function(str(cuda), name) or definition)(*args)
+            return (gpu_function(name) or definition)(*args)
 
     _LIBRARY.impl(name, definition if cpu else load_or_define, "CompositeExplicitAutograd")
     if cpu:
         _LIBRARY.impl(name, lambda *args: (cpu if library() else definition)(*args), "CPU")
     if cuda:
+        _GPU_MODULES[name] = f"recfx.kernels.{cuda}"
         _LIBRARY.impl(name, launch, "CUDA")
     _refuse_gradients(name, overload)
     return overload
@@ -109,12 +111,12 @@ def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
 
 
 @functools.cache
-def gpu_function(module: str, name: str) -> Callable | None:
-    """A function of recfx.kernels.gpu, or None (with a warning) where triton is not installed."""
+def gpu_function(name: str) -> Callable | None:
+    """The Triton function of an operator that has one, or None (with a warning) where triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         warnings.warn(f"recfx: no triton found, running the slow reference of {name}.", stacklevel=2)
         return None
-    return getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)
+    return getattr(importlib.import_module(_GPU_MODULES[name]), name)
 
 
 def c_function(name: str, kinds: str) -> Callable[..., None]:

@@ -13,8 +13,8 @@
 #include <tuple>
 #include <vector>
 
-#include "lists.h"
-#include "table.h"
+#include "kernels/lists/lists.h"
+#include "kernels/index/table.h"
 
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
@@ -81,7 +81,7 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-// Raises what `recfx.kernels.order_ids.check_offsets` raises of one lookup: its ids would be read outside their tensor.
+// Raises what `recfx.kernels.lists.order_ids.check_offsets` raises of one lookup: its ids would be read outside their tensor.
 void check_offsets(const int32_t* offsets, int64_t num_lists, int64_t num_values, int64_t lookup) {
   int32_t falls = offsets[0] < 0 || offsets[num_lists] > num_values;
   for (int64_t b = 0; b < num_lists; ++b) falls |= offsets[b + 1] < offsets[b];

@@ -14,10 +14,10 @@ from recfx.optim.adam_family import (
     sparse_adamw_recis,
     sparse_adamw_tf,
 )
+from recfx.optim.building import Rate, Schedule, SparseOptimizer
 from recfx.optim.clipping import clip_global_norm, clip_value, sparse_clip_row_norm, sparse_clip_value
 from recfx.optim.ftrl_proximal import sparse_ftrl
 from recfx.optim.gradient_descent import SgdState, sgd, sparse_sgd
-from recfx.optim.protocol import Rate, Schedule, SparseOptimizer
 
 __all__ = [
     "AdagradState",

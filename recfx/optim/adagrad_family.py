@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recfx.kernels.optimizer_rows import adagrad_rows, adagrad_update, rowwise_adagrad_rows
-from recfx.optim.protocol import Rate, Scalars, SparseOptimizer, check_ranges, dense_optimizer, rate_at, row_optimizer
+from recfx.kernels.rows.optimizer_rows import adagrad_rows, adagrad_update, rowwise_adagrad_rows
+from recfx.optim.building import Rate, Scalars, SparseOptimizer, check_ranges, dense_optimizer, rate_at, row_optimizer
 from recfx.types import Params, Transform
 
 __all__ = ["AdagradState", "adagrad", "sparse_adagrad", "sparse_rowwise_adagrad"]

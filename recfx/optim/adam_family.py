@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recfx.kernels.adamw_rows import adamw_rows_, adamw_rows_checked_, adamw_update
-from recfx.kernels.optimizer_rows import adamw_rows_by_column
-from recfx.kernels.sum_adamw_rows import sum_adamw_rows_
-from recfx.optim.protocol import (
+from recfx.kernels.rows.adamw_rows import adamw_rows_, adamw_rows_checked_, adamw_update
+from recfx.kernels.rows.optimizer_rows import adamw_rows_by_column
+from recfx.kernels.rows.sum_adamw_rows import sum_adamw_rows_
+from recfx.optim.building import (
     Checked,
     Fused,
     Rate,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recfx.kernels.clip_row_grads import clip_row_grads_, clipped, squared_norm
-from recfx.optim.protocol import SparseOptimizer
+from recfx.kernels.rows.clip_row_grads import clip_row_grads_, clipped, squared_norm
+from recfx.optim.building import SparseOptimizer
 from recfx.table import Columns, TableState
 from recfx.types import Params, Transform
 

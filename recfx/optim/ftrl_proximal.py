@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from recfx.kernels.optimizer_rows import ftrl_rows
-from recfx.optim.protocol import Rate, SparseOptimizer, check_ranges, row_optimizer
+from recfx.kernels.rows.optimizer_rows import ftrl_rows
+from recfx.optim.building import Rate, SparseOptimizer, check_ranges, row_optimizer
 
 __all__ = ["sparse_ftrl"]
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recfx.kernels.optimizer_rows import sgd_rows, sgd_update
-from recfx.optim.protocol import Rate, SparseOptimizer, check_ranges, dense_optimizer, rate_at, row_optimizer
+from recfx.kernels.rows.optimizer_rows import sgd_rows, sgd_update
+from recfx.optim.building import Rate, SparseOptimizer, check_ranges, dense_optimizer, rate_at, row_optimizer
 from recfx.types import Transform
 
 __all__ = ["SgdState", "sgd", "sparse_sgd"]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recfx.optim.protocol import Rate, Schedule, rate_at
+from recfx.optim.building import Rate, Schedule, rate_at
 
 __all__ = ["constant", "cosine", "exponential", "linear", "piecewise", "warm_up"]
 

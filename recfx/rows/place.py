@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recfx.embeddings import TablePlan
-from recfx.kernels.find import find
+from recfx.kernels.index.find import find
 from recfx.kernels.op import UNKNOWN
 from recfx.run_checks import check_program
 from recfx.step import Step, TrainState

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from recfx.kernels.find_or_insert import find_or_insert_
+from recfx.kernels.index.find_or_insert import find_or_insert_
 from recfx.kernels.op import UNKNOWN
 from recfx.rows.place import Place, Rows, check_device, place_of, reading, rows_of, taken
 from recfx.step import Step, TrainState

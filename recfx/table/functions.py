@@ -12,20 +12,12 @@ from torch import Tensor, nn
 
 from recfx.checks import check_type
 from recfx.embeddings import Lookup, TablePlan, column_key
-from recfx.kernels import (
-    add_row_grads,
-    count_candidates,
-    count_rows,
-    find,
-    find_or_insert,
-    keep_trained,
-    order_ids,
-    order_lists,
-    pool,
-)
-from recfx.policies import Life
+from recfx.kernels.index import count_candidates, find, find_or_insert, keep_trained
+from recfx.kernels.lists import order_ids, order_lists
+from recfx.kernels.rows import add_row_grads, count_rows, pool
 from recfx.table.index import grow_, slots_for
 from recfx.table.memory import padded, reserve, reserve_rows
+from recfx.table.policies import Life
 from recfx.table.state import TableCandidates, TableState, copy_of
 from recfx.table.sweep import checked
 from recfx.types import NUM_SAMPLES, Ragged

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recfx.kernels import hashing, rehash
+from recfx.kernels.index import hashing, rehash
 from recfx.table.state import CANDIDATE_FIELDS, TableCandidates, TableState, num_live
 
 __all__ = ["grow_", "rebuild_", "restore_", "slots_for"]

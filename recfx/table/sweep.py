@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recfx.kernels import hashing
-from recfx.kernels.find_or_insert import CREATED, EVICTED, LOOKED_UP, UNADMITTED
+from recfx.kernels.index import hashing
+from recfx.kernels.index.find_or_insert import CREATED, EVICTED, LOOKED_UP, UNADMITTED
 from recfx.kernels.op import FREED, UNKNOWN
-from recfx.policies import Life, RowColumns
 from recfx.table.index import rebuild_
+from recfx.table.policies import Life, RowColumns
 from recfx.table.state import TableState, is_full, num_live
 
 __all__ = ["Stats", "checked", "columns_of", "delete_", "is_sweep_due", "stats", "sweep_"]

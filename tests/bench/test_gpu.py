@@ -28,7 +28,7 @@ from bench import (
 )
 from bench.gpu_timing import Results
 from bench.workload import draw_batches, init_weights, make_batches, recfx_batch
-from recfx.data.criteo_synthetic import generate
+from recfx.examples.criteo_synthetic import generate
 
 PARTS = [gpu_deepfm, gpu_dynamicemb, gpu_files, gpu_profile, gpu_sizes, gpu_table, gpu_tests]
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from recfx.data import Between, OneOf, fixedlen, hashed, reader, varlen
 from recfx.data.conform import BadRows, block_of, conform
 from recfx.data.convert import convert
+from recfx.data.packing.pack_columns import Block, PackPlan, Segment, count_items, pack_columns
+from recfx.data.packing.pack_records import pack_records
 from recfx.data.records import as_records, records_of
-from recfx.kernels.pack_columns import Block, PackPlan, Segment, count_items, pack_columns
-from recfx.kernels.pack_records import pack_records
-from recfx.kernels.string_hash import farm_hashes, murmur_hashes
+from recfx.kernels.lists.string_hash import farm_hashes, murmur_hashes
 from recfx.types import Batch
 from tests.data.rows import FORMATS, all_rows, rows_of, write
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
-from recfx.data import Csv, csv, reader, varlen
+from recfx.data import Csv, reader, varlen
 from recfx.data.convert import convert
-from recfx.data.csv_cells import guess, read_cells
+from recfx.data.text import csv
+from recfx.data.text.csv_cells import guess, read_cells
 from tests.data.rows import all_rows
 
 NO_NULLS = pa.array([], pa.binary())

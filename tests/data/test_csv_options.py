@@ -18,11 +18,11 @@ from pyarrow import parquet as pq
 
 from recfx.data import Csv, fixedlen, hashed, reader, varlen
 from recfx.data.convert import convert
-from recfx.data.csv import CsvSource
 from recfx.data.describe import describe
 from recfx.data.files import match_files
 from recfx.data.identity import identity_of
-from recfx.kernels.string_hash import farm_hashes
+from recfx.data.text.csv import CsvSource
+from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import all_rows
 
 COLUMNS_XY = [varlen(name, torch.int64, null="empty") for name in "xy"]

@@ -11,10 +11,10 @@ import torch
 
 from recfx.data import Csv, fixedlen, hashed, reader, varlen
 from recfx.data.convert import convert
-from recfx.data.csv import CsvSource
 from recfx.data.describe import describe
 from recfx.data.files import match_files
-from recfx.kernels.string_hash import farm_hashes
+from recfx.data.text.csv import CsvSource
+from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import all_rows
 
 IDS = [varlen("x", torch.int64, null="empty")]

@@ -15,9 +15,9 @@ import torch
 from pyarrow import fs
 
 from recfx.data import Csv, decode, fixedlen, hashed, reader, varlen
-from recfx.data.csv import CsvSource
 from recfx.data.files import match_files
-from recfx.kernels.string_hash import farm_hashes
+from recfx.data.text.csv import CsvSource
+from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import FORMATS, all_rows, write
 
 COLUMNS = [fixedlen("label", [0.5]), varlen("x", torch.float32), varlen("c", torch.int64), varlen("word", torch.uint8)]

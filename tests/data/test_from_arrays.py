@@ -14,7 +14,7 @@ from pyarrow import parquet as pq
 from torch.utils.data import DataLoader
 
 from recfx.data import OneOf, Split, fixedlen, from_arrays, hashed, reader, varlen
-from recfx.kernels.string_hash import farm_hashes
+from recfx.kernels.lists.string_hash import farm_hashes
 from recfx.types import NUM_SAMPLES, Ragged
 from tests.data.rows import all_rows, rows_of
 

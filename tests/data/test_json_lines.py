@@ -19,8 +19,8 @@ from recfx.data.convert import convert
 from recfx.data.describe import describe
 from recfx.data.files import match_files
 from recfx.data.formats import open_source
-from recfx.data.json_lines import JsonLinesSource
-from recfx.kernels.string_hash import farm_hashes
+from recfx.data.text.json_lines import JsonLinesSource
+from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import all_rows
 
 LINES = [

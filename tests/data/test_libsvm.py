@@ -18,7 +18,7 @@ from recfx.data.convert import convert
 from recfx.data.describe import describe
 from recfx.data.files import match_files
 from recfx.data.formats import open_source
-from recfx.kernels.string_hash import farm_hashes
+from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import all_rows
 
 TEXT = b"""+1 1:0.5 3:+1 9223372036854775807:2.5e-1 # a comment 1:2

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from recfx.data import Csv, JsonLines, Split, fixedlen, hashed, reader, varlen
-from recfx.kernels.string_hash import farm_hashes
+from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import FORMATS, all_rows, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:recfx. got no columns")  # in most tests there is one file

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader
 
 from recfx.data import Csv, Reader, reader, varlen
 from recfx.data.convert import convert
-from recfx.data.csv_lines import without_unclosed
 from recfx.data.describe import describe
 from recfx.data.files import match_files
+from recfx.data.text.csv_lines import without_unclosed
 from recfx.types import Batch
 from tests.data.rows import all_rows, write
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
 from recfx.data import OneOf, fixedlen, hashed, pack_rows, reader, varlen
-from recfx.kernels.string_hash import farm_hashes
+from recfx.kernels.lists.string_hash import farm_hashes
 from recfx.types import NUM_SAMPLES
 from tests.data.rows import all_rows, rows_of
 
@@ -62,7 +62,7 @@ def test_the_very_bytes_of_a_parquet_file(path):
 
 
 def test_the_very_bytes_of_a_file_of_json_lines(tmp_path):
-    pytest.importorskip("recfx.data.json_lines", reason="the reader does not read JSON lines")
+    pytest.importorskip("recfx.data.text.json_lines", reason="the reader does not read JSON lines")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (expected,) = reader(tmp_path / "a.jsonl", COLUMNS, 3)
     assert torch.equal(pack_rows(COLUMNS, ROWS).buffer, expected.buffer)
@@ -96,7 +96,7 @@ WEIGHTED = varlen("c", torch.int64, weighted=True)
     ],
 )
 def test_odd_rows_as_in_a_file_of_json_lines(tmp_path, column, of_rows):
-    pytest.importorskip("recfx.data.json_lines", reason="the reader does not read JSON lines")
+    pytest.importorskip("recfx.data.text.json_lines", reason="the reader does not read JSON lines")
     rows = [{"c": value} for value in of_rows]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     try:

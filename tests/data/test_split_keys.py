@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from recfx.data import Csv, Split, fixedlen, hashed, reader, varlen
-from recfx.data.csv import CsvSource
 from recfx.data.files import match_files
 from recfx.data.numbers import spelled
-from recfx.kernels.string_hash import farm_hashes
+from recfx.data.text.csv import CsvSource
+from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import FORMATS, all_rows, write
 
 USERS = range(100, 200)

@@ -9,7 +9,7 @@ from pyarrow import orc
 from pyarrow import parquet as pq
 
 from recfx.data import Split, fixedlen, hashed, reader, varlen
-from recfx.kernels.string_hash import farm_hashes
+from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import FORMATS, all_rows, write
 
 USERS = [

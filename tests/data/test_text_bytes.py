@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recfx.data import Split, hashed, reader, varlen
-from recfx.kernels.string_hash import farm_hashes
+from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import FORMATS, all_rows, write
 
 WORDS = ["Zürich".encode("latin-1"), b"", b"\xff\x00\xfe", "é".encode(), b"plain"]

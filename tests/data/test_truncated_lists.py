@@ -10,7 +10,7 @@ import torch
 
 from recfx.data import Csv, hashed, reader, varlen
 from recfx.features import truncate
-from recfx.kernels.string_hash import farm_hashes
+from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import FORMATS, all_rows, lists_of, write
 
 LISTS = [[1, 2, 3], [], [4], [5, 6]]

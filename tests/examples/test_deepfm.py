@@ -22,7 +22,7 @@ import torch
 from pyarrow import orc
 
 from recfx import checkpoint
-from recfx.data import criteo_synthetic
+from recfx.examples import criteo_synthetic
 from recfx.examples import deepfm as program
 from recfx.examples.environment import check_one_process
 from recfx.examples.summary import text_of
@@ -280,7 +280,7 @@ def test_resume(data, eager, accumulation):
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_several_steps_per_replay_end_in_the_same_bytes(data, monkeypatch, accumulation):
     """On a CPU one after another: 33 batches, and 9 windows, the last of them incomplete."""
-    monkeypatch.setattr("recfx.capture.compiled", lambda function, state, sections: function)
+    monkeypatch.setattr("recfx.capture.captured.compiled", lambda function, state, sections: function)
     made, several = [], program.capture_steps
     monkeypatch.setattr(program, "capture_steps", lambda *args, **how: made.append(how) or several(*args, **how))
     more = [f"--gradient_accumulation_steps={accumulation}", "--log_steps=5"]

@@ -22,8 +22,8 @@ from recfx.data.columns import Between, VarLen
 from recfx.data.decode import Recipe
 from recfx.data.files import match_files
 from recfx.data.identity import NoIdentityError, identity_of
-from recfx.kernels import mapped_files
-from recfx.kernels.string_hash import farm_hashes, murmur_hashes
+from recfx.data.packing import mapped_files
+from recfx.kernels.lists.string_hash import farm_hashes, murmur_hashes
 from tests.data.rows import all_rows, write
 from tests.faults.children import folder_for_all, in_child
 
@@ -151,7 +151,7 @@ def test_files_without_a_time_of_change_are_not_cached(folder, monkeypatch):
             object.__setattr__(file, "mtime_ns", None)
         return files
 
-    monkeypatch.setattr("recfx.data.batches.match_files", without_time)
+    monkeypatch.setattr("recfx.data.reading.match_files", without_time)
     with pytest.warns(UserWarning, match=r"cache: got file '.*a.parquet' without a time of change"):
         assert read(folder).plan.decoder.cache is None
 

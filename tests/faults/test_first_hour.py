@@ -205,7 +205,7 @@ def test_embeddings(mistake, error, message):
     ("metrics not built", lambda: make(metrics=metrics.binary_metrics), TypeError,
      r"metrics: got the function binary_metrics, expected .*Transform or None. Build them"),
     ("metrics as words", lambda: make(metrics=["auc"]), TypeError, r"metrics: got a list of str, expected"),
-    ("life as a word", lambda: make(life="evict"), TypeError, r"life: got 'evict', expected recfx.policies.Life or N"),
+    ("life as a word", lambda: make(life="evict"), TypeError, r"life: got 'evict', expected recfx.table.policies.Life"),
     ("clip as a number", lambda: make(clip=1.0), TypeError, r"clip: got 1.0, expected a function \(grads, tables, s"),
     ("label as a number", lambda: make(label=0), TypeError, r"label: got 0, expected str. It is the name of a feature"),
 )  # fmt: skip
@@ -350,7 +350,7 @@ def loop(folder: Path, **changed: Any) -> None:
     ("changed", "message"),
     [
         ({"reader": [1]}, r"reader: got a list of int, expected one with the methods `epoch` and `start_at`"),
-        ({"reader": iter("a")}, r"reader: got str_\w*iterator, expected one .* Use recfx.data.reader"),
+        ({"reader": iter("a")}, r"reader: got str_\w*iterator, expected one .* Use recfx.data.reading"),
         (
             {"run": 3},
             r"run: got 3, expected a function \(state, batch\) -> state, aux. Use step.update_ or its capture",

@@ -12,10 +12,12 @@ import torch
 
 from recfx import features as ops
 from recfx import types
-from recfx.embeddings import MAX_VOCABULARIES, Embedding, plan_tables, tile
-from recfx.kernels import check_columns, order_lists, pool, select_lists, take_lists
-from recfx.kernels.cross_lists import cross_lists
-from recfx.kernels.string_hash import farm_hashes, murmur_hashes
+from recfx.embeddings import Embedding, plan_tables, tile
+from recfx.embeddings.plan import MAX_VOCABULARIES
+from recfx.kernels.lists import check_columns, order_lists, select_lists, take_lists
+from recfx.kernels.lists.cross_lists import cross_lists
+from recfx.kernels.lists.string_hash import farm_hashes, murmur_hashes
+from recfx.kernels.rows import pool
 from recfx.optim import sgd, sparse_sgd
 from recfx.step import train_step
 from recfx.types import Batch, Layout, Ragged, pack

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from recfx import checkpoint
-from recfx import train as train_module
 from recfx.data import fixedlen, reader, varlen
 from recfx.train import TrainConfig, train
+from recfx.train import loop as train_module
 from tests.conftest import deepfm_batches, deepfm_step
 from tests.loop import Log, MemoryReader, fresh, go, interrupt, last_bytes, reader_of, saved
 

@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 from recfx import checkpoint, optim
 from recfx.capture import capture
 from recfx.embeddings import Embedding
-from recfx.policies import Life, unseen_for
 from recfx.step import train_step
+from recfx.table.policies import Life, unseen_for
 from recfx.train import TrainConfig, check_finite, evaluate, train
 from recfx.types import Ragged, pack
 from tests.loop import MemoryReader

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from recfx.embeddings import Embedding, plan_tables, tile
 from recfx.optim import sparse_sgd
-from recfx.policies import Life, at_least
+from recfx.table.policies import Life, at_least
 from tests.reference import is_close
-from tests.test_combiners import INIT, Oracle, batch_of, logit, step_of
+from tests.table.test_combiners import INIT, Oracle, batch_of, logit, step_of
 
 REASONS = {
     "refused by a full table": {"max_rows": 3},

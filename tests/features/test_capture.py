@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from graphs.dataflow import is_op, is_view
 from recfx import features as ops
 from recfx.capture import capture
-from recfx.fx_passes import StepPasses, UnfuseBias, share_common
-from recfx.kernels.order_ids import order_ids
+from recfx.capture.passes import StepPasses, UnfuseBias, share_common
+from recfx.kernels.lists.order_ids import order_ids
 from recfx.types import COUNTS, Ragged, pack, unpack
+from tests.capture.test_graphs import READ_BY_THE_HOST, SHAPED_BY_DATA
 from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
 from tests.reference import ragged
 from tests.reference_features import nested, strings
-from tests.test_graphs import READ_BY_THE_HOST, SHAPED_BY_DATA
 
 BATCH = {
     "x": torch.tensor([[-1.0, 0.5], [float("nan"), 70.0], [18.0, float("inf")]]),

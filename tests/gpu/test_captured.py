@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from recfx import capture as capture_module
-from recfx import compiled as compiled_module
-from recfx import cuda_graph
 from recfx.capture import capture, capture_evaluation, capture_prediction, capture_steps, sections_function
+from recfx.capture import captured as capture_module
+from recfx.capture import compiled as compiled_module
+from recfx.capture import recorded as cuda_graph
 from recfx.step import Step
 from recfx.table import functions as table_module
 from recfx.types import Batch, pack
 from tests.conftest import deepfm_batches, deepfm_groups, deepfm_params, deepfm_step
-from tests.test_step import assert_same_state
+from tests.step.test_step import assert_same_state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -196,7 +196,7 @@ def test_an_exception_leaves_a_state_that_trains_on(monkeypatch):
     def broken(function: Any, *args: Any, **kwargs: Any) -> Any:
         return record(lambda s, sections: fails(function, s, sections), *args, **kwargs)
 
-    monkeypatch.setattr("recfx.capture.record", broken)
+    monkeypatch.setattr("recfx.capture.captured.record", broken)
     other = capture(step, state, wider)
     with pytest.raises(RuntimeError, match="in the middle of recording"):
         other(state, wider)

@@ -10,19 +10,13 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from recfx.kernels import (
-    add_row_grads,
-    count_candidates,
-    cross_lists,
-    optimizer_rows,
-    order_ids,
-    string_hash,
-    sum_adamw_rows,
-)
-from recfx.policies import Life, at_least
+from recfx.kernels.index import count_candidates
+from recfx.kernels.lists import cross_lists, order_ids, string_hash
+from recfx.kernels.rows import add_row_grads, optimizer_rows, sum_adamw_rows
 from recfx.table import Table, TableState, grow_, rebuild_, table
+from recfx.table.policies import Life, at_least
 from recfx.types import Ragged
-from tests.kernels import test_adamw_rows, test_optimizer_rows
+from tests.kernels.rows import test_adamw_rows, test_optimizer_rows
 from tests.reference import EXTREMES, assert_same_table, id_of_hash, ragged, table_plan
 from tests.reference_features import strings
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from recfx.kernels.pack_columns import Block, BlockColumn, PackedColumn, PackPlan, Segment, count_items
+from recfx.data.packing.pack_columns import Block, BlockColumn, PackedColumn, PackPlan, Segment, count_items
 from recfx.types import Ragged
 
 COLUMNS = (

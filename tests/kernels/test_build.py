@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 import threading
 import time
 
 import pytest
+from torch._inductor.custom_graph_pass import get_hash_for_files
 
+from recfx.capture import passes
 from recfx.kernels import build
 
 
@@ -67,3 +70,32 @@ def test_without_a_compiler_nothing_is_built(asked, monkeypatch):
     wait_for_builder()
     assert build._built(2) is None
     assert not asked
+
+
+def test_a_change_of_any_source_of_the_kernels_changes_the_keys_of_both_caches(tmp_path, monkeypatch):
+    """A source that no key holds would leave a stale library, or a stale graph, in use without a word."""
+    package = tmp_path / "recfx"
+    shutil.copytree(build.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(build, "PACKAGE", package)
+    monkeypatch.setattr(passes, "KERNELS", package / "kernels")
+    hash_files = get_hash_for_files.__wrapped__  # torch remembers the hash of a file's name
+
+    def keys() -> tuple[str, bytes]:
+        with monkeypatch.context() as patched:
+            patched.setattr(passes, "get_hash_for_files", hash_files)
+            return build._name_of("c++"), passes.StepPasses().uuid()
+
+    monkeypatch.setattr(build, "_run", lambda command: "version")
+    sources = [p for p in sorted(package.rglob("*")) if p.suffix in (".py", ".cpp", ".h")]
+    of_library = [p for p in sources if p.suffix != ".py"]
+    of_graphs = [p for p in sources if package / "kernels" in p.parents]
+    assert {"find.h", "pack.h", "ops.cpp"} <= {p.name for p in of_library}
+    assert {"find.py", "find.cpp", "launch.py"} <= {p.name for p in of_graphs}
+    library, graphs = keys()
+    for path in {*of_library, *of_graphs}:
+        before = path.read_bytes()
+        path.write_bytes(before + b"\n")
+        changed = keys()
+        assert (changed[0] != library, changed[1] != graphs) == (path in of_library, path in of_graphs), path
+        path.write_bytes(before)
+    assert keys() == (library, graphs)

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recfx.kernels import count_candidates, count_rows, hashing
-from recfx.policies import Life, at_least
+from recfx.kernels.index import count_candidates, hashing
+from recfx.kernels.rows import count_rows
 from recfx.table import TableState, table
+from recfx.table.policies import Life, at_least
 from tests.reference import DictTable, Reading, features_of, positions, streams, table_plan
 
 COUNTS = {"definition": count_candidates.definition, "kernel": count_candidates.count_candidates_}

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from recfx.kernels import add_row_grads, count_candidates, find, find_or_insert, pool, sum_adamw_rows
-from recfx.policies import Life, at_least
+from recfx.kernels.index import count_candidates, find, find_or_insert
+from recfx.kernels.rows import add_row_grads, pool, sum_adamw_rows
 from recfx.table import initializer_tensors, table
-from tests.kernels.test_find_or_insert import arguments
+from recfx.table.policies import Life, at_least
+from tests.kernels.index.test_find_or_insert import arguments
 from tests.reference import (
     EXTREMES,
     Reading,

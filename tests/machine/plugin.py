@@ -4,7 +4,6 @@
 test after which a kernel has raced fails, whatever it says itself. It may be run by several processes (`-n 2`).
 """
 
-import importlib
 import os
 import warnings
 from collections import Counter
@@ -19,8 +18,8 @@ import torch
 import recfx.layers
 import recfx.step
 from bench.triton_sm90 import calls
-from recfx.kernels import order_ids
-from recfx.kernels.op import library
+from recfx.kernels.lists import order_ids
+from recfx.kernels.op import gpu_function, library
 from tests.kernels.gpu.cases import unmeant
 from tests.machine.machine import Report, running
 
@@ -39,8 +38,8 @@ def kernels_on_cpu() -> Iterator[None]:
     with warnings.catch_warnings():
         # torch says what it replaces.
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
-        for module, name in calls((8, 1)):
-            function = getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)
+        for _module, name in calls((8, 1)):
+            function = gpu_function(name)
             kernels.impl(name, function, "CPU", allow_override=True)
     with (
         mock.patch.object(recfx.step, "FUSED_ON", ("cpu", "cuda")),

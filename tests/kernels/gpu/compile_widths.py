@@ -3,13 +3,13 @@
 As far as PTX: the assembler is left out, so the compiler's cache must be a folder that nothing else uses.
 """
 
-import importlib
 import sys
 from unittest import mock
 
 from triton.backends.nvidia.compiler import CUDABackend
 
 from bench.triton_sm90 import call_all, calls, compiling
+from recfx.kernels.op import gpu_function
 
 SIZES = 512, 64, 16, 256, 1024
 OF_ROWS = {
@@ -21,9 +21,9 @@ NEXT_TO_ONE = {*range(1, 34), *(2**k + d for k in range(5, 9) for d in (-1, 0, 1
 
 
 def compile_rows(dims: tuple[int, ...]) -> None:
-    for (module, name), arguments in calls(dims, SIZES).items():
+    for (_module, name), arguments in calls(dims, SIZES).items():
         if name in OF_ROWS:
-            getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)(*arguments)
+            gpu_function(name)(*arguments)
 
 
 def main(first: int, end: int) -> None:

@@ -7,22 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from recfx.kernels import count_candidates as cpu_candidates
-from recfx.kernels import rehash
-from recfx.policies import Life, at_least
+from recfx.kernels import op
+from recfx.kernels.index import count_candidates as cpu_candidates
+from recfx.kernels.index import rehash
+from recfx.kernels.op import gpu_function
 from recfx.table import initializer_tensors, table
-from tests.kernels.test_find_or_insert import arguments
+from recfx.table.policies import Life, at_least
+from tests.kernels.index.test_find_or_insert import arguments
 from tests.reference import Reading, table_plan
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402  behind importorskip
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from recfx.kernels.gpu import count_candidates, find, find_or_insert, launch  # noqa: E402
+from recfx.kernels.gpu import launch  # noqa: E402
 from recfx.kernels.gpu.scan import add_up, num_counters, sum_before, sum_of_all, sums_of  # noqa: E402
+from recfx.kernels.index.gpu import count_candidates, find, find_or_insert  # noqa: E402
 from tests.machine.machine import running  # noqa: E402
 
 bench = importlib.import_module("bench.triton_sm90")
+KERNELS = Path(op.__file__).parent
 SLOTS, NEW = 2**14, 512
 
 
@@ -74,7 +78,7 @@ def test_a_warp_that_probes_has_few_instructions_and_room(load, most):
     with bench.compiling() as compiled:
         for (module, op), arguments in bench.calls((8, 1)).items():
             if module in ("find", "rehash", "find_or_insert", "count_candidates"):
-                getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), op)(*arguments)
+                gpu_function(op)(*arguments)
     for name in ("find_rows", "look_up", "leave_out", "find_candidates", "store_counts", "place_rows"):
         registers = bench.assembled(compiled[name].asm["ptx"])["registers"]
         assert launch.held_at_once(registers, compiled[name].metadata.num_warps) == launch.MOST_AT_ONCE, name
@@ -102,7 +106,7 @@ def test_lanes_without_a_new_candidate_do_not_queue():
 
 def test_one_function_swaps_for_all_kernels():
     """`swap_where` says where lanes without work go."""
-    sources = {p.name: p.read_text() for p in Path(find_or_insert.__file__).parent.glob("*.py")}
+    sources = {p.name: p.read_text() for p in KERNELS.rglob("gpu/*.py")}
     assert {name: len(re.findall(r"tl\.atomic_cas\(", s)) for name, s in sources.items() if "tl.atomic_cas(" in s} == {
         "hashing.py": 1
     }
@@ -168,7 +172,7 @@ def walking_launches(dims, monkeypatch):
         patched.setattr(JITFunction, "run", noted)
         for (module, op), arguments in bench.calls(dims, (positions, 64, 16, rows, 2**15)).items():
             if module in WALK:
-                getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), op)(*arguments)
+                gpu_function(op)(*arguments)
     return {name: (kernel, grids[kernel]) for name, kernel in compiled.items() if name in WALKING}
 
 
@@ -185,7 +189,7 @@ def test_no_more_programs_walk_than_fit_on_the_device(dims, monkeypatch):
 
 def test_walking_kernels_are_those_that_say_so():
     """A kernel that walks on by the number of programs is in WALKING."""
-    sources = [p.read_text() for p in Path(find_or_insert.__file__).parent.glob("*.py")]
+    sources = [p.read_text() for p in KERNELS.rglob("gpu/*.py")]
     kernels = {name for s in sources for name, body in re.findall(r"\ndef (\w+)\((.*?)(?=\n\n\n|\Z)", s, re.DOTALL)
                if re.search(r"range\(.*num_programs", body)}  # fmt: skip
     # The first two are of store_new; a program of order_cells writes what comes after all lists.

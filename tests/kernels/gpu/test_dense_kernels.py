@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from recfx.kernels import all_finite
+from recfx.kernels.dense import all_finite
 from tests.kernels.gpu.cases import amid, on_device
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("place")
 
-from recfx.kernels.gpu import all_finite as gpu  # noqa: E402  behind importorskip
+from recfx.kernels.dense.gpu import all_finite as gpu  # noqa: E402
 
 PARTS = 5
 MANY = 3 * gpu.BLOCK * PARTS // 2 + 5  # a program walks on

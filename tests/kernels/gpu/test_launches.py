@@ -10,6 +10,8 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
+from recfx.kernels.op import gpu_function
+
 bench = importlib.import_module("bench.triton_sm90")
 
 ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -34,7 +36,7 @@ def launches_with(module, name, arguments):
                 launched.append(str(func.overloadpacket))
             return func(*args, **(kwargs or {}))
 
-    operator = getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)
+    operator = gpu_function(name)
     launch = mock.patch.object(JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel.fn.__name__))
     with launch, Operators():
         operator(*arguments)

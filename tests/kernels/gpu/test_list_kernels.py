@@ -7,28 +7,26 @@ from unittest import mock
 import pytest
 import torch
 
-from recfx.kernels import add_predictions, keep_trained, order_lists, pool, untouch_rows
-from recfx.kernels.order_ids import ends_definition, order_ids
-from tests.kernels import (
-    test_add_predictions,
-    test_cross_lists,
-    test_pool,
-    test_select_lists,
-    test_string_hash,
-    test_take_lists,
-)
+from recfx.kernels.dense import add_predictions
+from recfx.kernels.index import keep_trained, untouch_rows
+from recfx.kernels.lists import order_lists
+from recfx.kernels.lists.order_ids import ends_definition, order_ids
+from recfx.kernels.rows import pool
+from tests.kernels.dense import test_add_predictions
 from tests.kernels.gpu.cases import LISTS, amid, machine_alone, on_device
+from tests.kernels.lists import test_cross_lists, test_select_lists, test_string_hash, test_take_lists
+from tests.kernels.rows import test_pool
 from tests.reference import EXTREMES, ragged, random_lists
 from tests.reference_features import cross_pair, strings
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("place")
 
-from recfx.kernels.gpu import add_predictions as gpu_predictions  # noqa: E402
-from recfx.kernels.gpu import cross_lists, select_lists, string_hash, take_lists  # noqa: E402  behind importorskip
-from recfx.kernels.gpu import keep_trained as gpu_trained  # noqa: E402
-from recfx.kernels.gpu import order_lists as gpu_order  # noqa: E402
-from recfx.kernels.gpu import pool as gpu_pool  # noqa: E402
+from recfx.kernels.dense.gpu import add_predictions as gpu_predictions  # noqa: E402
+from recfx.kernels.index.gpu import keep_trained as gpu_trained  # noqa: E402
+from recfx.kernels.lists.gpu import cross_lists, select_lists, string_hash, take_lists  # noqa: E402
+from recfx.kernels.lists.gpu import order_lists as gpu_order  # noqa: E402
+from recfx.kernels.rows.gpu import pool as gpu_pool  # noqa: E402
 from tests.machine.machine import MachineError  # noqa: E402
 
 BAD = [[0, 3, 9 * 10**8], [0, 1, -5], [-9, 2, 4], [0, 6, 2], [2**31 - 1, -(2**31), 7], [5, 6, 8]]  # offsets of 8 values

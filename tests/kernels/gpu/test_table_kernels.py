@@ -6,23 +6,22 @@ from unittest import mock
 import pytest
 import torch
 
-from recfx.kernels import add_row_grads as cpu_add
-from recfx.kernels import count_candidates as cpu_candidates
-from recfx.kernels import count_rows as cpu_count
-from recfx.kernels import find as cpu_find
-from recfx.kernels import hashing, rehash
-from tests.kernels import (
+from recfx.kernels.index import count_candidates as cpu_candidates
+from recfx.kernels.index import find as cpu_find
+from recfx.kernels.index import hashing, rehash
+from recfx.kernels.rows import add_row_grads as cpu_add
+from recfx.kernels.rows import count_rows as cpu_count
+from tests.kernels import test_counting, test_padding
+from tests.kernels.gpu.cases import LISTS, on_device, once
+from tests.kernels.index import test_find_or_insert
+from tests.kernels.rows import (
     test_adamw_rows,
     test_add_row_grads,
     test_clip_row_grads,
-    test_counting,
-    test_find_or_insert,
     test_initial,
     test_optimizer_rows,
-    test_padding,
     test_sum_adamw_rows,
 )
-from tests.kernels.gpu.cases import LISTS, on_device, once
 from tests.reference import (
     EXTREMES,
     MAX_INT64,
@@ -37,20 +36,11 @@ from tests.reference import (
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("place")
 
-from recfx.kernels.gpu import (  # noqa: E402  behind importorskip
-    add_row_grads,
-    clip_row_grads,
-    count_candidates,
-    count_rows,
-    find,
-    find_or_insert,
-    launch,
-    occurrences,
-    optimizer_rows,
-    sum_adamw_rows,
-)
-from recfx.kernels.gpu import pool as gpu_pool  # noqa: E402
-from recfx.kernels.gpu import rehash as gpu_rehash  # noqa: E402
+from recfx.kernels.gpu import launch, occurrences  # noqa: E402
+from recfx.kernels.index.gpu import count_candidates, find, find_or_insert  # noqa: E402
+from recfx.kernels.index.gpu import rehash as gpu_rehash  # noqa: E402
+from recfx.kernels.rows.gpu import add_row_grads, clip_row_grads, count_rows, optimizer_rows, sum_adamw_rows  # noqa: E402
+from recfx.kernels.rows.gpu import pool as gpu_pool  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

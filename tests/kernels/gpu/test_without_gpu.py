@@ -11,31 +11,19 @@ import sys
 import pytest
 import torch
 
-from recfx.kernels import (
+from recfx.kernels import op
+from recfx.kernels.dense import add_predictions, all_finite
+from recfx.kernels.index import count_candidates, find, find_or_insert, keep_trained, owner, rehash, untouch_rows
+from recfx.kernels.lists import cross_lists, join, order_ids, order_lists, select_lists, string_hash, take_lists
+from recfx.kernels.op import gpu_function
+from recfx.kernels.rows import (
     adamw_rows,
-    add_predictions,
     add_row_grads,
-    all_finite,
     clip_row_grads,
-    count_candidates,
     count_rows,
-    cross_lists,
-    find,
-    find_or_insert,
-    join,
-    keep_trained,
-    op,
     optimizer_rows,
-    order_ids,
-    order_lists,
-    owner,
     pool,
-    rehash,
-    select_lists,
-    string_hash,
     sum_adamw_rows,
-    take_lists,
-    untouch_rows,
 )
 
 DEFINITIONS = {
@@ -113,7 +101,7 @@ def test_gradients_are_cleared_behind_a_barrier(name, row_stride, grad_stride):
     """Which threads read a gradient follows from the widest access of the kernel, which clear it from the store."""
     pytest.importorskip("triton")
     bench = importlib.import_module("bench.triton_sm90")
-    kernels = importlib.import_module("recfx.kernels.gpu.optimizer_rows")
+    kernels = importlib.import_module("recfx.kernels.rows.gpu.optimizer_rows")
     rows, grads = torch.zeros(64, row_stride)[:, :27].unflatten(1, (3, 9)), torch.zeros(64, grad_stride)[:, :9]
     num, unique_rows, hyper = torch.tensor(0), torch.zeros(64, dtype=torch.int32), torch.zeros(8, dtype=torch.float64)
     with bench.compiling() as compiled:
@@ -135,17 +123,17 @@ def test_cuda_launches_are_on_the_device_of_the_tensors_which_are_contiguous(mon
     Library.impl = staticmethod(lambda name, function, key: registered.__setitem__(key, function))
     monkeypatch.setattr(op, "_LIBRARY", Library)
     monkeypatch.setattr(torch.cuda, "device", lambda device: current.append(device) or contextlib.nullcontext())
-    monkeypatch.setattr(op, "gpu_function", lambda module, name: lambda *args: (module, name, len(args)))
+    monkeypatch.setattr(op, "gpu_function", lambda name: lambda *args: (name, len(args)))
     monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)
     op.define_op(
         "find(Tensor slots, Tensor ids, Tensor num_slots, Tensor salt, Tensor id_P, Tensor cell_P, Tensor vocabularies)"
         " -> Tensor",
         definition=find.definition,
         fake=find.definition,
-        cuda="find",
+        cuda="index.gpu.find",
     )
     tensors = [torch.zeros(2, dtype=torch.int64)] * 7
-    assert registered["CUDA"](*tensors) == ("find", "find", 7)
+    assert registered["CUDA"](*tensors) == ("find", 7)
     assert current == [torch.device("cpu")]
     with pytest.raises(AssertionError, match=r"find: got strides \(2,\) of \[2\], expected contiguous"):
         registered["CUDA"](*tensors[:6], torch.zeros(4)[::2])
@@ -161,7 +149,7 @@ def test_no_operator_reads_the_host_on_cuda():
     names = {name.removeprefix("recfx::") for name in torch._C._dispatch_get_all_op_names() if "recfx::" in name}
     with_kernel = {n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(f"recfx::{n}", "CUDA")}
     assert with_kernel == {name for _, name in bench.calls((8, 1))} == {name for _, name in DEFINITIONS}
-    # Of `recfx.fx_passes`, and of a step whose numbers are on a CPU.
+    # Of `recfx.capture.passes`, and of a step whose numbers are on a CPU.
     on_cpu_alone = {"order_ids_at", "all_finite", "adamw_rows_checked_"}
     assert names - with_kernel - on_cpu_alone == {"join", "owner"}  # a copy, and of no step
     column = torch.randn(5, 1)
@@ -176,7 +164,7 @@ def test_no_operator_reads_the_host_on_cuda():
 def test_operator_has_its_kernel_on_cuda_with_the_arguments_of_the_definition(module, name):
     pytest.importorskip("triton")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"recfx::{name}", "CUDA")
-    kernel = getattr(importlib.import_module(f"recfx.kernels.gpu.{module}"), name)
+    kernel = gpu_function(name)
     mine, defined = inspect.signature(kernel).parameters.values(), inspect.signature(DEFINITIONS[module, name])
     assert [(p.name, p.default) for p in mine] == [(p.name, p.default) for p in defined.parameters.values()]
 
@@ -188,12 +176,12 @@ sys.modules["triton"] = None
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "triton" else real(name, *a)
 import recfx.step, recfx.optim
-from recfx.kernels import find
+from recfx.kernels.index import find
 from recfx.kernels.op import gpu_function
-assert not any(name.startswith("recfx.kernels.gpu") for name in sys.modules)
+assert not any(name.startswith("recfx.kernels.") and ".gpu" in name for name in sys.modules)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    assert gpu_function("find", "find") is None
+    assert gpu_function("find") is None
 assert "no triton found" in str(said[0].message)
 """
     child("-c", code)

@@ -1,0 +1,256 @@
+"""The order of rows: which units of which files one worker reads in an epoch, and how rows are shuffled.
+
+Everything here is a function of (seed, epoch) and of the files, so a place in the order is a few numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from itertools import count, islice
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from recfx.data.conform import block_of
+from recfx.data.decode import Decoder
+from recfx.data.files import File, quoted
+from recfx.data.packing.pack_columns import Block
+from recfx.data.packing.pack_records import Records
+from recfx.data.records import records_of
+
+__all__ = ["Chunk", "Place", "Plan", "chunks"]
+
+MAX_NAMED = 3  # files in an error
+SAMPLING_THREADS = 32  # each waits for a file system, which may be far away
+
+
+class Place(NamedTuple):
+    """Where a chunk begins."""
+
+    epoch: int = 0
+    file: int = 0  # in the epoch's order of files
+    unit: int = 0  # in the epoch's order of the file's units
+    row: int = 0  # of what is left of the unit; always 0 without shuffling
+    window: int = 0  # number of the shuffled window in the epoch
+    num_bad: int = 0  # rows skipped before the unit
+
+
+class Chunk(NamedTuple):
+    """Rows that are ready to be cut into batches."""
+
+    rows: Block | Records
+    place: Place
+    num_bad: int  # rows skipped so far, those of the chunk's own units included
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one worker reads, in which order, and how far ahead."""
+
+    files: Sequence[File]  # all workers'
+    decoder: Decoder
+    rank: int
+    world_size: int
+    shard_by: Literal["file", "unit"]
+    shuffle_rows: int  # 0: the order of the files
+    seed: int
+    threads: int
+    prefetch: int
+
+    def check(self) -> Plan:
+        """Raises ValueError when the rank is out of range, or a worker would be left without a file."""
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank: got {self.rank} of world_size {self.world_size}, expected 0 <= rank < world_size.")
+        if not self.own_files:
+            raise _no_share(self)
+        return self
+
+    def share(self, worker: int, num_workers: int) -> Plan:
+        """What one of so many workers reads of what this plan reads."""
+        rank, world_size = self.rank + worker * self.world_size, self.world_size * num_workers
+        return replace(self, rank=rank, world_size=world_size).check()
+
+    @property
+    def own_files(self) -> list[int]:
+        """Indices of the files that this worker reads from."""
+        all_files = range(len(self.files))
+        return list(all_files[self.rank :: self.world_size] if self.shard_by == "file" else all_files)
+
+    @property
+    def described(self) -> str:
+        """The paths of the first of this worker's files, and how many more there are: for errors."""
+        return self._listed(None)
+
+    @property
+    def described_anywhere(self) -> str:
+        """As `described`, by the last folder and the name: the same where the files are moved together."""
+        return self._listed(2)
+
+    def _listed(self, num_parts: int | None) -> str:
+        """The last parts of the paths of the first files; None: all parts."""
+        paths = [self.files[i].path.split("/") for i in self.own_files]
+        named = [quoted("/".join(parts[-num_parts:] if num_parts else parts)) for parts in paths[:MAX_NAMED]]
+        return ", ".join(named) + f" and {len(paths) - MAX_NAMED} more" * (len(paths) > MAX_NAMED)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of all that the order of rows depends on, and of samples of this worker's files. Folders do not count.
+
+        Cost:     the first time, `File.sample` of each of this worker's files, several at once.
+        Raises:   ValueError when a file cannot be read.
+        """
+        files = [self.files[i] for i in self.own_files]
+        with ThreadPoolExecutor(min(len(files), SAMPLING_THREADS), thread_name_prefix="recfx-sample") as pool:
+            samples = list(pool.map(File.sample, files))
+        return xxhash.xxh3_64_hexdigest(repr((self.fingerprint_of_sizes, samples)).encode())
+
+    @functools.cached_property
+    def fingerprint_of_sizes(self) -> str:
+        """What positions were of before samples of files counted: they are still read."""
+        recipe = self.decoder.recipe
+        rows = (recipe.filter_key, recipe.split, recipe.format, recipe.on_bad)
+        order = (self.rank, self.world_size, self.shard_by, self.shuffle_rows, self.seed)
+        files = [(file.name, file.size) for file in self.files]
+        return xxhash.xxh3_64_hexdigest(repr((files, rows, order)).encode())
+
+    def epoch_files(self, epoch: int) -> list[int]:
+        """This worker's files in the order of the epoch."""
+        return self._shuffled(self.own_files, epoch, 0)
+
+    def units(self, epoch: int, file: int) -> list[int]:
+        """This worker's units of a file, by its index, in the order of the epoch."""
+        units = self.decoder.units(self.files[file])
+        if self.shard_by == "unit":
+            units = [unit for unit in units if (file + unit) % self.world_size == self.rank]
+        return self._shuffled(units, epoch, 1, file)
+
+    def window(self, epoch: int, number: int, batches: Sequence[pa.RecordBatch]) -> Records:
+        """The rows of a window in its random order."""
+        records = records_of(batches)
+        np.random.default_rng([self.seed, epoch, 2, number]).shuffle(records.addresses)
+        return records
+
+    def _shuffled(self, items: list[int], *key: int) -> list[int]:
+        if not self.shuffle_rows:
+            return items
+        return [items[i] for i in np.random.default_rng([self.seed, *key]).permutation(len(items))]
+
+
+class _Unit(NamedTuple):
+    batch: pa.RecordBatch
+    num_bad: int
+    place: Place
+
+
+def chunks(plan: Plan, start: Place, last_epoch: int | None) -> Generator[Chunk | None, None, None]:
+    """The rows from a place on, and None at the end of each epoch before `last_epoch` (None: for ever)."""
+    units = _decoded(_tasks(plan, start, last_epoch), plan.threads, plan.prefetch)
+    try:
+        yield from _windows(plan, start, units) if plan.shuffle_rows else _whole_units(plan, start, units)
+    finally:
+        units.close()
+
+
+def _whole_units(plan: Plan, start: Place, units: Iterator[_Unit | None]) -> Iterator[Chunk | None]:
+    num_bad = start.num_bad
+    for unit in units:
+        if unit is None:
+            yield None
+        else:
+            place, num_bad = unit.place._replace(num_bad=num_bad), num_bad + unit.num_bad
+            yield Chunk(records_of([unit.batch]) if plan.decoder.in_records else block_of(unit.batch), place, num_bad)
+
+
+def _windows(plan: Plan, start: Place, units: Iterator[_Unit | None]) -> Iterator[Chunk | None]:
+    """So many rows in turn, in a random order: cheap to resume, since a window is its first place and its number."""
+    held: list[pa.RecordBatch] = []
+    row, number, num_bad, place = start.row, start.window, start.num_bad, start
+    missing = plan.shuffle_rows
+
+    def window() -> Chunk:
+        return Chunk(plan.window(place.epoch, place.window, held), place, num_bad)
+
+    for unit in units:
+        if unit is not None:
+            before, num_bad = num_bad, num_bad + unit.num_bad
+            while row < unit.batch.num_rows:
+                if not held:
+                    place = unit.place._replace(row=row, window=number, num_bad=before)
+                held.append(unit.batch.slice(row, missing))
+                row, missing = row + held[-1].num_rows, missing - held[-1].num_rows
+                if not missing:
+                    yield window()
+                    held, number, missing = [], number + 1, plan.shuffle_rows
+            row = 0
+        else:
+            if held:
+                yield window()
+            yield None
+            held, number, missing = [], 0, plan.shuffle_rows
+
+
+def _tasks(plan: Plan, start: Place, last_epoch: int | None) -> Iterator[Callable[[], _Unit | None]]:
+    """One task for each unit, in order, and one for the end of an epoch. After one that fails there is none."""
+    for epoch in count(start.epoch) if last_epoch is None else range(start.epoch, last_epoch):
+        at = start if epoch == start.epoch else Place(epoch)
+        files, num_units = plan.epoch_files(epoch), 0
+        for file in range(at.file, len(files)):
+            try:
+                units = plan.units(epoch, files[file])
+            except ValueError as error:
+                yield functools.partial(_fail, error)
+                return
+            num_units += len(units)
+            for unit in range(at.unit if file == at.file else 0, len(units)):
+                yield functools.partial(_read, plan, Place(epoch, file, unit), files[file], units[unit])
+        if not num_units and plan.shard_by == "unit" and plan.world_size > 1 and at == Place(epoch):
+            yield functools.partial(_fail, _no_share(plan))
+            return
+        yield _end_of_epoch
+
+
+def _read(plan: Plan, place: Place, file: int, unit: int) -> _Unit:
+    return _Unit(*plan.decoder.read(plan.files[file], unit), place)
+
+
+def _end_of_epoch() -> None:
+    return None
+
+
+def _fail(error: ValueError) -> Any:
+    raise error
+
+
+def _no_share(plan: Plan) -> ValueError:
+    by_unit = ", share the files with shard_by='unit'" if plan.shard_by == "file" else ""
+    return ValueError(
+        f"rank: got {plan.rank} of {plan.world_size} workers for {len(plan.files)} files, expected a {plan.shard_by} "
+        f"for each worker. One without rows would leave the others waiting. Start fewer workers{by_unit} or cut the "
+        "data up."
+    )
+
+
+def _decoded(tasks: Iterator[Callable[[], Any]], threads: int, prefetch: int) -> Generator[Any, None, None]:
+    """The results of the tasks, in order. See `reader` for threads and prefetch."""
+    if threads == 1 and prefetch == 0:
+        yield from (task() for task in tasks)
+        return
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="recfx-read")
+    pending: deque = deque()
+    try:
+        while True:
+            if prefetch or not pending:
+                pending.extend(pool.submit(task) for task in islice(tasks, threads * (prefetch + 1) - len(pending)))
+            if not pending:
+                return
+            if not prefetch:
+                wait(pending)
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

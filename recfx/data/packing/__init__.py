@@ -1,0 +1,1 @@
+"""Decoded columns and records copied into the buffer of a batch, in C++."""

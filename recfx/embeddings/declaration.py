@@ -1,0 +1,147 @@
+"""What a user specifies about the embedding of a feature. No tensors here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from recfx.checks import check_number, check_type, said
+from recfx.embeddings.initializers import Initializer, InitializerOf, truncated_normal
+
+__all__ = ["Embedding", "ReadAs", "Tile", "tile"]
+
+
+class Tile(NamedTuple):
+    """Combines nothing: a list's first `length` rows side by side, zeros behind the last one."""
+
+    length: int
+
+
+def tile(length: int) -> Tile:
+    """The combiner that keeps a list's first `length` rows apart: [B, length, dim]. Ids behind them are not looked up.
+
+    Raises:   ValueError when length is below 1.
+    Example:  >>> Embedding("history", dim=8, combiner=tile(50)).combiner
+              Tile(length=50)
+    """
+    if length < 1:
+        raise ValueError(f"length: got {length}, expected at least 1.")
+    return Tile(length)
+
+
+ReadAs = tuple[str, bool, int, bool, int | None]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """One embedding table read through one sparse feature.
+
+    Args:     feature: name of the i64 feature that holds the ids: Ragged, or dense [B, n] for lists of n. Every id of
+              a dense feature counts but `padding_id`.
+              dim: width of a weight row.
+              shared_name: tables of one name are one table. Default: '<group>/<feature>', a table of its own.
+              combiner: how the rows of a sample's list become one; empty lists give zeros. With w the feature's
+              weights, or 1: "sum" is sum(w e), "mean" sum(w e) / sum(w), "sqrtn" sum(w e) / sqrt(sum(w^2)), where a
+              divisor of 0 counts as 1; `tile(n)` keeps the first n rows w e apart, as n cells of the group.
+              init: distribution of a new row, a function of (seed, table name, id, column) alone.
+              device: where the table lives; features must be there too.
+              lr_scale: factor of the sparse optimiser's learning rate for this table, >= 0.
+              weight_decay: of this table in place of the optimiser's, >= 0.
+              frozen: rows are inserted and read, but never updated.
+              unknown: the value of an id without a row (never seen, not admitted, or refused by a full table), in
+              training, evaluation and prediction alike: "zeros", or "initial" for what its row would start with.
+              read_only: this feature reads rows that others insert (under the same shared_name) or that were loaded:
+              nothing is inserted, no gradient reaches the rows, and none counts as seen.
+              trainable: if not, this feature inserts rows and reads them, and they count as seen, but no gradient
+              reaches them through it. A row that a step reads through such features alone is not updated: no decay, no
+              moment moves. Other features of the same shared_name train it. `frozen` is that for a whole table.
+              padding_id: an id that fills lists up, such as 0. This feature reads a list as if it did not hold it: no
+              row, no gradient, and no part in a combiner or its divisor. A tiled list keeps its places: a cell of
+              padding is zeros. None: every id counts.
+    Raises:   ValueError on a dim below 1, an unknown combiner or word for `unknown`, a rate below 0, or a padding_id
+              beyond int64.
+    Example:  >>> Embedding("item", dim=8, init=truncated_normal(0.01)).combiner
+              'sum'
+    """
+
+    feature: str
+    dim: int = field(kw_only=True)
+    shared_name: str | None = field(default=None, kw_only=True)
+    combiner: Literal["sum", "mean", "sqrtn"] | Tile = field(default="sum", kw_only=True)
+    init: Initializer | InitializerOf = field(default=truncated_normal(0.001), kw_only=True)
+    device: str = field(default="cpu", kw_only=True)
+    lr_scale: float = field(default=1.0, kw_only=True)
+    weight_decay: float | None = field(default=None, kw_only=True)
+    frozen: bool = field(default=False, kw_only=True)
+    unknown: Literal["zeros", "initial"] = field(default="zeros", kw_only=True)
+    read_only: bool = field(default=False, kw_only=True)
+    trainable: bool = field(default=True, kw_only=True)
+    padding_id: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_type("feature", self.feature, str, "It is the name of a feature.")
+        if type(self.dim) is not int:
+            raise TypeError(f"feature '{self.feature}': got dim {said(self.dim)}, expected an int. It is a width.")
+        if self.dim < 1:
+            raise ValueError(f"feature '{self.feature}': got dim {self.dim}, expected at least 1.")
+        if self.combiner not in ("sum", "mean", "sqrtn") and not isinstance(self.combiner, Tile):
+            raise ValueError(
+                f"feature '{self.feature}': got combiner '{self.combiner}', expected 'sum', 'mean', 'sqrtn' or tile(n)."
+            )
+        if self.unknown not in ("zeros", "initial"):
+            raise ValueError(
+                f"feature '{self.feature}': got unknown {self.unknown!r}, expected 'zeros' or 'initial'. It is the "
+                "value of an id without a row."
+            )
+        for name, value in (("lr_scale", self.lr_scale), ("weight_decay", self.weight_decay)):
+            if value is None and name == "weight_decay":
+                continue
+            check_number(f"feature '{self.feature}', {name}", value)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"feature '{self.feature}': got {name} {value}, expected 0 <= {name} < inf.")
+        self._check_padding()
+        self._check_init()
+
+    def _check_padding(self) -> None:
+        if self.padding_id is None:
+            return
+        if type(self.padding_id) is not int:
+            raise TypeError(f"feature '{self.feature}': got padding_id {said(self.padding_id)}, expected an int.")
+        if not -(2**63) <= self.padding_id < 2**63:
+            raise ValueError(
+                f"feature '{self.feature}': got padding_id {self.padding_id}, expected -2**63 to 2**63 - 1. Ids are "
+                "int64: subtract 2**64 from larger ones."
+            )
+
+    def _check_init(self) -> None:
+        try:
+            made: Any = self.initializer
+        except Exception as error:  # of whatever was given, as a function of torch.nn.init
+            made = error
+        if not isinstance(made, Initializer):
+            raise TypeError(
+                f"feature '{self.feature}': got init {said(self.init)}, expected recfx.embeddings.Initializer, or a "
+                "function of dim that returns one. Rows are drawn by id. Use one such as normal(0.01)."
+            )
+
+    @property
+    def initializer(self) -> Initializer:
+        """`init` for this width."""
+        return self.init if isinstance(self.init, Initializer) else self.init(self.dim)
+
+    @property
+    def rates(self) -> tuple[float, float | None]:
+        """Factor of the learning rate, and weight decay or None for the optimiser's."""
+        return (0.0, 0.0) if self.frozen else (self.lr_scale, self.weight_decay)
+
+    @property
+    def read_as(self) -> ReadAs:
+        """How its ids are read: feature, read only, how many of a list's ids, 0 for all, trainable, and padding."""
+        length = self.combiner.length if isinstance(self.combiner, Tile) else 0
+        return self.feature, self.read_only, length, self.trainable, self.padding_id
+
+    @property
+    def of_table(self) -> tuple:
+        """What all that read one table must agree on."""
+        return self.dim, self.initializer, self.device, self.rates, self.frozen, self.unknown

@@ -1,0 +1,1 @@
+"""The hash index: ids to rows, insertion, admission, growth."""

@@ -1,0 +1,1 @@
+"""Ragged columns: their order, strings, crosses, and lists as tensors."""

@@ -1,0 +1,1 @@
+"""Rows of a table: their initial values, pooling, gradients and optimisers."""

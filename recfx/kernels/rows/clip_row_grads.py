@@ -1,0 +1,57 @@
+"""clip_row_grads_ and squared_norm: the gradients of one step's rows, clipped, and the sum of their squares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from recfx.kernels.op import define_op
+
+__all__ = ["clip_row_grads_", "clipped", "squared_norm"]
+
+
+def clipped(grads: Tensor, scale: Tensor, dims: Sequence[int], limit: float, max_norm: float) -> Tensor:
+    """grads so that, times scale, no item is beyond +-limit, and then no logical row's norm beyond max_norm.
+
+    Shapes:   grads f32 [U, W], scale f32 [], dims: widths of the logical tables, W in sum -> f32 [U, W].
+    """
+    bound = limit / scale
+    parts = torch.minimum(torch.maximum(grads, -bound), bound).split(list(dims), dim=1)
+    factors = [max_norm / (part.norm(dim=1, keepdim=True) * scale) for part in parts]
+    return torch.cat([torch.where(f < 1, part * f, part) for part, f in zip(parts, factors, strict=True)], dim=1)
+
+
+def definition(
+    grads: Tensor, num_unique: Tensor, scale: Tensor, due: Tensor, dims: Sequence[int], limit: float, max_norm: float
+) -> None:
+    """`clipped` on grads[:num_unique], unless the step is not `due`.
+
+    Shapes:   grads f32 [U, W], num_unique i64 [], scale f32 [], due bool [].
+    """
+    if due:
+        num = int(num_unique)
+        grads[:num] = clipped(grads[:num], scale, dims, limit, max_norm)
+
+
+clip_row_grads_ = define_op(
+    "clip_row_grads_(Tensor(a!) grads, Tensor num_unique, Tensor scale, Tensor due, int[] dims, float limit,"
+    " float max_norm) -> ()",
+    definition=definition,
+    cuda="rows.gpu.clip_row_grads",
+    fake=lambda *_: None,
+)
+
+
+def squared_norm_definition(grads: Tensor, num_unique: Tensor) -> Tensor:
+    """The sum of squares of grads[:num_unique], f64 []. Shapes: grads f32 [U, W], num_unique i64 []."""
+    return grads[: int(num_unique)].double().square().sum()
+
+
+squared_norm = define_op(
+    "squared_norm(Tensor grads, Tensor num_unique) -> Tensor",
+    definition=squared_norm_definition,
+    cuda="rows.gpu.clip_row_grads",
+    fake=lambda grads, num_unique: grads.new_empty((), dtype=torch.float64),
+)

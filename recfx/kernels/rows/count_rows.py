@@ -1,0 +1,35 @@
+"""count_rows_: how many steps have touched each row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recfx.kernels.op import address, c_function, define_op
+
+__all__ = ["count_rows_"]
+
+
+def definition(counts: Tensor, num_unique: Tensor, unique_rows: Tensor, due: Tensor) -> None:
+    """counts[unique_rows[:num_unique]] += 1, if `due`: once per optimiser step, however it was cut.
+
+    Shapes:   counts i32 [R], num_unique i64 [], unique_rows i32 [U], due bool [].
+    """
+    row = unique_rows[: int(num_unique) if due else 0].long()
+    counts[row] += torch.ones_like(row, dtype=torch.int32)
+
+
+_count_rows = c_function("count_rows", "pppp")
+
+
+def _cpu(counts, num_unique, unique_rows, due):  # type: ignore[no-untyped-def]
+    _count_rows(*map(address, (counts, num_unique, unique_rows, due)))
+
+
+count_rows_ = define_op(
+    "count_rows_(Tensor(a!) counts, Tensor num_unique, Tensor unique_rows, Tensor due) -> ()",
+    definition=definition,
+    cpu=_cpu,
+    cuda="rows.gpu.count_rows",
+    fake=lambda *_: None,
+)
