@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from recfx.embeddings import Column, Embedding, Initializer, Lookup, TablePlan, truncated_normal
+from recfx.embeddings import Embedding, Initializer, LogicalTable, Lookup, TablePlan, truncated_normal
 from recfx.table import TableState
 from recfx.types import NUM_SAMPLES, Batch, Ragged, pack
 
@@ -199,7 +199,9 @@ def table_plan(
     """A physical table with one lookup per entry; vocabulary v holds logical tables 'v<v>.<k>' of width dims[k]."""
     columns = [
         tuple(
-            Column(f"v{v}.{k}", sum(dims[:k]), dim, truncated_normal(0.5, mean=0.1 * v, bound=2.0), unknown=unknown)
+            LogicalTable(
+                f"v{v}.{k}", sum(dims[:k]), dim, truncated_normal(0.5, mean=0.1 * v, bound=2.0), unknown=unknown
+            )
             for k, dim in enumerate(dims)
         )
         for v in range(max(vocabularies) + 1)

@@ -38,14 +38,14 @@ from recfx.generators import generator_states
 from recfx.step import Step, TrainState
 from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState
 
-__all__ = ["Contents", "DenseTensor", "Rows", "contents_of", "dense_tensors", "write"]
+__all__ = ["Contents", "DenseTensor", "SavedRows", "contents_of", "dense_tensors", "write"]
 
 SHARD_BYTES = 2**25
 GENERATOR = "generator."  # and a kind of device: the state of torch's generator, where the step draws from it
 WORKERS = 2  # one packs and sums while the other waits for the disk
 
 
-class Rows(NamedTuple):
+class SavedRows(NamedTuple):
     """The rows of one table: columns by their name in TableState, of which `live` are saved."""
 
     columns: dict[str, np.ndarray]  # [R, ...]
@@ -62,7 +62,7 @@ class Contents(NamedTuple):
 
     number: int
     state: bytes  # safetensors of everything that is not a row
-    tables: tuple[Rows, ...]
+    tables: tuple[SavedRows, ...]
     manifest: dict  # but for the files
 
 
@@ -102,15 +102,15 @@ def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since
     return Contents(number, safetensors.torch.save(_contiguous(small)), tuple(tables), manifest)
 
 
-def _rows(table: TableState, since: int | None) -> Rows:
+def _rows(table: TableState, since: int | None) -> SavedRows:
     num_rows = int(table.num_rows)
     columns = {name: getattr(table, name)[:num_rows].cpu().numpy() for name in ROW_FIELDS}
     if since is None and not int(table.num_free):
-        return Rows(columns, range(num_rows))  # the child makes an array of it, not who waits for the fork
+        return SavedRows(columns, range(num_rows))  # the child makes an array of it, not who waits for the fork
     live = np.arange(num_rows, dtype=np.int32)
     if since is not None:
         live = live[columns["seen"] >= since << 32]
-    return Rows(columns, live[columns["vocabularies"][live] >= 0])
+    return SavedRows(columns, live[columns["vocabularies"][live] >= 0])
 
 
 class DenseTensor(NamedTuple):
@@ -196,12 +196,12 @@ def _write_files(scratch: Path, contents: Contents, base: Path | None, before_fi
     for name in files:
         _link(base / name, scratch / name)  # type: ignore[operator]
     parts = [list(part) for part in before["parts"]]
-    shards: dict[str, Rows] = {}
+    shards: dict[str, SavedRows] = {}
     for i, (columns, live) in enumerate(contents.tables):
         size = max(1, SHARD_BYTES // max(1, sum(column[:1].nbytes for column in columns.values())))
         first = sum(map(len, parts[i]))
         names = [f"table-{i}.{first + k:05d}.safetensors" for k in range(-(-len(live) // size))]
-        shards |= {name: Rows(columns, live[k * size : (k + 1) * size]) for k, name in enumerate(names)}
+        shards |= {name: SavedRows(columns, live[k * size : (k + 1) * size]) for k, name in enumerate(names)}
         parts[i].append(names)
 
     def write_shard(name: str) -> str:
@@ -222,7 +222,7 @@ def _link(source: Path, target: Path) -> None:
         write_file(target, [source.read_bytes()])
 
 
-def _shard(rows: Rows) -> dict[str, np.ndarray]:
+def _shard(rows: SavedRows) -> dict[str, np.ndarray]:
     """Some rows of a table as they are saved: without what is of the step in progress."""
     row = rows.numbers()
     shard = {"row": row}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recfx.checkpoint.contents import GENERATOR, WORKERS
 from recfx.checkpoint.files import ShardReader, fetch, read_shard
-from recfx.checkpoint.matching import Move, Source, check_arguments, check_names, dense_pairs, moves_of
+from recfx.checkpoint.matching import Move, OpenCheckpoint, check_arguments, check_names, dense_pairs, moves_of
 from recfx.checks import check_type
 from recfx.embeddings import TablePlan
 from recfx.generators import set_generator_states
@@ -68,7 +68,7 @@ def load(
     check_program(step, state, "The order is (path, step, state).")
     paths = [Path(p) for p in many]
     check_arguments(paths, state, rank, world_size)
-    sources, names = [Source.open(p) for p in paths], dict(names or {})
+    sources, names = [OpenCheckpoint.open(p) for p in paths], dict(names or {})
     for source in sources:
         if source.manifest["seed"] != step.seed:
             raise ValueError(

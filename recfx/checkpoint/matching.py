@@ -16,13 +16,13 @@ from torch import Tensor
 from recfx.checkpoint.contents import dense_tensors
 from recfx.checkpoint.files import read_checked
 from recfx.checkpoint.folders import STATE, read_manifest
-from recfx.embeddings import Column, TablePlan
+from recfx.embeddings import LogicalTable, TablePlan
 from recfx.step import TrainState
 
-__all__ = ["Held", "Move", "Source", "check_arguments", "check_names", "dense_pairs", "held", "moves_of"]
+__all__ = ["Held", "Move", "OpenCheckpoint", "check_arguments", "check_names", "dense_pairs", "held", "moves_of"]
 
 
-class Source(NamedTuple):
+class OpenCheckpoint(NamedTuple):
     """A checkpoint opened for reading: its manifest, and all that is not a row."""
 
     path: Path
@@ -30,11 +30,13 @@ class Source(NamedTuple):
     small: dict[str, Tensor]
 
     @staticmethod
-    def open(path: str | Path) -> Source:
+    def open(path: str | Path) -> OpenCheckpoint:
         """Raises: ValueError naming the file when it is missing, damaged, or of another format."""
         path = Path(path)
         manifest = read_manifest(path)
-        return Source(path, manifest, safetensors.torch.load(read_checked(path / STATE, manifest["files"][STATE])))
+        return OpenCheckpoint(
+            path, manifest, safetensors.torch.load(read_checked(path / STATE, manifest["files"][STATE]))
+        )
 
 
 class Held(NamedTuple):
@@ -53,7 +55,7 @@ def held(path: str | Path) -> Held:
               >>> dense = [n for n, p in state.params.items() if there.dense.get(n) == p.shape] # doctest: +SKIP
               >>> state, _ = load(path, step, state, tables=tables, dense=dense)                # doctest: +SKIP
     """
-    source, prefix = Source.open(path), "params."
+    source, prefix = OpenCheckpoint.open(path), "params."
     tables = {name: width for table in source.manifest["tables"] for columns in table for name, _, width in columns}
     dense = {n.removeprefix(prefix): t.shape for n, t in source.small.items() if n.startswith(prefix)}
     return Held(tables, dict(sorted(dense.items())))
@@ -64,14 +66,14 @@ class Piece(NamedTuple):
 
     there: int
     here: int
-    columns: tuple[tuple[int, Column], ...]  # first column there, and what it is here
+    columns: tuple[tuple[int, LogicalTable], ...]  # first column there, and what it is here
 
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
     """All that one table of a checkpoint gives to one table of the model."""
 
-    source: Source
+    source: OpenCheckpoint
     table: int
     pieces: tuple[Piece, ...]
     rank: int
@@ -124,7 +126,7 @@ def check_names(argument: str, got: Collection[str] | None, known: Collection[st
 
 
 def dense_pairs(
-    state: TrainState, source: Source, taken: Collection[str] | None, names: dict[str, str]
+    state: TrainState, source: OpenCheckpoint, taken: Collection[str] | None, names: dict[str, str]
 ) -> list[tuple[Tensor, Tensor]]:
     """Tensors of the state, and what they are to become."""
     check_names("dense", taken, state.params)
@@ -145,7 +147,7 @@ def dense_pairs(
     return pairs
 
 
-def _check_optimizer(state: TrainState, source: Source) -> None:
+def _check_optimizer(state: TrainState, source: OpenCheckpoint) -> None:
     """A dense optimiser that kept more cannot go on as this one: what it kept would be lost without notice."""
     params = [name.removeprefix("params.") for name in source.small if name.startswith("params.")]
     kept = [(part, param) for part, param, _ in dense_tensors(state) if part not in ("params", "stats")]
@@ -162,7 +164,7 @@ def _check_optimizer(state: TrainState, source: Source) -> None:
 
 def moves_of(
     plan: TablePlan,
-    source: Source,
+    source: OpenCheckpoint,
     taken: Collection[str] | None,
     names: Mapping[str, str],
     world: tuple[int, int],

@@ -7,23 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from recfx.checkpoint.contents import Contents, Rows, write
+from recfx.checkpoint.contents import Contents, SavedRows, write
 from recfx.checkpoint.files import read_shard
 from recfx.checkpoint.folders import STATE, FolderLock, clear_unfinished, finished, name_of
-from recfx.checkpoint.matching import Source
+from recfx.checkpoint.matching import OpenCheckpoint
 
 __all__ = ["compact", "diff", "merged"]
 
 
 def merged(path: str | Path) -> Contents:
     """A checkpoint as if it had been saved in full. Raises: ValueError as `load` does."""
-    source = Source.open(path)
+    source = OpenCheckpoint.open(path)
     tables = tuple(_merged_rows(source, t) for t in range(len(source.manifest["tables"])))
     manifest = {name: value for name, value in source.manifest.items() if name not in ("files", "parts")}
     return Contents(manifest["loop"]["step"], (source.path / STATE).read_bytes(), tables, manifest)
 
 
-def _merged_rows(source: Source, t: int) -> Rows:
+def _merged_rows(source: OpenCheckpoint, t: int) -> SavedRows:
     num_rows = int(source.small[f"table.{t}.num_rows"])
     columns: dict[str, np.ndarray] = {}
     there = np.zeros(num_rows, bool)
@@ -38,7 +38,7 @@ def _merged_rows(source: Source, t: int) -> Rows:
                 column[row[first : first + len(values)]] = values
     columns.pop("row", None)
     there[source.small[f"table.{t}.free_rows"].numpy()] = False
-    return Rows(columns, np.flatnonzero(there).astype(np.int32))
+    return SavedRows(columns, np.flatnonzero(there).astype(np.int32))
 
 
 def compact(path: str | Path) -> Path:
@@ -68,7 +68,7 @@ def diff(a: str | Path, b: str | Path) -> list[str]:
     Rows are matched by id, so that rows held elsewhere are told from rows that are missing. How a checkpoint was
     written, in full or laid over others, does not count.
     """
-    sources, contents = (Source.open(a), Source.open(b)), (merged(a), merged(b))
+    sources, contents = (OpenCheckpoint.open(a), OpenCheckpoint.open(b)), (merged(a), merged(b))
     lines = []
     for name in ("seed", "loop"):
         one, other = (source.manifest[name] for source in sources)

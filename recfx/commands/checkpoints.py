@@ -8,7 +8,7 @@ import numpy as np
 
 from recfx.checkpoint.files import MANIFEST, read_shard
 from recfx.checkpoint.folders import latest
-from recfx.checkpoint.matching import Source, held
+from recfx.checkpoint.matching import OpenCheckpoint, held
 from recfx.commands.text import aligned
 
 __all__ = ["checkpoint_at", "describe_checkpoint"]
@@ -25,7 +25,7 @@ def describe_checkpoint(path: Path) -> str:
     Cost:     reads 8 bytes of each row.
     Raises:   ValueError naming the file when one is missing or damaged.
     """
-    source, there = Source.open(path), held(path)
+    source, there = OpenCheckpoint.open(path), held(path)
     manifest, loop = source.manifest, source.manifest["loop"]
     sizes = {name: (path / name).stat().st_size for name in manifest["files"]}
     kept = sorted({name.removeprefix("dense.").split(".")[0] for name in source.small if name.startswith("dense.")})
@@ -44,7 +44,7 @@ def describe_checkpoint(path: Path) -> str:
     return "\n\n".join(["\n".join(head), aligned(tables, num_left=1), aligned(dense, num_left=2)])
 
 
-def _num_rows(source: Source, t: int) -> list[int]:
+def _num_rows(source: OpenCheckpoint, t: int) -> list[int]:
     """Live rows of each vocabulary of a physical table."""
     vocabularies = np.full(int(source.small[f"table.{t}.num_rows"]), -1, np.int32)
     for name in (name for part in source.manifest["parts"][t] for name in part):

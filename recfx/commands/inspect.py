@@ -41,8 +41,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from recfx.commands.checkpoints import checkpoint_at, describe_checkpoint
+    from recfx.data.checksums import write_manifest
     from recfx.data.describe import describe
-    from recfx.data.files import match_files, write_manifest
+    from recfx.data.files import match_files
 
     checkpoints = [checkpoint_at(path) for path in args.paths]
     if any(checkpoints):

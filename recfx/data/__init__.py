@@ -1,9 +1,10 @@
 """Files, arrays and rows in, packed batches out."""
 
 from recfx.data.arrays import from_arrays
+from recfx.data.batch_iterator import BatchIterator
 from recfx.data.columns import Between, Column, FixedLen, OneOf, VarLen, finite, fixedlen, hashed, varlen
-from recfx.data.reading import BatchIterator, Reader, reader
-from recfx.data.requests import pack_rows
+from recfx.data.python_rows import pack_rows
+from recfx.data.reading import Reader, reader
 from recfx.data.split import Split
 from recfx.data.text.csv import Csv
 from recfx.data.text.json_lines import JsonLines

@@ -10,7 +10,7 @@ import torch
 from pyarrow import parquet as pq
 from torch import Tensor
 
-from recfx.checks import check_function, check_int, check_type
+from recfx.checks import check_choice, check_function, check_int, check_type
 from recfx.data.columns import Column
 from recfx.types import NUM_SAMPLES, Ragged
 
@@ -18,7 +18,7 @@ __all__ = [
     "Filter",
     "check_columns",
     "check_numbers",
-    "check_pinned",
+    "check_reading",
     "check_transform",
     "check_transformed",
     "expression_of",
@@ -33,10 +33,24 @@ def check_numbers(arguments: Mapping[str, int], least: int) -> None:
         check_int(name, value, least)
 
 
-def check_pinned(pin_memory: bool) -> None:
-    """Raises when memory cannot be pinned."""
+def check_reading(
+    columns: Sequence[Column],
+    *,
+    batch_size: int,
+    epochs: int | None,
+    seed: int,
+    threads: int,
+    prefetch: int,
+    on_bad: str,
+    pin_memory: bool,
+) -> None:
+    """Raises when an argument that `reader` and `from_arrays` share is out of range."""
+    check_numbers({"batch_size": batch_size, "epochs": 1 if epochs is None else epochs, "threads": threads}, 1)
+    check_numbers({"seed": seed, "prefetch": prefetch}, 0)
+    check_choice("on_bad", on_bad, ("raise", "skip"))
     if pin_memory and not torch.cuda.is_available():
         raise ValueError("pin_memory: got True, expected False. torch finds no CUDA device here.")
+    check_columns(columns)
 
 
 def check_columns(columns: Sequence[Column]) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from recfx.checks import check_choice, check_type
-from recfx.data.arguments import Filter, check_columns, check_numbers, check_pinned, expression_of
+from recfx.checks import check_type
+from recfx.data.arguments import Filter, check_reading, expression_of
+from recfx.data.arrays_file import arrays_of
+from recfx.data.arrow_tables import table_of
 from recfx.data.columns import Column
 from recfx.data.decode import Decoder, Recipe
-from recfx.data.memory import arrays_of
-from recfx.data.order import Plan
+from recfx.data.order import ReadPlan
 from recfx.data.reading import Columns, Reader
 from recfx.data.split import Split
-from recfx.data.tables import table_of
 
 __all__ = ["from_arrays"]
 
@@ -61,19 +61,24 @@ def from_arrays(
               >>> next(iter(batches))["item"].offsets.tolist()
               [0, 2, 3]
     """
-    check_numbers({"batch_size": batch_size, "epochs": 1 if epochs is None else epochs, "threads": threads}, 1)
-    check_numbers({"seed": seed, "prefetch": prefetch}, 0)
-    check_choice("on_bad", on_bad, ("raise", "skip"))
+    check_reading(
+        columns,
+        batch_size=batch_size,
+        epochs=epochs,
+        seed=seed,
+        threads=threads,
+        prefetch=prefetch,
+        on_bad=on_bad,
+        pin_memory=pin_memory,
+    )
     check_type("shuffle", shuffle, bool, "All rows are shuffled, or none.")
-    check_pinned(pin_memory)
-    check_columns(columns)
     if split is not None and split.key is None:
         raise ValueError("split: got no key, expected one: arrays are parted by rows. Name a key column.")
     expression = expression_of(filter)
     keys = [] if split is None or split.key is None else [split.key]
     table = table_of(data, columns, keys, others=expression is not None)
     recipe = Recipe(tuple(columns), expression, split, None, on_bad)
-    plan = Plan(
+    plan = ReadPlan(
         files=[arrays_of(table, world_size)],
         decoder=Decoder(recipe, in_records=shuffle),
         rank=rank,

@@ -18,7 +18,7 @@ import xxhash
 from recfx.data.files import File
 from recfx.data.identity import NoIdentityError
 from recfx.data.packing.mapped_files import MappedFile, replaced
-from recfx.data.rows import Decoded
+from recfx.data.unit_rows import Decoded
 
 if TYPE_CHECKING:
     from recfx.data.decode import Recipe

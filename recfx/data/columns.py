@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recfx.checks import check_choice, check_function, check_int, check_type, said
-from recfx.data.numbers import Rounding
+from recfx.data.exact_numbers import Rounding
 from recfx.data.packing.pack_columns import PackedColumn
 
 __all__ = ["Between", "Column", "FixedLen", "OneOf", "Valid", "VarLen", "finite", "fixedlen", "hashed", "varlen"]

@@ -15,10 +15,10 @@ import pyarrow as pa
 import torch
 
 from recfx.data.columns import Between, Column, FixedLen, Valid, VarLen, finite
-from recfx.data.numbers import Wrong, rounded, to_float, to_int64
+from recfx.data.exact_numbers import Wrong, rounded, to_float, to_int64
 from recfx.data.packing.pack_columns import Block, BlockColumn
-from recfx.data.rows import BadRows, ColumnError
 from recfx.data.schema import as_list, decoded, is_list, is_plain, typed, without_views
+from recfx.data.unit_rows import BadRows, ColumnError
 
 __all__ = ["BadRows", "block_of", "conform"]
 

@@ -14,14 +14,15 @@ from pyarrow import fs, orc
 from pyarrow import parquet as pq
 
 from recfx.checks import check_choice
+from recfx.data.convert_values import Keeping, NotTextError, check_asked, read_as, stored, stored_type
+from recfx.data.exact_numbers import Rounding
 from recfx.data.files import File, Paths, match_files
-from recfx.data.formats import EXTENSIONS, Format, Source, open_source, reading
-from recfx.data.numbers import Rounding
-from recfx.data.rows import BadRow, BadRows, Rows
+from recfx.data.formats import EXTENSIONS, Format, open_file, reading
+from recfx.data.open_file import OpenFile
 from recfx.data.schema import map_leaves
-from recfx.data.stored import Keeping, NotTextError, check_asked, read_as, stored, stored_type
-from recfx.data.text.csv import CsvSource, check_named_columns
+from recfx.data.text.csv import check_named_columns
 from recfx.data.text.lines import COMPRESSIONS
+from recfx.data.unit_rows import BadRow, BadRows, UnitRows
 
 __all__ = ["TYPES", "convert"]
 
@@ -163,7 +164,7 @@ def _tables(file: File, how: _How, format: Format | None, not_text: Set[str]) ->
     kinds = {name: _kind(file, name, source.schema.field(name).type, how, not_text) for name in names}
     empty = [column.combine_chunks() for column in source.schema.empty_table().select(names).columns]
     first_row = 0
-    no_rows = Rows(pa.RecordBatch.from_arrays(empty, names), np.empty(0, np.int64))
+    no_rows = UnitRows(pa.RecordBatch.from_arrays(empty, names), np.empty(0, np.int64))
     yield _converted(no_rows, file, 0, kinds, how)
     for unit in range(source.num_units):
         with reading(file, f" in {source.unit_name} {unit}", "a whole file"):
@@ -174,14 +175,14 @@ def _tables(file: File, how: _How, format: Format | None, not_text: Set[str]) ->
         first_row += rows.batch.num_rows
 
 
-def _open(file: File, how: _How, format: Format | None) -> Source:
+def _open(file: File, how: _How, format: Format | None) -> OpenFile:
     """The file; of CSV its strings as bytes, since later rows may not be UTF-8."""
     types = {name: read_as(kind, how.rounding) for name, kind in how.types.items()}
-    source = open_source(file, types, format)
-    if isinstance(source, CsvSource):
+    source = open_file(file, types, format)
+    if source.cells_are_bytes:
         strings = {field.name for field in source.schema if field.type in (pa.string(), pa.list_(pa.string()))}
         if strings:
-            return open_source(file, {**dict.fromkeys(strings, pa.binary()), **types}, format)
+            return open_file(file, {**dict.fromkeys(strings, pa.binary()), **types}, format)
     return source
 
 
@@ -203,7 +204,7 @@ def _with_bytes(kind: pa.DataType) -> pa.DataType:
     return pa.binary() if kind == pa.string() else kind
 
 
-def _converted(rows: Rows, file: File, first_row: int, kinds: Mapping[str, pa.DataType], how: _How) -> pa.Table:
+def _converted(rows: UnitRows, file: File, first_row: int, kinds: Mapping[str, pa.DataType], how: _How) -> pa.Table:
     arrays = {}
     for name, kind in kinds.items():
         array = rows.batch.column(name)

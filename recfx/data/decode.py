@@ -12,18 +12,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recfx.data.cache import RecordCache
+from recfx.data.checksums import checksum
 from recfx.data.columns import Column, VarLen
 from recfx.data.conform import conform
-from recfx.data.files import File, checksum, quoted
-from recfx.data.formats import Format, Source, open_source, reading
+from recfx.data.files import File, quoted
+from recfx.data.formats import Format, open_file, reading
 from recfx.data.identity import identity_of
+from recfx.data.open_file import OpenFile
 from recfx.data.packing.pack_columns import PackPlan
 from recfx.data.records import as_records
-from recfx.data.rows import BadRow, BadRows, ColumnError, Decoded, Rows
 from recfx.data.schema import check_schema, column_at, is_plain, path_to, type_at, without_views
 from recfx.data.split import Split, check_key
-from recfx.data.text.csv import CsvSource
-from recfx.data.text.json_lines import JsonLinesSource
+from recfx.data.unit_rows import BadRow, BadRows, ColumnError, Decoded, UnitRows
 
 __all__ = ["Decoder", "Recipe"]
 
@@ -78,7 +78,7 @@ class Decoder:
         self._checksums = checksums
         self._verified: set[File] = set()
         self._units: dict[File, list[int]] = {}
-        self._opened: dict[File, tuple[Source, _Names]] = {}
+        self._opened: dict[File, tuple[OpenFile, _Names]] = {}
         self._absent: set[str] | None = None  # columns that no file opened so far had; None: before the first one
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,24 +138,24 @@ class Decoder:
             except ColumnError as error:
                 raise error.of(file.path, where) from error
 
-    def _open(self, file: File) -> tuple[Source, _Names]:
+    def _open(self, file: File) -> tuple[OpenFile, _Names]:
         """The file, and the columns of it that are read."""
         file.check_unchanged()
         opened = self._opened.get(file)
         if opened is None:
             if self._checksums is not None and file not in self._verified:
                 self._verify(file)
-            opened = self._open_source(file)
+            opened = self._open_file(file)
             if len(self._opened) >= MAX_OPENED:
                 self._opened = {}
             self._opened[file] = opened
         return opened
 
-    def _open_source(self, file: File) -> tuple[Source, _Names]:
+    def _open_file(self, file: File) -> tuple[OpenFile, _Names]:
         key = None if self.recipe.split is None else self.recipe.split.key
         types = {} if key is None else {key: pa.binary()}
         types |= {column.name: _csv_type(column) for column in self.recipe.columns}
-        source = open_source(file, types, self.recipe.format, self.recipe.columns)
+        source = open_file(file, types, self.recipe.format, self.recipe.columns)
         check_schema(file.path, source.schema, self.recipe.columns)
         names = _needed(file, source.schema, self.recipe)
         absent = {column.name for column in self.recipe.columns if not path_to(source.schema, column.name)}
@@ -163,8 +163,8 @@ class Decoder:
         if names.read:
             return source, names
         first = source.schema.names[:1]  # of any type: it says how many rows there are
-        if isinstance(source, CsvSource):
-            source = open_source(file, dict.fromkeys(first, pa.binary()), self.recipe.format)
+        if source.cells_are_bytes:
+            source = open_file(file, dict.fromkeys(first, pa.binary()), self.recipe.format)
         return source, _Names(first, True)
 
     def _verify(self, file: File) -> None:
@@ -181,7 +181,7 @@ class Decoder:
             )
         self._verified.add(file)
 
-    def _judge(self, bad: Sequence[BadRow], file: File, source: Source, unit: int) -> int:
+    def _judge(self, bad: Sequence[BadRow], file: File, source: OpenFile, unit: int) -> int:
         """How many rows are skipped; raises the first where they are not."""
         if bad and self.recipe.on_bad == "raise":
             raise bad[0].error(file.path, sum(source.num_rows(earlier) for earlier in range(unit)))
@@ -197,10 +197,9 @@ def _csv_type(column: Column) -> pa.DataType:
     return pa.struct([("k", item), ("v", number)]) if is_weighted else item
 
 
-def _may_be_null(column: Column, source: Source) -> bool:
+def _may_be_null(column: Column, source: OpenFile) -> bool:
     """Whether a null is a missing value: of JSON lines where the first rows lack a column that may be missing."""
-    is_absent = isinstance(source, JsonLinesSource) and column.name in source.absent
-    return source.null_is_missing or (column.missing == "empty" and is_absent)
+    return source.null_is_missing or (column.missing == "empty" and column.name in source.absent)
 
 
 class _Names(NamedTuple):
@@ -250,27 +249,27 @@ def _named(batch: pa.RecordBatch, columns: Sequence[Column], split: Split | None
     return pa.RecordBatch.from_arrays(arrays, names)
 
 
-def _filtered(rows: Rows, filter: pc.Expression | None) -> Rows:
+def _filtered(rows: UnitRows, filter: pc.Expression | None) -> UnitRows:
     """The rows for which the filter is true."""
     if filter is None:
         return rows
     places = pa.array(np.arange(rows.batch.num_rows))
     batch = rows.batch.append_column(ROW, places).filter(filter)
     kept = batch.column(ROW).to_numpy()
-    return Rows(batch.drop_columns([ROW]), rows.numbers[kept])
+    return UnitRows(batch.drop_columns([ROW]), rows.numbers[kept])
 
 
-def _part(rows: Rows, split: Split) -> Rows:
+def _part(rows: UnitRows, split: Split) -> UnitRows:
     """The rows of the part that is read."""
     assert split.key is not None
     try:
         kept = split.rows(rows.batch.column(split.key))
     except (pa.ArrowException, ValueError) as error:
         raise ColumnError(split.key, error) from error
-    return Rows(rows.batch.filter(pa.array(kept)), rows.numbers[kept])
+    return UnitRows(rows.batch.filter(pa.array(kept)), rows.numbers[kept])
 
 
-def _without(rows: Rows, places: np.ndarray) -> Rows:
+def _without(rows: UnitRows, places: np.ndarray) -> UnitRows:
     keep = np.ones(rows.batch.num_rows, dtype=bool)
     keep[places] = False
-    return Rows(rows.batch.filter(pa.array(keep)), rows.numbers[keep])
+    return UnitRows(rows.batch.filter(pa.array(keep)), rows.numbers[keep])

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recfx.data.files import File
-from recfx.data.formats import Format, open_source, reading
+from recfx.data.formats import Format, open_file, reading
 from recfx.data.schema import as_list, is_list, item_type
 from recfx.data.text.csv import check_named_columns
 
@@ -55,7 +55,7 @@ def describe(files: Sequence[File], *, max_rows: int = 1_000_000, format: Format
     num_rows, num_units, held = 0, 0, list[pa.Table]()
     names: list[str] | None = None
     for file in files:
-        source = open_source(file, {}, format)
+        source = open_file(file, {}, format)
         names = names or source.schema.names
         if source.schema.names != names:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,10 +14,7 @@ import pyarrow as pa
 import xxhash
 from pyarrow import fs
 
-__all__ = [
-    "CHUNK_BYTES", "File", "Paths", "checksum", "match_files", "quoted", "read_manifest",
-    "subject", "write_manifest",
-]  # fmt: skip
+__all__ = ["CHUNK_BYTES", "File", "Paths", "match_files", "quoted", "subject"]
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 ARRAYS, ROWS = "the arrays", "the rows"  # what is read and is not a file, in the place of a path
@@ -256,47 +252,3 @@ def _fits(names: list[str], pattern: list[str]) -> bool:
 def _name_fits(name: str, pattern: str) -> bool:
     hidden = name.startswith(".") and not pattern.startswith(".")
     return not hidden and fnmatchcase(name, pattern)
-
-
-def checksum(file: File) -> str:
-    """XXH3 of the whole file, 128 bits in hexadecimal digits."""
-    digest = xxhash.xxh3_128()
-    with file.filesystem.open_input_stream(file.path, compression=None) as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_manifest(path: str | os.PathLike[str], files: Sequence[File]) -> None:
-    """Writes the checksums of the files, by name without folders, to a JSON file, whole or not at all.
-
-    Raises:   ValueError when two files have one name.
-    """
-    checksums = {file.name: checksum(file) for file in files}
-    if len(checksums) < len(files):
-        raise ValueError(
-            f"paths: got {len(files)} files with {len(checksums)} names, expected distinct names. Write one per folder."
-        )
-    scratch = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    with open(scratch, "w") as stream:
-        json.dump({"algorithm": "xxh3_128", "files": checksums}, stream, indent=1, sort_keys=True)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(scratch, path)
-
-
-def read_manifest(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Checksums by file name, as `write_manifest` wrote them.
-
-    Raises:   ValueError when it is no such manifest.
-    """
-    try:
-        with open(path) as stream:
-            content = json.load(stream)
-        if content["algorithm"] != "xxh3_128":
-            raise ValueError(f"algorithm {content['algorithm']}")
-        return dict(content["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"checksums: got '{os.fspath(path)}' ({error}), expected a manifest of `recfx inspect --checksums`."
-        ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -14,16 +14,17 @@ from pyarrow import orc
 from pyarrow import parquet as pq
 
 from recfx.checks import check_choice
+from recfx.data.arrays_file import ArraysFile
 from recfx.data.columns import Column
 from recfx.data.files import File, subject
-from recfx.data.memory import Arrays
-from recfx.data.rows import Rows
+from recfx.data.open_file import OpenFile
 from recfx.data.schema import column_at, path_to
-from recfx.data.text.csv import Csv, CsvSource
-from recfx.data.text.json_lines import JsonLines, JsonLinesSource
-from recfx.data.text.libsvm import Libsvm, LibsvmSource
+from recfx.data.text.csv import Csv, OpenCsv
+from recfx.data.text.json_lines import JsonLines, OpenJsonLines
+from recfx.data.text.libsvm import Libsvm, OpenLibsvm
+from recfx.data.unit_rows import UnitRows
 
-__all__ = ["Format", "Source", "check_format", "open_source", "reading"]
+__all__ = ["Format", "check_format", "open_file", "reading"]
 
 Name = Literal["orc", "parquet", "arrow", "csv", "jsonl", "libsvm"]
 Format = Name | Csv | JsonLines | Libsvm
@@ -36,39 +37,17 @@ EXTENSIONS: dict[str, Format] = {
 MAGIC: dict[bytes, Format] = {b"ORC": "orc", b"PAR1": "parquet", b"ARROW1": "arrow"}
 
 
-class Source(Protocol):
-    """A file as it was when it was opened. Every read opens it again: no handle stays, and threads share nothing."""
-
-    schema: pa.Schema
-    num_units: int
-    unit_name: str
-    null_is_missing: bool  # the format has no other way to say so
-
-    def matching(self, expression: pc.Expression | None) -> Iterable[int]:
-        """The units that may hold a row for which the expression is true."""
-        ...
-
-    def read(self, unit: int, names: Sequence[str]) -> Rows:
-        """Columns by name, and fields of structs by dotted name."""
-        ...
-
-    def num_rows(self, unit: int) -> int: ...
-
-
-class OrcSource:
+class OpenOrc(OpenFile):
     """An ORC file."""
 
-    unit_name, null_is_missing = "stripe", False
+    unit_name = "stripe"
 
     def __init__(self, file: File) -> None:
         self._file = file
         opened = self._open()
         self.schema, self.num_units = opened.schema, opened.nstripes
 
-    def matching(self, expression: pc.Expression | None) -> range:
-        return range(self.num_units)
-
-    def read(self, unit: int, names: Sequence[str]) -> Rows:
+    def read(self, unit: int, names: Sequence[str]) -> UnitRows:
         return _rows(self._open().read_stripe(unit, columns=list(names)), names)
 
     def num_rows(self, unit: int) -> int:
@@ -78,10 +57,10 @@ class OrcSource:
         return orc.ORCFile(self._file.filesystem.open_input_file(self._file.path))
 
 
-class ParquetSource:
+class OpenParquet(OpenFile):
     """A Parquet file. Pages that carry checksums are checked."""
 
-    unit_name, null_is_missing = "row group", False
+    unit_name = "row group"
 
     def __init__(self, file: File) -> None:
         self._file = file
@@ -95,7 +74,7 @@ class ParquetSource:
         fragment = ds.ParquetFileFormat().make_fragment(self._file.path, self._file.filesystem)
         return [group.id for group in fragment.subset(expression, schema=self.schema).row_groups]
 
-    def read(self, unit: int, names: Sequence[str]) -> Rows:
+    def read(self, unit: int, names: Sequence[str]) -> UnitRows:
         table = self._open().read_row_group(unit, columns=list(names), use_threads=False)
         if len(table) != self.num_rows(unit):
             raise pa.ArrowInvalid(f"{len(table)} rows instead of {self.num_rows(unit)}")
@@ -115,21 +94,18 @@ class ParquetSource:
         )
 
 
-class ArrowSource:
+class OpenArrow(OpenFile):
     """An Arrow IPC file. Nothing decodes it, so its offsets are checked. It is read, not mapped into memory, which is
     as fast: one that is cut short meanwhile is an error, not SIGBUS."""
 
-    unit_name, null_is_missing = "record batch", False
+    unit_name = "record batch"
 
     def __init__(self, file: File) -> None:
         self._file = file
         opened = self._open()
         self.schema, self.num_units = opened.schema, opened.num_record_batches
 
-    def matching(self, expression: pc.Expression | None) -> range:
-        return range(self.num_units)
-
-    def read(self, unit: int, names: Sequence[str]) -> Rows:
+    def read(self, unit: int, names: Sequence[str]) -> UnitRows:
         fields = {self.schema.get_field_index(path_to(self.schema, name)[0]) for name in names}
         batch = self._open(included_fields=sorted(fields)).get_batch(unit)
         batch.validate(full=True)
@@ -149,19 +125,19 @@ def check_format(format: Format | None) -> None:
         check_choice("format", format, (None, *get_args(Name)), others=", Csv(...), JsonLines(...) or Libsvm(...)")
 
 
-def open_source(
+def open_file(
     file: File,
     types: Mapping[str, pa.DataType],
     format: Format | None = None,
     columns: Sequence[Column] | None = None,
-) -> Source:
+) -> OpenFile:
     """Opens a file of the given format; None: what its extension or its first bytes say.
 
     Args:     types: of the columns the caller wants, for formats that have no types.
               columns: the ones that the caller reads, for formats where rows differ in what they have; None: all.
     Raises:   ValueError naming the file when it cannot be opened.
     """
-    if isinstance(file, Arrays):
+    if isinstance(file, ArraysFile):
         return file.source
     check_format(format)
     if file.size == 0:
@@ -183,17 +159,17 @@ def open_source(
 
 def _opener(
     format: Format, types: Mapping[str, pa.DataType], columns: Sequence[Column] | None
-) -> tuple[str, Callable[[File], Source]]:
+) -> tuple[str, Callable[[File], OpenFile]]:
     """The name of a format in an error, and what opens a file of it."""
     how = TEXTS.get(format, format)
     if isinstance(how, Csv):
-        return "CSV", lambda file: CsvSource(file, how, types)
+        return "CSV", lambda file: OpenCsv(file, how, types)
     if isinstance(how, JsonLines):
-        return "JSON lines", lambda file: JsonLinesSource(file, how, types, columns)
+        return "JSON lines", lambda file: OpenJsonLines(file, how, types, columns)
     if isinstance(how, Libsvm):
-        return "libsvm", lambda file: LibsvmSource(file, how, types, columns)
-    sources: dict[str, tuple[str, Callable[[File], Source]]]
-    sources = {"orc": ("ORC", OrcSource), "parquet": ("Parquet", ParquetSource), "arrow": ("Arrow", ArrowSource)}
+        return "libsvm", lambda file: OpenLibsvm(file, how, types, columns)
+    sources: dict[str, tuple[str, Callable[[File], OpenFile]]]
+    sources = {"orc": ("ORC", OpenOrc), "parquet": ("Parquet", OpenParquet), "arrow": ("Arrow", OpenArrow)}
     return sources[how]
 
 
@@ -227,7 +203,7 @@ def _guess_format(file: File) -> Format | None:
     return next((format for magic, format in MAGIC.items() if head.startswith(magic)), None)
 
 
-def _rows(batch: pa.RecordBatch, names: Sequence[str]) -> Rows:
+def _rows(batch: pa.RecordBatch, names: Sequence[str]) -> UnitRows:
     """All rows, of these columns."""
     batch = pa.RecordBatch.from_arrays([column_at(batch, name) for name in names], list(names))
-    return Rows(batch, np.arange(batch.num_rows))
+    return UnitRows(batch, np.arange(batch.num_rows))

@@ -24,13 +24,13 @@ from recfx.data.packing.pack_columns import Block
 from recfx.data.packing.pack_records import Records
 from recfx.data.records import records_of
 
-__all__ = ["Chunk", "Place", "Plan", "chunks"]
+__all__ = ["Chunk", "ChunkStart", "ReadPlan", "chunks"]
 
 MAX_NAMED = 3  # files in an error
 SAMPLING_THREADS = 32  # each waits for a file system, which may be far away
 
 
-class Place(NamedTuple):
+class ChunkStart(NamedTuple):
     """Where a chunk begins."""
 
     epoch: int = 0
@@ -45,12 +45,12 @@ class Chunk(NamedTuple):
     """Rows that are ready to be cut into batches."""
 
     rows: Block | Records
-    place: Place
+    place: ChunkStart
     num_bad: int  # rows skipped so far, those of the chunk's own units included
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ReadPlan:
     """What one worker reads, in which order, and how far ahead."""
 
     files: Sequence[File]  # all workers'
@@ -63,7 +63,7 @@ class Plan:
     threads: int
     prefetch: int
 
-    def check(self) -> Plan:
+    def check(self) -> ReadPlan:
         """Raises ValueError when the rank is out of range, or a worker would be left without a file."""
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank: got {self.rank} of world_size {self.world_size}, expected 0 <= rank < world_size.")
@@ -71,7 +71,7 @@ class Plan:
             raise _no_share(self)
         return self
 
-    def share(self, worker: int, num_workers: int) -> Plan:
+    def share(self, worker: int, num_workers: int) -> ReadPlan:
         """What one of so many workers reads of what this plan reads."""
         rank, world_size = self.rank + worker * self.world_size, self.world_size * num_workers
         return replace(self, rank=rank, world_size=world_size).check()
@@ -145,10 +145,10 @@ class Plan:
 class _Unit(NamedTuple):
     batch: pa.RecordBatch
     num_bad: int
-    place: Place
+    place: ChunkStart
 
 
-def chunks(plan: Plan, start: Place, last_epoch: int | None) -> Generator[Chunk | None, None, None]:
+def chunks(plan: ReadPlan, start: ChunkStart, last_epoch: int | None) -> Generator[Chunk | None, None, None]:
     """The rows from a place on, and None at the end of each epoch before `last_epoch` (None: for ever)."""
     units = _decoded(_tasks(plan, start, last_epoch), plan.threads, plan.prefetch)
     try:
@@ -157,7 +157,7 @@ def chunks(plan: Plan, start: Place, last_epoch: int | None) -> Generator[Chunk 
         units.close()
 
 
-def _whole_units(plan: Plan, start: Place, units: Iterator[_Unit | None]) -> Iterator[Chunk | None]:
+def _whole_units(plan: ReadPlan, start: ChunkStart, units: Iterator[_Unit | None]) -> Iterator[Chunk | None]:
     num_bad = start.num_bad
     for unit in units:
         if unit is None:
@@ -167,7 +167,7 @@ def _whole_units(plan: Plan, start: Place, units: Iterator[_Unit | None]) -> Ite
             yield Chunk(records_of([unit.batch]) if plan.decoder.in_records else block_of(unit.batch), place, num_bad)
 
 
-def _windows(plan: Plan, start: Place, units: Iterator[_Unit | None]) -> Iterator[Chunk | None]:
+def _windows(plan: ReadPlan, start: ChunkStart, units: Iterator[_Unit | None]) -> Iterator[Chunk | None]:
     """So many rows in turn, in a random order: cheap to resume, since a window is its first place and its number."""
     held: list[pa.RecordBatch] = []
     row, number, num_bad, place = start.row, start.window, start.num_bad, start
@@ -195,10 +195,10 @@ def _windows(plan: Plan, start: Place, units: Iterator[_Unit | None]) -> Iterato
             held, number, missing = [], 0, plan.shuffle_rows
 
 
-def _tasks(plan: Plan, start: Place, last_epoch: int | None) -> Iterator[Callable[[], _Unit | None]]:
+def _tasks(plan: ReadPlan, start: ChunkStart, last_epoch: int | None) -> Iterator[Callable[[], _Unit | None]]:
     """One task for each unit, in order, and one for the end of an epoch. After one that fails there is none."""
     for epoch in count(start.epoch) if last_epoch is None else range(start.epoch, last_epoch):
-        at = start if epoch == start.epoch else Place(epoch)
+        at = start if epoch == start.epoch else ChunkStart(epoch)
         files, num_units = plan.epoch_files(epoch), 0
         for file in range(at.file, len(files)):
             try:
@@ -208,14 +208,14 @@ def _tasks(plan: Plan, start: Place, last_epoch: int | None) -> Iterator[Callabl
                 return
             num_units += len(units)
             for unit in range(at.unit if file == at.file else 0, len(units)):
-                yield functools.partial(_read, plan, Place(epoch, file, unit), files[file], units[unit])
-        if not num_units and plan.shard_by == "unit" and plan.world_size > 1 and at == Place(epoch):
+                yield functools.partial(_read, plan, ChunkStart(epoch, file, unit), files[file], units[unit])
+        if not num_units and plan.shard_by == "unit" and plan.world_size > 1 and at == ChunkStart(epoch):
             yield functools.partial(_fail, _no_share(plan))
             return
         yield _end_of_epoch
 
 
-def _read(plan: Plan, place: Place, file: int, unit: int) -> _Unit:
+def _read(plan: ReadPlan, place: ChunkStart, file: int, unit: int) -> _Unit:
     return _Unit(*plan.decoder.read(plan.files[file], unit), place)
 
 
@@ -227,7 +227,7 @@ def _fail(error: ValueError) -> Any:
     raise error
 
 
-def _no_share(plan: Plan) -> ValueError:
+def _no_share(plan: ReadPlan) -> ValueError:
     by_unit = ", share the files with shard_by='unit'" if plan.shard_by == "file" else ""
     return ValueError(
         f"rank: got {plan.rank} of {plan.world_size} workers for {len(plan.files)} files, expected a {plan.shard_by} "

@@ -12,10 +12,10 @@ import pyarrow as pa
 import torch
 import xxhash
 
+from recfx.data.exact_numbers import Wrong, spelled, to_int64
 from recfx.data.files import File, quoted
-from recfx.data.numbers import Wrong, spelled, to_int64
-from recfx.data.rows import BadRows
 from recfx.data.schema import as_list, decoded, is_list, is_text, item_type, without_views
+from recfx.data.unit_rows import BadRows
 from recfx.kernels.index.hashing import mix
 
 __all__ = ["Split", "check_key"]

@@ -13,13 +13,13 @@ from recfx.embeddings.initializers import (
     xavier_normal,
     xavier_uniform,
 )
-from recfx.embeddings.plan import Cell, Column, Lookup, Plan, TablePlan, plan_tables
+from recfx.embeddings.plan import Cell, LogicalTable, Lookup, Plan, TablePlan, plan_tables
 
 __all__ = [
     "Cell",
-    "Column",
     "Embedding",
     "Initializer",
+    "LogicalTable",
     "Lookup",
     "Plan",
     "TablePlan",

@@ -12,13 +12,13 @@ from recfx.checks import said
 from recfx.embeddings.declaration import Embedding, ReadAs, Tile
 from recfx.embeddings.initializers import Initializer
 
-__all__ = ["Cell", "Column", "Lookup", "Plan", "TablePlan", "plan_tables"]
+__all__ = ["Cell", "LogicalTable", "Lookup", "Plan", "TablePlan", "plan_tables"]
 
 
 MAX_VOCABULARIES = 65_535  # of a physical table: 16 bits of a slot
 
 
-class Column(NamedTuple):
+class LogicalTable(NamedTuple):
     """A logical table's place in a physical row, for one vocabulary."""
 
     name: str
@@ -52,7 +52,7 @@ class TablePlan:
 
     device: str
     dims: tuple[int, ...]
-    vocabularies: tuple[tuple[Column, ...], ...]
+    vocabularies: tuple[tuple[LogicalTable, ...], ...]
     lookups: tuple[Lookup, ...]  # the read-only ones come last
 
     @property
@@ -183,7 +183,7 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
         firsts = [sum(dims[:k]) for k in range(len(dims))]
         vocabularies = tuple(
             tuple(
-                Column(name, first, dim, logical[name].initializer, *logical[name].rates, logical[name].unknown)
+                LogicalTable(name, first, dim, logical[name].initializer, *logical[name].rates, logical[name].unknown)
                 for name, first, dim in zip(names, firsts, dims, strict=True)
             )
             for names in names_in

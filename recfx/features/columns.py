@@ -12,12 +12,12 @@ from recfx.kernels.lists.check_columns import check_columns, check_forms
 from recfx.kernels.lists.join import join, split
 from recfx.types import Ragged
 
-__all__ = ["Column", "can_be_read", "expect_ragged", "join_and_split", "of_one_or_many", "on_values"]
+__all__ = ["ColumnT", "can_be_read", "expect_ragged", "join_and_split", "of_one_or_many", "on_values"]
 
-Column = TypeVar("Column", bound=Tensor | Ragged | Mapping[str, Any])
+ColumnT = TypeVar("ColumnT", bound=Tensor | Ragged | Mapping[str, Any])
 
 
-def on_values(columns: Column, function: Callable[[Tensor], Tensor]) -> Column:
+def on_values(columns: ColumnT, function: Callable[[Tensor], Tensor]) -> ColumnT:
     """The column with every value replaced; offsets and weights are shared. Of a dict, all columns by one call."""
 
     def replace(columns: Mapping[str, Any]) -> dict[str, Any]:

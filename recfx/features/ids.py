@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recfx.features.columns import Column, expect_ragged, of_one_or_many, on_values
+from recfx.features.columns import ColumnT, expect_ragged, of_one_or_many, on_values
 from recfx.kernels.lists.cross_lists import cross_lists
 from recfx.kernels.lists.string_hash import farm_hashes, murmur_hashes
 from recfx.types import Ragged
@@ -66,7 +66,7 @@ def _hash_strings(columns: Ragged | Mapping[str, Ragged], op: Callable[..., list
     return of_one_or_many(columns, hash)
 
 
-def mod(ids: Column, n: int) -> Column:
+def mod(ids: ColumnT, n: int) -> ColumnT:
     """The id as an unsigned 64-bit number, modulo n.
 
     Args:     n: 1 to 2**63; 2**63 clears the sign bit.
@@ -87,7 +87,7 @@ def mod(ids: Column, n: int) -> Column:
     return on_values(ids, unsigned)
 
 
-def multi_hash(ids: Column, num_buckets: Sequence[int]) -> list[Column]:
+def multi_hash(ids: ColumnT, num_buckets: Sequence[int]) -> list[ColumnT]:
     """Up to four ids in small spaces for one in a large one (compositional embeddings):
 
         hash_i(id) = floormod(id m_i, p_i) mod b_i,  m = 1, 3, 5, 7, wrapping; p_i the largest prime <= c_i b_i
@@ -102,7 +102,7 @@ def multi_hash(ids: Column, num_buckets: Sequence[int]) -> list[Column]:
     if not (1 <= len(num_buckets) <= len(MULTIPLIERS) and all(1 <= b < 2**32 for b in num_buckets)):
         raise ValueError(f"num_buckets: got {list(num_buckets)}, expected one to four numbers from 1 to 2**32 - 1.")
 
-    def into(multiplier: int, prime: int, buckets: int) -> Column:
+    def into(multiplier: int, prime: int, buckets: int) -> ColumnT:
         return on_values(ids, lambda id: id * multiplier % prime % buckets)
 
     numbers = zip(MULTIPLIERS, PRIME_SCALES, num_buckets, strict=False)

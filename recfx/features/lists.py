@@ -89,7 +89,7 @@ def from_dense(x: Tensor) -> Ragged:
 
 
 def split_dense(x: Tensor, names: Sequence[str]) -> dict[str, Ragged]:
-    """Column k of a matrix as the feature names[k] with one value per sample: the inverse of select_dense of a list.
+    """ColumnT k of a matrix as the feature names[k] with one value per sample: the inverse of select_dense of a list.
 
     Shapes:   [B, columns] -> Ragged of B lists of length 1, for each name.
     Raises:   TypeError when x is not a tensor [B, d], ValueError when its columns are not as many as the names.

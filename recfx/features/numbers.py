@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recfx.features.columns import Column, on_values
+from recfx.features.columns import ColumnT, on_values
 from recfx.features.lists import select_dense
 from recfx.types import Ragged
 
@@ -19,7 +19,7 @@ __all__ = ["bucketize", "clip", "fill_missing", "log1p", "min_max", "quantile_bo
 Statistic = float | Tensor
 
 
-def log1p(x: Column) -> Column:
+def log1p(x: ColumnT) -> ColumnT:
     """log(1 + max(x, 0)): tames counts that span six orders of magnitude.
 
     Shapes:   f32 [B, d], Ragged f32 or a dict of them -> the same.
@@ -29,7 +29,7 @@ def log1p(x: Column) -> Column:
     return on_values(x, lambda v: torch.log1p(v.clamp(min=0)))
 
 
-def clip(x: Column, low: float, high: float) -> Column:
+def clip(x: ColumnT, low: float, high: float) -> ColumnT:
     """min(max(x, low), high). NaN stays NaN.
 
     Example:  >>> clip(torch.tensor([[-2.0], [0.5]]), 0, 1).tolist()
@@ -38,7 +38,7 @@ def clip(x: Column, low: float, high: float) -> Column:
     return on_values(x, lambda v: v.clamp(low, high))
 
 
-def standardize(x: Column, mean: Statistic, std: Statistic) -> Column:
+def standardize(x: ColumnT, mean: Statistic, std: Statistic) -> ColumnT:
     """(x - mean) / std with given statistics: numbers, or one per column [d]. A std of 0 counts as 1.
 
     Example:  >>> standardize(torch.tensor([[5.0, 3.0]]), torch.tensor([3.0, 3.0]), torch.tensor([2.0, 0.0])).tolist()
@@ -48,7 +48,7 @@ def standardize(x: Column, mean: Statistic, std: Statistic) -> Column:
     return on_values(x, lambda v: (v - mean) / _or_one(std))
 
 
-def min_max(x: Column, low: Statistic, high: Statistic) -> Column:
+def min_max(x: ColumnT, low: Statistic, high: Statistic) -> ColumnT:
     """(x - low) / (high - low) with given statistics: low becomes 0 and high 1, what lies outside stays outside.
 
     Where low = high the divisor is 1.
@@ -80,7 +80,7 @@ def fill_missing(column: Tensor | Ragged | list[Ragged], value: Statistic, dim: 
     return torch.where(missing, value, x), missing.float()
 
 
-def bucketize(x: Column, boundaries: Sequence[float] | Tensor) -> Column:
+def bucketize(x: ColumnT, boundaries: Sequence[float] | Tensor) -> ColumnT:
     """The index of the first boundary strictly greater than the value: an id from 0 to the number of boundaries.
 
     Args:     boundaries: rising numbers; or a tensor [d, boundaries], a row per column of a dense x. Shorter rows end

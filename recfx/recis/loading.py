@@ -19,8 +19,8 @@ from recfx.kernels.index.owner import owner
 from recfx.kernels.op import UNKNOWN
 from recfx.recis.dense import FilterSteps, dense_pairs
 from recfx.recis.folder import PIECE, Folder, Part
-from recfx.rows.place import place_of, rows_of
 from recfx.rows.surgery import write_
+from recfx.rows.views import rows_of, view_of
 from recfx.step import Step, TrainState
 from recfx.table import ROW_FIELDS, TableState, restore_
 from recfx.types import Params
@@ -96,7 +96,7 @@ def load_recis(
     pairs = [] if dense is None else dense_pairs(folder.path, state, dense, moments=moments)
     try:
         for name in taken:
-            place_of(step, state, name).table.step.fill_(num_steps)
+            view_of(step, state, name).table.step.fill_(num_steps)
         for name in taken:
             for part in parts[name]:
                 _write_part_(step, state, name, part, rank, world_size)
@@ -137,26 +137,26 @@ def _date_rows_(
     never = torch.iinfo(torch.int32).min
     lasts = [torch.full((int(t.num_rows),), never, dtype=torch.int64, device=t.ids.device) for t in state.tables]
     for name in parts:
-        place = place_of(step, state, name)
-        (last,) = (last for last, t in zip(lasts, state.tables, strict=True) if t is place.table)
+        view = view_of(step, state, name)
+        (last,) = (last for last, t in zip(lasts, state.tables, strict=True) if t is view.table)
         for part, batches in zip(parts[name], idle[name], strict=True):
             ago = torch.zeros_like(part.ids) if batches is None else batches // step.accumulation
             for ids, steps in zip(part.ids.split(PIECE), ago.split(PIECE), strict=True):
-                row = rows_of(place, ids.to(last.device))
+                row = rows_of(view, ids.to(last.device))
                 mine = row != UNKNOWN  # others are another rank's
                 row, steps = row[mine], steps.to(last.device)[mine]
-                last[row] = torch.maximum(last[row], place.table.step - steps)
+                last[row] = torch.maximum(last[row], view.table.step - steps)
     for last, t in zip(lasts, state.tables, strict=True):
         t.seen[: len(last)] = last << 32
         t.born[: len(last)] = torch.minimum(t.born[: len(last)], last.int())
 
 
 def _write_part_(step: Step, state: TrainState, table: str, part: Part, rank: int, world_size: int) -> None:
-    place = place_of(step, state, table)
+    view = view_of(step, state, table)
     pieces = zip(part.ids.split(PIECE), *(value.split(PIECE) for value in part.values.values()), strict=True)
     for ids, *values in pieces:
-        mine = owner(ids, torch.full_like(ids, place.vocabulary, dtype=torch.int32), world_size) == rank
-        ids, *values = (column[mine].to(place.table.ids.device) for column in (ids, *values))
+        mine = owner(ids, torch.full_like(ids, view.vocabulary, dtype=torch.int32), world_size) == rank
+        ids, *values = (column[mine].to(view.table.ids.device) for column in (ids, *values))
         weight, *slots = (value.float() for value in values)
         write_(step, state, table, ids, weight, dict(zip(list(part.values)[1:], slots, strict=True)))
 

@@ -6,9 +6,9 @@ counts as touched by the last step, so that a checkpoint of what changed since h
 """
 
 from recfx.rows.arrow import batches, export_parquet, import_parquet_
-from recfx.rows.place import Rows
 from recfx.rows.statistics import Statistics, Summary, statistics
 from recfx.rows.surgery import delete_, read, write_
+from recfx.rows.views import Rows
 
 __all__ = [
     "Rows",

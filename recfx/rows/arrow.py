@@ -12,8 +12,8 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from recfx.rows.place import Rows, live_rows, place_of, taken
 from recfx.rows.surgery import check_ids, check_values, write_
+from recfx.rows.views import Rows, live_rows, taken, view_of
 from recfx.step import Step, TrainState
 
 __all__ = ["batches", "export_parquet", "import_parquet_"]
@@ -29,8 +29,8 @@ def batches(step: Step, state: TrainState, table: str, *, num_rows: int = BATCH_
     """
     if num_rows < 1:
         raise ValueError(f"num_rows: got {num_rows}, expected at least 1.")
-    place = place_of(step, state, table)
-    return (_arrow(taken(place, row, place.table.ids[row])) for row in live_rows(place).split(num_rows) if row.numel())
+    view = view_of(step, state, table)
+    return (_arrow(taken(view, row, view.table.ids[row])) for row in live_rows(view).split(num_rows) if row.numel())
 
 
 def export_parquet(step: Step, state: TrainState, table: str, path: str | Path) -> None:
@@ -38,10 +38,10 @@ def export_parquet(step: Step, state: TrainState, table: str, path: str | Path) 
 
     Raises:   ValueError on an unknown table; OSError naming `path` when the disk is full or not writable.
     """
-    path, place = Path(path), place_of(step, state, table)
+    path, view = Path(path), view_of(step, state, table)
     scratch = path.with_name(f".{path.name}.unfinished")
-    none = torch.zeros(0, dtype=torch.int64, device=place.table.ids.device)
-    schema = _arrow(taken(place, none, none)).schema
+    none = torch.zeros(0, dtype=torch.int64, device=view.table.ids.device)
+    schema = _arrow(taken(view, none, none)).schema
     try:
         with parquet.ParquetWriter(scratch, schema, write_page_checksum=True) as writer:
             for batch in batches(step, state, table):
@@ -62,7 +62,7 @@ def import_parquet_(step: Step, state: TrainState, table: str, path: str | Path)
     Raises:   as `write_`, naming the file; ValueError also when a column is missing or holds nulls or lists of
               another length; OSError when the file cannot be read or is damaged. Nothing is then written.
     """
-    place = place_of(step, state, table)
+    view = view_of(step, state, table)
     try:
         file = parquet.ParquetFile(path, page_checksum_verification=True)
     except pa.ArrowInvalid as error:
@@ -71,21 +71,21 @@ def import_parquet_(step: Step, state: TrainState, table: str, path: str | Path)
         known = file.schema_arrow.names
         if {"id", "weight"} - set(known) or len(set(known)) < len(known):
             raise ValueError(f"{path}: got columns {known}, expected 'id' and 'weight' among them, each once.")
-        names = [name for name in place.views if name in known]
+        names = [name for name in view.tensors if name in known]
 
         def read() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
             for batch in file.iter_batches(BATCH_ROWS, columns=["id", *names]):
                 ids = torch.from_numpy(_column(batch, "id", pa.int64()).to_numpy().copy())
-                values = {name: _matrix(batch, name, place.views[name].shape[1]) for name in names}
+                values = {name: _matrix(batch, name, view.tensors[name].shape[1]) for name in names}
                 yield ids.to(device), {name: value.to(device) for name, value in values.items()}
 
-        device = place.table.ids.device
+        device = view.table.ids.device
         all_ids = [torch.zeros(0, dtype=torch.int64, device=device)]
         try:
             for ids, values in read():
-                check_values(place, ids, values)
+                check_values(view, ids, values)
                 all_ids.append(ids)
-            check_ids(place, state, table, torch.cat(all_ids))
+            check_ids(view, state, table, torch.cat(all_ids))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         except OSError as error:

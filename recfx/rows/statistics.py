@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recfx.rows.place import live_rows, place_of
+from recfx.rows.views import live_rows, view_of
 from recfx.step import Step, TrainState
 
 __all__ = ["Statistics", "Summary", "statistics"]
@@ -40,9 +40,9 @@ def statistics(step: Step, state: TrainState, table: str) -> Statistics:
     Cost:     one pass over the weights; sorts four numbers a row.
     Raises:   ValueError on an unknown table.
     """
-    place = place_of(step, state, table)
-    t, row = place.table, live_rows(place)
-    norm = torch.linalg.vector_norm(place.views["weight"][: int(t.num_rows)], dim=1)[row]
+    view = view_of(step, state, table)
+    t, row = view.table, live_rows(view)
+    norm = torch.linalg.vector_norm(view.tensors["weight"][: int(t.num_rows)], dim=1)[row]
     age, idle = t.step - t.born[row], t.step - (t.seen[row] >> 32)
     return Statistics(row.numel(), *map(_summary, (norm, age, idle, t.counts[row])))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recfx.kernels.index.find_or_insert import find_or_insert_
 from recfx.kernels.op import UNKNOWN
-from recfx.rows.place import Place, Rows, check_device, place_of, reading, rows_of, taken
+from recfx.rows.views import Rows, TableView, check_device, reading, rows_of, taken, view_of
 from recfx.step import Step, TrainState
 from recfx.table import delete_ as delete_rows_
 from recfx.table import grow_, initializer_tensors, num_live
@@ -32,8 +32,8 @@ def read(step: Step, state: TrainState, table: str, ids: Tensor) -> Rows:
               >>> read(step, state, "emb/item", torch.tensor([7, 8])).weight.tolist()
               [[0.5, 2.0], [0.0, 0.0]]
     """
-    place = place_of(step, state, table)
-    return taken(place, rows_of(place, ids), ids)
+    view = view_of(step, state, table)
+    return taken(view, rows_of(view, ids), ids)
 
 
 def write_(
@@ -49,20 +49,20 @@ def write_(
               shape, a number that is not finite, or too little room for the new ids; TypeError on wrong dtypes. Nothing
               is then written.
     """
-    place = place_of(step, state, table)
+    view = view_of(step, state, table)
     if slots is not None and (not isinstance(slots, Mapping) or "weight" in slots):
         got = list(slots) if isinstance(slots, Mapping) else type(slots).__name__
-        raise ValueError(f"slots: got {got}, expected tensors by some of the names {list(place.views)[1:]}.")
+        raise ValueError(f"slots: got {got}, expected tensors by some of the names {list(view.tensors)[1:]}.")
     values = {"weight": weight, **(slots or {})}
-    known = check_ids(place, state, table, ids)
-    check_values(place, ids, values)
-    t, num_new = place.table, int((~known).sum())
+    known = check_ids(view, state, table, ids)
+    check_values(view, ids, values)
+    t, num_new = view.table, int((~known).sum())
     grow_(t, num_new)
-    row = _insert_(place, step.seed, ids)
+    row = _insert_(view, step.seed, ids)
     t.born[row[~known]] = t.step.int()
     t.seen[row] = t.step << 32
-    for name, view in place.views.items():
-        view[row] = values[name].detach() if name in values else torch.zeros_like(view[row])
+    for name, tensor in view.tensors.items():
+        tensor[row] = values[name].detach() if name in values else torch.zeros_like(tensor[row])
     return state
 
 
@@ -71,21 +71,21 @@ def delete_(step: Step, state: TrainState, table: str, ids: Tensor) -> TrainStat
 
     Raises:   ValueError inside a step or on an unknown table, TypeError on ids that are not i64 [N].
     """
-    place = place_of(step, state, table)
-    _check_between_steps(place, state)
-    row = rows_of(place, ids)
-    delete_rows_(place.table, row[row != UNKNOWN])
+    view = view_of(step, state, table)
+    _check_between_steps(view, state)
+    row = rows_of(view, ids)
+    delete_rows_(view.table, row[row != UNKNOWN])
     return state
 
 
-def _insert_(place: Place, seed: int, ids: Tensor) -> Tensor:
+def _insert_(view: TableView, seed: int, ids: Tensor) -> Tensor:
     """Row of each id; new ones with their initial values. Room has been made."""
-    t, behind = place.table, place.table.rows.shape[2] - place.plan.width
-    init = (nn.functional.pad(x, (0, behind)) for x in initializer_tensors(place.plan, seed))
+    t, behind = view.table, view.table.rows.shape[2] - view.plan.width
+    init = (nn.functional.pad(x, (0, behind)) for x in initializer_tensors(view.plan, seed))
     tally, refused = t.tally.clone(), t.num_refused.clone()
     row, _ = find_or_insert_(
         t.slots, t.ids, t.vocabularies, t.seen, t.born, t.rows, t.num_rows, t.free_rows, t.num_free, t.num_refused,
-        t.tally, t.num_crowded, t.unique_rows, t.num_unique, t.num_slots, t.salt, t.step + 1, *reading(place, ids),
+        t.tally, t.num_crowded, t.unique_rows, t.num_unique, t.num_slots, t.salt, t.step + 1, *reading(view, ids),
         *init, None,
     )  # fmt: skip
     t.tally.copy_(tally)  # these counters, and the step's unique rows, are of training
@@ -94,35 +94,35 @@ def _insert_(place: Place, seed: int, ids: Tensor) -> Tensor:
     return row.long()
 
 
-def _check_between_steps(place: Place, state: TrainState) -> None:
-    if int(place.table.num_unique) or int(state.window.num_batches):
+def _check_between_steps(view: TableView, state: TrainState) -> None:
+    if int(view.table.num_unique) or int(state.window.num_batches):
         raise ValueError("state: got a step in progress, expected none. Write rows between optimiser steps.")
 
 
-def check_ids(place: Place, state: TrainState, table: str, ids: Tensor) -> Tensor:
+def check_ids(view: TableView, state: TrainState, table: str, ids: Tensor) -> Tensor:
     """bool [N]: which ids have a row. Raises what `write_` raises about ids."""
-    _check_between_steps(place, state)
-    known = rows_of(place, ids) != UNKNOWN
+    _check_between_steps(view, state)
+    known = rows_of(view, ids) != UNKNOWN
     num_repeated = ids.numel() - ids.unique().numel()
     if num_repeated:
         raise ValueError(f"ids: got {num_repeated} more than once, expected each once.")
-    num_new, room = int((~known).sum()), place.table.ids.numel() - num_live(place.table)
+    num_new, room = int((~known).sum()), view.table.ids.numel() - num_live(view.table)
     if num_new > room:
         raise ValueError(f"table '{table}': got {num_new} new ids, expected at most {room}. Raise max_rows.")
     return known
 
 
-def check_values(place: Place, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+def check_values(view: TableView, ids: Tensor, values: Mapping[str, Tensor]) -> None:
     """Raises what `write_` raises about weights and slots."""
     for name, value in values.items():
-        if name not in place.views:
-            raise ValueError(f"slots: got '{name}', expected some of {list(place.views)[1:]}.")
-        shape = [ids.numel(), place.views[name].shape[1]]
+        if name not in view.tensors:
+            raise ValueError(f"slots: got '{name}', expected some of {list(view.tensors)[1:]}.")
+        shape = [ids.numel(), view.tensors[name].shape[1]]
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name}: got {got}, expected torch.float32 {shape}.")
         if list(value.shape) != shape:
             raise ValueError(f"{name}: got {list(value.shape)}, expected {shape}.")
-        check_device(name, place, value)
+        check_device(name, view, value)
         if not bool(value.isfinite().all()):
             raise ValueError(f"{name}: got values that are not finite, expected numbers. Training would spread them.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recfx.checkpoint import held, load, save
-from recfx.embeddings import Column, Embedding, TablePlan, uniform
+from recfx.embeddings import Embedding, LogicalTable, TablePlan, uniform
 from recfx.kernels.index.owner import owner
 from recfx.kernels.rows.initial import initial_values
 from recfx.optim import adagrad, sgd, sparse_adagrad, sparse_ftrl, sparse_rowwise_adagrad, sparse_sgd
@@ -66,7 +66,7 @@ def content(step: Step, state: TrainState, rows_of: Callable[[int], bool] = lamb
     return found
 
 
-def of_table(row: Tensor, plan: TablePlan, k: int, column: Column) -> list:
+def of_table(row: Tensor, plan: TablePlan, k: int, column: LogicalTable) -> list:
     """Weights and slots of one logical table, and its row slot behind all weights, if there is one."""
     behind = row[:, plan.width + k : plan.width + k + 1] if row.shape[1] > plan.width else row[:, :0]
     return torch.cat([row[:, column.first : column.first + column.dim], behind], dim=1).tolist()

@@ -14,7 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from recfx.data.files import match_files, write_manifest
+from recfx.data.checksums import write_manifest
+from recfx.data.files import match_files
 from tests.data.damage import outcome
 from tests.data.rows import write
 

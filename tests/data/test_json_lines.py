@@ -18,8 +18,8 @@ from recfx.data import JsonLines, Split, fixedlen, hashed, reader, varlen
 from recfx.data.convert import convert
 from recfx.data.describe import describe
 from recfx.data.files import match_files
-from recfx.data.formats import open_source
-from recfx.data.text.json_lines import JsonLinesSource
+from recfx.data.formats import open_file
+from recfx.data.text.json_lines import OpenJsonLines
 from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import all_rows
 
@@ -193,7 +193,7 @@ def test_the_standard_library_and_arrow_agree(tmp_path):
     lines = [json.dumps(row, ensure_ascii=rng.random() < 0.5).encode() for row in rows]
     plain = written(tmp_path / "plain.jsonl", *lines)
     (file,) = match_files(plain)
-    source = JsonLinesSource(file, JsonLines(), {}, columns)
+    source = OpenJsonLines(file, JsonLines(), {}, columns)
     with_odd = written(tmp_path / "odd.jsonl", *lines, b"{")
     expected = read(plain, columns)
     assert read(with_odd, columns, on_bad="skip") == expected
@@ -269,7 +269,7 @@ def test_convert_and_describe_see_every_row(tmp_path, capsys):
     lines = [b'{"id": %d, "w": [{"v": 0.5, "k": %d}]}' % (2**60 + i, i) for i in range(2000)]
     path = written(tmp_path / "a.jsonl", *lines, b'{"id": 18446744073709551615, "late": ["x"], "day": "2026-11-02"}')
     (file,) = match_files(path)
-    source = open_source(file, {}, JsonLines(block_bytes=10_000))
+    source = open_file(file, {}, JsonLines(block_bytes=10_000))
     assert source.schema.names == ["id", "w", "late", "day"]
     assert source.schema.field("id").type == pa.uint64()
     assert source.schema.field("day").type == pa.string()

@@ -17,7 +17,7 @@ from recfx.data import Libsvm, Split, fixedlen, hashed, reader, varlen
 from recfx.data.convert import convert
 from recfx.data.describe import describe
 from recfx.data.files import match_files
-from recfx.data.formats import open_source
+from recfx.data.formats import open_file
 from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import all_rows
 
@@ -138,7 +138,7 @@ def test_values_are_those_of_python(tmp_path):
     words = [repr(rng.uniform(-10, 10) * 10.0 ** rng.randint(-9, 9)) for _ in range(500)]
     text = "\n".join(f"0 {i}:{word}" for i, word in enumerate(words))
     (file,) = match_files(written(tmp_path / "a.libsvm", text.encode()))
-    rows = open_source(file, {}).read(0, ["features"]).batch.to_pylist()
+    rows = open_file(file, {}).read(0, ["features"]).batch.to_pylist()
     assert [row["features"] for row in rows] == [[{"k": i, "v": float(word)}] for i, word in enumerate(words)]
 
 
@@ -196,7 +196,7 @@ def test_convert_and_describe_see_every_row(tmp_path, indices, kind, capsys):
     path = written(tmp_path / "a.txt", text)
     (file,) = match_files(path)
     how = Libsvm(block_bytes=100)
-    assert open_source(file, {}, how).schema.field("features").type.value_type.field("k").type == kind
+    assert open_file(file, {}, how).schema.field("features").type.value_type.field("k").type == kind
     assert describe([file], format=how).num_rows == 51
     if kind != pa.uint64():
         (out,) = convert(path, tmp_path / "out", format=how)

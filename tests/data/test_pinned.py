@@ -53,7 +53,7 @@ def test_the_buffer_itself_is_allocated_pinned(path, pinned, how):
 
 
 def test_a_dataloaders_worker_refuses_to_pin(path, pinned, monkeypatch):
-    monkeypatch.setattr("recfx.data.reading.get_worker_info", lambda: SimpleNamespace(id=0, num_workers=1))
+    monkeypatch.setattr("recfx.data.batch_iterator.get_worker_info", lambda: SimpleNamespace(id=0, num_workers=1))
     with pytest.raises(ValueError, match="pin_memory: got True, expected False in a DataLoader's worker"):
         next(iter(reader(path, COLUMNS, 5, pin_memory=True)))
 

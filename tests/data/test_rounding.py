@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recfx.data import Csv, fixedlen, hashed, reader, varlen
-from recfx.data.numbers import rounded, to_float
+from recfx.data.exact_numbers import rounded, to_float
 from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import all_rows, write
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from recfx.data import Csv, Split, fixedlen, hashed, reader, varlen
+from recfx.data.exact_numbers import spelled
 from recfx.data.files import match_files
-from recfx.data.numbers import spelled
 from recfx.data.text.csv import CsvSource
 from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import FORMATS, all_rows, write

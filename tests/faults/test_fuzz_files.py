@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from recfx.data.files import match_files, write_manifest
+from recfx.data.checksums import write_manifest
+from recfx.data.files import match_files
 from tests.faults.fuzz_files import FORMATS, content_of, whole
 
 FIRST = int(os.environ.get("RECFX_FUZZ_SEED", "0"))  # another one tries other files

@@ -243,8 +243,8 @@ def test_wrong_files_are_named_and_nothing_of_them_is_written(tmp_path, monkeypa
 def test_an_import_takes_a_file_to_where_the_table_is(tmp_path, monkeypatch):
     parquet.write_table(pa.table({"id": [1, 2], "weight": [[0.5] * DIM] * 2}), tmp_path / "a.parquet")
     elsewhere, seen = torch.zeros(0, DIM, dtype=torch.int64, device="meta"), []
-    place = SimpleNamespace(table=SimpleNamespace(ids=elsewhere), views={"weight": elsewhere})
-    monkeypatch.setattr(arrow, "place_of", lambda *_: place)
+    view = SimpleNamespace(table=SimpleNamespace(ids=elsewhere), tensors={"weight": elsewhere})
+    monkeypatch.setattr(arrow, "view_of", lambda *_: view)
     monkeypatch.setattr(arrow, "check_values", lambda _, ids, values: seen.extend([ids, *values.values()]))
     monkeypatch.setattr(arrow, "check_ids", lambda *given: seen.append(given[-1]))
     monkeypatch.setattr(arrow, "write_", lambda *given: seen.extend(given[-3:-1]))

@@ -60,13 +60,13 @@ class Block(NamedTuple):
         return Block(num_rows, tuple(columns), np.array(addresses, dtype=np.int64))
 
 
-Rows = TypeVar("Rows")
+RowsT = TypeVar("RowsT")
 
 
-class Segment(NamedTuple, Generic[Rows]):
+class Segment(NamedTuple, Generic[RowsT]):
     """Rows [begin, end) of a block."""
 
-    block: Rows  # a Block, or the Records of pack_records.py
+    block: RowsT  # a Block, or the Records of pack_records.py
     begin: int
     end: int
 

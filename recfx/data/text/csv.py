@@ -11,20 +11,21 @@ import pyarrow.compute as pc
 from pyarrow import csv as pa_csv
 
 from recfx.data.files import CHUNK_BYTES, File
-from recfx.data.rows import BadRow, Rows
+from recfx.data.open_file import OpenFile
 from recfx.data.text.csv_cells import Cells, guess, is_fast, may_be_rounded, read_cells
 from recfx.data.text.csv_format import Csv, check_named_columns, header_of, pairs_of
 from recfx.data.text.csv_lines import by_byte, by_character, with_short_delimiter, without_unclosed
 from recfx.data.text.lines import Lines, is_utf8
+from recfx.data.unit_rows import BadRow, UnitRows
 
-__all__ = ["Csv", "CsvSource", "check_named_columns"]
+__all__ = ["Csv", "OpenCsv", "check_named_columns"]
 
 GUESSED = "as it was guessed from the first rows. Give the type: types= of convert, --types, or a reader's column"
 EXACTLY = " that holds this number exactly, or rounding='allow'"
 SAME_BITS = ", in which a number below 0 has the same 64 bits"
 
 
-class CsvSource:
+class OpenCsv(OpenFile):
     """An open CSV file.
 
     Args:     types: of the columns that the caller knows; other ones are what the first rows look like. Binary takes
@@ -32,7 +33,7 @@ class CsvSource:
                   ones where it holds them exactly, struct{k, v} items with their weights.
     """
 
-    unit_name, null_is_missing = "block", True
+    unit_name, null_is_missing, cells_are_bytes = "block", True, True
 
     def __init__(self, file: File, options: Csv, types: Mapping[str, pa.DataType]) -> None:
         self._options, self._lines = options, Lines(file, options.block_bytes)
@@ -44,10 +45,7 @@ class CsvSource:
         self._cells = {**self._guess([name for name in self._names if name not in known]), **known}
         self.schema = pa.schema([(name, self._cells[name].type) for name in self._names])
 
-    def matching(self, expression: pc.Expression | None) -> range:
-        return range(self.num_units)
-
-    def read(self, unit: int, names: Sequence[str]) -> Rows:
+    def read(self, unit: int, names: Sequence[str]) -> UnitRows:
         for name in names:
             if (count := self._names.count(name)) > 1:
                 raise ValueError(f"{count} columns of the name '{name}'")
@@ -60,7 +58,7 @@ class CsvSource:
             fast = {}
         return self._convert(rows, set(names) - set(fast)) if len(fast) < len(names) else rows
 
-    def _read_fast(self, unit: int, names: Sequence[str], fast: Mapping[str, pa.DataType]) -> Rows | None:
+    def _read_fast(self, unit: int, names: Sequence[str], fast: Mapping[str, pa.DataType]) -> UnitRows | None:
         """Some columns as pyarrow's parser reads them, the others as bytes; None where it cannot, or not exactly."""
         try:
             rows = self._parse(unit, {name: fast.get(name, pa.binary()) for name in names})
@@ -97,16 +95,16 @@ class CsvSource:
             )  # fmt: skip
         return how
 
-    def _parse(self, unit: int, types: Mapping[str, pa.DataType]) -> Rows:
+    def _parse(self, unit: int, types: Mapping[str, pa.DataType]) -> UnitRows:
         return self._rows(self._lines.block(unit), types)
 
-    def _rows(self, text: bytes, types: Mapping[str, pa.DataType]) -> Rows:
+    def _rows(self, text: bytes, types: Mapping[str, pa.DataType]) -> UnitRows:
         options = self._options
         text, delimiter = with_short_delimiter(text, options.delimiter, options.quote)
         text, unclosed = without_unclosed(text, delimiter, options.delimiter, options.quote)
         if not text.lstrip(b"\r\n"):
             empty = pa.RecordBatch.from_pydict({name: pa.array([], kind) for name, kind in types.items()})
-            return Rows(empty, np.empty(0, np.int64), unclosed)
+            return UnitRows(empty, np.empty(0, np.int64), unclosed)
         bad: list[BadRow] = []
         nulls = ["", *options.nulls]
         if not (is_text := is_utf8(text)):  # pyarrow tells of a row with too many cells only where it is
@@ -124,7 +122,7 @@ class CsvSource:
         numbers = np.delete(np.arange(num_rows), [row.number for row in unclosed])  # of what was parsed
         moved = [row._replace(number=int(numbers[row.number])) for row in bad]
         numbers = np.delete(numbers, [row.number for row in bad])
-        return Rows(batch, numbers, sorted([*unclosed, *moved], key=lambda row: row.number))
+        return UnitRows(batch, numbers, sorted([*unclosed, *moved], key=lambda row: row.number))
 
     def _how(
         self, num_bytes: int, delimiter: bytes, types: Mapping[str, pa.DataType], nulls: list[str], bad: list[BadRow]
@@ -150,7 +148,7 @@ class CsvSource:
             ),
         }
 
-    def _convert(self, rows: Rows, names: set[str]) -> Rows:
+    def _convert(self, rows: UnitRows, names: set[str]) -> UnitRows:
         """Cells of these columns to values, without the rows that hold something else."""
         arrays, bad = {}, list(rows.bad)
         keep = np.ones(rows.batch.num_rows, dtype=bool)
@@ -163,7 +161,7 @@ class CsvSource:
                     bad.append(BadRow(int(rows.numbers[row]), name, _shown(cell), expected + _why(cell, cells)))
                 keep[row] = False
         batch = pa.RecordBatch.from_pydict(arrays)
-        return Rows(batch.filter(pa.array(keep)), rows.numbers[keep], sorted(bad, key=lambda row: row.number))
+        return UnitRows(batch.filter(pa.array(keep)), rows.numbers[keep], sorted(bad, key=lambda row: row.number))
 
 
 def _with_delimiter(array: pa.Array, short: bytes, long: str) -> pa.Array:

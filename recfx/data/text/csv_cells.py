@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recfx.data.numbers import EXACT_DOUBLE
+from recfx.data.exact_numbers import EXACT_DOUBLE, uncastable
 
 __all__ = ["Cells", "guess", "is_fast", "may_be_rounded", "read_cells"]
 
@@ -239,20 +239,8 @@ def _cast(text: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray]:
     try:
         return text.cast(kind), NO_ROWS
     except pa.ArrowInvalid:
-        wrong = np.array(list(_failing(text, kind, 0)), dtype=np.int64)
+        wrong = uncastable(text, kind)
         return _without(text, wrong).cast(kind), wrong
-
-
-def _failing(text: pa.Array, kind: pa.DataType, first: int) -> Iterator[int]:
-    try:
-        text.cast(kind)
-    except pa.ArrowInvalid:
-        half = len(text) // 2
-        if half == 0:
-            yield first
-        else:
-            yield from _failing(text.slice(0, half), kind, first)
-            yield from _failing(text.slice(half), kind, first + half)
 
 
 def _without(text: pa.Array, places: np.ndarray) -> pa.Array:

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pyarrow as pa
 
-from recfx.data.rows import BadRow
+from recfx.data.unit_rows import BadRow
 
 __all__ = ["by_byte", "by_character", "cells_of", "with_short_delimiter", "without_unclosed"]
 

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyarrow import json as pa_json
 
 from recfx.data.columns import Column
+from recfx.data.exact_numbers import EXACT_DOUBLE
 from recfx.data.files import File
-from recfx.data.numbers import EXACT_DOUBLE
-from recfx.data.rows import MOST_SHOWN, BadRow, Rows
+from recfx.data.open_file import OpenFile
 from recfx.data.schema import column_at, is_list, item_type, path_to
 from recfx.data.text.json_types import guess, overridden, with_columns
 from recfx.data.text.json_values import Columns, WrongValueError, as_parsed, parse
 from recfx.data.text.lines import InBlocks, Lines, is_utf8
+from recfx.data.unit_rows import MOST_SHOWN, BadRow, UnitRows
 
-__all__ = ["JsonLines", "JsonLinesSource"]
+__all__ = ["JsonLines", "OpenJsonLines"]
 
 SAMPLE_BYTES = 1 << 20  # of the rows that types are guessed from, where a reader names its columns
 BLANKS = b" \t\r"
@@ -35,7 +35,7 @@ class JsonLines(InBlocks):
     """
 
 
-class JsonLinesSource:
+class OpenJsonLines(OpenFile):
     """An open file of JSON lines.
 
     Args:     types: of the items of columns by name; other ones are what the values look like.
@@ -43,7 +43,7 @@ class JsonLinesSource:
                   None: all, and the types are guessed from all rows.
     """
 
-    unit_name, null_is_missing = "block", False
+    unit_name = "block"
 
     def __init__(
         self, file: File, options: JsonLines, types: Mapping[str, pa.DataType], columns: Sequence[Column] | None
@@ -51,7 +51,6 @@ class JsonLinesSource:
         self._lines = Lines(file, options.block_bytes)
         self.num_units = self._lines.num_blocks
         self._rounded: set[str] = set()
-        self.absent: frozenset[str] = frozenset()  # columns that the first rows lack
         if self._lines.line_at(0).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             raise ValueError("a list, which is JSON but not lines of it")
         if columns is None:
@@ -62,17 +61,14 @@ class JsonLinesSource:
             self.absent = frozenset(column.name for column in columns if not path_to(found, column.name))
             self.schema = with_columns(found, columns)
 
-    def matching(self, expression: pc.Expression | None) -> range:
-        return range(self.num_units)
-
-    def read(self, unit: int, names: Sequence[str]) -> Rows:
+    def read(self, unit: int, names: Sequence[str]) -> UnitRows:
         schema = pa.schema(_selected(self.schema, [path_to(self.schema, name) for name in names]))
         text = self._lines.block(unit)
         batch = _by_arrow(text, schema, self._rounded) if text else _empty(schema)
         if batch is None:
             rows = _by_line(list(_lines_of(text)), schema, self._rounded)
         else:
-            rows = Rows(batch, np.arange(batch.num_rows))
+            rows = UnitRows(batch, np.arange(batch.num_rows))
         arrays = [column_at(rows.batch, name) for name in names]
         return rows._replace(batch=pa.RecordBatch.from_arrays(arrays, list(names)))
 
@@ -196,7 +192,7 @@ def _is_exact(array: pa.Array, most: float) -> bool:
     return not ((sizes >= EXACT_DOUBLE) & (sizes <= most)).any()
 
 
-def _by_line(lines: Sequence[bytes], schema: pa.Schema, rounded: Collection[str]) -> Rows:
+def _by_line(lines: Sequence[bytes], schema: pa.Schema, rounded: Collection[str]) -> UnitRows:
     """The rows one by one, without those that are bad. What either parser reads is a row, whatever is next to it."""
     columns = Columns({field.name: field.type for field in schema}, rounded)
     bad = []

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from recfx.data.columns import Column, FixedLen
-from recfx.data.numbers import INT64_END, UINT64_END
+from recfx.data.exact_numbers import INT64_END, UINT64_END
 from recfx.data.schema import PAIRS, is_list, is_text, item_type, path_to
 from recfx.data.text.json_values import Fraction, integer, parse
 

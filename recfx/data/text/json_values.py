@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recfx.data.numbers import DIGITS, INT64_END, UINT64_END
-from recfx.data.rows import MOST_SHOWN, BadRow, Rows
+from recfx.data.exact_numbers import DIGITS, INT64_END, UINT64_END
 from recfx.data.schema import is_list, is_text, item_type
+from recfx.data.unit_rows import MOST_SHOWN, BadRow, UnitRows
 
 __all__ = ["Columns", "Fraction", "WrongValueError", "as_parsed", "integer", "parse"]
 
@@ -79,7 +79,7 @@ class Columns:
 
     def __init__(self, types: Mapping[str, pa.DataType], rounded: Collection[str] = ()) -> None:
         self._types = dict(types)
-        self._place = _Place()
+        self._place = _CurrentRow()
         self._numbers = {name: _Numbers(name in rounded, self._place) for name in types}
         self._convert = {name: _converter(name, kind, self._numbers[name]) for name, kind in types.items()}
         self._values: dict[str, list[Any]] = {name: [] for name in types}
@@ -101,7 +101,7 @@ class Columns:
         for name, values in self._values.items():
             values.append(row.get(name))
 
-    def rows(self) -> Rows:
+    def rows(self) -> UnitRows:
         """All rows. Integers that no int64 holds make a column uint64; next to negative ones their rows are bad."""
         bad: dict[int, BadRow] = {}
         for name, seen in self._numbers.items():
@@ -109,7 +109,7 @@ class Columns:
                 bad.setdefault(row, BadRow(row, name, str(value), "int64, since there are negative numbers too"))
         arrays = [self._array(name, kind, bad) for name, kind in self._types.items()]
         numbers = np.array([row for row in self._rows if row not in bad], dtype=np.int64)
-        return Rows(pa.RecordBatch.from_arrays(arrays, list(self._types)), numbers, list(bad.values()))
+        return UnitRows(pa.RecordBatch.from_arrays(arrays, list(self._types)), numbers, list(bad.values()))
 
     def _array(self, name: str, kind: pa.DataType, bad: Collection[int]) -> pa.Array:
         values, seen = self._values[name], self._numbers[name]
@@ -120,14 +120,14 @@ class Columns:
         return pa.array(values, kind)
 
 
-class _Place:
+class _CurrentRow:
     row = 0
 
 
 class _Numbers:
     """Of a column: what integers there were, and whether a double may round a whole number."""
 
-    def __init__(self, may_round: bool, place: _Place) -> None:
+    def __init__(self, may_round: bool, place: _CurrentRow) -> None:
         self.may_round, self._place = may_round, place
         self.is_negative = False
         self.large: dict[int, int] = {}  # by row

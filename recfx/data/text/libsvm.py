@@ -11,18 +11,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recfx.data.columns import Column
+from recfx.data.exact_numbers import EXACT_DOUBLE, INT64_END, UINT64_END, uncastable
 from recfx.data.files import File
-from recfx.data.numbers import EXACT_DOUBLE, INT64_END, UINT64_END
-from recfx.data.rows import MOST_SHOWN, BadRow, Rows
+from recfx.data.open_file import OpenFile
 from recfx.data.schema import is_text
 from recfx.data.text.json_types import item_of
 from recfx.data.text.lines import InBlocks, Lines, is_utf8
+from recfx.data.unit_rows import MOST_SHOWN, BadRow, UnitRows
 
-__all__ = ["Libsvm", "LibsvmSource"]
+__all__ = ["Libsvm", "OpenLibsvm"]
 
 INTEGER = r"^-?[0-9]{1,100}$"
 LEADING_ZERO = r"^-?0[0-9]"
-REAL = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 MAX_DIGITS = 400  # of whole numbers that a double can be
 BLANKS = np.zeros(256, dtype=bool)
 BLANKS[list(b" \t\r\n\x0b\x0c")] = True
@@ -40,14 +40,14 @@ class Libsvm(InBlocks):
     """
 
 
-class LibsvmSource:
+class OpenLibsvm(OpenFile):
     """An open file of libsvm text.
 
     Args:     types: "features": of the indices.
               columns: that are read; None: all, and the type of the indices is what they look like in all rows.
     """
 
-    unit_name, null_is_missing = "block", False
+    unit_name = "block"
 
     def __init__(
         self, file: File, options: Libsvm, types: Mapping[str, pa.DataType], columns: Sequence[Column] | None
@@ -69,17 +69,14 @@ class LibsvmSource:
         }
         self._key, self.schema = key, pa.schema(list(kinds.items()))
 
-    def matching(self, expression: pc.Expression | None) -> range:
-        return range(self.num_units)
-
-    def read(self, unit: int, names: Sequence[str]) -> Rows:
+    def read(self, unit: int, names: Sequence[str]) -> UnitRows:
         tokens = _tokens(self._lines.block(unit))
         bad = dict(tokens.bad)  # of each row the first
         arrays = {name: array for name, array in self._arrays(tokens, set(names), bad).items() if name in names}
         keep = np.ones(tokens.num_rows, dtype=bool)
         keep[list(bad)] = False
         batch = pa.RecordBatch.from_pydict({name: arrays[name] for name in names})
-        return Rows(batch.filter(pa.array(keep)), np.flatnonzero(keep), [bad[row] for row in sorted(bad)])
+        return UnitRows(batch.filter(pa.array(keep)), np.flatnonzero(keep), [bad[row] for row in sorted(bad)])
 
     def num_rows(self, unit: int) -> int:
         return _tokens(self._lines.block(unit)).num_rows
@@ -259,20 +256,11 @@ def _reals(strings: pa.StringArray, may_round: bool) -> tuple[pa.Array, list[int
     try:
         array = strings.cast(kind)
     except pa.ArrowInvalid:
-        odd = np.flatnonzero(~pc.match_substring_regex(strings, REAL).to_numpy(zero_copy_only=False))
-        wrong = [i for i in odd.tolist() if not _is_real(strings[i : i + 1])]
+        wrong = uncastable(strings, kind).tolist()
         array = _without(strings, wrong).cast(kind)
     large = np.flatnonzero(np.abs(array.to_numpy(zero_copy_only=False)) >= EXACT_DOUBLE)
     wrong += [i for i in large.tolist() if not _keeps(_bytes_at(strings, i), array[i].as_py(), may_round)]
     return array, wrong
-
-
-def _is_real(string: pa.StringArray) -> bool:
-    try:
-        string.cast(pa.float64())
-    except pa.ArrowInvalid:
-        return False
-    return True
 
 
 def _keeps(text: bytes, value: float, may_round: bool) -> bool:

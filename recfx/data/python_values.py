@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from recfx.checks import said
 from recfx.data.columns import Column, FixedLen, VarLen
+from recfx.data.exact_numbers import DIGITS, EXACT_DOUBLE, INT64_END, UINT64_END
 from recfx.data.files import quoted
-from recfx.data.numbers import DIGITS, EXACT_DOUBLE, INT64_END, UINT64_END
 from recfx.data.schema import PAIRS, check_schema, type_at
 
 __all__ = ["by_arrow", "values_array"]

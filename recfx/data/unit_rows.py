@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from recfx.data.files import quoted, subject
 
-__all__ = ["BadRow", "BadRows", "ColumnError", "Decoded", "Rows"]
+__all__ = ["BadRow", "BadRows", "ColumnError", "Decoded", "UnitRows"]
 
 
 MOST_SHOWN = 50  # characters of a value in an error
@@ -54,7 +54,7 @@ class ColumnError(ValueError):
         )
 
 
-class Rows(NamedTuple):
+class UnitRows(NamedTuple):
     """Decoded rows of a unit."""
 
     batch: pa.RecordBatch

@@ -9,16 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recfx.data.numbers import Rounding, Wrong, rounded, spelled, to_float, to_int64
-from recfx.data.rows import BadRows
+from recfx.data.exact_numbers import Rounding, Wrong, rounded, spelled, to_float, to_int64, uncastable
 from recfx.data.schema import as_list, decoded, is_list, is_text, item_type, packed_list
 from recfx.data.text.lines import is_utf8
+from recfx.data.unit_rows import BadRows
 
 __all__ = ["Keeping", "NotTextError", "check_asked", "read_as", "stored", "stored_type"]
 
 RangeOf = dict[pa.DataType, tuple[int, int]]
 RANGES: RangeOf = {pa.int64(): (-(2**63), 2**63 - 1), pa.uint64(): (0, 2**64 - 1)}
-Rows = Callable[[np.ndarray], np.ndarray]  # places of items -> the rows that hold them
+RowsOf = Callable[[np.ndarray], np.ndarray]  # places of items -> the rows that hold them
 
 
 class Keeping(NamedTuple):
@@ -100,7 +100,7 @@ def stored(array: pa.Array, kind: pa.DataType, how: Keeping) -> pa.Array:
     return _stored(array, kind, how, lambda places: places)
 
 
-def _stored(array: pa.Array, kind: pa.DataType, how: Keeping, rows: Rows) -> pa.Array:
+def _stored(array: pa.Array, kind: pa.DataType, how: Keeping, rows: RowsOf) -> pa.Array:
     if pa.types.is_null(array.type):
         return pa.nulls(len(array), kind)
     if is_list(array.type):
@@ -184,16 +184,8 @@ def _doubles_in(texts: pa.Array) -> pa.Array | Wrong:
     try:
         return texts.cast(pa.float64())
     except pa.ArrowInvalid:
-        places = np.flatnonzero([not _is_number(text) for text in texts.to_pylist()])
+        places = uncastable(texts, pa.float64())
         return Wrong(places, repr(texts[int(places[0])].as_py()), "a number")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        pa.scalar(text).cast(pa.float64())
-    except pa.ArrowInvalid:
-        return False
-    return True
 
 
 def _texts(items: pa.Array, kind: pa.DataType, how: Keeping) -> pa.Array | Wrong:

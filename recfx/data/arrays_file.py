@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 
 from recfx.data.files import ARRAYS, File
-from recfx.data.rows import Rows
+from recfx.data.open_file import OpenFile
 from recfx.data.schema import column_at
+from recfx.data.unit_rows import UnitRows
 
-__all__ = ["Arrays", "ArraysSource", "arrays_of"]
+__all__ = ["ArraysFile", "ArraysUnits", "arrays_of"]
 
 MOST_ROWS, FEWEST_ROWS, NUM_UNITS = 1 << 16, 1 << 10, 16  # of a unit; how many units there are of a small table
 NUM_SAMPLES, SAMPLE_ROWS = 16, 64
 
 
-class ArraysSource:
+class ArraysUnits(OpenFile):
     """A table as units of some rows, none of which are copied but where a unit is in two chunks of the table."""
 
-    unit_name, null_is_missing = "unit", False
+    unit_name = "unit"
 
     def __init__(self, table: pa.Table, unit_rows: int) -> None:
         self._table, self._unit_rows = table, unit_rows
         self.schema = table.schema
         self.num_units = -(-len(table) // unit_rows)
 
-    def matching(self, expression: pc.Expression | None) -> Iterable[int]:
-        return range(self.num_units)
-
-    def read(self, unit: int, names: Sequence[str]) -> Rows:
+    def read(self, unit: int, names: Sequence[str]) -> UnitRows:
         batch = self._rows(unit * self._unit_rows, self._unit_rows)
         batch = pa.RecordBatch.from_arrays([column_at(batch, name) for name in names], list(names))
-        return Rows(batch, np.arange(batch.num_rows))
+        return UnitRows(batch, np.arange(batch.num_rows))
 
     def num_rows(self, unit: int) -> int:
         return min(self._unit_rows, len(self._table) - unit * self._unit_rows)
@@ -56,19 +53,19 @@ class ArraysSource:
 
 
 @dataclass(frozen=True, eq=False)
-class Arrays(File):
+class ArraysFile(File):
     """A table in memory."""
 
-    source: ArraysSource
+    source: ArraysUnits
 
     def _read_sample(self) -> str:
         return self.source.sample()
 
 
-def arrays_of(table: pa.Table, world_size: int) -> Arrays:
+def arrays_of(table: pa.Table, world_size: int) -> ArraysFile:
     """The table in units that are as large as a reader of files likes them, but as many for each of its workers."""
     most_rows = min(max(-(-len(table) // NUM_UNITS), FEWEST_ROWS), MOST_ROWS)
     num_each = max(-(-len(table) // (most_rows * world_size)), 1)
     unit_rows = max(-(-len(table) // (num_each * world_size)), 1)
     nowhere: Any = None
-    return Arrays(nowhere, ARRAYS, len(table), None, ArraysSource(table, unit_rows))
+    return ArraysFile(nowhere, ARRAYS, len(table), None, ArraysUnits(table, unit_rows))

@@ -14,7 +14,7 @@ from recfx.run_checks import check_program
 from recfx.step import Step, TrainState
 from recfx.table import TableState
 
-__all__ = ["Place", "Rows", "check_device", "live_rows", "place_of", "reading", "rows_of", "taken"]
+__all__ = ["Rows", "TableView", "check_device", "live_rows", "reading", "rows_of", "taken", "view_of"]
 
 
 class Rows(NamedTuple):
@@ -29,16 +29,16 @@ class Rows(NamedTuple):
     num_steps: Tensor  # i64 [N] that touched it; 0 unless the step has a `Life`
 
 
-class Place(NamedTuple):
+class TableView(NamedTuple):
     """A logical table in the state."""
 
     table: TableState
     plan: TablePlan
     vocabulary: int
-    views: dict[str, Tensor]  # f32 [R, D] each: "weight", then by slot
+    tensors: dict[str, Tensor]  # f32 [R, D] each: "weight", then by slot
 
 
-def place_of(step: Step, state: TrainState, table: str) -> Place:
+def view_of(step: Step, state: TrainState, table: str) -> TableView:
     """Raises: ValueError on an unknown table, or a state of another step."""
     check_program(step, state, "The order is (step, state).")
     names = []
@@ -50,50 +50,50 @@ def place_of(step: Step, state: TrainState, table: str) -> Place:
                     per_row = (t.rows.shape[2] - plan.width) // len(plan.dims)
                     first = plan.width + per_row * k
                     behind = t.rows[:, 0, first : first + per_row].split(1, dim=1) if per_row else ()
-                    return Place(t, plan, v, dict(zip(("weight", *step.slots), (*weights, *behind), strict=True)))
+                    return TableView(t, plan, v, dict(zip(("weight", *step.slots), (*weights, *behind), strict=True)))
                 names.append(column.name)
     raise ValueError(f"table: got '{table}', expected one of {sorted(names)}.")
 
 
-def rows_of(place: Place, ids: Tensor) -> Tensor:
+def rows_of(view: TableView, ids: Tensor) -> Tensor:
     """i64 [N]: row of each id, or UNKNOWN."""
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1:
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids: got {got}, expected torch.int64 [N]. float32 merges ids above 2**24.")
-    check_device("ids", place, ids)
-    t = place.table
-    return find(t.slots, t.ids, t.num_slots, t.salt, *reading(place, ids)).long()
+    check_device("ids", view, ids)
+    t = view.table
+    return find(t.slots, t.ids, t.num_slots, t.salt, *reading(view, ids)).long()
 
 
-def check_device(name: str, place: Place, t: Tensor) -> None:
+def check_device(name: str, view: TableView, t: Tensor) -> None:
     """Raises ValueError when a tensor is not where the table is."""
-    expected = place.table.ids.device
+    expected = view.table.ids.device
     if t.device != expected:
         raise ValueError(f"{name}: got a tensor on {t.device}, expected {expected}, where the table is. Move it there.")
 
 
-def reading(place: Place, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reading(view: TableView, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, cells and vocabularies as the kernels want them: one lookup, each id a sample."""
     cell = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)
-    return ids.contiguous(), cell, torch.tensor([place.vocabulary], dtype=torch.int32, device=ids.device)
+    return ids.contiguous(), cell, torch.tensor([view.vocabulary], dtype=torch.int32, device=ids.device)
 
 
-def live_rows(place: Place) -> Tensor:
+def live_rows(view: TableView) -> Tensor:
     """i64: rows in use, rising."""
-    t = place.table
-    return torch.nonzero(t.vocabularies[: int(t.num_rows)] == place.vocabulary)[:, 0]
+    t = view.table
+    return torch.nonzero(t.vocabularies[: int(t.num_rows)] == view.vocabulary)[:, 0]
 
 
-def taken(place: Place, row: Tensor, ids: Tensor) -> Rows:
+def taken(view: TableView, row: Tensor, ids: Tensor) -> Rows:
     """Copies of rows i64 [N] by number; zeros for UNKNOWN."""
-    t, known = place.table, row != UNKNOWN
+    t, known = view.table, row != UNKNOWN
 
     def take(column: Tensor) -> Tensor:
         taken = column[row.clamp(min=0)]
         taken[~known] = 0
         return taken
 
-    weight, *slots = map(take, place.views.values())
-    names = list(place.views)[1:]
+    weight, *slots = map(take, view.tensors.values())
+    names = list(view.tensors)[1:]
     steps = (take(t.born).long(), take(t.seen) >> 32, take(t.counts).long())
     return Rows(ids, known, weight, dict(zip(names, slots, strict=True)), *steps)

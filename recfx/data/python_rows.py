@@ -16,8 +16,8 @@ from recfx.data.columns import Column
 from recfx.data.conform import block_of, conform
 from recfx.data.files import ROWS
 from recfx.data.packing.pack_columns import PackedColumn, PackPlan, Segment, count_items, pack_columns
-from recfx.data.rows import BadRow, BadRows, ColumnError
-from recfx.data.values import by_arrow, values_array
+from recfx.data.python_values import by_arrow, values_array
+from recfx.data.unit_rows import BadRow, BadRows, ColumnError
 from recfx.types import NUM_SAMPLES, Batch, Layout, Ragged, pack
 
 __all__ = ["pack_rows"]

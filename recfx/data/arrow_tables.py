@@ -14,8 +14,8 @@ from recfx.checks import names as shown_names
 from recfx.checks import said
 from recfx.data.columns import Column
 from recfx.data.files import ARRAYS
+from recfx.data.python_values import values_array
 from recfx.data.schema import is_list, item_type
-from recfx.data.values import values_array
 from recfx.kernels.lists.flatten_lists import numpy_of
 from recfx.types import NUM_SAMPLES, Batch, Ragged
 
