@@ -21,7 +21,7 @@ from recfx.data.convert import convert
 from recfx.data.describe import describe
 from recfx.data.files import match_files
 from recfx.data.identity import identity_of
-from recfx.data.text.csv import CsvSource
+from recfx.data.text.csv import OpenCsv
 from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import all_rows
 
@@ -277,7 +277,7 @@ def test_the_slow_way_is_found_once(tmp_path, monkeypatch):
     """Ids above 2**63 - 1 are in every block: from the second on they are not tried in the fast way."""
     (tmp_path / "a.csv").write_text("x\n" + "18446744073709551615\n" * 20)
     (file,) = match_files(tmp_path)
-    source = CsvSource(file, Csv(block_bytes=42), {"x": pa.int64()})
+    source = OpenCsv(file, Csv(block_bytes=42), {"x": pa.int64()})
     parsed = []
     parse = source._parse
     monkeypatch.setattr(source, "_parse", lambda unit, types: parsed.append(unit) or parse(unit, types))

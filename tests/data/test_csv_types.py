@@ -13,7 +13,7 @@ from recfx.data import Csv, fixedlen, hashed, reader, varlen
 from recfx.data.convert import convert
 from recfx.data.describe import describe
 from recfx.data.files import match_files
-from recfx.data.text.csv import CsvSource
+from recfx.data.text.csv import OpenCsv
 from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import all_rows
 
@@ -31,7 +31,7 @@ def file_of(folder: Path, cells: list[str] | list[bytes], name: str = "x") -> Pa
 def column(path: Path, kind: pa.DataType, **how) -> tuple[list, list[tuple[int, str]]]:
     """Values of the column, and the bad rows with their cells, as the source has them."""
     (file,) = match_files(path)
-    source = CsvSource(file, Csv(**how), {"x": kind})
+    source = OpenCsv(file, Csv(**how), {"x": kind})
     units = [source.read(unit, ["x"]) for unit in range(source.num_units)]
     values = [value for rows in units for value in rows.batch.column("x").to_pylist()]
     return values, [(row.number, row.got) for rows in units for row in rows.bad]

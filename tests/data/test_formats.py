@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from recfx.data import Csv, decode, fixedlen, hashed, reader, varlen
 from recfx.data.files import match_files
-from recfx.data.text.csv import CsvSource
+from recfx.data.text.csv import OpenCsv
 from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import FORMATS, all_rows, write
 
@@ -124,7 +124,7 @@ def test_types_of_other_csv_columns_are_guessed(tmp_path):
     batches = reader(tmp_path, COLUMNS[:1], 1, filter=[("day", ">", 3), ("city", "==", "y")])
     assert all_rows(batches) == [{"label": [0.0]}]
     (file,) = match_files(tmp_path)
-    assert CsvSource(file, Csv(), {}).schema.types == [pa.int64(), pa.int64(), pa.string()]
+    assert OpenCsv(file, Csv(), {}).schema.types == [pa.int64(), pa.int64(), pa.string()]
 
 
 def test_a_format_found_by_its_first_bytes(tmp_path):

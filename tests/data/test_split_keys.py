@@ -14,7 +14,7 @@ import torch
 from recfx.data import Csv, Split, fixedlen, hashed, reader, varlen
 from recfx.data.exact_numbers import spelled
 from recfx.data.files import match_files
-from recfx.data.text.csv import CsvSource
+from recfx.data.text.csv import OpenCsv
 from recfx.kernels.lists.string_hash import farm_hashes
 from tests.data.rows import FORMATS, all_rows, write
 
@@ -106,7 +106,7 @@ def test_a_key_of_csv_that_a_run_reads_as_a_number(tmp_path, spelling):
     (tmp_path / "a.csv").write_text(f"user,idx\n{spelling},1\n")
     (file,) = match_files(tmp_path)
     kinds = (pa.binary(), pa.int64() if "x" in spelling else pa.float64())
-    text, number = (CsvSource(file, Csv(), {"user": kind}).read(0, ["user"]).batch.column("user") for kind in kinds)
+    text, number = (OpenCsv(file, Csv(), {"user": kind}).read(0, ["user"]).batch.column("user") for kind in kinds)
     for seed in range(16):
         assert validation(text, seed).tolist() == validation(number, seed).tolist()
 
