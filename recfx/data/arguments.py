@@ -1,4 +1,4 @@
-"""What users hand to a reader, checked before anything is read."""
+"""Checks of a reader's arguments, before anything is read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Filter: TypeAlias = "pc.Expression | list[tuple] | list[list[tuple]]"
 
 
 def check_numbers(arguments: Mapping[str, int], least: int) -> None:
-    """Raises when one is no int, or below the least."""
+    """Raises when one is not an int, or below the least."""
     for name, value in arguments.items():
         check_int(name, value, least)
 
@@ -54,7 +54,7 @@ def check_reading(
 
 
 def check_columns(columns: Sequence[Column]) -> None:
-    """Raises when they are no columns, none at all, or not distinct."""
+    """Raises when they are not columns, when there is none, or when two have one name."""
     if isinstance(columns, Column):
         raise TypeError(f"columns: got {columns!r}, expected a list of columns. Put it into a list.")
     check_type("columns", columns, list | tuple, "They are read more than once.")
@@ -63,13 +63,13 @@ def check_columns(columns: Sequence[Column]) -> None:
             raise TypeError(f"columns: got {column!r} among them, expected fixedlen, varlen or hashed columns.")
     names = [column.name for column in columns]
     if not names or len(set(names)) < len(names) or NUM_SAMPLES in names:
-        raise ValueError(f"columns: got {names}, expected distinct names, at least one, none of them '{NUM_SAMPLES}'.")
+        raise ValueError(f"columns: got {names}, expected distinct names, at least one, and not '{NUM_SAMPLES}'.")
 
 
 def expression_of(filter: Filter | None) -> pc.Expression | None:
-    """The filter as an expression, from whichever spelling.
+    """The filter as an expression of pyarrow.
 
-    Raises:   ValueError when it is neither.
+    Raises:   ValueError when it is neither an expression nor a list of conditions.
     """
     if filter is None or isinstance(filter, pc.Expression):
         return filter
@@ -89,7 +89,7 @@ def check_transform(transform: Callable[..., Any] | None) -> None:
 
 
 def check_transformed(columns: Any, batch_size: int) -> None:
-    """Raises when a transform returned no dict, or rows more or less than it was given."""
+    """Raises when a transform returned something other than a dict, or another number of samples than it was given."""
     if not isinstance(columns, dict):
         raise TypeError(f"transform: got {type(columns).__name__}, expected a dict of tensors by column name.")
     for name, column in columns.items():
@@ -98,5 +98,5 @@ def check_transformed(columns: Any, batch_size: int) -> None:
             if size != batch_size:
                 raise ValueError(
                     f"transform: got {size} samples in '{name}', expected {batch_size}, as many as it was given. "
-                    "`num_samples` says how many of them are real. To leave rows out, use `filter`."
+                    "`num_samples` is the number of real ones. To leave rows out, use `filter`."
                 )

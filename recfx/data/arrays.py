@@ -1,4 +1,4 @@
-"""Data in memory, read as files are."""
+"""A reader of data in memory."""
 
 from __future__ import annotations
 
@@ -37,23 +37,24 @@ def from_arrays(
     prefetch: int = 1,
     pin_memory: bool = False,
 ) -> Reader:
-    """Batches of the rows of arrays or a frame, by the rules of `reader` for a file with the same columns.
+    """Batches of the rows of arrays or a frame, read as `reader` reads a file with the same columns.
 
     Args:     data: a dict by column name of numpy arrays, lists, torch tensors or Ragged; a pandas or polars DataFrame;
-                  a table, a record batch or a reader of record batches of Arrow, or what has their interface. An array
-                  of two dimensions is lists of one length. A pandas frame is read as the file that `to_parquet` writes:
-                  NaN is null, so ids among which some are missing are exact below 2**53, and need `null="empty"`.
-              columns: as for `reader`. Lists of Python may hold what `pack_rows` takes.
-              shuffle: all rows in a random order, another one in every epoch, which depends on seed and epoch alone.
-              split: with a key; arrays are parted by rows.
+                  an Arrow table, record batch or reader of record batches, or an object with the Arrow interface. A
+                  two-dimensional array is a column of lists of one length. A pandas frame is read like the file that
+                  `to_parquet` writes: NaN is null, so a column of ids with missing values is exact below 2**53 and
+                  needs `null="empty"`.
+              columns: as for `reader`. Python lists may hold the values that `pack_rows` accepts.
+              shuffle: all rows in a random order that depends on the seed and the epoch only.
+              split: with a key; arrays are split by row.
               rank, world_size: this worker reads every world_size-th run of rows.
               epochs, drop_remainder, seed, filter, transform, on_bad, threads, prefetch, pin_memory: see `reader`.
-    Returns:  the same class, with `epoch`, `start_at` and `position`. A position is refused over other arrays: their
-              types, the number of rows and a sample of them are compared. Arrays must not change while they are read.
-    Cost:     no copy of what Arrow can share: numbers, and the strings and lists of Arrow itself. With shuffle a copy
-              of all rows, of 100 to 400 bytes each, in each epoch.
-    Raises:   TypeError when data is something else. ValueError naming the column when one is absent, of another type
-              or length; from the iterator naming the row when one is bad.
+    Returns:  a `Reader`, with `epoch`, `start_at` and `position`. A reader of other arrays rejects a position: their
+              types, the number of rows and a sample of rows are compared. Arrays must not change while they are read.
+    Cost:     numbers, and Arrow strings and lists, are not copied. With shuffle all rows are copied in each epoch,
+              100 to 400 bytes each.
+    Raises:   TypeError when data is something else. ValueError naming the column when one is absent or has another
+              type or length; from the iterator, naming the row, when one is bad.
     Example:  >>> import numpy as np, torch
               >>> from recfx.data import fixedlen, varlen
               >>> columns = [fixedlen("label", [0.0]), varlen("item", torch.int64)]
@@ -73,7 +74,7 @@ def from_arrays(
     )
     check_type("shuffle", shuffle, bool, "All rows are shuffled, or none.")
     if split is not None and split.key is None:
-        raise ValueError("split: got no key, expected one: arrays are parted by rows. Name a key column.")
+        raise ValueError("split: got no key, expected one: arrays are split by row. Name a key column.")
     expression = expression_of(filter)
     keys = [] if split is None or split.key is None else [split.key]
     table = table_of(data, columns, keys, others=expression is not None)

@@ -1,4 +1,4 @@
-"""A table in memory in the place of a file."""
+"""A table in memory that is read like a file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from recfx.data.unit_rows import UnitRows
 
 __all__ = ["ArraysFile", "ArraysUnits", "arrays_of"]
 
-MOST_ROWS, FEWEST_ROWS, NUM_UNITS = 1 << 16, 1 << 10, 16  # of a unit; how many units there are of a small table
+MOST_ROWS, FEWEST_ROWS, NUM_UNITS = 1 << 16, 1 << 10, 16  # rows of a unit; units of a small table
 NUM_SAMPLES, SAMPLE_ROWS = 16, 64
 
 
 class ArraysUnits(OpenFile):
-    """A table as units of some rows, none of which are copied but where a unit is in two chunks of the table."""
+    """A table as units of some rows. Rows are copied only where a unit spans two chunks of the table."""
 
     unit_name = "unit"
 
@@ -40,7 +40,7 @@ class ArraysUnits(OpenFile):
         return min(self._unit_rows, len(self._table) - unit * self._unit_rows)
 
     def sample(self) -> str:
-        """XXH3 of the schema, the number of rows, and some rows here and there, the first and the last among them."""
+        """XXH3 of the schema, the number of rows, and a sample of rows with the first and the last."""
         last = max(len(self._table) - SAMPLE_ROWS, 0)
         starts = sorted({last * i // (NUM_SAMPLES - 1) for i in range(NUM_SAMPLES)})
         rows = [self._rows(start, SAMPLE_ROWS).to_pydict() for start in starts]
@@ -63,7 +63,7 @@ class ArraysFile(File):
 
 
 def arrays_of(table: pa.Table, world_size: int) -> ArraysFile:
-    """The table in units that are as large as a reader of files likes them, but as many for each of its workers."""
+    """The table in units of a size that suits a reader, with equally many for each worker."""
     most_rows = min(max(-(-len(table) // NUM_UNITS), FEWEST_ROWS), MOST_ROWS)
     num_each = max(-(-len(table) // (most_rows * world_size)), 1)
     unit_rows = max(-(-len(table) // (num_each * world_size)), 1)

@@ -1,5 +1,4 @@
-"""Frames and arrays of other libraries as Arrow tables. None of these libraries is imported: their objects say what
-they are."""
+"""Converts frames and arrays of other libraries to Arrow tables, without importing these libraries."""
 
 from __future__ import annotations
 
@@ -22,18 +21,18 @@ from recfx.types import NUM_SAMPLES, Batch, Ragged
 __all__ = ["table_of"]
 
 ACCEPTED = (
-    "a dict of arrays, lists, tensors or Ragged by column name, a pandas or polars DataFrame, or a table, a record "
-    "batch or a reader of record batches of Arrow"
+    "a dict of arrays, lists, tensors or Ragged by column name, a pandas or polars DataFrame, or an Arrow table, "
+    "record batch or reader of record batches"
 )
-NOT_NUMBERS = "Make numbers of it first, such as the hour or the day, or strings."
+NOT_NUMBERS = "Convert it first, to numbers such as the hour or the day, or to strings."
 
 
 def table_of(data: Any, columns: Sequence[Column], keys: Sequence[str], *, others: bool) -> pa.Table:
-    """The columns of a frame, or of a dict of arrays, without copying those that Arrow can share.
+    """The columns of a frame, or of a dict of arrays. Arrays that Arrow can share are not copied.
 
-    Args:     columns, keys: what is read: columns, and other names, of any type.
-              others: other columns that Arrow can convert are in the table too.
-    Raises:   TypeError when it is something else, ValueError naming the column where one is absent or cannot be read.
+    Args:     columns, keys: what is read: columns, and names of columns of any type.
+              others: add the other columns that Arrow can convert.
+    Raises:   TypeError when data is something else, ValueError naming a column that is absent or cannot be read.
     """
     names, get = _opened(data)
     wanted = {column.name: column for column in columns}
@@ -63,7 +62,7 @@ def table_of(data: Any, columns: Sequence[Column], keys: Sequence[str], *, other
 
 
 def _leads_to(name: str, wanted: str) -> bool:
-    """Whether the column is what is wanted, or a struct with it."""
+    """Whether the column is the wanted one, or a struct that contains it."""
     return name == wanted or wanted.startswith(f"{name}.")
 
 
@@ -99,7 +98,7 @@ def _is_of_dicts(data: Any) -> bool:
 
 
 def _num_rows(data: Any, names: Sequence[str], get: Callable[[str], Any]) -> int:
-    """Where every column that is read may be missing, and is."""
+    """The number of rows when every column that is read is missing."""
     return len(_column(get, names[0], None)) if names else 0
 
 
@@ -128,7 +127,7 @@ def _column(get: Callable[[str], Any], name: str, column: Column | None) -> Any:
     except (pa.ArrowException, OverflowError, RuntimeError, TypeError) as error:
         words = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"column '{name}' of {ARRAYS}: got {said(values)} ({words}), expected what Arrow can convert."
+            f"column '{name}' of {ARRAYS}: got {said(values)} ({words}), expected values that Arrow can convert."
         ) from error
 
 
@@ -153,7 +152,7 @@ def _array(values: Any, column: Column | None, name: str) -> Any:
 
 
 def _of_pandas(values: Any, column: Column | None, name: str) -> Any:
-    """As `DataFrame.to_parquet` writes a series: NaN and NaT are null."""
+    """The values that `DataFrame.to_parquet` writes: NaN and NaT are null."""
     if values.ndim != 1:
         raise ValueError(f"column '{name}' of {ARRAYS}: got {said(values)}, expected one column.")
     if values.dtype != object:
@@ -163,7 +162,7 @@ def _of_pandas(values: Any, column: Column | None, name: str) -> Any:
 
 
 def _of_numpy(values: np.ndarray, column: Column | None, name: str) -> pa.Array:
-    """Of more dimensions: lists of one length. A masked item is null."""
+    """More dimensions become lists of one length. A masked item is null."""
     if values.ndim == 0:
         raise ValueError(f"column '{name}' of {ARRAYS}: got one value, expected an array with a value for each row.")
     if values.dtype == object:
@@ -180,12 +179,12 @@ def _of_numpy(values: np.ndarray, column: Column | None, name: str) -> pa.Array:
 
 def _empty_lists(items: pa.Array, shape: tuple[int, ...]) -> pa.Array:
     if len(shape) > 2:
-        raise ValueError(f"got an array {list(shape)} without an item, expected one at least, or two dimensions.")
+        raise ValueError(f"got an array {list(shape)} without an item, expected at least one, or two dimensions.")
     return pa.ListArray.from_arrays(pa.array(np.zeros(shape[0] + 1, np.int32)), items)
 
 
 def _of_ragged(column: Ragged) -> pa.Array:
-    """Without what follows the last list."""
+    """The lists, without the padding after the last one."""
     offsets = [numpy_of(o) for o in (*column.outer, column.offsets)]
     values = numpy_of(column.values)[: offsets[-1][-1]]
     items = pa.array(values)

@@ -1,4 +1,4 @@
-"""One pass or more over a reader's rows, batch by batch, from any position."""
+"""An iterator over a reader's batches that can start at any position."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Position = dict[str, Any]
 
 
 class BatchIterator(Iterator[Batch]):
-    """The rest of some epochs. It ends with the data, with an error, on `close()` and when it is let go, and so do its
-    threads: no batch comes after.
+    """Iterates over the rest of some epochs. The iterator and its threads end with the data, with an error, on
+    `close()`, and when it is garbage collected. No batch follows.
 
     Example:  >>> it = iter(batches); next(it); saved = it.position   # doctest: +SKIP
               >>> it = batches.start_at(saved)                        # doctest: +SKIP
@@ -36,7 +36,7 @@ class BatchIterator(Iterator[Batch]):
             raise ValueError("pin_memory: got True, expected False in a DataLoader's worker. It cannot use the GPU.")
         self._reader = reader
         self._plan = reader.plan if worker is None else reader.plan.share(worker.id, worker.num_workers)
-        self.warns = True  # of a pass without a batch; False is for a caller that raises then
+        self.warns = True  # of a pass without a batch; False for a caller that raises an error instead
         self._start(place, taken, last_epoch)
 
     def _start(self, place: ChunkStart, taken: int, last_epoch: int | None) -> None:
@@ -52,22 +52,22 @@ class BatchIterator(Iterator[Batch]):
 
     @property
     def position(self) -> Position:
-        """Where the batch last returned ends: a few numbers that JSON can hold."""
+        """The end of the last batch that was returned: a few numbers that JSON can store."""
         place, taken = self._position
         return {**place._asdict(), "taken": taken, "of": self._plan.fingerprint}
 
     @property
     def described(self) -> str:
-        """The place that `position` holds, for an error."""
+        """`position` in words, for an error."""
         place, taken = self._position
         file = self._plan.files[self._plan.epoch_files(place.epoch)[place.file]]
         window = "the shuffled window that begins in " if self._plan.shuffle_rows else ""
         return f"{taken} rows after the start of {window}unit {place.unit} of {quoted(file.path)}"
 
     def __str__(self) -> str:
-        """Where it reads and the rows that made no batch: what an error says where there was none."""
+        """The data, and the number of rows that did not fill a batch, for an error when there was none."""
         reader, recipe = self._reader, self._plan.decoder.recipe
-        bad = f", {self._num_bad} bad ones left out" if self._num_bad else ""
+        bad = f", {self._num_bad} bad ones skipped" if self._num_bad else ""
         options = f"batch_size={reader.batch_size}, drop_remainder={reader.drop_remainder}"
         options += "" if recipe.filter is None else f", filter={recipe.filter}"
         options += "" if recipe.split is None else f", split={recipe.split}"
@@ -75,7 +75,7 @@ class BatchIterator(Iterator[Batch]):
 
     @property
     def advice(self) -> str:
-        """What to do where there was no batch."""
+        """What to do when there was no batch."""
         if self._num_left:
             return "Give more rows, a smaller batch_size, or drop_remainder=False."
         recipe = self._plan.decoder.recipe
@@ -85,25 +85,25 @@ class BatchIterator(Iterator[Batch]):
 
     @property
     def num_bad(self) -> int:
-        """Rows that on_bad="skip" left out so far, in all epochs and before a resume too."""
+        """Rows that on_bad="skip" has dropped so far, in all epochs, those before a resume included."""
         return self._num_bad
 
     def state_dict(self) -> Position:
-        """`position`, as torchdata's StatefulDataLoader calls it."""
+        """`position`, under the name that torchdata's StatefulDataLoader uses."""
         return self.position
 
     def load_state_dict(self, state: Position) -> None:
-        """Goes on from a position, see `Reader.start_at`."""
+        """Continues from a position, see `Reader.start_at`."""
         try:
             numbers = dict(state)
             of, taken = numbers.pop("of"), operator.index(numbers.pop("taken"))
             place = ChunkStart(*map(operator.index, ChunkStart(**numbers)))
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"position: got {state}, expected what `BatchIterator.position` gave.") from None
+            raise ValueError(f"position: got {state}, expected a `BatchIterator.position`.") from None
         if of not in (self._plan.fingerprint, self._plan.fingerprint_of_sizes) or min(*place, taken) < 0:
             raise ValueError(
-                f"position: got one of {of}, expected one of {self._plan.fingerprint}. Resume needs the data it was "
-                "taken from and the same seed, shuffling, filter, split, on_bad, rank, world_size and shard_by."
+                f"position: got one of {of}, expected one of {self._plan.fingerprint}. Resuming needs the same "
+                "data, seed, shuffling, filter, split, on_bad, rank, world_size and shard_by."
             )
         self.close()
         last_epoch = self._last_epoch
@@ -132,7 +132,7 @@ class BatchIterator(Iterator[Batch]):
                 return batch
             self._num_left = self._reader.batch_size - missing if segments else self._num_left
             if self._chunk is not None:
-                self._num_bad = self._chunk.num_bad  # those behind the last batch too
+                self._num_bad = self._chunk.num_bad  # also those after the last batch
             if self._is_over:
                 self._warn_of_absent()
                 return None
@@ -145,14 +145,14 @@ class BatchIterator(Iterator[Batch]):
     def _warn(self) -> None:
         if self.warns:
             text = f"recfx: got no batch in a pass over the data, but {self}. {self.advice}"
-            warnings.warn(text, stacklevel=4)  # where the caller asked for a batch
+            warnings.warn(text, stacklevel=4)  # the line of the caller that needed a batch
 
     def _warn_of_absent(self) -> None:
-        if (absent := self._plan.decoder.absent) and not self._reader.told:
-            self._reader.told = True
+        if (absent := self._plan.decoder.absent) and not self._reader.has_warned_of_absent:
+            self._reader.has_warned_of_absent = True
             warnings.warn(
-                f"recfx: got no columns {absent} in any of {self._plan.described}, expected them in one at "
-                "least. They were empty in every row. Correct their names, or leave them out.",
+                f"recfx: got no columns {absent} in any of {self._plan.described}, expected each in at "
+                "least one file. They were empty in every row. Correct their names, or leave them out.",
                 stacklevel=4,
             )
 
@@ -162,7 +162,7 @@ class BatchIterator(Iterator[Batch]):
         self._chunks.close()
 
     def _cut(self) -> tuple[list[Segment], int]:
-        """The next rows of this epoch, and how many are missing to a full batch: then the epoch has ended."""
+        """The next rows of this epoch, and how many a full batch would need more: 0 unless the epoch has ended."""
         segments, missing = [], self._reader.batch_size
         while missing and (chunk := self._chunk_with_rows()) is not None:
             end = min(self._taken + missing, chunk.rows.num_rows)
@@ -172,7 +172,7 @@ class BatchIterator(Iterator[Batch]):
         return segments, missing
 
     def _chunk_with_rows(self) -> Chunk | None:
-        """The chunk that has the next row of this epoch; None when there is none."""
+        """The chunk with the next row of this epoch; None at its end."""
         while self._chunk is None or self._taken >= self._chunk.rows.num_rows:
             found = next(self._chunks, False)
             self._is_over = found is False
@@ -185,15 +185,15 @@ class BatchIterator(Iterator[Batch]):
         return self._chunk
 
     def _check_ended(self, segments: Sequence[Segment]) -> None:
-        """Of what was read to its end the cache's files must be whole still."""
+        """Checks that the cache's files of segments read to their end are still whole."""
         if (cache := self._plan.decoder.cache) is not None:
             for segment in segments:
                 if segment.end == segment.block.num_rows:
                     cache.check_files(segment.block.memory)
 
     def _check_start(self, first: Chunk | None) -> None:
-        """The first chunk must be the one that the position names: files may have changed with equal sizes."""
+        """Checks that the first chunk is the position's: files may have changed and kept their sizes."""
         place, taken = self._position
         named = place._replace(num_bad=0) != ChunkStart(place.epoch) or taken
         if named and (first is None or first.place != place or first.rows.num_rows < taken):
-            raise ValueError(f"position: got {self.position}, where there is no row. It was taken from other files.")
+            raise ValueError(f"position: got {self.position}, where there is no row. It comes from other files.")

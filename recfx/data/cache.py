@@ -1,4 +1,4 @@
-"""Records kept on disk and mapped into memory, so that a later epoch decodes nothing."""
+"""Decoded rows kept on disk as records and mapped into memory, so that a later epoch decodes nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RecordCache", "cache_for"]
 
-VERSION = 3  # of what is kept: another one finds nothing of this one's
+VERSION = 3  # of the entries: a reader of another version does not find them
 MAX_MAPPED = 8192  # entries at once; a process may have 65 530 mappings
 
 
@@ -35,12 +35,12 @@ class _Entry(NamedTuple):
 
 
 class RecordCache:
-    """A folder with an Arrow file for each unit of each file, found by the file's path, size and time and the recipe.
+    """A folder with an Arrow file per unit of each file, found by the file's path, size and time, and the recipe.
 
-    An entry is written under another name and renamed, so workers may share a folder, and carries its checksum in its
-    name, so a damaged one counts as absent. One that is cut short while it is mapped is an error. Where nothing can be
-    written, since the disk is full or the folder read-only, it warns once and goes on without keeping more. Nothing is
-    ever deleted but damaged entries: delete the folder when done.
+    An entry is written under another name and then renamed, so workers may share a folder. Its name contains its
+    checksum, so a damaged entry counts as absent. An entry that is cut short while it is mapped is an error. When the
+    disk is full or the folder read-only, the cache warns once and stores no more entries. It deletes only damaged
+    entries: delete the folder when done.
     """
 
     def __init__(self, folder: str | os.PathLike[str], recipe_key: str) -> None:
@@ -58,7 +58,7 @@ class RecordCache:
         self._replaced, self._num_replaced = ctypes.c_int64(), 0
         self._one_thread = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:  # another process maps for itself
+    def __getstate__(self) -> dict[str, Any]:  # another process maps the entries itself
         kept = ("_folder", "_recipe_key", "_keeps_more")
         return {name: self.__dict__[name] for name in kept}
 
@@ -67,9 +67,9 @@ class RecordCache:
         self._forget()
 
     def load(self, file: File, unit: int) -> Decoded | None:
-        """The unit's rows, mapped into memory; None when they are not kept.
+        """The unit's rows, mapped into memory; None when they are not in the cache.
 
-        Raises:   ValueError naming the cache's file when it was cut short since it was mapped.
+        Raises:   ValueError naming the cache's file when it was cut short after it was mapped.
         """
         found = self._mapped.get((file, unit))
         if found is not None:
@@ -81,10 +81,10 @@ class RecordCache:
         return None if found is None else found.decoded
 
     def check_pages(self) -> None:
-        """Raises ValueError when pages were gone that were read before, in this or another thread.
+        """Raises ValueError when pages that this or another thread has read were missing.
 
-        Cost:     one comparison: it is for every batch. A cut within a page, where the system reads zeros, is found by
-                  `check_files`.
+        Cost:     one comparison, so it can run for every batch. A cut within a page, which the system reads as zeros,
+                  is found by `check_files`.
         """
         if (seen := self._replaced.value) != self._num_replaced:
             for mapped in [reference() for reference in self._in_use.valuerefs()]:
@@ -93,7 +93,7 @@ class RecordCache:
             self._num_replaced = seen  # not when one raised: every batch raises from then on
 
     def check_files(self, held: Sequence[pa.RecordBatch]) -> None:
-        """Raises ValueError when a file of these batches is not whole, for when their last rows were read.
+        """Raises ValueError when a file of these batches is not whole. Called when their last rows were read.
 
         Cost:     a stat of each file.
         """
@@ -103,7 +103,7 @@ class RecordCache:
                 mapped.check()
 
     def store(self, file: File, unit: int, decoded: Decoded) -> None:
-        """Keeps a unit's rows, or warns that it cannot, once."""
+        """Stores a unit's rows; when it cannot, warns once."""
         if not self._keeps_more:
             return
         folder = self._place(file)
@@ -124,8 +124,8 @@ class RecordCache:
             is_first, self._keeps_more = self._keeps_more, False
         if is_first:
             warnings.warn(
-                f"cache: got '{self._folder}' ({error}), expected a folder to write to. Rows that are not there yet "
-                "are decoded in every epoch. Free the disk, or give another folder.",
+                f"cache: got '{self._folder}' ({error}), expected a folder to write to. Rows that are not in it yet "
+                "are decoded in every epoch. Free disk space, or give another folder.",
                 stacklevel=2,
             )
 
@@ -138,7 +138,7 @@ class RecordCache:
                     self._replaced = replaced()
                     self._in_use[_address_of(entry.decoded.batch)] = entry.mapped
                     return entry
-                with contextlib.suppress(OSError):  # a folder to read from only
+                with contextlib.suppress(OSError):  # a read-only folder
                     path.unlink()
         return None
 
@@ -149,7 +149,7 @@ class RecordCache:
 
 
 def cache_for(folder: str | os.PathLike[str], recipe: Recipe, files: Sequence[File]) -> RecordCache | None:
-    """A reader's cache; None, with one warning, where what it keeps could be taken for something else's."""
+    """A reader's cache. None, with one warning, where two different recipes or files could not be told apart."""
     try:
         key = recipe.key
         untold = next((f"file '{file.path}' without a time of change" for file in files if file.mtime_ns is None), None)
@@ -158,9 +158,9 @@ def cache_for(folder: str | os.PathLike[str], recipe: Recipe, files: Sequence[Fi
     if untold is None:
         return RecordCache(folder, key)
     warnings.warn(
-        f"cache: got {untold}, expected plain values, `OneOf`, `Between` and recfx's own functions, of files that tell "
-        "when they were changed. Another one could not be told from it, so nothing is cached and every epoch decodes "
-        "all rows. Check values in `transform`, which comes after the cache, or leave out `cache`.",
+        f"cache: got {untold}, expected plain values, `OneOf`, `Between` and recfx's own functions, and files "
+        "that have a time of change. Changes could not be noticed, so nothing is cached and every epoch decodes all "
+        "rows. Check values in `transform`, which runs after the cache, or leave out `cache`.",
         stacklevel=3,
     )
     return None
@@ -182,7 +182,7 @@ def _entry(path: Path, num_bad: int, expected: str) -> _Entry | None:
 
 
 def _address_of(batch: pa.RecordBatch) -> int:
-    """Where the records of a batch are, or of a slice of it."""
+    """The address of the records of a batch, or of a slice of it."""
     return batch.column(0).buffers()[2].address
 
 

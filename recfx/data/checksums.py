@@ -23,7 +23,7 @@ def checksum(file: File) -> str:
 
 
 def write_manifest(path: str | os.PathLike[str], files: Sequence[File]) -> None:
-    """Writes the checksums of the files, by name without folders, to a JSON file, whole or not at all.
+    """Writes the checksums of the files, by name without folders, to a JSON file, in one rename.
 
     Raises:   ValueError when two files have one name.
     """
@@ -43,7 +43,7 @@ def write_manifest(path: str | os.PathLike[str], files: Sequence[File]) -> None:
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, str]:
     """Checksums by file name, as `write_manifest` wrote them.
 
-    Raises:   ValueError when it is no such manifest.
+    Raises:   ValueError when the file is not such a manifest.
     """
     try:
         with open(path) as stream:

@@ -1,4 +1,4 @@
-"""What a reader makes of a column: a fixed number of floats a row, or lists, nested to any depth."""
+"""How a reader reads a column: as a fixed number of floats per row, or as lists, nested to any depth."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ StringHash = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Between:
-    """Numbers from low to high, both included; NaN never is.
+    """Numbers from low to high, both included; not NaN.
 
     Example:  >>> Between(0, 1)(np.array([0.5, 2, np.nan])).tolist()
               [True, False, False]
@@ -43,7 +43,7 @@ class Between:
 
 
 class OneOf:
-    """These numbers and no others.
+    """One of the given numbers.
 
     Example:  >>> OneOf(0, 1)(np.array([0.5, 1])).tolist()
               [False, True]
@@ -131,17 +131,17 @@ def fixedlen(
     rounding: Rounding = "error",
     missing: Missing = "error",
 ) -> FixedLen:
-    """A column of exactly len(default) numbers a row, as float32; an empty row takes the default.
+    """A column of exactly len(default) numbers per row, as float32; an empty row gets the default.
 
-    Args:     name: of a column, or "user.age" for a field of a struct column, null where the struct is. The field alone
-                  is read, but from Arrow IPC.
-              valid: what a number in the file must be: `finite`, `OneOf(0, 1)` for a label, `Between(low, high)`, or
-                  None for anything, NaN included.
-              null: "empty" takes a null row for an empty one. A null inside a list is bad in any case.
-              rounding: "error": a whole number that float32 does not hold, such as 2**24 + 1, is bad, in a column of
-                  any type. "allow" rounds it. Fractions are rounded in any case.
-              missing: "empty" takes a column that a file does not have for one whose rows are all empty. The reader
-                  warns at its end of a name that no file had.
+    Args:     name: of a column, or "user.age" for a field of a struct column; the field is null where the struct is.
+                  Only the field is read, except from Arrow IPC.
+              valid: which numbers are valid: `finite`, `OneOf(0, 1)` for a label, `Between(low, high)`, or None for
+                  any number, NaN included.
+              null: "empty" reads a null row as an empty one. A null inside a list is always bad.
+              rounding: "error": a whole number that float32 cannot represent, such as 2**24 + 1, is bad, in a column
+                  of any type. "allow" rounds it. Fractions are always rounded.
+              missing: "empty" reads a column that a file does not have as empty rows. At its end the reader warns of
+                  a name that no file had.
     Raises:   ValueError when default is empty, or holds a whole number that float32 would round.
     Example:  >>> fixedlen("label", [0.0], valid=OneOf(0, 1)).default
               (0.0,)
@@ -179,23 +179,23 @@ def varlen(
     truncate: int | None = None,
     side: Side = "right",
 ) -> VarLen:
-    """A column of lists of values: float32 from numbers, int64 from whole numbers, uint8 from strings, as their bytes.
+    """A column of lists of values: float32 from numbers, int64 from whole numbers, uint8 from the bytes of strings.
 
-    Of uint64, int64 has the same 64 bits: 2**63 and above are below 0. As ids all 2**64 stay distinct. A column of
-    doubles or decimals is read as int64 where each of them is whole and exact: a double below 2**53, as ids are that
-    pandas keeps with nulls, a decimal in 64 bits. Strings may hold any bytes.
+    uint64 is read as int64 with the same 64 bits: 2**63 and above become negative, and all 2**64 ids stay distinct. A
+    column of doubles or decimals can be read as int64 when every value is whole and exact: a double below 2**53 (pandas
+    stores ids with nulls as doubles), a decimal in 64 bits. Strings may hold any bytes.
 
     Args:     depth: how deep lists are nested in the file; 1 also reads plain values, as lists of length 1. A string
                   counts as a value: lists of strings become `Ragged(bytes, offsets of strings, outer=(of lists,))`.
-              weighted: the innermost lists hold struct{k, v}, or are maps: a value and its weight. Of strings only
-                  `hashed` has weights.
-              rounding: as for `fixedlen`, of float32 values and of weights.
-              truncate: how many values of each innermost list are read, weights with them; None: all. The others are
-                  not looked at. A string counts as a value.
-              side: "left" drops from the left and keeps the last values, "right" keeps the first, as
-                  `recfx.features.truncate` does.
+              weighted: the innermost lists hold struct{k, v}, or are maps: a value and its weight. For strings with
+                  weights use `hashed`.
+              rounding: as for `fixedlen`; it applies to float32 values and to weights.
+              truncate: how many values of each innermost list are read, with their weights; None: all. The others are
+                  not checked. A string counts as a value.
+              side: "left" drops values from the left and keeps the last ones, "right" keeps the first ones, as in
+                  `recfx.features.truncate`.
               name, valid, null, missing: as for `fixedlen`; integers are always valid where `valid` is `finite`.
-    Raises:   ValueError when dtype is another, strings are weighted, depth is below 1 or truncate below 0.
+    Raises:   ValueError when dtype is not one of these, strings are weighted, depth is below 1 or truncate below 0.
     Example:  >>> varlen("c1", torch.int64).packed
               PackedColumn(name='c1', dtype=torch.int64, width=0, num_levels=1, weighted=False)
     """
@@ -234,7 +234,7 @@ def hashed(
     """A column of lists of strings, of any bytes, read as int64 hashes of their bytes.
 
     Args:     string_hash: `recfx.kernels.lists.string_hash.farm_hashes` or `murmur_hashes`.
-              buckets: n > 0: the unsigned hash mod n; 0: its sign bit cleared; None: as it is, signed.
+              buckets: n > 0: the unsigned hash modulo n; 0: the hash with its sign bit cleared; None: the signed hash.
               name, depth, weighted, null, rounding, missing, truncate, side: as for `varlen`.
     Raises:   ValueError when buckets is negative, depth below 1 or truncate below 0.
     """
@@ -260,7 +260,7 @@ def hashed(
 
 
 def _check(name: str, valid: Valid, null: Null, rounding: Rounding, missing: Missing) -> None:
-    """Of the arguments that all kinds of columns have."""
+    """Checks the arguments that all kinds of columns have."""
     check_type("column", name, str, "It is the name of a column.")
     if valid is not None and not callable(valid):
         raise TypeError(f"column '{name}': got valid={valid!r}, expected OneOf(...), Between(low, high) or None.")

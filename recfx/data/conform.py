@@ -1,7 +1,7 @@
-"""From the arrays of a file to arrays of one type per column, every row checked.
+"""Turns the arrays of a file into arrays of one type per column, and checks every row.
 
 A conformed batch is an Arrow record batch: fixed_size_list<float>[width] for a fixed-length column; otherwise lists,
-`depth` deep, of float, int64, binary, or struct<value, weight>. Nothing in it is null.
+`depth` deep, of float, int64, binary, or struct<value, weight>. It contains no nulls.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["BadRows", "block_of", "conform"]
 
 
 class _Lists(NamedTuple):
-    """A column taken apart: what lists there are, and what they hold, end to end."""
+    """A column split into the offsets of its lists and their items, end to end."""
 
     offsets: tuple[np.ndarray, ...]  # i32, outermost first, each from 0 to the number of items below
     items: pa.Array
@@ -39,10 +39,10 @@ class _Lists(NamedTuple):
 def conform(batch: pa.RecordBatch, columns: Sequence[Column]) -> pa.RecordBatch:
     """The columns of a batch whose schema was checked, each in its conformed type.
 
-    A column that the batch does not have, and need not have, is empty in every row.
+    A column with missing="empty" that the batch does not have is empty in every row.
 
-    Cost:     no copy of lists of float, int64 or binary; one pass otherwise, and one over numbers to check them.
-    Raises:   BadRows at the first column that finds any, ColumnError where Arrow cannot convert one.
+    Cost:     lists of float, int64 or binary are not copied; others take one pass, and checking numbers one more.
+    Raises:   BadRows at the first column that has any, ColumnError where Arrow cannot convert a column.
     """
     arrays, names = [], set(batch.schema.names)
     for column in columns:
@@ -79,7 +79,7 @@ def _conform(array: pa.Array, column: Column) -> pa.Array:
 
 
 def _is_conformed(array: pa.Array, column: Column) -> bool:
-    """Whether it is lists of the column's items already, without nulls, and there is nothing to check."""
+    """Whether the array already has the conformed type without nulls, and nothing needs to be checked."""
     if isinstance(column, FixedLen) or column.valid is not None or column.weighted or column.string_hash is not None:
         return False
     if column.truncate is not None:
@@ -123,7 +123,7 @@ def _take_apart(array: pa.Array, column: Column) -> _Lists:
 
 
 def _truncated(lists: _Lists, column: VarLen) -> _Lists:
-    """The innermost lists cut to as many items as the column keeps."""
+    """The innermost lists, cut to `column.truncate` items."""
     if column.truncate is None:
         return lists
     offsets = lists.offsets[-1]
@@ -142,7 +142,7 @@ def _valid(array: pa.Array) -> np.ndarray:
 
 
 def _present(array: pa.Array, column: Column, expected: str) -> np.ndarray:
-    """Which rows are not null; a bad row where nulls are errors."""
+    """Which rows are not null. Raises BadRows where nulls are errors."""
     present = _valid(array)
     if array.null_count and column.null == "error":
         expected = f"{expected}, or null='empty' for the column"
@@ -176,7 +176,7 @@ def _hash(strings: pa.Array, column: VarLen) -> pa.Array:
     assert column.string_hash is not None
     parts = _bytes(strings)
     values, (offsets,) = parts.values, parts.offsets
-    if offsets[0] != 0:  # a part of a longer array
+    if offsets[0] != 0:  # a slice of a longer array
         values, offsets = values[offsets[0] : offsets[-1]], offsets - offsets[0]
     (hashes,) = column.string_hash([_tensor(values)], [_tensor(offsets)])
     values = hashes.numpy()
@@ -192,7 +192,7 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _numbers(lists: _Lists, column: Column, kind: pa.DataType, valid: Valid) -> pa.Array:
-    """The items as numbers, each with its value or its 64 bits, and all of them valid."""
+    """The items as numbers that keep their value or their 64 bits, all of them valid."""
     numbers = to_int64(lists.items) if kind == pa.int64() else to_float(lists.items, kind)
     if isinstance(numbers, Wrong):
         raise _bad(numbers, lists, column)
@@ -216,19 +216,19 @@ def _bad(wrong: Wrong, lists: _Lists, column: Column) -> BadRows:
 
 
 def _said(item: Any, value: np.generic) -> str:
-    """What a file holds, and what became of it."""
+    """The value in the file and, where it became another, in float32."""
     return f"{item}, which is {value} in float32" if np.isinf(value) and item != float(value) else f"{value}"
 
 
 def _is_valid_throughout(values: np.ndarray, valid: Valid) -> bool:
-    """Whether the least and the greatest say so: neither is within limits where there is NaN."""
+    """Whether the smallest and the largest value are valid. With a NaN among the values neither is."""
     if type(valid) is not Between or not len(values):
         return False
     return bool(values.min() >= valid.low and values.max() <= valid.high)
 
 
 def block_of(batch: pa.RecordBatch) -> Block:
-    """A conformed batch as the packing kernel reads it, without copying."""
+    """A conformed batch in the form that the packing kernel reads, without copying."""
     return Block.of(batch.num_rows, [_block_column(array) for array in batch.columns])
 
 
@@ -250,7 +250,7 @@ def _block_column(array: pa.Array) -> BlockColumn:
 
 
 def _bytes(array: pa.Array) -> BlockColumn:
-    """The bytes of strings and their offsets, which Arrow keeps in two buffers."""
+    """The bytes of strings and their offsets, which Arrow stores in two buffers."""
     _, offsets, data = array.buffers()
     values = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
     if offsets is None or offsets.size == 0:

@@ -1,4 +1,4 @@
-"""Files of any format rewritten as the reader likes them: float32, int64 and strings, in units of one size."""
+"""Rewrites files of any format for fast reading: as float32, int64 and strings, in units of one size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyarrow import fs, orc
 from pyarrow import parquet as pq
 
 from recfx.checks import check_choice
-from recfx.data.convert_values import Keeping, NotTextError, check_asked, read_as, stored, stored_type
+from recfx.data.convert_values import Keeping, NotTextError, check_given, read_as, stored, stored_type
 from recfx.data.exact_numbers import Rounding
 from recfx.data.files import File, Paths, match_files
 from recfx.data.formats import EXTENSIONS, Format, open_file, reading
@@ -46,33 +46,33 @@ def convert(
     filesystem: fs.FileSystem | None = None,
     format: Format | None = None,
 ) -> list[Path]:
-    """Writes one file for each file that the paths name, and returns them.
+    """Writes one file for each file that the paths match, and returns the new paths.
 
-    Without `types` integers become int64 (uint64 bit for bit, as `varlen` has it), and so do decimals without a
-    fractional part in their type; floats and other decimals float32, which is what the reader would make of them;
-    strings and bytes strings, or bytes where some are not UTF-8; all else but lists and structs strings. Lists stay
-    lists and plain values plain ones, null where they are missing. No id changes on the way: a whole number is kept as
-    it is, or it is an error. Parquet pages carry checksums, which the reader verifies.
+    Without `types`, integers and decimals of scale 0 become int64 (uint64 bit for bit, as in `varlen`). Floats and
+    other decimals become float32, as the reader would read them. Strings and bytes become strings, or bytes where some
+    are not UTF-8. All other types except lists and structs become strings. Lists stay lists, plain values stay plain
+    values, and missing values are null. No id changes: a whole number that cannot be stored as it is is an error.
+    Parquet pages get checksums, which the reader verifies.
 
     Args:     columns: their names; None: all.
-              types: of columns by name, in any format: int64, uint64, float32, float64, string, binary, or lists of
-                  them; of a list the type of its items will do. Numbers become int64 where they are whole, a double
-                  below 2**53 in size, and so do strings that spell them. ORC keeps uint64 as int64, bit for bit. Other
-                  columns of CSV are guessed.
-              rounding: "error": a whole number that float32 does not hold, such as 2**24 + 1, is an error where it
-                  would become float32. "allow" rounds it. Fractions are rounded in any case.
+              types: of columns by name, for any format: int64, uint64, float32, float64, string, binary, or lists of
+                  them; for a list column the type of its items is enough. Numbers become int64 when they are whole (a
+                  double below 2**53 in size), and so do strings that spell whole numbers. ORC stores uint64 as int64,
+                  bit for bit. The types of other CSV columns are guessed.
+              rounding: "error": a whole number that float32 cannot represent, such as 2**24 + 1, is an error where it
+                  would become float32. "allow" rounds it. Fractions are always rounded.
               as_lists: plain values become lists of length 1, missing ones empty lists.
-              rows_per_unit: rows in an ORC stripe or a Parquet row group: what is decoded, shuffled and shared out.
-              compression: of the columns, by the format's own names.
+              rows_per_unit: rows in an ORC stripe or a Parquet row group, which are decoded and shuffled together.
+              compression: of the columns, by the format's names.
               filesystem, format: see `reader`.
-    Raises:   ValueError when an output file exists, two inputs would be one, or an input cannot be read or kept: it
-              names file, column and row. A file is whole or not there.
+    Raises:   ValueError when an output file exists, two inputs would have one output, or an input cannot be read or
+              stored: it names file, column and row. An output file is complete or absent.
     """
     if rows_per_unit < 1:
         raise ValueError(f"rows_per_unit: got {rows_per_unit}, expected at least 1.")
     check_choice("rounding", rounding, ("error", "allow"))
     _check_compression(to, compression)
-    how = _How(to, columns, {name: check_asked(name, kind) for name, kind in (types or {}).items()}, rounding, as_lists)
+    how = _How(to, columns, {name: check_given(name, kind) for name, kind in (types or {}).items()}, rounding, as_lists)
     files = match_files(paths, filesystem)
     check_named_columns(files, format)
     targets = _targets(files, Path(folder), to)
@@ -98,7 +98,7 @@ class _How(NamedTuple):
 
 
 def _write(path: Path, file: File, how: _How, format: Format | None, rows_per_unit: int, compression: str) -> None:
-    """Writes a file: again from its start where a column of strings turns out to hold other bytes."""
+    """Writes a file. Starts again when a column of strings turns out to hold bytes that are not UTF-8."""
     write, not_text = _write_orc if how.to == "orc" else _write_parquet, set[str]()
     while True:
         try:
@@ -124,9 +124,9 @@ def _codec(to: str, compression: str) -> str:
 
 
 def _targets(files: Sequence[File], folder: Path, to: str) -> dict[Path, File]:
-    """What is written for which file.
+    """The input of each output file.
 
-    Raises:   ValueError when one exists already, or would be written twice.
+    Raises:   ValueError when an output exists already, or would be written twice.
     """
     targets: dict[Path, File] = {}
     for file in files:
@@ -134,7 +134,7 @@ def _targets(files: Sequence[File], folder: Path, to: str) -> dict[Path, File]:
         if target in targets:
             raise ValueError(
                 f"paths: got '{targets[target].path}' and '{file.path}', which would both be '{target.name}', "
-                "expected names that differ. Convert each folder into one of its own."
+                "expected names that differ. Convert each folder into a separate one."
             )
         if target.exists():
             raise ValueError(
@@ -145,7 +145,7 @@ def _targets(files: Sequence[File], folder: Path, to: str) -> dict[Path, File]:
 
 
 def _stem(name: str) -> str:
-    """The name without the extensions that say format and compression."""
+    """The name without the extensions of format and compression."""
     for known in (COMPRESSIONS, EXTENSIONS):
         stem, dot, extension = name.rpartition(".")
         name = stem if dot and stem and extension.lower() in known else name
@@ -153,7 +153,7 @@ def _stem(name: str) -> str:
 
 
 def _tables(file: File, how: _How, format: Format | None, not_text: Set[str]) -> Iterator[pa.Table]:
-    """The units of a file, converted, and first an empty table, for its schema."""
+    """An empty table with the schema, then the units of a file, converted."""
     source = _open(file, how, format)
     names = list(dict.fromkeys(how.columns or source.schema.names))
     for name in (*names, *how.types):
@@ -176,7 +176,7 @@ def _tables(file: File, how: _How, format: Format | None, not_text: Set[str]) ->
 
 
 def _open(file: File, how: _How, format: Format | None) -> OpenFile:
-    """The file; of CSV its strings as bytes, since later rows may not be UTF-8."""
+    """The open file. Strings of CSV are read as bytes: later rows may not be UTF-8."""
     types = {name: read_as(kind, how.rounding) for name, kind in how.types.items()}
     source = open_file(file, types, format)
     if source.cells_are_bytes:
@@ -187,11 +187,11 @@ def _open(file: File, how: _How, format: Format | None) -> OpenFile:
 
 
 def _kind(file: File, name: str, kind: pa.DataType, how: _How, not_text: Set[str]) -> pa.DataType:
-    asked = how.types.get(name)
+    given = how.types.get(name)
     try:
-        new = stored_type(kind, asked, null=pa.null() if how.to == "parquet" else pa.float32())
+        new = stored_type(kind, given, null=pa.null() if how.to == "parquet" else pa.float32())
     except ValueError as error:
-        raise ValueError(f"column '{name}' of '{file.path}': {error}, the type asked for.") from None
+        raise ValueError(f"column '{name}' of '{file.path}': {error}, the given type.") from None
     return _with_bytes(new) if name in not_text else new
 
 
@@ -216,8 +216,8 @@ def _converted(rows: UnitRows, file: File, first_row: int, kinds: Mapping[str, p
             raise row.error(file.path, first_row) from None
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise ValueError(
-                f"column '{name}' of '{file.path}': got {array.type}, expected what can be kept as {kind}: {error}. "
-                "Leave it out with `columns`."
+                f"column '{name}' of '{file.path}': got {array.type}, expected values that can be stored as "
+                f"{kind}: {error}. Leave it out with `columns`."
             ) from error
         kept = map_leaves(kept, _signed) if how.to == "orc" else kept
         arrays[name] = _as_lists(kept) if how.as_lists and not pa.types.is_nested(kept.type) else kept
@@ -225,7 +225,7 @@ def _converted(rows: UnitRows, file: File, first_row: int, kinds: Mapping[str, p
 
 
 def _signed(array: pa.Array) -> pa.Array:
-    """ORC has no unsigned integers: the same bits."""
+    """ORC has no unsigned integers, so they are stored as int64 with the same bits."""
     return array.view(pa.int64()) if array.type == pa.uint64() else array
 
 
@@ -236,7 +236,7 @@ def _as_lists(array: pa.Array) -> pa.ListArray:
 
 
 def _units_of(tables: Iterator[pa.Table], rows_per_unit: int) -> Iterator[pa.Table]:
-    """The same rows cut into tables of that many rows, the last one shorter."""
+    """The same rows in tables of that many rows; the last one may be shorter."""
     rest = next(tables)
     for table in tables:
         rest = pa.concat_tables([rest, table])

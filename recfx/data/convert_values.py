@@ -1,4 +1,4 @@
-"""What columns become in a converted file, value by value: each as it is, or the row where that cannot be."""
+"""Columns of a converted file: every value is stored exactly, or its row is reported."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from recfx.data.schema import as_list, decoded, is_list, is_text, item_type, pac
 from recfx.data.text.lines import is_utf8
 from recfx.data.unit_rows import BadRows
 
-__all__ = ["Keeping", "NotTextError", "check_asked", "read_as", "stored", "stored_type"]
+__all__ = ["Keeping", "NotTextError", "check_given", "read_as", "stored", "stored_type"]
 
 RangeOf = dict[pa.DataType, tuple[int, int]]
 RANGES: RangeOf = {pa.int64(): (-(2**63), 2**63 - 1), pa.uint64(): (0, 2**64 - 1)}
-RowsOf = Callable[[np.ndarray], np.ndarray]  # places of items -> the rows that hold them
+RowsOf = Callable[[np.ndarray], np.ndarray]  # places of items -> the rows that they are in
 
 
 class Keeping(NamedTuple):
-    """How the values of a column are kept."""
+    """How the values of a column are stored."""
 
     name: str
     rounding: Rounding = "error"
-    is_asked: bool = False  # its type was
+    is_given: bool = False  # the caller gave its type
 
 
 class NotTextError(Exception):
-    """A column of strings holds bytes that are not UTF-8: it must be kept as bytes."""
+    """A column of strings holds bytes that are not UTF-8: it must be stored as bytes."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
-def check_asked(name: str, kind: pa.DataType) -> pa.DataType:
-    """The type that is kept where this one was asked for: int64, uint64, float32, float64, string, binary, or lists.
+def check_given(name: str, kind: pa.DataType) -> pa.DataType:
+    """The stored type for a type that the caller gave: int64, uint64, float32, float64, string, binary, or lists.
 
-    Raises:   ValueError when it is another.
+    Raises:   ValueError when no stored type corresponds to it.
     """
     if is_list(kind):
-        return pa.list_(check_asked(name, item_type(kind)))
+        return pa.list_(check_given(name, item_type(kind)))
     if is_text(kind):
         is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
         return pa.string() if is_string else pa.binary()
@@ -56,7 +56,7 @@ def check_asked(name: str, kind: pa.DataType) -> pa.DataType:
 
 
 def read_as(kind: pa.DataType, rounding: Rounding) -> pa.DataType:
-    """The type in which the items of such a column are read from text: one that shows whether they can be kept."""
+    """The type in which items of such a column are read from text. It shows whether they can be stored exactly."""
     while is_list(kind):
         kind = item_type(kind)
     if kind == pa.float32() and rounding == "error":
@@ -64,26 +64,26 @@ def read_as(kind: pa.DataType, rounding: Rounding) -> pa.DataType:
     return pa.binary() if is_text(kind) else kind
 
 
-def stored_type(kind: pa.DataType, asked: pa.DataType | None, *, null: pa.DataType) -> pa.DataType:
-    """The type that a type of the old file becomes in the new one.
+def stored_type(kind: pa.DataType, given: pa.DataType | None, *, null: pa.DataType) -> pa.DataType:
+    """The type in the new file for a type of the old file.
 
-    Args:     asked: see `check_asked`; of a list also the type of its items.
-              null: what Arrow's null type becomes.
-    Raises:   ValueError when what is asked for has another shape.
+    Args:     given: see `check_given`; for a list also the type of its items.
+              null: the type that Arrow's null type becomes.
+    Raises:   ValueError when the given type has another shape.
     """
     if pa.types.is_dictionary(kind):
-        return stored_type(kind.value_type, asked, null=null)
+        return stored_type(kind.value_type, given, null=null)
     if is_list(kind):
-        inner = item_type(asked) if asked is not None and is_list(asked) else asked
+        inner = item_type(given) if given is not None and is_list(given) else given
         return pa.list_(stored_type(item_type(kind), inner, null=null))
-    if asked is not None and (is_list(asked) or pa.types.is_struct(kind)):
+    if given is not None and (is_list(given) or pa.types.is_struct(kind)):
         if pa.types.is_null(kind):
-            return asked
-        raise ValueError(f"got {kind}, expected what can be kept as {asked}")
+            return given
+        raise ValueError(f"got {kind}, expected values that can be stored as {given}")
     if pa.types.is_struct(kind):
         return pa.struct([(field.name, stored_type(field.type, None, null=null)) for field in kind])
-    if asked is not None:
-        return asked
+    if given is not None:
+        return given
     if pa.types.is_null(kind):
         return null
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind) or (pa.types.is_decimal(kind) and kind.scale <= 0):
@@ -92,10 +92,10 @@ def stored_type(kind: pa.DataType, asked: pa.DataType | None, *, null: pa.DataTy
 
 
 def stored(array: pa.Array, kind: pa.DataType, how: Keeping) -> pa.Array:
-    """A column, or a part of its rows, in a type of `stored_type`.
+    """A column, or some of its rows, in a type of `stored_type`.
 
-    Raises:   BadRows where a value cannot be kept, NotTextError where bytes are no string, an error of Arrow's where
-              it has no such conversion.
+    Raises:   BadRows where a value cannot be stored, NotTextError where bytes are not a string, an Arrow error where
+              Arrow has no such conversion.
     """
     return _stored(array, kind, how, lambda places: places)
 
@@ -126,7 +126,7 @@ def _stored(array: pa.Array, kind: pa.DataType, how: Keeping, rows: RowsOf) -> p
 
 
 def _kept(items: pa.Array, kind: pa.DataType, how: Keeping) -> pa.Array | Wrong:
-    """Plain values, none null."""
+    """Stores plain values, none of them null."""
     if kind in RANGES:
         return _texts_as_integers(items, kind) if is_text(items.type) else _integers(items, kind)
     return _floats(items, kind, how) if pa.types.is_floating(kind) else _texts(items, kind, how)
@@ -195,14 +195,14 @@ def _texts(items: pa.Array, kind: pa.DataType, how: Keeping) -> pa.Array | Wrong
     try:
         return items.cast(kind)
     except pa.ArrowInvalid:
-        if not how.is_asked:
+        if not how.is_given:
             raise NotTextError(how.name) from None
         places = np.flatnonzero([not is_utf8(text) for text in items.to_pylist()])
         return Wrong(places, repr(items[int(places[0])].as_py()), "a string of UTF-8, or the type binary")
 
 
 def _digits(items: pa.Array) -> pa.Array:
-    """Floats as text; whole numbers that are exact in digits alone, as integers are."""
+    """Floats as text. Exact whole numbers are written as integers are, in digits only."""
     values = items.to_numpy().astype(np.float64)
     is_whole = (np.abs(values) < 2**53) & (values == np.trunc(values))
     whole = pa.array(np.where(is_whole, values, 0).astype(np.int64)).cast(pa.string())

@@ -1,4 +1,4 @@
-"""From a unit of a file to conformed rows: read, filtered, split, checked."""
+"""Reads a unit of a file and turns it into conformed rows: filters, splits and checks them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from recfx.data.unit_rows import BadRow, BadRows, ColumnError, Decoded, UnitRows
 
 __all__ = ["Decoder", "Recipe"]
 
-MAX_OPENED = 4  # files whose footers are kept, or of compressed CSV the text
-ROW = "__recfx_row"  # a column next to those of the file while they are filtered
+MAX_OPENED = 4  # files whose footers stay in memory, or whose text when it was compressed
+ROW = "__recfx_row"  # a column added to those of the file while they are filtered
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is made of the rows of a file, apart from their order."""
+    """How the rows of a file are read, apart from their order."""
 
     columns: tuple[Column, ...]
     filter: pc.Expression | None = None
@@ -43,9 +43,9 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """The same for equal recipes, in any process.
+        """A text that is the same for equal recipes, in any process.
 
-        Raises:   NoIdentityError when a part of it, such as a function of the user's, cannot be told from another.
+        Raises:   NoIdentityError when a part, such as a user's function, cannot be told apart from another.
         """
         parts = {name: getattr(self, name) for name in ("columns", "filter", "split", "format", "on_bad")}
         return "; ".join(identity_of(part, name) for name, part in parts.items())
@@ -56,11 +56,11 @@ class Recipe:
 
 
 class Decoder:
-    """Decodes units of files after one recipe, from any thread.
+    """Decodes units of files by one recipe, from any thread.
 
-    Args:     checksums: of all files by name; a file is compared with its own when it is first opened.
-              in_records: make records of the rows, to be read in any order.
-              cache: where records are kept.
+    Args:     checksums: of all files by name; a file is compared with its checksum when it is first opened.
+              in_records: return rows as records, which can be read in any order.
+              cache: where records are stored.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class Decoder:
         self._verified: set[File] = set()
         self._units: dict[File, list[int]] = {}
         self._opened: dict[File, tuple[OpenFile, _Names]] = {}
-        self._absent: set[str] | None = None  # columns that no file opened so far had; None: before the first one
+        self._absent: set[str] | None = None  # columns that no file had so far; None: before the first
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}
 
     @property
     def absent(self) -> list[str]:
-        """Columns that no file opened so far had, and need not have: their names may be misspelt."""
+        """Columns with missing="empty" that none of the files opened so far had: their names may be misspelt."""
         return sorted(self._absent or ())
 
     def units(self, file: File) -> list[int]:
@@ -122,7 +122,7 @@ class Decoder:
         with reading(file, where, "a whole file"):
             rows = source.read(unit, names.read)
         num_bad += self._judge(rows.bad, file, source, unit)
-        with reading(file, where, "rows that the filter can look at"):
+        with reading(file, where, "rows that the filter can read"):
             rows = rows if names.are_plain else rows._replace(batch=_named(rows.batch, columns, recipe.split))
             rows = _filtered(rows, recipe.filter)
         split = None if recipe.split is None or recipe.split.key is None else recipe.split
@@ -139,7 +139,7 @@ class Decoder:
                 raise error.of(file.path, where) from error
 
     def _open(self, file: File) -> tuple[OpenFile, _Names]:
-        """The file, and the columns of it that are read."""
+        """The open file, and the names of the columns that are read from it."""
         file.check_unchanged()
         opened = self._opened.get(file)
         if opened is None:
@@ -162,7 +162,7 @@ class Decoder:
         self._absent = absent if self._absent is None else self._absent & absent
         if names.read:
             return source, names
-        first = source.schema.names[:1]  # of any type: it says how many rows there are
+        first = source.schema.names[:1]  # of any type: it gives the number of rows
         if source.cells_are_bytes:
             source = open_file(file, dict.fromkeys(first, pa.binary()), self.recipe.format)
         return source, _Names(first, True)
@@ -176,41 +176,41 @@ class Decoder:
             got = checksum(file)
         if got != expected:
             raise ValueError(
-                f"file '{file.path}': got checksum {got}, expected {expected}. It is not the file that the manifest "
-                "was written for: damaged, or changed since."
+                f"file '{file.path}': got checksum {got}, expected {expected}. The file is damaged, or was "
+                "changed after the manifest was written."
             )
         self._verified.add(file)
 
     def _judge(self, bad: Sequence[BadRow], file: File, source: OpenFile, unit: int) -> int:
-        """How many rows are skipped; raises the first where they are not."""
+        """The number of rows to skip. Raises the error of the first where bad rows are errors."""
         if bad and self.recipe.on_bad == "raise":
             raise bad[0].error(file.path, sum(source.num_rows(earlier) for earlier in range(unit)))
         return len(bad)
 
 
 def _csv_type(column: Column) -> pa.DataType:
-    """What is asked of formats that have no types."""
+    """The type in which formats without types read the column."""
     is_text = column.item == pa.binary() or (isinstance(column, VarLen) and column.string_hash)
-    number = pa.float32() if column.rounding == "allow" else pa.float64()  # float64: whole numbers that it holds alone
+    number = pa.float32() if column.rounding == "allow" else pa.float64()  # float64: read exactly, or bad
     item = pa.binary() if is_text else pa.int64() if column.item == pa.int64() else number
     is_weighted = isinstance(column, VarLen) and column.weighted
     return pa.struct([("k", item), ("v", number)]) if is_weighted else item
 
 
 def _may_be_null(column: Column, source: OpenFile) -> bool:
-    """Whether a null is a missing value: of JSON lines where the first rows lack a column that may be missing."""
+    """Whether a null is a missing value: in CSV, and where the first JSON lines lack a column that may be missing."""
     return source.null_is_missing or (column.missing == "empty" and column.name in source.absent)
 
 
 class _Names(NamedTuple):
-    """Of the columns that a file is asked for."""
+    """The columns that are read from a file."""
 
     read: list[str]
-    are_plain: bool  # they have the names that the recipe asks for, and types that Arrow can filter
+    are_plain: bool  # they have the names of the recipe, and types that Arrow can filter
 
 
 def _needed(file: File, schema: pa.Schema, recipe: Recipe) -> _Names:
-    """Names of the columns that batches, filter and split read, of those that the file has."""
+    """Names of the file's columns that batches, filter and split read."""
     paths = [path_to(schema, column.name) for column in recipe.columns]
     if recipe.split is not None and recipe.split.key is not None:
         kind = type_at(schema, recipe.split.key)
@@ -239,10 +239,10 @@ def _binds(expression: pc.Expression, schema: pa.Schema) -> bool:
 
 
 def _named(batch: pa.RecordBatch, columns: Sequence[Column], split: Split | None) -> pa.RecordBatch:
-    """The batch, with a column for each field of a struct that is null in every row, and without views of strings."""
+    """The batch, with a column for each field that is read of an all-null struct, and without views of strings."""
     names, arrays = list(batch.schema.names), [without_views(array) for array in batch.columns]
-    asked = [column.name for column in columns] + ([split.key] if split is not None and split.key is not None else [])
-    for name in asked:
+    wanted = [column.name for column in columns] + ([split.key] if split is not None and split.key is not None else [])
+    for name in wanted:
         if name not in names and path_to(batch.schema, name):
             names.append(name)
             arrays.append(column_at(batch, name))
@@ -260,7 +260,7 @@ def _filtered(rows: UnitRows, filter: pc.Expression | None) -> UnitRows:
 
 
 def _part(rows: UnitRows, split: Split) -> UnitRows:
-    """The rows of the part that is read."""
+    """The rows of the part of the split that is read."""
     assert split.key is not None
     try:
         kept = split.rows(rows.batch.column(split.key))

@@ -1,4 +1,4 @@
-"""What stands in files: schema, missing values, list lengths, cardinalities and skew, column by column."""
+"""Describes files column by column: schema, missing values, list lengths, cardinalities and skew."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["ColumnFacts", "Facts", "describe"]
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnFacts:
-    """Of one column; shares are between 0 and 1."""
+    """Facts about one column; shares are between 0 and 1."""
 
     name: str
     type: str
@@ -27,7 +27,7 @@ class ColumnFacts:
     mean_length: float  # of a row, in items of the innermost lists; a plain value counts 1
     max_length: int
     num_distinct: int
-    once: float  # share of the distinct values that stand there once
+    once: float  # share of the distinct values that occur once
     top: float  # share of the most frequent value: the skew
     low: float | str | None
     high: float | str | None
@@ -35,21 +35,21 @@ class ColumnFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Of files."""
+    """Facts about some files."""
 
     num_files: int
     num_bytes: int
     num_units: int
     num_rows: int
-    num_described: int  # the rows that `columns` speaks of, the first ones
+    num_described: int  # the first rows, which `columns` describes
     columns: tuple[ColumnFacts, ...]
 
 
 def describe(files: Sequence[File], *, max_rows: int = 1_000_000, format: Format | None = None) -> Facts:
-    """Reads the first `max_rows` rows of the files, and counts all of them.
+    """Describes the first `max_rows` rows of the files, and counts all rows.
 
-    Cost:     memory of the rows it reads.
-    Raises:   ValueError when a file cannot be read or its columns are not the first file's.
+    Cost:     holds the described rows in memory.
+    Raises:   ValueError when a file cannot be read or has other columns than the first file.
     """
     check_named_columns(files, format)
     num_rows, num_units, held = 0, 0, list[pa.Table]()
@@ -59,7 +59,7 @@ def describe(files: Sequence[File], *, max_rows: int = 1_000_000, format: Format
         names = names or source.schema.names
         if source.schema.names != names:
             raise ValueError(
-                f"file '{file.path}': got columns {source.schema.names}, expected {names}, the first file's."
+                f"file '{file.path}': got columns {source.schema.names}, expected {names}, as in the first file."
             )
         num_units += source.num_units
         for unit in range(source.num_units):
@@ -89,7 +89,7 @@ def _describe(name: str, column: pa.ChunkedArray) -> ColumnFacts:
         items = pc.struct_field(items, 0)
     if pa.types.is_dictionary(items.type):
         items = items.cast(items.type.value_type)
-    if pa.types.is_nested(items.type):  # a struct within a struct: Arrow counts none
+    if pa.types.is_nested(items.type):  # a struct within a struct, which Arrow cannot count
         items = pa.chunked_array([[None if item is None else repr(item) for item in items.to_pylist()]], pa.string())
     present = items.is_valid().to_numpy()
     rows, items = rows[present], items.drop_null()

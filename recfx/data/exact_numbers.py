@@ -1,4 +1,4 @@
-"""Numbers in another type: every whole number as it is, or else the places where that cannot be."""
+"""Converts numbers to another type: every whole number stays exact, or its place is reported."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import pyarrow.compute as pc
 __all__ = ["Rounding", "Spelled", "Wrong", "rounded", "spelled", "to_float", "to_int64", "uncastable"]
 
 Rounding = Literal["error", "allow"]
-EXACT_BITS = {16: 11, 32: 24, 64: 53}  # of a float: below 2**n it is the only one for a whole number
+EXACT_BITS = {16: 11, 32: 24, 64: 53}  # of a float: below 2**n every whole number is a separate float
 INT64_END, UINT64_END = 2**63, 2**64
-EXACT_DOUBLE = 2**53  # whole numbers below are doubles, each its own
-DIGITS = re.compile(r"0|-?[1-9][0-9]*")  # the one way to write a whole number: two names never become one id
+EXACT_DOUBLE = 2**53  # every whole number below is a separate double
+DIGITS = re.compile(r"0|-?[1-9][0-9]*")  # the only spelling of a whole number: two names never become one id
 SPELLED = r"^\s*[+-]?[0-9]+(?:\.0*)?\s*$"
 PARTS = r"^\s*(?P<sign>[+-]?)0*(?P<digits>[0-9]*)(?:\.0*)?\s*$"
 ZERO, HALF, END = (pa.scalar(Decimal(n), pa.decimal128(20, 0)) for n in (0, 2**63, 2**64))
 
 
 class Wrong(NamedTuple):
-    """Items that have no place in a type."""
+    """Items that a type cannot represent."""
 
     places: np.ndarray  # i64, rising
     got: str  # the first of them
@@ -32,10 +32,10 @@ class Wrong(NamedTuple):
 
 
 def to_int64(items: pa.Array) -> pa.Array | Wrong:
-    """Whole numbers, none null, as int64. Of uint64, and of decimals from 2**63 on, it has the same 64 bits.
+    """Whole numbers, none null, as int64. uint64, and decimals from 2**63 on, keep their 64 bits.
 
-    A float counts below 2**53 in size, a float32 below 2**24: a larger one may stand for another whole number, which
-    it was before it was rounded.
+    A double is accepted below 2**53 in size, a float32 below 2**24: a larger one may have been rounded from another
+    whole number.
     """
     if items.type == pa.uint64():
         return items.view(pa.int64())
@@ -109,7 +109,7 @@ def rounded(items: pa.Array, numbers: pa.Array, *, from_text: bool = False) -> W
 
 
 def _is_wider(kind: pa.DataType, target: pa.DataType, from_text: bool) -> bool:
-    """Whether whole numbers of a type may have no place in a float type."""
+    """Whether a type has whole numbers that a float type cannot represent."""
     if pa.types.is_floating(kind):
         return kind.bit_width > target.bit_width or (from_text and kind == pa.float64())
     return pa.types.is_decimal(kind) or (pa.types.is_integer(kind) and kind.bit_width > EXACT_BITS[target.bit_width])
@@ -122,14 +122,14 @@ def _changed_integers(large: pa.Array, kind: pa.DataType) -> np.ndarray:
 
 
 def _changed_floats(large: pa.Array, kind: pa.DataType) -> np.ndarray:
-    """The whole ones that do."""
+    """Which whole numbers change."""
     values = large.to_numpy()
     with np.errstate(over="ignore"):
         return (values.astype(kind.to_pandas_dtype()) != values) & (values == np.trunc(values))
 
 
 def _changed_decimals(large: pa.Array, kind: pa.DataType) -> np.ndarray:
-    """The whole ones that do, one by one: few decimals are that large."""
+    """Which whole numbers change, one by one: few decimals are that large."""
     to_kind = kind.to_pandas_dtype()
     with np.errstate(over="ignore"):
         changed = [x == x.to_integral_value() and Decimal(float(to_kind(x))) != x for x in large.to_pylist()]
@@ -157,7 +157,7 @@ def _uncastable(texts: pa.Array, kind: pa.DataType, first: int) -> Iterator[int]
 
 
 class Spelled(NamedTuple):
-    """What whole numbers some texts spell. Where one spells none, or one of more than 64 bits, the size is 0."""
+    """The whole numbers that texts spell. The size is 0 for other texts, and beyond 64 bits."""
 
     is_number: np.ndarray  # bool [n]
     is_negative: np.ndarray  # bool [n]
@@ -167,7 +167,7 @@ class Spelled(NamedTuple):
 
 
 def spelled(texts: pa.Array) -> Spelled:
-    """Whole numbers in decimal digits: a sign, leading zeros, blanks around and an ending such as ".0" may be there.
+    """Reads whole numbers in decimal digits, with optional sign, leading zeros, blanks around and an ending as ".0".
 
     Args:     texts: binary, none null.
     Cost:     no Python loop; about 0.5 us for each text.

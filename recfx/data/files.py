@@ -1,4 +1,4 @@
-"""From paths to files, on any filesystem that pyarrow reaches."""
+"""Finds the files that paths and globs match, on any file system that pyarrow supports."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from pyarrow import fs
 __all__ = ["CHUNK_BYTES", "File", "Paths", "match_files", "quoted", "subject"]
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-ARRAYS, ROWS = "the arrays", "the rows"  # what is read and is not a file, in the place of a path
+ARRAYS, ROWS = "the arrays", "the rows"  # used as the path of data that are not in a file
 CHUNK_BYTES = 1 << 22
 MAGIC_CHARACTERS = frozenset("*?[")
-SAMPLE_BYTES, TAIL_BYTES = 1 << 12, 1 << 16  # of a file that tell it from others: footers are at the end
+SAMPLE_BYTES, TAIL_BYTES = 1 << 12, 1 << 16  # of a file that identify it: footers are at the end
 
 
 @dataclass(frozen=True)
 class File:
-    """A file as it was found: `size` and `mtime_ns` tell whether it is still the same."""
+    """A file as it was found: `size` and `mtime_ns` show whether it has changed since."""
 
     filesystem: fs.FileSystem = field(hash=False)
     path: str
@@ -43,18 +43,18 @@ class File:
 
     @property
     def local_path(self) -> str | None:
-        """As the operating system knows it; None where it does not."""
+        """The path for the operating system; None where the file is not local."""
         root = _root(self.filesystem)
         return None if root is None else root + self.path
 
     def sample(self) -> str:
-        """XXH3 of the last 64 KiB, of 4 KiB at the start and at three places between, or of all of a smaller file.
+        """XXH3 of the last 64 KiB, of 4 KiB at the start and at three places between; of all bytes of a smaller file.
 
-        Tells files of one size apart wherever they are moved to. Cost: up to five reads, once for each `File`.
+        It tells files of one size apart, also after they are moved. Cost: up to five reads, once for each `File`.
 
         Raises:   ValueError when the file cannot be read.
         """
-        if "_sample" not in self.__dict__:  # not functools.cached_property, whose lock lets one file at a time be read
+        if "_sample" not in self.__dict__:  # not functools.cached_property: its lock admits one file at a time
             self.__dict__["_sample"] = self._read_sample()
         return self.__dict__["_sample"]
 
@@ -70,7 +70,7 @@ class File:
         return digest.hexdigest()
 
     def check_unchanged(self) -> None:
-        """Raises ValueError when a local file is not the one that was found. Elsewhere it would cost a request."""
+        """Raises ValueError when a local file has changed since it was found. A remote file would cost a request."""
         if not self.is_local:
             return
         now = self.filesystem.get_file_info(self.path)
@@ -82,17 +82,17 @@ class File:
 
 
 def quoted(path: str) -> str:
-    """As an error names what was read."""
+    """The path as an error quotes it."""
     return path if path.startswith((ARRAYS, ROWS)) else f"'{path}'"
 
 
 def subject(path: str) -> str:
-    """As an error begins that is about a file as a whole."""
+    """The first words of an error about a whole file."""
     return path if quoted(path) == path else f"file '{path}'"
 
 
 def _root(filesystem: fs.FileSystem) -> str | None:
-    """What a local file system puts before its paths; None for others."""
+    """The prefix of a local file system's paths; None for other file systems."""
     if isinstance(filesystem, fs.SubTreeFileSystem) and isinstance(filesystem.base_fs, fs.LocalFileSystem):
         return filesystem.base_path
     return "" if isinstance(filesystem, fs.LocalFileSystem) else None
@@ -103,17 +103,17 @@ def _time(ns: int | None) -> str:
 
 
 def match_files(paths: Paths, filesystem: fs.FileSystem | None = None) -> list[File]:
-    """The files that the paths name, sorted, each once.
+    """The files that the paths match, sorted, each once.
 
-    A local file is one file under all its names: two globs, a folder and a link to it, a symbolic link, a hard link. Of
-    several names that the paths match it keeps the one that goes through the fewest symbolic links, and of these the
-    first. Copies are files like others.
+    A local file is listed once, even when several names match it: two globs, a folder and a link to it, a symbolic
+    link, a hard link. The name that is kept has the fewest symbolic links in it, and is the first of these. Copies are
+    separate files.
 
     Args:     paths: a file, glob or folder, a list of them, or one string with commas between; local paths or URIs
-                  ("s3://bucket/train/*.orc"). A folder stands for the files directly in it whose names start with
-                  neither '.' nor '_', and a glob that matches folders alone ("logs/dt=2026-11-*") for those in
-                  each; "**" in a glob for folders of any depth, and for those that links lead to.
-              filesystem: where the paths are, instead of what they say themselves.
+                  ("s3://bucket/train/*.orc"). A folder matches the files directly in it whose names start with
+                  neither '.' nor '_'. A glob that matches only folders ("logs/dt=2026-11-*") matches the files in
+                  each. "**" in a glob matches folders of any depth, also through links.
+              filesystem: where the paths are; None: the file system of each path.
     Raises:   ValueError when a path matches no file.
     """
     if isinstance(paths, str):
@@ -130,7 +130,7 @@ def match_files(paths: Paths, filesystem: fs.FileSystem | None = None) -> list[F
 
 
 def _each_once(files: Sequence[File]) -> list[File]:
-    """The files without those that are another one by a second name, in their order."""
+    """The files in their order, each local file under one name only."""
     folders: dict[str, str] = {}
     kept: dict[object, File] = {}
     for file in files:
@@ -141,11 +141,11 @@ def _each_once(files: Sequence[File]) -> list[File]:
 
 
 def _identity(file: File, folders: dict[str, str]) -> object:
-    """Equal for all names of one local file; elsewhere the file itself.
+    """A key that is equal for all names of one local file; for a remote file, the file itself.
 
-    Device and inode count only where a file says that it has hard links: not every file system numbers its files.
+    Device and inode are used only for a file with hard links: not every file system numbers its files.
 
-    Args:     folders: the real paths of those that were met before.
+    Args:     folders: the real paths of the folders seen so far.
     """
     if file.local_path is None:
         return file
@@ -157,7 +157,7 @@ def _identity(file: File, folders: dict[str, str]) -> object:
         if os.path.islink(path):
             path = os.path.realpath(path)
         facts = os.stat(path)
-    except OSError:  # it is gone: what reads it says so
+    except OSError:  # the file is gone: reading it raises the error
         return path
     return path if facts.st_nlink == 1 else (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
 
@@ -183,7 +183,7 @@ def _match(item: str, filesystem: fs.FileSystem | None) -> list[File]:
         found = [f for folder in found for f in _inside(folder, filesystem)]
     files = [File(filesystem, f.path, f.size, f.mtime_ns) for f in found if f.type == fs.FileType.File]
     if not files:
-        hint = f" It has folders: '{item.rstrip('/')}/*' is the files in them." if found else ""
+        hint = f" It has folders: '{item.rstrip('/')}/*' matches the files in them." if found else ""
         raise ValueError(
             f"paths: got '{item}', which matches no file, expected a file, a folder of files or a glob.{hint}"
         )
@@ -191,7 +191,7 @@ def _match(item: str, filesystem: fs.FileSystem | None) -> list[File]:
 
 
 def _inside(folder: fs.FileInfo, filesystem: fs.FileSystem) -> list[fs.FileInfo]:
-    """What stands directly in a folder and is not hidden."""
+    """The entries directly in a folder that are not hidden."""
     inside = filesystem.get_file_info(fs.FileSelector(folder.path))
     return [f for f in inside if not f.base_name.startswith((".", "_"))]
 
@@ -212,10 +212,10 @@ def _glob(pattern: str, filesystem: fs.FileSystem) -> list[fs.FileInfo]:
 
 
 def _walk(base: str, pattern: list[str]) -> Iterator[str]:
-    """The local paths in a folder that fit, as `_fits` has it. Links to folders are followed.
+    """The local paths in a folder that match, by the rules of `_fits`. Links to folders are followed.
 
-    No folder is looked through twice for one part of the pattern, so links that lead in a circle end. Folders that are
-    reached without a link come first: what is found has the name with the fewest links.
+    No folder is searched twice for one part of the pattern, so circular links end. Folders that are reached without a
+    link come first, so the name that is found has the fewest links.
     """
     folders, seen = deque([(base, os.path.realpath(base), 0)]), set[tuple[str, int]]()
     while folders:

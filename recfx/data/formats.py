@@ -1,4 +1,4 @@
-"""Files as units that are decoded one by one: ORC stripes, Parquet row groups, Arrow record batches, blocks of text."""
+"""Opens files of every format as units: ORC stripes, Parquet row groups, Arrow record batches, blocks of text."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class OpenOrc(OpenFile):
 
 
 class OpenParquet(OpenFile):
-    """A Parquet file. Pages that carry checksums are checked."""
+    """A Parquet file. Pages that have checksums are checked."""
 
     unit_name = "row group"
 
@@ -95,8 +95,8 @@ class OpenParquet(OpenFile):
 
 
 class OpenArrow(OpenFile):
-    """An Arrow IPC file. Nothing decodes it, so its offsets are checked. It is read, not mapped into memory, which is
-    as fast: one that is cut short meanwhile is an error, not SIGBUS."""
+    """An Arrow IPC file. It is not decoded, so its offsets are checked. It is read, not mapped into memory: that is as
+    fast, and a file that is cut short during the read raises an error instead of SIGBUS."""
 
     unit_name = "record batch"
 
@@ -120,7 +120,7 @@ class OpenArrow(OpenFile):
 
 
 def check_format(format: Format | None) -> None:
-    """Raises ValueError when it is neither a format nor the name of one."""
+    """Raises ValueError when it is neither a format nor the name of a format."""
     if not isinstance(format, Csv | JsonLines | Libsvm):
         check_choice("format", format, (None, *get_args(Name)), others=", Csv(...), JsonLines(...) or Libsvm(...)")
 
@@ -131,17 +131,17 @@ def open_file(
     format: Format | None = None,
     columns: Sequence[Column] | None = None,
 ) -> OpenFile:
-    """Opens a file of the given format; None: what its extension or its first bytes say.
+    """Opens a file of the given format; None: the format of its extension or its first bytes.
 
-    Args:     types: of the columns the caller wants, for formats that have no types.
-              columns: the ones that the caller reads, for formats where rows differ in what they have; None: all.
+    Args:     types: of the columns the caller reads, for formats without types.
+              columns: the ones that the caller reads, for formats whose rows have different columns; None: all.
     Raises:   ValueError naming the file when it cannot be opened.
     """
     if isinstance(file, ArraysFile):
         return file.source
     check_format(format)
     if file.size == 0:
-        raise ValueError(f"file '{file.path}': got 0 bytes, expected at least a header. It was cut short in writing.")
+        raise ValueError(f"file '{file.path}': got 0 bytes, expected at least a header. Writing it was interrupted.")
     if format is None:
         with reading(file, "", "a readable file"):
             format = _guess_format(file)
@@ -160,7 +160,7 @@ def open_file(
 def _opener(
     format: Format, types: Mapping[str, pa.DataType], columns: Sequence[Column] | None
 ) -> tuple[str, Callable[[File], OpenFile]]:
-    """The name of a format in an error, and what opens a file of it."""
+    """The name of a format for errors, and the function that opens a file of it."""
     how = TEXTS.get(format, format)
     if isinstance(how, Csv):
         return "CSV", lambda file: OpenCsv(file, how, types)
@@ -174,7 +174,7 @@ def _opener(
 
 
 def _check_names(fields: Iterable[pa.Field]) -> None:
-    """Raises UnicodeDecodeError where the name of a column or a field is not UTF-8: it is in errors and batches."""
+    """Raises UnicodeDecodeError where the name of a column or field is not UTF-8: errors and batches contain it."""
     for field in fields:
         kind = field.type
         if field.name is not None and kind.num_fields:
@@ -183,7 +183,7 @@ def _check_names(fields: Iterable[pa.Field]) -> None:
 
 @contextmanager
 def reading(file: File, where: str, expected: str) -> Iterator[None]:
-    """Whatever goes wrong inside is an error that names the file: damage shows itself in any exception."""
+    """Turns any exception inside into a ValueError that names the file: a damaged file can raise anything."""
     try:
         yield
     except Exception as error:
@@ -204,6 +204,6 @@ def _guess_format(file: File) -> Format | None:
 
 
 def _rows(batch: pa.RecordBatch, names: Sequence[str]) -> UnitRows:
-    """All rows, of these columns."""
+    """All rows of these columns."""
     batch = pa.RecordBatch.from_arrays([column_at(batch, name) for name in names], list(names))
     return UnitRows(batch, np.arange(batch.num_rows))

@@ -1,4 +1,4 @@
-"""What a cache may tell recipes apart by: values that say all there is to say of themselves, in any process."""
+"""Texts by which a cache tells recipes apart: equal for equal values, in any process."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ __all__ = ["NoIdentityError", "identity_of"]
 
 PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype)
 OWN_TYPES = (Between, OneOf, FixedLen, VarLen, Split, Csv, JsonLines, Libsvm)
-OWN_FUNCTIONS = {"farm_hashes 1": farm_hashes, "murmur_hashes 1": murmur_hashes}  # another number where one changes
+OWN_FUNCTIONS = {"farm_hashes 1": farm_hashes, "murmur_hashes 1": murmur_hashes}  # count up with a change
 
 
 class NoIdentityError(ValueError):
-    """A value that may change while it looks the same; says which, and where it is."""
+    """A value that may change without looking different; the message names it and its place."""
 
 
 def identity_of(value: Any, where: str) -> str:
-    """A text that is equal for equal values, and differs where anything of them does.
+    """A text that is equal for equal values, and differs when any part of them differs.
 
-    Args:     where: the value is, for the error.
-    Raises:   NoIdentityError on a function of the user's, and on anything else that is not known here: what a function
-                  does may change under one name, and an object may keep what its repr does not say.
+    Args:     where: the place of the value, for the error.
+    Raises:   NoIdentityError for a user's function, and for any other value that is not known here: a function may
+              change under one name, and an object may hold more than its repr shows.
     """
-    kind = type(value)  # not isinstance: a class derived from a known one may do anything
+    kind = type(value)  # not isinstance: a subclass of a known class may do anything
     if kind in PLAIN:
         return f"{kind.__name__} {value!r}"
     if kind in (tuple, list):
         return f"{kind.__name__}({', '.join(identity_of(item, where) for item in value)})"
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":  # repr leaves out most of a long one
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":  # repr omits most of a long array
         content = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(value).tobytes())
         return f"array {value.dtype.str} {value.shape} {content}"
     if kind in OWN_TYPES:
@@ -55,7 +55,7 @@ def identity_of(value: Any, where: str) -> str:
 
 
 def _parts(value: Any, where: str) -> list[str]:
-    """Of one of recfx's own objects, attribute by attribute."""
+    """The attributes of one of recfx's objects."""
     if isinstance(value, FixedLen | VarLen):
         where = f"column '{value.name}'"
     names = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else sorted(vars(value))
@@ -67,7 +67,7 @@ def _expression(expression: pc.Expression, where: str) -> str:
     content = serialized.to_pybytes()
     for name in pc.list_functions():
         if not hasattr(pc, name) and pc.get_function(name).kind == "scalar" and name.encode() in content:
-            raise NoIdentityError(f"{where}: a registered function '{name}'")  # Arrow's own ones are functions of pc
+            raise NoIdentityError(f"{where}: a registered function '{name}'")  # Arrow's functions are attributes of pc
     return f"expression {content.hex()}"
 
 

@@ -1,6 +1,6 @@
 """The order of rows: which units of which files one worker reads in an epoch, and how rows are shuffled.
 
-Everything here is a function of (seed, epoch) and of the files, so a place in the order is a few numbers.
+The order is a function of (seed, epoch) and the files, so a place in it is a few numbers.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from recfx.data.records import records_of
 __all__ = ["Chunk", "ChunkStart", "ReadPlan", "chunks"]
 
 MAX_NAMED = 3  # files in an error
-SAMPLING_THREADS = 32  # each waits for a file system, which may be far away
+SAMPLING_THREADS = 32  # each waits for a file system, which may be remote
 
 
 class ChunkStart(NamedTuple):
-    """Where a chunk begins."""
+    """The place where a chunk begins."""
 
     epoch: int = 0
     file: int = 0  # in the epoch's order of files
     unit: int = 0  # in the epoch's order of the file's units
-    row: int = 0  # of what is left of the unit; always 0 without shuffling
+    row: int = 0  # of the rows that are left of the unit; always 0 without shuffling
     window: int = 0  # number of the shuffled window in the epoch
     num_bad: int = 0  # rows skipped before the unit
 
@@ -46,25 +46,25 @@ class Chunk(NamedTuple):
 
     rows: Block | Records
     place: ChunkStart
-    num_bad: int  # rows skipped so far, those of the chunk's own units included
+    num_bad: int  # rows skipped so far, in the chunk's units too
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadPlan:
-    """What one worker reads, in which order, and how far ahead."""
+    """What one worker reads, in which order, and how many units ahead."""
 
-    files: Sequence[File]  # all workers'
+    files: Sequence[File]  # of all workers
     decoder: Decoder
     rank: int
     world_size: int
     shard_by: Literal["file", "unit"]
-    shuffle_rows: int  # 0: the order of the files
+    shuffle_rows: int  # 0: rows in the order of the files
     seed: int
     threads: int
     prefetch: int
 
     def check(self) -> ReadPlan:
-        """Raises ValueError when the rank is out of range, or a worker would be left without a file."""
+        """Raises ValueError when the rank is out of range, or a worker would have no file."""
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank: got {self.rank} of world_size {self.world_size}, expected 0 <= rank < world_size.")
         if not self.own_files:
@@ -72,7 +72,7 @@ class ReadPlan:
         return self
 
     def share(self, worker: int, num_workers: int) -> ReadPlan:
-        """What one of so many workers reads of what this plan reads."""
+        """The part of this plan that one of `num_workers` workers reads."""
         rank, world_size = self.rank + worker * self.world_size, self.world_size * num_workers
         return replace(self, rank=rank, world_size=world_size).check()
 
@@ -84,23 +84,23 @@ class ReadPlan:
 
     @property
     def described(self) -> str:
-        """The paths of the first of this worker's files, and how many more there are: for errors."""
+        """The paths of this worker's first files, and the number of the others, for errors."""
         return self._listed(None)
 
     @property
     def described_anywhere(self) -> str:
-        """As `described`, by the last folder and the name: the same where the files are moved together."""
+        """As `described`, with the last folder and the name only: the same after the files are moved together."""
         return self._listed(2)
 
     def _listed(self, num_parts: int | None) -> str:
-        """The last parts of the paths of the first files; None: all parts."""
+        """The last `num_parts` parts of the paths of the first files; None: all parts."""
         paths = [self.files[i].path.split("/") for i in self.own_files]
         named = [quoted("/".join(parts[-num_parts:] if num_parts else parts)) for parts in paths[:MAX_NAMED]]
         return ", ".join(named) + f" and {len(paths) - MAX_NAMED} more" * (len(paths) > MAX_NAMED)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of all that the order of rows depends on, and of samples of this worker's files. Folders do not count.
+        """Hash of everything that the order of rows depends on, and of samples of this worker's files, without folders.
 
         Cost:     the first time, `File.sample` of each of this worker's files, several at once.
         Raises:   ValueError when a file cannot be read.
@@ -112,7 +112,7 @@ class ReadPlan:
 
     @functools.cached_property
     def fingerprint_of_sizes(self) -> str:
-        """What positions were of before samples of files counted: they are still read."""
+        """The fingerprint in positions of older versions, without samples of files. They are still accepted."""
         recipe = self.decoder.recipe
         rows = (recipe.filter_key, recipe.split, recipe.format, recipe.on_bad)
         order = (self.rank, self.world_size, self.shard_by, self.shuffle_rows, self.seed)
@@ -149,7 +149,7 @@ class _Unit(NamedTuple):
 
 
 def chunks(plan: ReadPlan, start: ChunkStart, last_epoch: int | None) -> Generator[Chunk | None, None, None]:
-    """The rows from a place on, and None at the end of each epoch before `last_epoch` (None: for ever)."""
+    """The rows from a place on, and None at the end of each epoch before `last_epoch` (None: without end)."""
     units = _decoded(_tasks(plan, start, last_epoch), plan.threads, plan.prefetch)
     try:
         yield from _windows(plan, start, units) if plan.shuffle_rows else _whole_units(plan, start, units)
@@ -168,7 +168,8 @@ def _whole_units(plan: ReadPlan, start: ChunkStart, units: Iterator[_Unit | None
 
 
 def _windows(plan: ReadPlan, start: ChunkStart, units: Iterator[_Unit | None]) -> Iterator[Chunk | None]:
-    """So many rows in turn, in a random order: cheap to resume, since a window is its first place and its number."""
+    """Windows of `shuffle_rows` rows, each in a random order. A window is known by its first place and its number, so
+    resuming is cheap."""
     held: list[pa.RecordBatch] = []
     row, number, num_bad, place = start.row, start.window, start.num_bad, start
     missing = plan.shuffle_rows
@@ -196,7 +197,7 @@ def _windows(plan: ReadPlan, start: ChunkStart, units: Iterator[_Unit | None]) -
 
 
 def _tasks(plan: ReadPlan, start: ChunkStart, last_epoch: int | None) -> Iterator[Callable[[], _Unit | None]]:
-    """One task for each unit, in order, and one for the end of an epoch. After one that fails there is none."""
+    """One task for each unit, in order, and one for the end of each epoch. A task that fails is the last one."""
     for epoch in count(start.epoch) if last_epoch is None else range(start.epoch, last_epoch):
         at = start if epoch == start.epoch else ChunkStart(epoch)
         files, num_units = plan.epoch_files(epoch), 0
@@ -231,8 +232,8 @@ def _no_share(plan: ReadPlan) -> ValueError:
     by_unit = ", share the files with shard_by='unit'" if plan.shard_by == "file" else ""
     return ValueError(
         f"rank: got {plan.rank} of {plan.world_size} workers for {len(plan.files)} files, expected a {plan.shard_by} "
-        f"for each worker. One without rows would leave the others waiting. Start fewer workers{by_unit} or cut the "
-        "data up."
+        f"for each worker. The others would wait for a worker without rows. Start fewer workers{by_unit} or split the "
+        "data."
     )
 
 

@@ -1,4 +1,4 @@
-"""Values of Python, such as parsed JSON, as an Arrow array that a column is read from."""
+"""Converts Python values, such as parsed JSON, to an Arrow array that a column can be read from."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ class _WrongValueError(ValueError):
 
 
 def values_array(values: Sequence[Any], column: Column | None, name: str, where: str) -> pa.Array:
-    """An array with a value for each row, in whose type the column is read; None is null.
+    """An array with a value for each row, of a type that the column can be read from; None is null.
 
-    Values may be plain ones or lists, of Python or numpy, of numbers and strings. A plain value in a column of lists is
-    a list of one, a whole number in a column of strings its decimal digits. Weights are pairs (value, weight), objects
-    {"k": value, "v": weight} (or key and value, id and weight, value and weight), or one object of weights by value.
+    Values are numbers and strings, or lists of them, of Python or numpy. A plain value in a column of lists is a list
+    of one value; a whole number in a column of strings becomes its decimal digits. A weighted list holds pairs (value,
+    weight) or objects {"k": value, "v": weight} (or key and value, id and weight, value and weight), or is one object
+    of weights by value.
 
-    Args:     column: None: any type that the values have.
-              where: what holds them, `ARRAYS` or `ROWS`, for the error.
+    Args:     column: None: the type is that of the values.
+              where: the source of the values, `ARRAYS` or `ROWS`, for the error.
     Raises:   ValueError naming the first row with another value.
     """
     if column is None:
@@ -48,7 +49,7 @@ def values_array(values: Sequence[Any], column: Column | None, name: str, where:
             return pa.array(values)
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
             got = str(error).splitlines()[0]
-            raise ValueError(f"column '{name}' of {quoted(where)}: got {got!r}, expected values of a type.") from None
+            raise ValueError(f"column '{name}' of {quoted(where)}: got {got!r}, expected values of one type.") from None
     array = by_arrow(values, column)
     if array is not None:
         return array
@@ -65,9 +66,9 @@ def values_array(values: Sequence[Any], column: Column | None, name: str, where:
 
 
 def by_arrow(values: Sequence[Any], column: Column) -> pa.Array | None:
-    """The array of `values_array` where Arrow makes it of such values; None where each has to be looked at.
+    """The array of `values_array`, where Arrow can convert such values directly; None where each must be checked.
 
-    Cost:     a look at their types. Arrow itself would guess the type, and look for pandas each time.
+    Cost:     one pass over the types. Arrow itself would guess the type, and look for pandas each time.
     """
     if _is_weighted(column):
         return None
@@ -96,7 +97,7 @@ def by_arrow(values: Sequence[Any], column: Column) -> pa.Array | None:
 
 @functools.lru_cache(maxsize=4096)
 def _reads(kind: pa.DataType, column: Column) -> bool:
-    """Whether a column is read from this type."""
+    """Whether the column can be read from this type."""
     try:
         check_schema("", pa.schema([(column.name, kind)]), [column])
     except ValueError:
@@ -113,7 +114,7 @@ def _is_text(column: Column) -> bool:
 
 
 def _row(value: Any, column: Column, leaf: Leaf) -> Any:
-    """Lists as deep as the column's, or None."""
+    """Lists nested as deep as the column, or None."""
     return None if _is_null(value) else _lists(value, column, leaf, column.depth)
 
 
@@ -138,7 +139,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _kept(items: Sequence[Any], column: Column) -> Sequence[Any]:
-    """Those that the column reads; the others are not looked at."""
+    """The items that the column reads; the others are not checked."""
     if isinstance(column, FixedLen) or column.truncate is None:
         return items
     num = min(column.truncate, len(items))
@@ -187,7 +188,7 @@ def _text(value: Any) -> bytes:
 
 
 def _id_of_name(value: Any) -> int:
-    """An id that may be the name of a weight in an object of JSON, where names are strings."""
+    """An id that may be a name in a JSON object of weights, where names are strings."""
     return _id(int(value) if isinstance(value, str) and DIGITS.fullmatch(value) else value)
 
 
@@ -232,7 +233,7 @@ def _type_of(rows: Sequence[Any], column: Column | None, name: str, where: str) 
 
 
 def _integers(rows: Sequence[Any], column: Column, name: str, where: str) -> pa.DataType:
-    """uint64 where one has no place in int64."""
+    """uint64 where a number exceeds int64, else int64."""
     low, high, low_row = 0, 0, 0
     for i, row in enumerate(rows):
         for number in _leaves(row, column.depth, _is_weighted(column)):
@@ -240,8 +241,8 @@ def _integers(rows: Sequence[Any], column: Column, name: str, where: str) -> pa.
             high = max(high, number)
     if high >= INT64_END and low < 0:
         raise ValueError(
-            f"column '{name}' of {quoted(where)}, row {low_row}: got {low}, expected no number below 0, since there is "
-            f"{high} too. int64 and uint64 have the same 64 bits for different ids."
+            f"column '{name}' of {quoted(where)}, row {low_row}: got {low}, expected no number below 0, since the "
+            f"column also holds {high}. Together they need more than 64 bits: two ids would become one."
         )
     return pa.uint64() if high >= INT64_END else pa.int64()
 

@@ -1,4 +1,4 @@
-"""Iterates over files as packed batches of a static shape."""
+"""A reader: files in, packed batches of a static shape out."""
 
 from __future__ import annotations
 
@@ -66,44 +66,45 @@ def reader(
     """Batches of the rows of ORC, Parquet, Arrow IPC, CSV, JSON lines or libsvm files, in the order of their names.
 
     A worker's rows are one stream: a batch may hold rows of two files. Batches do not depend on threads and prefetch.
-    A unit, below, is what can be decoded by itself: an ORC stripe, a Parquet row group, an Arrow record batch, a
-    block of lines of text.
+    A unit is a part of a file that can be decoded separately: an ORC stripe, a Parquet row group, an Arrow record
+    batch, a block of lines of text.
 
     Args:     paths: files, folders, globs and URIs, a list or one string with commas between.
-              columns: `fixedlen`, `varlen` and `hashed`; others in the files are not read.
-              epochs: passes over the data, each with its own last batch; None: without end.
-              drop_remainder: leave out the last rows of a pass that do not fill a batch, as is usual in training. By
-                  default they come in a batch of full shape: empty lists and zeros follow the `batch["num_samples"]`
-                  real samples.
-              shuffle_rows: 0: rows in their order. n: files and units in a random order, and in it every n rows in a
-                  random order, others in every epoch; they depend on seed and epoch alone.
+              columns: `fixedlen`, `varlen` and `hashed`; other columns of the files are not read.
+              epochs: passes over the data; a batch never holds rows of two passes. None: without end.
+              drop_remainder: drop the last rows of a pass that do not fill a batch, as is usual in training. By default
+                  they come in a batch of full shape: empty lists and zeros follow the `batch["num_samples"]` real
+                  samples.
+              shuffle_rows: 0: rows in their order. n: files and units in a random order, and every n consecutive rows
+                  of it in a random order. Both orders depend on the seed and the epoch only.
               filter: an expression of `pyarrow.dataset`, or [("clicks", ">", 0), ...] as in `pyarrow.parquet`, over
-                  columns of the files; rows for which it is true are read. Parquet row groups whose statistics
+                  columns of the files. Only rows for which it is true are read. Parquet row groups whose statistics
                   exclude it are skipped.
               split: a part of the files or rows, see `Split`.
-              transform: dict of tensors to dict of tensors, for each batch before it is packed.
-              on_bad: "skip" leaves out rows with nulls, wrong lengths or invalid values and counts them in
-                  `BatchIterator.num_bad`. A file that cannot be read or has other columns is an error in any case.
-                  A row of CSV is a line: one that does not close a quote is bad, and the next line a row of its own.
+              transform: a function of each batch before it is packed, from a dict of tensors to a dict of tensors.
+              on_bad: "skip" drops rows with nulls, wrong lengths or invalid values and counts them in
+                  `BatchIterator.num_bad`. A file that cannot be read or has other columns is always an error. A row
+                  of CSV is one line: a line that does not close a quote is bad, and the next line is a new row.
               rank, world_size: this worker reads files[rank::world_size], or, with shard_by="unit", every
-                  world_size-th unit. Workers of a DataLoader share what their process would read in the same way.
-              threads: how many units are decoded at once, >= 1.
-              prefetch: how many units for each thread are decoded ahead, while the caller works; 0: none, the
-                  caller waits while `threads` units are decoded, then has the cores to itself.
-              cache: a folder on a local disk that keeps decoded rows, uncompressed. Units found there, by path, size
-                  and time of the file and by the arguments above, are mapped into memory instead of decoded. From
-                  there any number of shuffle_rows costs about the same. With a function of yours in a column, which
-                  may change under one name, nothing is cached and a warning says so; so it does once where the disk
-                  is full or the folder read-only. Nobody else may write into the folder's files.
-              checksums: a manifest of `recfx inspect --checksums`; every file is compared with it when first opened.
-              filesystem, format: where the paths are and what the files are, instead of what paths and files say.
-              pin_memory: batches lie in pinned memory, from which a captured step on a GPU copies them without another
-                  copy on the host. Torch keeps such memory and uses it again once the copies from it have ended.
+                  world_size-th unit. The workers of a DataLoader divide the rows of their process in the same way.
+              threads: how many units are decoded at the same time, >= 1.
+              prefetch: how many units per thread are decoded ahead, while the caller works. 0: none; the caller waits
+                  while `threads` units are decoded, and no decoding runs while it works.
+              cache: a folder on a local disk that stores decoded rows, uncompressed. A unit found there, by path, size
+                  and time of the file and by the arguments above, is mapped into memory instead of decoded; then any
+                  number of shuffle_rows costs about the same. With a user's function in a column, which may change
+                  under one name, nothing is cached and the reader warns. It also warns, once, when the disk is full
+                  or the folder read-only. No other program may write to the files in the folder.
+              checksums: a manifest of `recfx inspect --checksums`. Every file is compared with it when it is first
+                  opened.
+              filesystem, format: of the files. Default: as the paths, extensions and first bytes of files specify.
+              pin_memory: put batches into pinned memory, from which a captured step on a GPU copies them without
+                  another copy on the host. Torch reuses such memory after the copies from it have ended.
     Cost:     memory of threads * (prefetch + 1) decoded units, and of two windows of shuffle_rows where they are not
-                  mapped; one pass over the values to pack a batch, and one before to shuffle or keep them.
+                  mapped; one pass over the values to pack a batch, and one before to shuffle or cache them.
     Raises:   ValueError when paths match nothing or an argument is out of range; from the iterator when a file cannot
-                  be read, has another schema, or holds a bad row. A pass without a batch is a UserWarning that
-                  counts the rows.
+                  be read, has another schema, or holds a bad row. A pass without a batch is a UserWarning with the
+                  number of rows.
     Example:  >>> batches = reader("train/*.orc", [fixedlen("label", [0.0])])   # doctest: +SKIP
               >>> for batch in batches: print(batch["label"].shape)             # doctest: +SKIP
     """
@@ -148,8 +149,8 @@ def reader(
 class Reader(IterableDataset):
     """An iterable of `Batch`, and a data set for torch's DataLoader. Built by `reader`.
 
-    The lists of a ragged column have a capacity of batch_size * 2**k items, the least that held every batch so far: it
-    only rises, so layouts seldom change, and it never shows in the contents.
+    The capacity of a ragged column is batch_size * 2**k items, the smallest that fits every batch so far. It only
+    grows, so layouts seldom change. It does not change the contents of a batch.
 
     Example:  >>> DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)   # doctest: +SKIP
     """
@@ -168,55 +169,56 @@ class Reader(IterableDataset):
         check_transform(self.transform)
         self.packing = PackPlan.of(self.batch_size, [column.packed for column in self.plan.decoder.recipe.columns])
         self._cache = self.plan.decoder.cache
-        self.told = False  # of columns that no file has
+        self.has_warned_of_absent = False  # columns that no file has
 
     @property
     def files(self) -> list[File]:
-        """That this worker reads from, in their sorted order."""
+        """The files that this worker reads, sorted."""
         return [self.plan.files[i] for i in self.plan.own_files]
 
     @property
     def identity(self) -> str:
-        """Of all that the order of its rows depends on: a `position` belongs to readers of one identity.
+        """Hash of everything that the order of rows depends on. A `position` is valid for readers of one identity.
 
-        It holds the names, sizes and samples of the files, so they may be moved. Cost: the first time, five reads of
-        each file that this worker reads.
+        It contains names, sizes and samples of the files, not folders, so files may be moved. Cost: the first time,
+        five reads of each file that this worker reads.
         """
         return self.plan.fingerprint
 
     @property
     def described(self) -> str:
-        """The first of its files, by their last folder and name, and how many more there are: for a checkpoint."""
+        """Its first files, by last folder and name, and the number of the others, for a checkpoint."""
         return self.plan.described_anywhere
 
     def __iter__(self) -> BatchIterator:
         return BatchIterator(self, ChunkStart(), 0, self.epochs)
 
     def epoch(self, number: int) -> BatchIterator:
-        """One pass over the data, the number-th from 0: without shuffling they are all the same."""
+        """The pass over the data with this number, from 0. Without shuffling all passes are the same."""
         return BatchIterator(self, ChunkStart(number), 0, number + 1)
 
     def start_at(self, position: Position) -> BatchIterator:
-        """An iterator over what follows `position`, as `BatchIterator.position` gave it, to the end of its epoch and of
-        `epochs`.
+        """An iterator from a `BatchIterator.position` on: the next batch is exactly the one that would have followed.
 
-        Raises:   ValueError when it was taken from other files, or with other options that change the order of rows.
+        It ends with the position's epoch or the last of `epochs`, whichever is later.
+
+        Raises:   ValueError when the position comes from other files, or from options with another order of rows.
         """
         it = iter(self)
         it.load_state_dict(position)
         return it
 
     def first(self) -> Batch:
-        """Its first batch: what `capture` wants to see.
+        """The first batch, from which `capture` takes its shapes.
 
-        Raises:   ValueError naming the data when they hold none.
+        Raises:   ValueError naming the data when there is none.
         """
         it = self.epoch(0)
         it.warns = False
         try:
             return next(it)
         except StopIteration:
-            raise ValueError(f"reader: got {it}, expected a batch at least. {it.advice}") from None
+            raise ValueError(f"reader: got {it}, expected at least one batch. {it.advice}") from None
         finally:
             it.close()
 
@@ -242,6 +244,6 @@ class Reader(IterableDataset):
         return Batch(buffer, larger.layout)
 
     def _plan_for(self, counts: np.ndarray) -> PackPlan:
-        """The plan with its capacities raised where they are below the counts."""
+        """The plan, with its capacities raised to the counts where they are smaller."""
         self.packing = self.packing.grown(counts)
         return self.packing

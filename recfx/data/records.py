@@ -1,4 +1,4 @@
-"""Conformed rows as records in one Arrow array: what is shuffled, and what a cache keeps."""
+"""Conformed rows as records in one Arrow array, for shuffling and for the cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["as_records", "records_of"]
 
 
 def as_records(plan: PackPlan, batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The rows of a conformed batch as one column of `write_records`."""
+    """The rows of a conformed batch as one column of records of `write_records`."""
     starts, records = write_records(plan, block_of(batch), _from_arrows_pool)
     buffers = [None, pa.py_buffer(starts), pa.py_buffer(records)]
     array = pa.LargeBinaryArray.from_buffers(pa.large_binary(), batch.num_rows, buffers)
@@ -27,7 +27,7 @@ def _from_arrows_pool(number: int) -> np.ndarray:
 
 
 def records_of(batches: Sequence[pa.RecordBatch]) -> Records:
-    """The rows of batches of records, end to end, none of them copied."""
+    """The rows of batches of records, end to end, without copying."""
     parts, num_bytes = [np.empty(0, np.int64)], 0
     for batch in batches:
         array = batch.column(0)

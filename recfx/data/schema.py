@@ -1,4 +1,4 @@
-"""Which Arrow types a column is read from, and lists in all of Arrow's ways."""
+"""Which Arrow types a column can be read from, and one view of all of Arrow's list types."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ODD = frozenset({pa.lib.Type_NA, pa.lib.Type_STRING_VIEW, pa.lib.Type_BINARY_VIE
 
 
 def check_schema(path: str, schema: pa.Schema, columns: Sequence[Column]) -> None:
-    """Raises ValueError, naming file and column, when a column is absent, but may not be, or of another type."""
+    """Raises ValueError, naming file and column, when a required column is absent or a column has another type."""
     for column in columns:
         if (count := len(schema.get_all_field_indices(column.name))) > 1:
             raise ValueError(
@@ -63,8 +63,8 @@ def check_schema(path: str, schema: pa.Schema, columns: Sequence[Column]) -> Non
 
 
 def path_to(fields: pa.Schema | pa.StructType, name: str) -> list[str]:
-    """Names from a column down to what the dotted name means: a column of that very name, or a field within structs.
-    A column of Arrow's null type may be a struct that is null in every row. Empty: there is none.
+    """The path of a dotted name: a column of exactly this name, or fields within structs. Empty: not found. A
+    column of Arrow's null type may be a struct that is null in every row.
 
     Example:  >>> path_to(pa.schema({"user": pa.struct({"age": pa.int8()})}), "user.age")
               ['user', 'age']
@@ -82,7 +82,7 @@ def path_to(fields: pa.Schema | pa.StructType, name: str) -> list[str]:
 
 
 def type_at(schema: pa.Schema, name: str) -> pa.DataType | None:
-    """Of a column or a field within structs, see `path_to`; None: there is none."""
+    """The type of a column or of a field within structs, see `path_to`; None: not found."""
     kind: Any = schema
     for part in path_to(schema, name):
         kind = kind.field(part).type
@@ -90,7 +90,7 @@ def type_at(schema: pa.Schema, name: str) -> pa.DataType | None:
 
 
 def column_at(batch: pa.RecordBatch, name: str) -> pa.Array:
-    """A column, or a field within structs, null where one of them is."""
+    """A column, or a field within structs; the field is null where one of them is."""
     column, *fields = path_to(batch.schema, name)
     return pc.struct_field(batch.column(column), fields) if fields else batch.column(column)
 
@@ -104,7 +104,7 @@ def _names(fields: pa.Schema | pa.StructType, prefix: str = "") -> list[str]:
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Lists in any of Arrow's ways, maps among them."""
+    """Whether it is one of Arrow's list types, or a map."""
     return kind.id in LISTS
 
 
@@ -116,12 +116,12 @@ def _depth(kind: pa.DataType) -> tuple[int, pa.DataType]:
 
 
 def item_type(kind: pa.DataType) -> pa.DataType:
-    """Of what such a list holds."""
+    """The type of the items of a list or map."""
     return pa.struct([kind.key_field, kind.item_field]) if pa.types.is_map(kind) else kind.value_type
 
 
 def as_list(array: pa.Array) -> pa.ListArray:
-    """The same lists in Arrow's plain way."""
+    """The same lists as Arrow's plain list type."""
     kind = array.type
     if pa.types.is_list(kind):
         return array
@@ -131,14 +131,14 @@ def as_list(array: pa.Array) -> pa.ListArray:
 
 
 def packed_list(array: pa.Array, items: pa.Array) -> pa.ListArray:
-    """Lists as long as those of the array, null where they are, and holding the items, end to end."""
+    """Lists with the lengths and nulls of the array's lists, and with these items, end to end."""
     lengths = array.value_lengths().fill_null(0).to_numpy()
     offsets = np.append(np.int32(0), np.cumsum(lengths, dtype=np.int32))
     return pa.ListArray.from_arrays(pa.array(offsets), items, mask=array.is_null())
 
 
 def map_leaves(array: pa.Array, f: Callable[[pa.Array], pa.Array]) -> pa.Array:
-    """The same lists and structs, lists in Arrow's plain way, of what `f` makes of plain arrays."""
+    """The same lists and structs with `f` applied to the plain arrays in them. Lists become plain lists."""
     if is_list(array.type):
         lists = as_list(array)
         return packed_list(lists, map_leaves(lists.flatten(), f))
@@ -149,22 +149,22 @@ def map_leaves(array: pa.Array, f: Callable[[pa.Array], pa.Array]) -> pa.Array:
 
 
 def without_views(array: pa.Array) -> pa.Array:
-    """Views of strings as strings: Arrow neither filters nor takes views, or lists of them.
+    """String views converted to strings: Arrow can neither filter nor take from views, or lists of them.
 
-    Cost:     none where there are no views.
+    Cost:     none without views.
     """
     return array if is_plain(array.type) else map_leaves(array, decoded)
 
 
 def is_plain(kind: pa.DataType) -> bool:
-    """Whether nothing in it is of Arrow's null type, or a view of strings."""
+    """Whether it contains neither Arrow's null type nor string views."""
     if pa.types.is_dictionary(kind):
         return is_plain(kind.value_type)
     return kind.id not in ODD and all(is_plain(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def typed(array: pa.Array, column: Column) -> pa.Array:
-    """An array in which Arrow's null type is the column's: its rows, lists and items that are null stay so."""
+    """The array, with the column's type in place of Arrow's null type. Null rows, lists and items stay null."""
     kind = array.type
     if is_plain(kind):
         return array
@@ -179,7 +179,7 @@ def typed(array: pa.Array, column: Column) -> pa.Array:
 
 
 def _filled_in(array: pa.Array, wanted: pa.DataType) -> pa.Array:
-    """The array, of what is wanted where its type is null."""
+    """The array, with the wanted type where its type is null."""
     if pa.types.is_null(array.type):
         return pa.nulls(len(array), wanted)
     if is_list(array.type):
@@ -210,16 +210,16 @@ def _is_of_text(column: Column) -> bool:
 
 
 def _hint(whole: pa.DataType, kind: pa.DataType, column: Column) -> str:
-    """How values of this type are read after all."""
+    """Another way to read values of this type."""
     if pa.types.is_temporal(kind):
-        return " `recfx convert` makes strings of times."
+        return " `recfx convert` turns times into strings."
     if pa.types.is_struct(whole) and whole.num_fields:
-        return f" A field of it is a column too: '{column.name}.{whole.field(0).name}'."
+        return f" A field of it can be read as a column: '{column.name}.{whole.field(0).name}'."
     return " Strings are read by `hashed`." if column.item == pa.int64() and is_text(kind) else ""
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Strings or bytes in any of Arrow's ways."""
+    """Whether it is one of Arrow's types of strings or bytes."""
     return any(
         f(kind) for f in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
                           pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view,
@@ -247,7 +247,7 @@ def _expected(column: Column) -> str:
 
 
 def decoded(array: pa.Array) -> pa.Array:
-    """Without a dictionary, whose entries may be null themselves, and without views of strings."""
+    """The array without a dictionary (its entries may be null) and without string views."""
     if pa.types.is_dictionary(array.type):
         values = decoded(array.dictionary)
         if values.type != array.type.value_type:

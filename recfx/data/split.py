@@ -1,4 +1,4 @@
-"""Rows or files set apart for validation, by a hash, so that nothing needs to be remembered."""
+"""Splits rows or files into training and validation by a hash, so that no list of them is stored."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ EXPONENT = re.compile(rb"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One of two parts of the data: what `part="train"` reads, `part="validation"` does not, and the other way round.
+    """One of two parts of the data: every row is in either `part="train"` or `part="validation"`.
 
     Args:     fraction: of the files, or of the values of `key`, that are validation.
-              key: a column of whole numbers or strings. Rows of equal key, in any file, fall in one part, and a number
-                  is equal to a string that spells it: 7, 7.0, "7", " 007", "7.0" and "7e0" are one key. A row with
-                  another number is bad. Of a list the first item counts, and a missing one is a value like others.
-                  None: whole files.
-              seed: another one parts them differently.
+              key: a column of whole numbers or strings. Rows with equal keys, in any file, are in one part. A number
+                  equals a string that spells it: 7, 7.0, "7", " 007", "7.0" and "7e0" are one key. A row with any
+                  other number as its key is bad. The key of a list is its first item; missing keys are equal.
+                  None: files are split.
+              seed: another seed gives another split.
     Raises:   ValueError when the fraction is not between 0 and 1.
     """
 
@@ -49,14 +49,14 @@ class Split:
             raise ValueError(f"fraction: got {self.fraction}, expected a number between 0 and 1, the validation share.")
 
     def files(self, files: Sequence[File]) -> list[File]:
-        """Those of this part: all of them when rows are parted; at least one for either part.
+        """The files of this part: all files when rows are split; otherwise at least one in each part.
 
-        Raises:   ValueError when there is one file only.
+        Raises:   ValueError when there is only one file.
         """
         if self.key is not None:
             return list(files)
         if len(files) < 2:
-            raise ValueError(f"split: got {len(files)} file, expected at least 2 to part by file. Name a key column.")
+            raise ValueError(f"split: got {len(files)} file, expected at least 2 to split by file. Name a key column.")
         by_hash = sorted(
             files, key=lambda file: (xxhash.xxh3_64_intdigest(file.name.encode(), seed=self.seed), file.path)
         )
@@ -65,9 +65,9 @@ class Split:
         return [file for file in files if (file.path in validation) == (self.part == "validation")]
 
     def rows(self, keys: pa.Array) -> np.ndarray:
-        """Which rows are of this part: bool [rows].
+        """Which rows are in this part: bool [rows].
 
-        Raises:   BadRows where a key is a number, but not a whole one of 64 bits that its type holds exactly.
+        Raises:   BadRows where a key is a number, but not a whole number of 64 bits that its type holds exactly.
         """
         assert self.key is not None
         bits = torch.from_numpy(_key_bits(self.key, keys)) + mix(torch.tensor(self.seed))
@@ -76,7 +76,7 @@ class Split:
 
 
 def check_key(path: str, name: str, kind: pa.DataType) -> None:
-    """Raises ValueError when the column is none of numbers or strings, plain or in lists."""
+    """Raises ValueError when the column holds neither numbers nor strings, plain or in lists."""
     item = kind
     while is_list(item):
         item = item_type(item)
@@ -85,13 +85,13 @@ def check_key(path: str, name: str, kind: pa.DataType) -> None:
     is_number = pa.types.is_integer(item) or pa.types.is_floating(item) or pa.types.is_decimal(item)
     if not (is_number or is_text(item) or pa.types.is_null(item)):
         raise ValueError(
-            f"split: got key '{name}' of {kind} in {quoted(path)}, expected whole numbers or strings. Equal keys must "
-            "be equal."
+            f"split: got key '{name}' of {kind} in {quoted(path)}, expected whole numbers or strings. Other types "
+            "have no exact keys."
         )
 
 
 def _key_bits(name: str, keys: pa.Array) -> np.ndarray:
-    """64 bits of each row's key: of a whole number, or of a string that spells one, its value modulo 2**64."""
+    """64 bits of each row's key. For a whole number, or a string that spells one: its value modulo 2**64."""
     bits = np.zeros(len(keys), dtype=np.int64)
     rows = np.arange(len(keys))
     keys = without_views(keys)
@@ -113,7 +113,7 @@ def _key_bits(name: str, keys: pa.Array) -> np.ndarray:
 
 
 def _bits_of_text(text: bytes) -> int:
-    """Of text that spells no number in digits alone: of the number that a column of CSV would be, else of its bytes."""
+    """For a text that is not a number in digits only: of the number that CSV would read, else of its bytes."""
     stripped = text.strip(b" \t")
     if HEXADECIMAL.fullmatch(stripped):
         return (int(stripped, 16) + 2**63) % 2**64 - 2**63

@@ -1,4 +1,4 @@
-"""Rows on their way from a file to a batch, and what is wrong with some of them."""
+"""Rows decoded from a unit of a file, and the bad ones among them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_SHOWN = 50  # characters of a value in an error
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be used."""
+    """A row that cannot be read."""
 
     number: int  # in its unit
     column: str | None  # None: the row as a whole
@@ -25,13 +25,13 @@ class BadRow(NamedTuple):
     expected: str
 
     def error(self, path: str, first_row: int) -> ValueError:
-        """Names the file and the row in it, whose unit begins at `first_row`."""
+        """The error, naming the file and the row in it. The row's unit begins at row `first_row` of the file."""
         where = subject(path) if self.column is None else f"column '{self.column}' of {quoted(path)}"
         return ValueError(f"{where}, row {first_row + self.number}: got {self.got}, expected {self.expected}.")
 
 
-class BadRows(Exception):  # noqa: N818  not an error yet: the policy decides
-    """Rows of a batch that a column cannot take."""
+class BadRows(Exception):  # noqa: N818  not an error yet: on_bad decides
+    """Rows of a batch with values that a column does not accept."""
 
     def __init__(self, column: str, rows: np.ndarray, got: Callable[[int], str], expected: str) -> None:
         self.column = column
@@ -40,14 +40,14 @@ class BadRows(Exception):  # noqa: N818  not an error yet: the policy decides
 
 
 class ColumnError(ValueError):
-    """A column of a batch as a whole that cannot be converted."""
+    """A column of a batch that cannot be converted."""
 
     def __init__(self, column: str, error: Exception) -> None:
         self.column, self.words = column, next(iter(str(error).splitlines()), type(error).__name__)
         super().__init__(f"column '{column}': got {self.words!r}, expected values that Arrow can convert.")
 
     def of(self, path: str, where: str) -> ValueError:
-        """Names the file, and `where` in it."""
+        """The error, naming the file and the place `where` in it."""
         return ValueError(
             f"column '{self.column}' of {quoted(path)}: got {self.words!r}{where}, expected values that Arrow can "
             "convert."
@@ -55,15 +55,15 @@ class ColumnError(ValueError):
 
 
 class UnitRows(NamedTuple):
-    """Decoded rows of a unit."""
+    """The decoded rows of a unit."""
 
     batch: pa.RecordBatch
-    numbers: np.ndarray  # i64, of each row in its unit
-    bad: Sequence[BadRow] = ()  # left out of the batch by the format itself
+    numbers: np.ndarray  # i64: the number of each row in its unit
+    bad: Sequence[BadRow] = ()  # rows that the format could not decode, not in the batch
 
 
 class Decoded(NamedTuple):
-    """What is left of a unit."""
+    """The rows of a unit after filter, split and checks."""
 
-    batch: pa.RecordBatch  # conformed, or these rows as records
+    batch: pa.RecordBatch  # conformed rows, or the same rows as records
     num_bad: int  # rows skipped

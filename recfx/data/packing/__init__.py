@@ -1,1 +1,1 @@
-"""Decoded columns and records copied into the buffer of a batch, in C++."""
+"""Copies decoded columns and records into the buffer of a batch, in C++."""

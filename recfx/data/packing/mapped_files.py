@@ -1,4 +1,4 @@
-"""Files mapped into memory that may be cut short while they are read: an error that names the file, not SIGBUS."""
+"""Files mapped into memory. A file that is cut short while it is read raises an error that names it, not SIGBUS."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _one_thread = threading.Lock()
 
 
 class MappedFile:
-    """A file as memory to read from. Pages that are gone, since the file was cut short or its disk fails, are read as
+    """A file as read-only memory. Pages that are missing, because the file was cut short or its disk fails, are read as
     zeros, and `check` raises from then on.
 
-    The first one installs a handler of SIGBUS, which hands on what concerns other memory to the handler before it.
-    Without a C++ compiler it installs none: then the file is read whole, and `is_mapped` is False.
+    The first mapped file installs a SIGBUS handler, which passes signals about other memory on to the previous handler.
+    Without a C++ compiler no handler is installed: the file is read whole, and `is_mapped` is False.
 
     Cost:     `check` is one stat of the file. No file descriptor stays open.
     Raises:   OSError when the file cannot be opened or mapped.
@@ -47,13 +47,13 @@ class MappedFile:
             self._memory = pa.py_buffer(path.read_bytes())
 
     def buffer(self) -> pa.Buffer:
-        """Its bytes; what is made of them keeps it mapped and watched."""
+        """The bytes of the file. Objects built on them keep the file mapped and watched."""
         return pa.foreign_buffer(self._memory.address, self._memory.size, base=self)
 
     def check(self) -> None:
-        """Raises ValueError naming the file when some of what was read before, or will be, is not there.
+        """Raises ValueError naming the file when bytes of it are missing, whether they were read yet or not.
 
-        One that was deleted or replaced by another stays whole as long as it is mapped.
+        A file that was deleted or replaced stays whole as long as it is mapped.
         """
         if not self.is_mapped:
             return
@@ -72,7 +72,7 @@ class MappedFile:
             )
 
     def _watched(self) -> int:
-        """Its number among the watched mappings; -1 when it is not watched."""
+        """The number of its watched mapping; -1 when it is not watched."""
         if library() is None or not self._num_bytes:
             return -1
         number = ctypes.c_int64()
@@ -88,9 +88,9 @@ class MappedFile:
 
 @functools.cache
 def replaced() -> ctypes.c_int64:
-    """How often pages were read as zeros so far, of all files of the process: it changes in place.
+    """How often pages were read as zeros so far, in all files of the process. The value changes in place.
 
-    When it rises, the `check` of one of them raises. Reading it costs nothing, where a stat of each file is too much.
+    After it rises, `check` of one of the files raises. Reading it is free, when a stat of each file is too slow.
     """
     loaded = library()
     return ctypes.c_int64(0) if loaded is None else ctypes.c_int64.in_dll(loaded, "recfx_num_replaced")

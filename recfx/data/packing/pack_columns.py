@@ -1,4 +1,4 @@
-"""Cuts a batch out of decoded column blocks: one call writes every column into one packed buffer."""
+"""Packs rows of decoded column blocks into a batch: one call writes every column into one buffer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _pack_columns = c_function("recfx_pack_columns", "ppi" + "pi" + "pp" + "ii")
 
 
 class PackedColumn(NamedTuple):
-    """What a column is in the batch: `width` numbers a row, or lists of values."""
+    """A column of the batch: `width` numbers per row, or lists of values."""
 
     name: str
     dtype: torch.dtype  # f32, i64 or u8
@@ -42,7 +42,7 @@ class BlockColumn(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Decoded rows, built by `Block.of`: the kernel reads the arrays through `sources`, which a Block keeps alive."""
+    """Decoded rows, built by `Block.of`. The kernel reads the arrays through `sources`; the Block keeps them alive."""
 
     num_rows: int
     columns: tuple[BlockColumn, ...]
@@ -50,7 +50,7 @@ class Block(NamedTuple):
 
     @staticmethod
     def of(num_rows: int, columns: Sequence[BlockColumn]) -> Block:
-        """The arrays and their addresses, none of them copied."""
+        """A block of these arrays, without copying them."""
         addresses = []
         for values, offsets, weights in columns:
             arrays = (values, weights, *offsets)
@@ -77,7 +77,7 @@ class PackPlan:
 
     batch_size: int
     columns: tuple[PackedColumn, ...]
-    capacities: np.ndarray  # i64 [levels of all columns]: how many items the lists of that level hold at most
+    capacities: np.ndarray  # i64 [levels of all columns]: room for items in the lists of each level
     layout: Layout
     targets: np.ndarray  # i64 [columns, 6]: struct Target of pack.h
     levels: np.ndarray  # i64 [levels, 2]: struct Level
@@ -88,7 +88,7 @@ class PackPlan:
     def of(batch_size: int, columns: Sequence[PackedColumn], capacities: np.ndarray | None = None) -> PackPlan:
         """Lays the batch out as `recfx.types.pack` would.
 
-        Args:   capacities: see the field; default: one item a sample.
+        Args:   capacities: see the field; default: one item per sample.
         """
         num_levels = sum(column.num_levels for column in columns)
         if capacities is None:
@@ -104,9 +104,9 @@ class PackPlan:
 
     @staticmethod
     def of_layout(columns: Sequence[PackedColumn], layout: Layout) -> PackPlan:
-        """The plan of a batch that exists.
+        """The plan for the layout of an existing batch.
 
-        Raises:   ValueError when the batch has other columns.
+        Raises:   ValueError when the layout has other columns.
         """
         expected: dict[tuple[str, str], Any] = {(NUM_SAMPLES, "dense"): (torch.int32, ())}
         sizes = []
@@ -125,7 +125,7 @@ class PackPlan:
         return _plan(sizes[0][0], columns, sizes, layout)
 
     def grown(self, counts: np.ndarray) -> PackPlan:
-        """The plan itself, or one with capacities of batch_size * 2**k where they are below the counts."""
+        """This plan, or one with capacities of batch_size * 2**k where they are below the counts."""
         if not (counts > self.capacities).any():
             return self
         steps = np.maximum(-(-counts // self.batch_size), 1)
@@ -149,7 +149,7 @@ def _plan(batch_size: int, columns: Sequence[PackedColumn], sizes: list[list[int
 
 
 def _sizes(batch_size: int, columns: Sequence[PackedColumn], capacities: np.ndarray) -> list[list[int]]:
-    """How many lists each level of each column has room for, then how many values (or rows): [columns][levels + 1]."""
+    """Room for lists in each level of each column, then for values (or rows): [columns][levels + 1]."""
     ends = np.cumsum([column.num_levels for column in columns])[:-1]
     return [[batch_size, *own.tolist()] for own in np.split(capacities, ends)]
 
@@ -160,12 +160,12 @@ def _tensors(column: PackedColumn, sizes: list[int]) -> dict[tuple[str, str], tu
     parts = {part: (torch.int32, (n + 1,)) for part, n in zip(_levels(column), sizes, strict=False)}
     parts |= {"values": (column.dtype, (sizes[-1],))}
     parts |= {"weights": (torch.float32, (sizes[-1],))} if column.weighted else {}
-    order = ("values", "offsets", "weights", *_levels(column)[:-1])  # that of Ragged.parts
+    order = ("values", "offsets", "weights", *_levels(column)[:-1])  # as in Ragged.parts
     return {(column.name, part): parts[part] for part in order if part in parts}
 
 
 def _levels(column: PackedColumn) -> list[str]:
-    """Names of the parts that hold offsets, outermost first."""
+    """Names of the parts that are offsets, outermost first."""
     return [*(f"outer{level}" for level in range(column.num_levels - 1)), "offsets"]
 
 
@@ -198,7 +198,7 @@ def _tables(
 
 
 def count_items(plan: PackPlan, segments: Sequence[Segment[Block]]) -> np.ndarray:
-    """How many items the lists of each level hold in the segments: i64, as `PackPlan.capacities`."""
+    """The number of items in the lists of each level of the segments: i64, as `PackPlan.capacities`."""
     counts = np.zeros(len(plan.capacities), dtype=np.int64)
     if library() is None:
         for s in segments:
@@ -218,9 +218,9 @@ def _items(column: BlockColumn, begin: int, end: int) -> list[int]:
 
 
 def pack_columns(plan: PackPlan, segments: Sequence[Segment[Block]], *, pin_memory: bool = False) -> Tensor:
-    """The rows of the segments, end to end, as a fresh buffer of `plan.layout`: u8 [num_bytes].
+    """The rows of the segments, end to end, in a new buffer of `plan.layout`: u8 [num_bytes].
 
-    Ragged values are followed by zeros, offsets stay flat and fixed-length rows are zero beyond the last row.
+    After the last row values and fixed-length rows are zero, and offsets repeat the last one.
 
     Cost:     one pass over source and target, one thread, without the GIL; about 0.1 ms for 1000 rows of 40 columns.
     Raises:   ValueError when the segments hold more rows or items than the plan has room for.

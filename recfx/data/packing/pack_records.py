@@ -1,4 +1,4 @@
-"""Rows in a record each, so that a batch of rows in any order reads a few cache lines a row, not two a column."""
+"""Rows as records, so that a batch of rows in any order reads a few cache lines per row, not two per column."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _record_starts = c_function("recfx_record_starts", "ppii" + "p")
 _write_records = c_function("recfx_write_records", "ppii" + "pp")
 _pack_records = c_function("recfx_pack_records", "ppii" + "pi" + "ppp" + "ii")
 
-SLACK = b"\0" * 8  # behind the last record: the kernel reads an item where there may be none
+SLACK = b"\0" * 8  # after the last record: the kernel always reads one item, also of an empty list
 
 
 class Records(NamedTuple):
-    """Rows that were written by `write_records`, in any order and from any number of blocks."""
+    """Rows from `write_records`, in any order and from any number of blocks."""
 
-    addresses: np.ndarray  # i64 [rows], contiguous: where each row's record is
-    record_bytes: int  # of most records: so much is fetched ahead
-    memory: Any  # holds the records, kept alive
+    addresses: np.ndarray  # i64 [rows], contiguous: of each row's record
+    record_bytes: int  # of a typical record: so many bytes are prefetched
+    memory: Any  # the owner of the records, kept alive
 
     @property
     def num_rows(self) -> int:
@@ -50,14 +50,14 @@ def new_bytes(number: int) -> np.ndarray:
 def write_records(
     plan: PackPlan, block: Block, allocate: Callable[[int], np.ndarray] = new_bytes
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a block as records: where each begins and the last one ends, i64 [rows + 1], and their bytes.
+    """The rows of a block as records: the offset of each, i64 [rows + 1], and their bytes.
 
-    A record holds i32 lengths of the row's outermost lists, its fixed-length values, and for each list what is in it:
-    of a nested one the lengths of the inner lists level by level, then the values, then the weights. Lists of 8-byte
-    values come first, then those of 4-byte ones, then all others.
+    A record holds i32 lengths of the row's outermost lists, its fixed-length values, and the contents of each list: for
+    a nested list the lengths of the inner lists level by level, then the values, then the weights. Lists of 8-byte
+    values come first, then lists of 4-byte values, then all others.
 
-    Args:     allocate: u8 [n] of a number of bytes. Fresh memory of the system takes longer than writing it.
-    Cost:     two passes over the values, one thread, without the GIL; about 150 ns a row of 40 columns.
+    Args:     allocate: returns u8 [n] for n bytes. New memory from the system takes longer than writing it.
+    Cost:     two passes over the values, one thread, without the GIL; about 150 ns per row of 40 columns.
     """
     if library() is None:
         return write_records_reference(plan, block)
@@ -72,13 +72,13 @@ def write_records(
 def pack_records(
     plan: PackPlan, segments: Sequence[Segment[Records]], *, pin_memory: bool = False
 ) -> tuple[Tensor, np.ndarray]:
-    """The rows of the segments, end to end, as a fresh buffer of `plan.layout`, and their `count_items`.
+    """The rows of the segments, end to end, in a new buffer of `plan.layout`, and their `count_items`.
 
-    Where there are more items than the plan has room for, the buffer is of no use: pack again by a larger plan. To
-    count first would read every record twice.
+    When there are more items than the plan has room for, the buffer is invalid: pack again with a larger plan. Counting
+    first would read every record twice.
 
-    Cost:     one pass over records and batch, one thread, without the GIL; 60 ns a row of 40 columns in a cache of the
-              processor, 140 anywhere in memory.
+    Cost:     one pass over records and batch, one thread, without the GIL; per row of 40 columns 60 ns from a processor
+              cache, 140 ns from memory.
     Raises:   ValueError when the segments hold more rows than a batch.
     """
     parts = [s.block.addresses[s.begin : s.end] for s in segments]
@@ -117,7 +117,7 @@ def write_records_reference(plan: PackPlan, block: Block) -> tuple[np.ndarray, n
 
 
 def pack_records_reference(plan: PackPlan, addresses: np.ndarray) -> tuple[Tensor, np.ndarray]:
-    """The definition of `pack_records`: the records taken apart again."""
+    """The definition of `pack_records`: it reads the records back into a block."""
     block = _block(plan.columns, addresses)
     segments = [Segment(block, 0, block.num_rows)]
     counts = count_items(plan, segments)
@@ -127,7 +127,7 @@ def pack_records_reference(plan: PackPlan, addresses: np.ndarray) -> tuple[Tenso
 
 
 def _in_record_order(columns: Sequence[PackedColumn]) -> list[int]:
-    """Indices of the columns that are lists, as their contents stand in a record."""
+    """Indices of the list columns, in the order of their contents in a record."""
 
     def kind(i: int) -> int:
         column = columns[i]
@@ -169,7 +169,7 @@ def _block(columns: Sequence[PackedColumn], addresses: np.ndarray) -> Block:
 
 
 def _kinds(column: PackedColumn) -> list[type]:
-    """Of a column's parts in a record: the lengths of its lists, level by level, the values, the weights."""
+    """The types of a column's parts in a record: lengths of lists level by level, values, weights."""
     values = {torch.float32: np.float32, torch.int64: np.int64, torch.uint8: np.uint8}[column.dtype]
     return [*[np.int32] * column.num_levels, values, *[np.float32] * column.weighted]
 

@@ -1,4 +1,4 @@
-"""CSV files in blocks of whole lines, so that a large one is read in parallel and resumed in its middle."""
+"""CSV files in blocks of whole lines, so that a large file can be read in parallel and resumed in the middle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recfx.data.unit_rows import BadRow, UnitRows
 
 __all__ = ["Csv", "OpenCsv", "check_named_columns"]
 
-GUESSED = "as it was guessed from the first rows. Give the type: types= of convert, --types, or a reader's column"
+GUESSED = "guessed from the first rows. Give the type: types= of convert, --types, or a reader's column"
 EXACTLY = " that holds this number exactly, or rounding='allow'"
 SAME_BITS = ", in which a number below 0 has the same 64 bits"
 
@@ -28,9 +28,9 @@ SAME_BITS = ", in which a number below 0 has the same 64 bits"
 class OpenCsv(OpenFile):
     """An open CSV file.
 
-    Args:     types: of the columns that the caller knows; other ones are what the first rows look like. Binary takes
-                  cells as they are, int64 whole numbers up to 2**64 - 1 with the same 64 bits, float64 numbers, whole
-                  ones where it holds them exactly, struct{k, v} items with their weights.
+    Args:     types: of the columns that the caller knows; the others are guessed from the first rows. Binary: cells
+                  unchanged; int64: whole numbers up to 2**64 - 1, with the same 64 bits; float64: numbers, whole ones
+                  where float64 represents them exactly; struct{k, v}: items with their weights.
     """
 
     unit_name, null_is_missing, cells_are_bytes = "block", True, True
@@ -39,7 +39,7 @@ class OpenCsv(OpenFile):
         self._options, self._lines = options, Lines(file, options.block_bytes)
         self._names, self._lines.start = header_of(self._lines.line_at, options)
         self._nulls = pa.array([null.encode() for null in options.nulls], pa.binary())
-        self._slow: frozenset[str] = frozenset()  # columns that pyarrow's parser did not take before
+        self._slow: frozenset[str] = frozenset()  # columns that pyarrow's parser could not read before
         self.num_units = self._lines.num_blocks
         known = {name: self._known(name, kind) for name, kind in types.items() if name in self._names}
         self._cells = {**self._guess([name for name in self._names if name not in known]), **known}
@@ -59,7 +59,7 @@ class OpenCsv(OpenFile):
         return self._convert(rows, set(names) - set(fast)) if len(fast) < len(names) else rows
 
     def _read_fast(self, unit: int, names: Sequence[str], fast: Mapping[str, pa.DataType]) -> UnitRows | None:
-        """Some columns as pyarrow's parser reads them, the others as bytes; None where it cannot, or not exactly."""
+        """The `fast` columns as pyarrow's parser reads them, the others as bytes; None when it is not exact."""
         try:
             rows = self._parse(unit, {name: fast.get(name, pa.binary()) for name in names})
         except pa.ArrowInvalid:
@@ -107,7 +107,7 @@ class OpenCsv(OpenFile):
             return UnitRows(empty, np.empty(0, np.int64), unclosed)
         bad: list[BadRow] = []
         nulls = ["", *options.nulls]
-        if not (is_text := is_utf8(text)):  # pyarrow tells of a row with too many cells only where it is
+        if not (is_text := is_utf8(text)):  # pyarrow reports a row with too many cells only in UTF-8
             if any(kind not in (pa.binary(), pa.int64(), pa.float64()) for kind in types.values()):
                 raise pa.ArrowInvalid("text that is not UTF-8")
             text, nulls = by_character(text), [by_character(null.encode()).decode() for null in nulls]
@@ -119,7 +119,7 @@ class OpenCsv(OpenFile):
             arrays = [_with_delimiter(array, delimiter, options.delimiter) for array in arrays]
         batch = pa.RecordBatch.from_arrays(arrays, list(types))
         num_rows = batch.num_rows + len(bad) + len(unclosed)
-        numbers = np.delete(np.arange(num_rows), [row.number for row in unclosed])  # of what was parsed
+        numbers = np.delete(np.arange(num_rows), [row.number for row in unclosed])  # of the parsed rows
         moved = [row._replace(number=int(numbers[row.number])) for row in bad]
         numbers = np.delete(numbers, [row.number for row in bad])
         return UnitRows(batch, numbers, sorted([*unclosed, *moved], key=lambda row: row.number))
@@ -149,7 +149,7 @@ class OpenCsv(OpenFile):
         }
 
     def _convert(self, rows: UnitRows, names: set[str]) -> UnitRows:
-        """Cells of these columns to values, without the rows that hold something else."""
+        """Converts the cells of these columns to values, and drops the rows with other cells."""
         arrays, bad = {}, list(rows.bad)
         keep = np.ones(rows.batch.num_rows, dtype=bool)
         for name, array in zip(rows.batch.schema.names, rows.batch.columns, strict=True):
@@ -165,13 +165,13 @@ class OpenCsv(OpenFile):
 
 
 def _with_delimiter(array: pa.Array, short: bytes, long: str) -> pa.Array:
-    """Cells that hold the delimiter, as they were in the file."""
+    """Cells with the original delimiter in place of the short one."""
     is_text = pa.types.is_binary(array.type) or pa.types.is_string(array.type)
     return pc.replace_substring(array, short, long.encode()) if is_text else array
 
 
 def _why(cell: bytes, cells: Cells) -> str:
-    """What more is to be said of a whole number that its type does not take."""
+    """A further reason where a type does not accept a whole number."""
     if cells.is_guessed:
         return ""
     if cells.item == pa.float64():

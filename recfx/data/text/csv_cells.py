@@ -1,4 +1,4 @@
-"""Cells of CSV, as bytes, to values: numbers that are exact, lists, weights; and what a column looks like."""
+"""Converts CSV cells, as bytes, to values: exact numbers, lists, weights; and guesses the type of a column."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recfx.data.exact_numbers import EXACT_DOUBLE, uncastable
 
 __all__ = ["Cells", "guess", "is_fast", "may_be_rounded", "read_cells"]
 
-WHOLE, UNSIGNED = r"^-?(0|[1-9][0-9]*)$", r"^(0|[1-9][0-9]*)$"  # one spelling for each number, but for -0
+WHOLE, UNSIGNED = r"^-?(0|[1-9][0-9]*)$", r"^(0|[1-9][0-9]*)$"  # one spelling for each number, except -0
 BOOLEANS = (r"^(true|false)$", r"^(True|False)$", r"^(TRUE|FALSE)$")
 DECIMAL = (  # 1e-05 is how Python and Arrow write 0.00001; other exponents without a point may be codes
     r"^(-?((0|[1-9][0-9]*)(\.[0-9]*([eE][+-]?[0-9]+)?)?|\.[0-9]+([eE][+-]?[0-9]+)?|[1-9]e[+-][0-9]{2,3}|inf)|nan|NaN)$"
@@ -29,7 +29,7 @@ class Cells:
     """How the cells of a column are read.
 
     Args:     item: the type of a value.
-              pattern: what every value looks like where `item` was guessed; None: the caller gave it.
+              pattern: a regex that every value must match, when `item` was guessed; None: the caller gave the type.
               separator, weight_separator: between the items of a list, and between an item and its weight.
               weight: the type of a weight.
     """
@@ -43,14 +43,14 @@ class Cells:
 
     @property
     def type(self) -> pa.DataType:
-        """Of the column."""
+        """The type of the column."""
         if self.weight_separator is not None:
             return pa.list_(pa.struct([("k", self.item), ("v", self.weight)]))
         return self.item if self.separator is None else pa.list_(self.item)
 
     @property
     def fast(self) -> pa.DataType | None:
-        """What pyarrow's own parser makes of the cells; None: it does not know them."""
+        """The type in which pyarrow's parser reads the cells; None: it cannot read them."""
         is_plain = not self.is_guessed and self.separator is None and self.weight_separator is None
         return self.item if is_plain else None
 
@@ -63,11 +63,12 @@ def guess(
     weight_separator: str | None,
     is_named: tuple[bool, bool],
 ) -> Cells:
-    """What a column looks like: a type whose values spell out as the cells do, or numbers with a point, else text.
+    """Guesses how to read a column: as a type whose values are spelled exactly like the cells, as numbers with a point,
+    or else as text.
 
     Args:     cells: binary; of the first rows.
-              is_named: whether the caller named this column for the separator, and for that of weights; otherwise text
-                  alone is split, and where every item has a weight.
+              is_named: whether the caller named this column for the separator, and for the weight separator; other
+                  columns are split only when they are text, and weighted only when every item has a weight.
     """
     kind, pattern = _guess(cells)
     is_text = kind in (pa.string(), pa.binary())
@@ -86,8 +87,8 @@ def guess(
 
 
 def read_cells(cells: pa.Array, how: Cells, nulls: pa.Array) -> tuple[pa.Array, dict[int, bytes]]:
-    """The column in its type, and by row the cells or items that are something else, whose values mean nothing. A
-    missing list is an empty one.
+    """The column in its type, and by row number the cells or items that have another type; their values are
+    meaningless. A missing list is empty.
 
     Args:     cells: binary.
     """
@@ -110,7 +111,7 @@ def read_cells(cells: pa.Array, how: Cells, nulls: pa.Array) -> tuple[pa.Array, 
 
 
 def is_fast(cells: pa.Array, kind: pa.DataType) -> bool:
-    """Whether pyarrow's parser takes these cells, and exactly."""
+    """Whether pyarrow's parser reads these cells exactly."""
     text = cells if kind in (pa.binary(), pa.string()) else _trimmed(cells)
     try:
         values = text.cast(kind)
@@ -120,13 +121,13 @@ def is_fast(cells: pa.Array, kind: pa.DataType) -> bool:
 
 
 def may_be_rounded(numbers: pa.Array) -> bool:
-    """Whether whole numbers among the cells of a float64 column may be other ones than float64 holds."""
+    """Whether float64 may have rounded whole numbers among the cells of a column."""
     limits = pc.min_max(numbers)
     return any((limit.as_py() or 0) >= EXACT_DOUBLE for limit in (limits["max"], pc.negate(limits["min"])))
 
 
 def _items(cells: pa.Array, separator: str | None, nulls: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """What the cells hold, end to end, and where each cell begins: i32 [cells + 1]."""
+    """The items of the cells, end to end, and the offsets of the cells: i32 [cells + 1]."""
     if separator is None:
         lengths, items = cells.is_valid().to_numpy(zero_copy_only=False), cells.drop_null()
     else:
@@ -138,7 +139,7 @@ def _items(cells: pa.Array, separator: str | None, nulls: pa.Array) -> tuple[pa.
 
 
 def _weighted(items: pa.Array, separator: str) -> tuple[pa.Array, pa.Array]:
-    """The items without their weights, and the weights, null where there is none."""
+    """The items without their weights, and the weights, null where an item has none."""
     parts = pc.split_pattern(items, separator, max_splits=1, reverse=True)
     has_weight = pc.equal(pc.list_value_length(parts), 2).fill_null(False).to_numpy(zero_copy_only=False)
     places = np.where(items.is_valid().to_numpy(zero_copy_only=False), parts.offsets.to_numpy()[:-1], 0)
@@ -148,7 +149,7 @@ def _weighted(items: pa.Array, separator: str) -> tuple[pa.Array, pa.Array]:
 
 
 def _values(cells: pa.Array, kind: pa.DataType, pattern: str | None) -> tuple[pa.Array, np.ndarray]:
-    """The cells as values, and which are something else."""
+    """The cells as values, and the places of cells of another type."""
     if pa.types.is_null(kind):
         return pa.nulls(len(cells)), _places(cells.is_valid())
     if kind in (pa.binary(), pa.string()):
@@ -162,7 +163,7 @@ def _values(cells: pa.Array, kind: pa.DataType, pattern: str | None) -> tuple[pa
 
 
 def _trimmed(cells: pa.Array) -> pa.Array:
-    """As text, without the blanks that pyarrow's parser passes over."""
+    """The cells as text, without the blanks that pyarrow's parser ignores."""
     return pc.ascii_trim(cells.view(pa.string()), characters=" \t")
 
 
@@ -181,8 +182,8 @@ def _guessed(text: pa.Array, kind: pa.DataType, pattern: str) -> tuple[pa.Array,
 
 
 def _is_canonical(text: pa.Array, values: pa.Array) -> bool:
-    """Whether all texts are decimals without leading zeros, given that they are these whole numbers: no other decimal
-    is as short. Hexadecimal may be."""
+    """Whether all texts are decimals without leading zeros, given that they spell these whole numbers: other decimals
+    are longer. Hexadecimal numbers may be as short."""
     _, offsets, data = text.buffers()
     if data is None:
         return True
@@ -201,9 +202,9 @@ def _is_canonical(text: pa.Array, values: pa.Array) -> bool:
 
 
 def _int64(text: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """Whole numbers up to 2**64 - 1, those above 2**63 - 1 as the same 64 bits; also where a point and zeros follow.
+    """Whole numbers up to 2**64 - 1, those above 2**63 - 1 as the same 64 bits. A point and zeros may follow.
 
-    A negative number that has the bits of another one makes that other one wrong.
+    A number from 2**63 on is wrong when a negative number in the column has the same bits.
     """
     try:
         return text.cast(pa.int64()), NO_ROWS
@@ -218,7 +219,7 @@ def _int64(text: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 
 def _float64(text: pa.Array, most: int | None = None) -> tuple[pa.Array, np.ndarray]:
-    """Numbers, of which the whole ones, in decimals, are exact, and at most so large."""
+    """Numbers. A whole number in decimal digits must be exact and at most `most`."""
     numbers, wrong = _cast(text, pa.float64())
     large = _places(pc.greater_equal(pc.abs(numbers), float(EXACT_DOUBLE)))
     inexact = [i for i in large.tolist() if not _is_exact(text[i].as_py(), most)]
@@ -226,16 +227,16 @@ def _float64(text: pa.Array, most: int | None = None) -> tuple[pa.Array, np.ndar
 
 
 def _is_exact(text: str, most: int | None) -> bool:
-    """Whether float64 holds this whole number in decimals; true of anything else."""
+    """Whether float64 represents this whole number in decimal digits exactly; True for any other text."""
     found = re.fullmatch(r"[+-]?([0-9]+)(\.0*)?", text)
     if found is None:
         return True
-    number = int(found[1]) if len(found[1]) < 400 else 10**400  # int refuses thousands of digits
+    number = int(found[1]) if len(found[1]) < 400 else 10**400  # int() rejects thousands of digits
     return number <= most if most is not None else number < 2**1023 and int(float(number)) == number
 
 
 def _cast(text: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray]:
-    """The values, null where a text is none, and where that is."""
+    """The values, null where a text cannot be cast, and these places."""
     try:
         return text.cast(kind), NO_ROWS
     except pa.ArrowInvalid:
@@ -244,7 +245,7 @@ def _cast(text: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray]:
 
 
 def _without(text: pa.Array, places: np.ndarray) -> pa.Array:
-    """With null in these places."""
+    """The text with null in these places."""
     if not len(places):
         return text
     mask = np.zeros(len(text), dtype=bool)
@@ -277,7 +278,7 @@ def _candidates(first: str) -> Iterator[tuple[pa.DataType, str]]:
     yield pa.uint64(), UNSIGNED
     for pattern in BOOLEANS:
         yield pa.bool_(), pattern
-    if re.fullmatch(r"[0-9:.TZ -]+", first):  # times, all in the first one's shape: then no two of them are equal
+    if re.fullmatch(r"[0-9:.TZ -]+", first):  # times, all in the first one's shape: no two spellings of one time
         shape = re.sub("[0-9]", "[0-9]", first.replace(".", r"\."))
         for kind in TIMES:
             yield kind, f"^{shape}$"

@@ -1,4 +1,4 @@
-"""How CSV files are written, and the names of their columns."""
+"""The options of CSV files, and the names of their columns."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ Separator = str | Mapping[str, str] | tuple[tuple[str, str], ...] | None
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Csv:
-    """How a CSV file is written. An empty cell is a missing value; a line ends where a row ends.
+    """The format of a CSV file. An empty cell is a missing value. Every row is one line.
 
     Args:     delimiter: between cells: one character or several, such as "::".
               column_names: None: they are in the first line.
-              quote: a character around cells that hold delimiters; None: there is none, and quotes are text.
+              quote: a character around cells that contain delimiters; None: cells are not quoted.
               list_separator: characters between the items of a list in one cell; None: every cell is one value. A
-                  string splits every text column, and every column whose type the caller gives; a dict splits the
-                  columns that it names. It may be the delimiter, where cells are quoted.
+                  string splits every text column, and every column of a type that the caller gives; a dict splits the
+                  columns that it names. It may be the delimiter when cells are quoted.
               weight_separator: between an item of a list and its weight: "id:0.5" is read by `varlen(weighted=True)`
-                  and `hashed(weighted=True)`. The last one of an item counts; an item without one has weight 1. A
-                  string or a dict, as above; `convert` takes a string for columns in which every item has a weight.
+                  and `hashed(weighted=True)`. The last separator of an item counts; an item without one has weight 1.
+                  A string or a dict, as above; in `convert` a string applies to columns where every item has a weight.
               nulls: more spellings of a missing value, such as ("\\N", "NULL"), in every column and for the items of
                   lists. A quoted cell is not missing.
               skip_lines: lines before the names, or before the first row.
-              block_bytes: decoded at once. A compressed file (.gz, .zst, ...) is one block.
-    Raises:   TypeError or ValueError on anything else.
+              block_bytes: bytes that are decoded together. A compressed file (.gz, .zst, ...) is one block.
+    Raises:   TypeError or ValueError on other values.
     """
 
     delimiter: str = ","
@@ -55,7 +55,7 @@ class Csv:
         if self.quote is not None and (len(self.quote) != 1 or not "\0" < self.quote < "\x80" or self.quote in "\r\n"):
             raise ValueError(f"quote: got {self.quote!r}, expected one ASCII character, or None.")
         if not self.delimiter or any(c in self.delimiter for c in f"\r\n{self.quote or ''}"):
-            raise ValueError(f"delimiter: got {self.delimiter!r}, expected characters, and no quote or line end.")
+            raise ValueError(f"delimiter: got {self.delimiter!r}, expected characters without quotes and line ends.")
         for name in ("column_names", "nulls"):
             object.__setattr__(self, name, _words(name, getattr(self, name)))
         for name in ("list_separator", "weight_separator"):
@@ -66,27 +66,27 @@ class Csv:
                 self.separator_of(column, "weight_separator"),
             )
             if separator is not None and separator == weights:
-                raise ValueError(f"weight_separator: got {weights!r}, expected another one than the list_separator.")
+                raise ValueError(f"weight_separator: got {weights!r}, expected another than the list_separator.")
 
     def __repr__(self) -> str:
-        """The positions of a reader are of this text: what came later is left out where it says nothing."""
+        """Positions of readers contain a hash of this text, so later options are shown only when they are set."""
         shown = [f for f in fields(self) if f.name in FIRST or getattr(self, f.name) != f.default]
         shown.sort(key=lambda f: f.name not in FIRST)
         return f"Csv({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     @property
     def named_columns(self) -> dict[str, str]:
-        """Columns that a separator is given for, and the argument that names them."""
+        """Columns that a dict of separators names, and the argument that names them."""
         arguments = ("weight_separator", "list_separator")
         return {column: name for name in arguments for column, _ in pairs_of(getattr(self, name))}
 
     def separator_of(self, column: str | None, argument: str) -> str | None:
-        """The separator of a column; None: that of columns without a name in a dict."""
+        """The separator of a column. Column None: of columns that no dict names."""
         separator = getattr(self, argument)
         return dict(separator).get(column) if isinstance(separator, tuple) else separator
 
     def _separator(self, argument: str, value: Separator) -> Separator:
-        """A dict as sorted pairs: they are hashed, and equal where the dicts are."""
+        """A dict as sorted pairs, which can be hashed and are equal for equal dicts."""
         if value is None or isinstance(value, str):
             values = [] if value is None else [value]
         else:
@@ -97,7 +97,7 @@ class Csv:
             check_type(argument, separator, str)
             if separator == "" or (separator == self.delimiter and self.quote is None):
                 raise ValueError(
-                    f"{argument}: got {separator!r}, expected characters, and without quotes no delimiter."
+                    f"{argument}: got {separator!r}, expected characters; the delimiter only when cells are quoted."
                 )
         return value
 
@@ -111,7 +111,7 @@ def check_named_columns(files: Sequence[File], format: object) -> None:
         try:
             head = first_lines(file, format.skip_lines + 1)
             names, _ = header_of(partial(_line_of, head), format)
-        except Exception:  # whoever reads the file will say what is wrong with it
+        except Exception:  # the error is raised when the file is read
             return
         missing = {column: argument for column, argument in missing.items() if column not in names}
         if not missing:
@@ -124,7 +124,7 @@ def check_named_columns(files: Sequence[File], format: object) -> None:
 
 
 def header_of(line_at: Callable[[int], bytes], options: Csv) -> tuple[list[str], int]:
-    """The names of the columns, and where the first row begins."""
+    """The names of the columns, and the byte where the first row begins."""
     start = 0
     for _ in range(options.skip_lines):
         start += len(line_at(start))
@@ -148,5 +148,5 @@ def _words(argument: str, value: Sequence[str] | None) -> tuple[str, ...] | None
 
 
 def pairs_of(separator: Separator) -> tuple[tuple[str, str], ...]:
-    """Of a dict."""
+    """The pairs of a dict, none for a string."""
     return separator if isinstance(separator, tuple) else ()

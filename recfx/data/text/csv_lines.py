@@ -1,4 +1,4 @@
-"""Lines of CSV as pyarrow takes them: a delimiter of one character, and a whole row in each line."""
+"""Prepares lines of CSV for pyarrow: a delimiter of one character, and a whole row in each line."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from recfx.data.unit_rows import BadRow
 
 __all__ = ["by_byte", "by_character", "cells_of", "with_short_delimiter", "without_unclosed"]
 
-# Characters that may stand for a longer delimiter, those first that are seldom in a text.
+# Characters that can replace a longer delimiter, rare ones first.
 FREE = bytes([*range(0x1F, 0x0D, -1), *range(1, 9), 0x0B, 0x0C, 0x7F, *range(0x21, 0x7F)])
 
 
 def with_short_delimiter(text: bytes, delimiter: str, quote: str | None) -> tuple[bytes, bytes]:
-    """The text with a delimiter of one ASCII character, and that: one that the text does not have takes the place of a
-    longer delimiter. Within quoted cells too, where the caller puts the longer one back.
+    """The text with a delimiter of one ASCII character, and this delimiter. A character that does not occur in the text
+    replaces a longer delimiter. It does so in quoted cells too; the caller restores the longer one there.
 
-    Raises:   ValueError when the text has all of them.
+    Raises:   ValueError when every such character occurs in the text.
     """
     long = delimiter.encode()
     if len(long) == 1 and long != b"\0":
@@ -30,24 +30,24 @@ def with_short_delimiter(text: bytes, delimiter: str, quote: str | None) -> tupl
         if free not in text and free != (quote or "").encode():
             return text.replace(long, free), free
     raise ValueError(
-        f"every ASCII character in one block: with the delimiter {delimiter!r} one of them must be free. Make "
+        f"every ASCII character in one block: the delimiter {delimiter!r} needs one that does not occur. Make "
         "block_bytes smaller"
     )
 
 
 def by_character(text: bytes) -> bytes:
-    """Any bytes as UTF-8: a character for each byte."""
+    """Any bytes as UTF-8, with one character for each byte."""
     return text.decode("latin-1").encode()
 
 
 def by_byte(cells: pa.Array) -> pa.Array:
-    """The cells of a text that `by_character` made, as bytes again."""
+    """The cells of a text of `by_character`, converted back to bytes."""
     _, offsets, data = cells.buffers()
     if data is None:
         return cells
     ends = np.frombuffer(offsets, np.int32)[cells.offset : cells.offset + len(cells) + 1]
     letters = np.frombuffer(data, np.uint8)[ends[0] : ends[-1]]
-    num_before = np.append(np.int32(0), np.cumsum(letters & 0xC0 != 0x80, dtype=np.int32))  # characters, not all bytes
+    num_before = np.append(np.int32(0), np.cumsum(letters & 0xC0 != 0x80, dtype=np.int32))  # characters, not bytes
     values = letters.tobytes().decode().encode("latin-1")
     parts = [pa.py_buffer(num_before[ends - ends[0]]), pa.py_buffer(values)]
     return pa.Array.from_buffers(
@@ -65,8 +65,8 @@ def cells_of(line: bytes, delimiter: str, quote: str | None) -> list[str]:
         decoded = text.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"a header that is not UTF-8, {line[:50]!r}: give the names with column_names= and pass over the header "
-            "with skip_lines=1"
+            f"a header that is not UTF-8, {line[:50]!r}: give the names with column_names= and skip the header with "
+            "skip_lines=1"
         ) from error
     how: dict = {"quoting": csv.QUOTE_NONE} if quote is None else {"quotechar": quote}
     cells = next(csv.reader([decoded], delimiter=short.decode(), **how), [])
@@ -74,9 +74,9 @@ def cells_of(line: bytes, delimiter: str, quote: str | None) -> list[str]:
 
 
 def without_unclosed(text: bytes, short: bytes, delimiter: str, quote: str | None) -> tuple[bytes, list[BadRow]]:
-    """The text without the lines that do not close a quote, and these, by their number among the rows.
+    """The text without the lines that do not close a quote, and these lines as bad rows.
 
-    A row is a line, whatever block it is in: no quote may reach into the next one.
+    A row is one line: a quoted cell may not continue in the next line.
 
     Args:     short: the delimiter in the text, of one character; `delimiter` is that of the file, for errors.
     """
@@ -90,7 +90,7 @@ def without_unclosed(text: bytes, short: bytes, delimiter: str, quote: str | Non
     lines = [i for i in to_look_at if pattern.fullmatch(text, begins[i], ends[i]) is None]
     if not lines:
         return text, []
-    numbers = np.cumsum(ends - begins > (codes[ends] == ord("\r"))) - 1  # pyarrow passes over empty lines
+    numbers = np.cumsum(ends - begins > (codes[ends] == ord("\r"))) - 1  # pyarrow skips empty lines
     keep, bad = np.ones(len(text), dtype=bool), []
     for i in lines:
         keep[begins[i] : ends[i] + 1] = False
@@ -102,7 +102,8 @@ def without_unclosed(text: bytes, short: bytes, delimiter: str, quote: str | Non
 
 
 def _to_look_at(codes: np.ndarray, ends: np.ndarray, delimiter: bytes, quote: int) -> np.ndarray:
-    """The lines where quotes do more than stand around cells or side by side: few, and the others are closed."""
+    """The lines with a quote that is neither at the edge of a cell nor next to a quote, or with an odd number of
+    quotes. They are few; all other lines close their quotes."""
     quotes = np.flatnonzero(codes == quote)
     firsts = np.searchsorted(quotes, ends + 1)  # after each line
     counts = np.diff(firsts, prepend=0)
@@ -114,8 +115,7 @@ def _to_look_at(codes: np.ndarray, ends: np.ndarray, delimiter: bytes, quote: in
 
 
 def _closed(delimiter: bytes, quote: bytes) -> re.Pattern[bytes]:
-    """What matches a line after which no quoted cell goes on, as pyarrow reads it: within an unquoted cell a quote is
-    text."""
+    """A regex for a line that closes its quotes, as pyarrow reads it: in an unquoted cell a quote is text."""
     q, d = re.escape(quote), re.escape(delimiter)
     cell = b"(?>%b[^%b]*+(?:%b%b[^%b]*+)*+%b[^%b]*+|[^%b%b][^%b]*+|)" % (q, q, q, q, q, q, d, q, d, d)
     return re.compile(b"%b(?:%b%b)*+" % (cell, d, cell))

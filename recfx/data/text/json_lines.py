@@ -1,4 +1,4 @@
-"""JSON lines in blocks of whole lines, so that a large file is read in parallel and resumed in its middle."""
+"""JSON lines in blocks of whole lines, so that a large file can be read in parallel and resumed in the middle."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from recfx.data.unit_rows import MOST_SHOWN, BadRow, UnitRows
 
 __all__ = ["JsonLines", "OpenJsonLines"]
 
-SAMPLE_BYTES = 1 << 20  # of the rows that types are guessed from, where a reader names its columns
+SAMPLE_BYTES = 1 << 20  # of the first rows, from which types are guessed when a reader names its columns
 BLANKS = b" \t\r"
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines(InBlocks):
-    """How a file of JSON lines is written: one object in each line, columns by name. A name that is absent is null.
+    """The format of JSON lines: one object in each line, columns by name. An absent name is null.
 
     Args:     block_bytes: see `InBlocks`.
     """
@@ -38,9 +38,9 @@ class JsonLines(InBlocks):
 class OpenJsonLines(OpenFile):
     """An open file of JSON lines.
 
-    Args:     types: of the items of columns by name; other ones are what the values look like.
-              columns: that are read. Their types are guessed from the first rows, and one that they lack is null there.
-                  None: all, and the types are guessed from all rows.
+    Args:     types: of the items of columns by name; the others are guessed from the values.
+              columns: that are read. Their types are guessed from the first rows; a column absent there is null.
+                  None: all columns; then types are guessed from all rows.
     """
 
     unit_name = "block"
@@ -52,7 +52,7 @@ class OpenJsonLines(OpenFile):
         self.num_units = self._lines.num_blocks
         self._rounded: set[str] = set()
         if self._lines.line_at(0).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            raise ValueError("a list, which is JSON but not lines of it")
+            raise ValueError("a list: JSON, but not JSON lines")
         if columns is None:
             self.schema = overridden(guess(self._all_lines(), keep_all=True), types)
         else:
@@ -82,7 +82,7 @@ class OpenJsonLines(OpenFile):
         return (line for unit in range(self.num_units) for line in self._block(unit))
 
     def _sample(self) -> Iterator[bytes]:
-        """The first lines, however small the blocks are."""
+        """The first lines, of several blocks when blocks are small."""
         left = SAMPLE_BYTES
         for unit in range(self.num_units):
             text = self._lines.block(unit, left)
@@ -97,7 +97,7 @@ def _empty(schema: pa.Schema) -> pa.RecordBatch:
 
 
 def _rounded(columns: Sequence[Column]) -> set[str]:
-    """The names, and structs of fields, of columns that allow whole numbers to be rounded."""
+    """The names of columns that allow rounding of whole numbers, and of structs where all fields do."""
     may = {name: True for column in columns for name in _outer_names(column.name)}
     for column in columns:
         for name in _outer_names(column.name):
@@ -111,12 +111,12 @@ def _outer_names(name: str) -> list[str]:
 
 
 def _lines_of(text: bytes) -> Iterator[bytes]:
-    """Without what is blank around them, and without those that are blank."""
+    """The lines without blanks around them, and without blank lines."""
     return (stripped for line in text.split(b"\n") if (stripped := line.strip(BLANKS)))
 
 
 def _selected(fields: pa.Schema | pa.StructType, paths: Sequence[Sequence[str]]) -> list[tuple[str, pa.DataType]]:
-    """The fields that these paths name, and within structs no others."""
+    """The fields of these paths, and no other fields of their structs."""
     inner: dict[str, list[Sequence[str]]] = {}
     for name, *rest in paths:
         inner.setdefault(name, []).append(rest)
@@ -130,9 +130,9 @@ def _selected(fields: pa.Schema | pa.StructType, paths: Sequence[Sequence[str]])
 def _by_arrow(
     text: bytes, schema: pa.Schema, rounded: Collection[str], *, most: float = np.inf
 ) -> pa.RecordBatch | None:
-    """The rows as Arrow parses them; None where it cannot, or not exactly, or a row is not a line.
+    """The rows as Arrow parses them; None where it cannot parse them exactly, or a row is not one line.
 
-    Args:     most: larger doubles are taken for exact.
+    Args:     most: larger doubles count as exact.
     """
     if any(_has_map(kind) for kind in schema.types):
         return None
@@ -160,8 +160,8 @@ def _by_arrow(
 
 
 def _is_one_a_line(text: bytes) -> bool:
-    """Whether every line is from one brace to another. Then an object that Arrow finds does not end in another line: a
-    brace that closes and one that opens follow each other between rows alone, and no string has a line end in it."""
+    """Whether every line begins and ends with a brace. Then no object that Arrow finds spans two lines: a closing and
+    an opening brace follow each other only between rows, and no string contains a line end."""
     num_ends = text.count(b"\n") - text.endswith(b"\n")
     if not text.startswith(b"{") or not text.rstrip(b"\r\n").endswith(b"}"):
         return False
@@ -181,7 +181,7 @@ def _has_string(kind: pa.DataType) -> bool:
 
 
 def _is_exact(array: pa.Array, most: float) -> bool:
-    """Whether no double in it, up to the largest that counts, may be a whole number that was rounded, or overflowed."""
+    """Whether no double up to `most` may be a whole number that was rounded or overflowed."""
     if is_list(array.type):
         return _is_exact(array.values, most)
     if pa.types.is_struct(array.type):
@@ -193,7 +193,7 @@ def _is_exact(array: pa.Array, most: float) -> bool:
 
 
 def _by_line(lines: Sequence[bytes], schema: pa.Schema, rounded: Collection[str]) -> UnitRows:
-    """The rows one by one, without those that are bad. What either parser reads is a row, whatever is next to it."""
+    """The rows one by one, without the bad ones. A line that either parser can read is a row."""
     columns = Columns({field.name: field.type for field in schema}, rounded)
     bad = []
     for number, line in enumerate(lines):

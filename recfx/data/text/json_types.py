@@ -1,4 +1,4 @@
-"""Which Arrow types the values of JSON lines have: what the first rows look like, and what a column asks for."""
+"""The Arrow types of JSON lines: guessed from the first rows, or specified by a column."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from recfx.data.text.json_values import Fraction, integer, parse
 
 __all__ = ["guess", "item_of", "overridden", "with_columns"]
 
-MAX_FIELDS = 1000  # of an object; one of more names is a map
+MAX_FIELDS = 1000  # of an object; an object of more names is a map
 MAX_DEPTH = 32
 
 
 def guess(lines: Iterable[bytes], *, keep_all: bool) -> pa.Schema:
-    """The types of all names in these lines, in the order in which they appear. Lines that are not JSON say nothing.
+    """The types of all names in these lines, in order of appearance. Lines that are not JSON are ignored.
 
-    Args:     keep_all: where there are texts, or integers that neither int64 nor uint64 holds, all integers are text.
-                  Otherwise the type is that of most of the values, and the others are bad.
+    Args:     keep_all: integers become text when a name also has texts, or integers that fit neither int64 nor
+                  uint64. Otherwise the type is that of most values, and the other values are bad.
     Example:  >>> guess([b'{"a": 1, "b": [0.5]}', b'{"a": 18446744073709551615}'], keep_all=True).types
               [DataType(uint64), ListType(list<item: double>)]
     """
@@ -37,7 +37,7 @@ def guess(lines: Iterable[bytes], *, keep_all: bool) -> pa.Schema:
 
 
 class _Shape:
-    """What the values in one place of the rows have been."""
+    """The values seen so far under one name."""
 
     def __init__(self) -> None:
         self.kinds: Counter[type] = Counter()
@@ -64,7 +64,7 @@ class _Shape:
             self.is_whole = self.is_whole and integer(value) is not None
 
     def type(self, keep_all: bool) -> pa.DataType:
-        """Lists where there is one: a value next to them is a list of length 1."""
+        """The type. It is a list when any value was one: the other values are then lists of length 1."""
         if self.item is not None:
             return pa.list_(self.item.type(keep_all)) if self.item.kinds else pa.list_(self._plain(keep_all))
         if not self.fields or self.kinds[tuple] * 2 < self.kinds.total():
@@ -93,7 +93,7 @@ class _Shape:
 
 
 def overridden(schema: pa.Schema, types: Mapping[str, pa.DataType]) -> pa.Schema:
-    """The schema with these types, of the items where a column has lists."""
+    """The schema with these types; for a column of lists, of its items."""
     fields = {field.name: field.type for field in schema}
     for name, kind in types.items():
         fields[name] = _with_item(fields.get(name, kind), kind)
@@ -106,8 +106,8 @@ def _with_item(kind: pa.DataType, item: pa.DataType) -> pa.DataType:
 
 
 def with_columns(schema: pa.Schema, columns: Sequence[Column]) -> pa.Schema:
-    """The schema with each column in the type it is read from, where its values can be that. A column that is not
-    there is null in these rows."""
+    """The schema with each column in the type that it is read from, where its values allow it. A column that is absent
+    is null in these rows."""
     fields = {field.name: field.type for field in schema}
     for column in columns:
         _put(fields, column.name, column)
@@ -115,7 +115,7 @@ def with_columns(schema: pa.Schema, columns: Sequence[Column]) -> pa.Schema:
 
 
 def _put(fields: dict[str, pa.DataType], name: str, column: Column) -> None:
-    """Sets the type of a dotted name, as `path_to` finds it, within structs that are made where there are none."""
+    """Sets the type of a dotted name, as `path_to` finds it. Missing structs are added."""
     path = path_to(pa.schema(list(fields.items())), name)
     outer = path[0] if path else name if "." not in name else _struct_for(fields, name)
     if outer == name:
@@ -176,8 +176,8 @@ def _weighted(column: Column, kind: pa.DataType, depth: int) -> pa.DataType:
 
 
 def item_of(column: Column) -> pa.DataType:
-    """The type that text has which is read as this column: bytes for strings, so that no row is lost because it is not
-    UTF-8, and double for floats."""
+    """The type in which text is read for this column: bytes for strings, so that rows that are not UTF-8 are kept, and
+    double for floats."""
     if column.item == pa.binary() or getattr(column, "string_hash", None) is not None:
         return pa.binary()
     return pa.int64() if column.item == pa.int64() else pa.float64()

@@ -1,4 +1,4 @@
-"""Lines of JSON read one by one, with the standard library: where a block holds what Arrow does not read exactly."""
+"""Reads JSON lines one by one with the standard library, where Arrow does not read a block exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Convert = Callable[[Any], Any]
 
 
 class Fraction(str):
-    """The text of a number with a point or an exponent, which a float may not hold exactly."""
+    """The text of a number with a point or an exponent, which a float may not represent exactly."""
 
     __slots__ = ()
 
@@ -39,10 +39,10 @@ DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_float=Fraction)
 
 
 def parse(line: bytes) -> Objects:
-    """The names and values of the object in a line. Objects in it are tuples of pairs too, arrays are lists, and bytes
+    """The names and values of the object in a line. Inner objects are tuples of pairs too, arrays are lists, and bytes
     that are not UTF-8 are surrogates, as in file names.
 
-    Raises:   ValueError when it is not one object.
+    Raises:   ValueError when the line is not one object.
     Example:  >>> parse(b'{"a": [1, 2.0], "b": {"c": null}}')
               (('a', [1, '2.0']), ('b', (('c', None),)))
     """
@@ -63,7 +63,7 @@ def parse(line: bytes) -> Objects:
 
 
 def as_parsed(value: Any) -> Any:
-    """A value of Arrow, as a Python object, in the form that `parse` gives it."""
+    """A Python object from Arrow, in the form of `parse`."""
     if isinstance(value, dict):
         return tuple((name, as_parsed(item)) for name, item in value.items())
     if isinstance(value, list):
@@ -72,7 +72,7 @@ def as_parsed(value: Any) -> Any:
 
 
 class Columns:
-    """Values of rows, column by column, each converted to its type.
+    """Collects rows column by column, with each value converted to its column's type.
 
     Args:     rounded: columns in which a double may round a whole number.
     """
@@ -86,9 +86,9 @@ class Columns:
         self._rows: list[int] = []
 
     def add(self, number: int, pairs: Objects) -> None:
-        """One row, and its number. A name that is absent is null.
+        """Adds one row with its number. An absent name is null.
 
-        Raises:   WrongValueError when a value is not of its type, or a name is there twice; then nothing is added.
+        Raises:   WrongValueError when a value has another type, or a name occurs twice; then nothing is added.
         """
         row: dict[str, Any] = {}
         self._place.row = number
@@ -102,11 +102,11 @@ class Columns:
             values.append(row.get(name))
 
     def rows(self) -> UnitRows:
-        """All rows. Integers that no int64 holds make a column uint64; next to negative ones their rows are bad."""
+        """All rows. Integers beyond int64 make a column uint64; if it has negative numbers too, their rows are bad."""
         bad: dict[int, BadRow] = {}
         for name, seen in self._numbers.items():
             for row, value in seen.large.items() if seen.is_negative else ():
-                bad.setdefault(row, BadRow(row, name, str(value), "int64, since there are negative numbers too"))
+                bad.setdefault(row, BadRow(row, name, str(value), "int64, since the column has negative numbers too"))
         arrays = [self._array(name, kind, bad) for name, kind in self._types.items()]
         numbers = np.array([row for row in self._rows if row not in bad], dtype=np.int64)
         return UnitRows(pa.RecordBatch.from_arrays(arrays, list(self._types)), numbers, list(bad.values()))
@@ -125,7 +125,7 @@ class _CurrentRow:
 
 
 class _Numbers:
-    """Of a column: what integers there were, and whether a double may round a whole number."""
+    """The integers of a column so far, and whether a double may round a whole number."""
 
     def __init__(self, may_round: bool, place: _CurrentRow) -> None:
         self.may_round, self._place = may_round, place
@@ -141,7 +141,7 @@ class _Numbers:
 
 
 def _converter(name: str, kind: pa.DataType, seen: _Numbers) -> Convert:
-    """A function from values of JSON to what `pa.array` takes, None to None; raises WrongValueError."""
+    """A function from JSON values to values for `pa.array`; None stays None. It raises WrongValueError."""
     if pa.types.is_map(kind):
         convert = _map(name, kind, seen)
     elif is_list(kind):
@@ -226,7 +226,7 @@ def _plain(name: str, kind: pa.DataType, seen: _Numbers) -> Convert:
 
 
 def integer(value: Any) -> int | None:
-    """Its value where it is a whole number in 64 bits: 3, 3.0 and 3e0 are."""
+    """The value if it is a whole number of 64 bits, such as 3, 3.0 or 3e0; else None."""
     if type(value) is Fraction:
         try:
             number = Decimal(value)
@@ -238,7 +238,7 @@ def integer(value: Any) -> int | None:
 
 
 def _real(value: Any, may_round: bool) -> float | None:
-    """Its value where it is a number that a double can be: nothing out of range, and no whole number that it rounds."""
+    """The value as a double; None when it is out of range, or a whole number that would be rounded."""
     if type(value) is int:
         return float(value) if abs(value) < 1 << 1023 and (may_round or int(float(value)) == value) else None
     if type(value) is Fraction:
@@ -247,7 +247,7 @@ def _real(value: Any, may_round: bool) -> float | None:
 
 
 def _with_integers(kind: pa.DataType, integer: pa.DataType) -> pa.DataType:
-    """The type with this one for those of integers."""
+    """The type, with `integer` in place of its integer types."""
     if pa.types.is_map(kind):
         return pa.map_(_with_integers(kind.key_type, integer), _with_integers(kind.item_type, integer))
     if is_list(kind):
@@ -258,7 +258,7 @@ def _with_integers(kind: pa.DataType, integer: pa.DataType) -> pa.DataType:
 
 
 def shown(value: Any) -> str:
-    """A value of JSON in a few words, for an error."""
+    """A JSON value in a few words, for an error."""
     if isinstance(value, list):
         return "a list"
     if isinstance(value, tuple):

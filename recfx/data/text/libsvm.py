@@ -30,11 +30,11 @@ BLANKS[list(b" \t\r\n\x0b\x0c")] = True
 
 @dataclass(frozen=True, kw_only=True)
 class Libsvm(InBlocks):
-    """How a file of libsvm text is written: `label [qid:Q] index:value index:value ... [# comment]` in each line.
+    """The format of libsvm text: `label [qid:Q] index:value index:value ... [# comment]` in each line.
 
-    Its columns are "label" (double), "qid" (int64, null where it is absent) and "features", lists of struct{k, v}:
-    `varlen("features", torch.int64, weighted=True)`, or `hashed` where the indices are names. "indices" and "values"
-    are its two halves, as columns. The fields of libffm (`field:index:value`) are not read: such a row is bad.
+    Its columns are "label" (double), "qid" (int64, null where absent) and "features", lists of struct{k, v}: read them
+    by `varlen("features", torch.int64, weighted=True)`, or by `hashed` where the indices are names. "indices" and
+    "values" are the two halves of "features" as columns. A row of libffm (`field:index:value`) is bad.
 
     Args:     block_bytes: see `InBlocks`.
     """
@@ -43,8 +43,8 @@ class Libsvm(InBlocks):
 class OpenLibsvm(OpenFile):
     """An open file of libsvm text.
 
-    Args:     types: "features": of the indices.
-              columns: that are read; None: all, and the type of the indices is what they look like in all rows.
+    Args:     types: "features": the type of the indices.
+              columns: that are read; None: all. Then the type of the indices is guessed from all rows.
     """
 
     unit_name = "block"
@@ -71,7 +71,7 @@ class OpenLibsvm(OpenFile):
 
     def read(self, unit: int, names: Sequence[str]) -> UnitRows:
         tokens = _tokens(self._lines.block(unit))
-        bad = dict(tokens.bad)  # of each row the first
+        bad = dict(tokens.bad)  # the first one of each row
         arrays = {name: array for name, array in self._arrays(tokens, set(names), bad).items() if name in names}
         keep = np.ones(tokens.num_rows, dtype=bool)
         keep[list(bad)] = False
@@ -82,8 +82,8 @@ class OpenLibsvm(OpenFile):
         return _tokens(self._lines.block(unit)).num_rows
 
     def _guess(self) -> pa.DataType:
-        """Of the indices in all rows: integers, or text where one has a leading zero or is something else, and where
-        some are negative and others above 2**63 - 1."""
+        """The type of the indices in all rows: integers; or text when one is not an integer or has a leading zero, or
+        when some are negative and others above 2**63 - 1."""
         kind, is_negative = pa.int64(), False
         for unit in range(self.num_units):
             indices = _tokens(self._lines.block(unit)).indices.strings
@@ -123,23 +123,23 @@ class OpenLibsvm(OpenFile):
 class _Pieces(NamedTuple):
     """Parts of tokens."""
 
-    strings: pa.StringArray  # may hold what is not UTF-8
-    rows: np.ndarray  # i64, of each of them, rising
+    strings: pa.StringArray  # not necessarily UTF-8
+    rows: np.ndarray  # i64: the row of each string, rising
 
 
 class _Tokens(NamedTuple):
-    """A block taken apart."""
+    """A block split into tokens."""
 
     num_rows: int
     labels: _Pieces
     queries: _Pieces
     indices: _Pieces
     values: _Pieces
-    bad: dict[int, BadRow]  # by row: those of another form
+    bad: dict[int, BadRow]  # by row: rows of another form
 
 
 def _tokens(text: bytes) -> _Tokens:
-    """Lines without comments that are not blank are rows; their tokens stand between blanks.
+    """Splits a block into rows, which are lines that are not blank without comments, and tokens between blanks.
 
     Cost:     about ten passes over the bytes in numpy.
     """
@@ -183,14 +183,14 @@ def _without_comments(codes: np.ndarray) -> np.ndarray:
 
 
 def _between(length: int, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Which of so many bytes are in one of the spans, which rise: bool [length]."""
+    """Which of `length` bytes are in one of the rising spans: bool [length]."""
     edges = np.empty(2 * len(begins) + 2, dtype=np.int64)
     edges[0], edges[-1], edges[1:-1:2], edges[2:-1:2] = 0, length, begins, ends
     return np.repeat(np.arange(len(edges) - 1) % 2 == 1, np.diff(edges))
 
 
 def _queries(codes: np.ndarray, begins: np.ndarray, ends: np.ndarray, is_label: np.ndarray) -> np.ndarray:
-    """Which tokens are the second of their row and say qid:"""
+    """Which tokens are the second of their row and begin with qid:"""
     is_query = np.append(False, is_label[:-1])[: len(begins)] & ~is_label & (ends - begins >= len("qid:"))
     for i, code in enumerate(b"qid:"):
         is_query[is_query] = codes[begins[is_query] + i] == code
@@ -207,7 +207,7 @@ def _pieces(codes: np.ndarray, begins: np.ndarray, ends: np.ndarray, rows: np.nd
 def _read(
     pieces: _Pieces, column: str, kind: pa.DataType, bad: dict[int, BadRow], *, may_round: bool = False
 ) -> pa.Array:
-    """The pieces in this type. The rows of those that are something else are noted as bad."""
+    """The pieces in this type. Rows with pieces of another type are added to `bad`."""
     if is_text(kind):
         array, wrong = _texts(pieces.strings, kind)
     elif pa.types.is_integer(kind):
@@ -233,7 +233,7 @@ def _texts(strings: pa.StringArray, kind: pa.DataType) -> tuple[pa.Array, list[i
 
 
 def _integers(strings: pa.StringArray, kind: pa.DataType) -> tuple[pa.Array, list[int]]:
-    """As int64, or uint64 where there are larger ones; next to negative ones these are wrong. So is hexadecimal."""
+    """As int64, or uint64 where some are larger. Larger ones are wrong when others are negative. So is hexadecimal."""
     for kept in () if b"x" in _data(strings).lower() else (kind, pa.uint64()):
         try:
             return strings.cast(kept), []
@@ -249,7 +249,7 @@ def _integers(strings: pa.StringArray, kind: pa.DataType) -> tuple[pa.Array, lis
 
 
 def _reals(strings: pa.StringArray, may_round: bool) -> tuple[pa.Array, list[int]]:
-    """As doubles. One that is out of range, and a whole number that a double rounds, is wrong."""
+    """As doubles. A number out of range, and a whole number that a double would round, is wrong."""
     kind = pa.float64()
     strings = pc.replace_substring_regex(strings, r"^\+([0-9.iInN])", r"\1") if b"+" in _data(strings) else strings
     wrong: list[int] = []
@@ -264,7 +264,7 @@ def _reals(strings: pa.StringArray, may_round: bool) -> tuple[pa.Array, list[int
 
 
 def _keeps(text: bytes, value: float, may_round: bool) -> bool:
-    """Whether a double is what the text says: a finite number, and just that where it is written as a whole one."""
+    """Whether a double has the value of the text: finite, and exact when the text is a whole number."""
     if text.lstrip(b"-").isdigit() and not may_round:
         return abs(value) < float("inf") and len(text) < MAX_DIGITS and int(value) == int(text)
     return abs(value) < float("inf") or text.lstrip(b"-").lower().startswith(b"inf")

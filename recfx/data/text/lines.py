@@ -1,4 +1,4 @@
-"""Text files as blocks of whole lines, so that a large one is read in parallel and resumed in its middle."""
+"""Text files as blocks of whole lines, so that a large file can be read in parallel and resumed in the middle."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from recfx.data.files import File
 __all__ = ["COMPRESSIONS", "InBlocks", "Lines", "first_lines", "is_utf8"]
 
 COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "bz2": "bz2", "zst": "zstd", "zstd": "zstd", "lz4": "lz4"}  # by extension
-LINE_BYTES = 1 << 16  # read at once, to find the end of a line
+LINE_BYTES = 1 << 16  # bytes per read, to find the end of a line
 
 
 @dataclass(frozen=True, kw_only=True)
 class InBlocks:
-    """How a text file is read: in blocks of `block_bytes`. A compressed file (.gz, .zst, ...) is one block.
+    """A text file that is read in blocks of `block_bytes`. A compressed file (.gz, .zst, ...) is one block.
 
     Raises:   TypeError or ValueError when block_bytes is not an int of at least 1.
     """
@@ -30,9 +30,9 @@ class InBlocks:
 
 
 class Lines:
-    """The lines of a file. A compressed file, as its extension says, is decompressed at once and is one block.
+    """The lines of a file. A file with the extension of a compression is decompressed whole and is one block.
 
-    Args:     block_bytes: of the text in one block, but for its last line, which is whole.
+    Args:     block_bytes: bytes of text in a block. Its last line is complete and may exceed them.
     """
 
     def __init__(self, file: File, block_bytes: int) -> None:
@@ -50,7 +50,7 @@ class Lines:
         num_bytes = min(self._block_bytes, max_bytes or self._block_bytes)
         begin = self.start + number * self._block_bytes
         text = self._read(begin, num_bytes)
-        if number > 0 and self._read(begin - 1, 1) != b"\n":  # the first line began in the block before
+        if number > 0 and self._read(begin - 1, 1) != b"\n":  # the first line began in the previous block
             cut = text.find(b"\n") + 1
             text = text[cut:] if cut else b""
         if text and not text.endswith(b"\n"):
@@ -58,7 +58,7 @@ class Lines:
         return text.removeprefix(codecs.BOM_UTF8) if begin == 0 else text
 
     def line_at(self, place: int) -> bytes:
-        """From a byte to the end of its line, line end included."""
+        """The text from a byte to the end of its line, line end included."""
         chunks = []
         while chunk := self._read(place, LINE_BYTES):
             end = chunk.find(b"\n") + 1
@@ -77,7 +77,7 @@ class Lines:
 
 
 def first_lines(file: File, num: int) -> bytes:
-    """At least so many lines of a file, decompressed, or all of it where there are fewer."""
+    """At least `num` lines of a file, decompressed; all of it when it has fewer."""
     head = b""
     with file.filesystem.open_input_stream(file.path, compression=_compression(file)) as stream:
         while head.count(b"\n") < num and (chunk := stream.read(1 << 16)):
@@ -86,7 +86,7 @@ def first_lines(file: File, num: int) -> bytes:
 
 
 def _compression(file: File) -> str | None:
-    """What the extension says."""
+    """The compression that the extension names."""
     return COMPRESSIONS.get(file.name.rpartition(".")[2].lower())
 
 
@@ -99,7 +99,7 @@ def _decompressed(file: File) -> bytes | None:
 
 
 def is_utf8(text: bytes) -> bool:
-    """Whether it is UTF-8. Arrow looks at it, which makes no string of it."""
+    """Whether it is UTF-8. Arrow checks it without creating a string."""
     if text.isascii():
         return True
     try:
