@@ -1,4 +1,4 @@
-"""What several modules ask of their arguments, and how an error says what it got."""
+"""Checks of arguments that several modules share, and the words for values in errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_NAMES = 12  # in one error
 
 
 def said(value: Any) -> str:
-    """A value in a few words, for the `got` of an error: never its items, and no address.
+    """A value in a few words, for the `got` of an error, without items and addresses.
 
     Example:  >>> said(len), said({"a": 1}), said([0.5, "x"]), said(1e3)
               ('the function len', "a dict of ['a']", 'a list of float, str', '1000.0')
@@ -38,7 +38,7 @@ def said(value: Any) -> str:
 
 
 def names(of: Mapping[Any, Any]) -> str:
-    """Its keys as a list, cut after a dozen."""
+    """The keys as a list, cut after a dozen."""
     keys = list(of)
     more = f" and {len(keys) - MOST_NAMES} more" if len(keys) > MOST_NAMES else ""
     return f"{keys[:MOST_NAMES]}{more}"
@@ -47,7 +47,7 @@ def names(of: Mapping[Any, Any]) -> str:
 def check_choice(name: str, value: object, choices: Sequence[object], *, others: str = "") -> None:
     """Raises ValueError when the value is not one of the choices.
 
-    Args:     others: what else it may be, such as " or Csv(...)", for the error.
+    Args:     others: further accepted values for the error, such as " or Csv(...)".
     Example:  >>> check_choice("side", "top", ("left", "right"))
               Traceback (most recent call last):
               ValueError: side: got 'top', expected one of ('left', 'right').
@@ -57,7 +57,7 @@ def check_choice(name: str, value: object, choices: Sequence[object], *, others:
 
 
 def check_int(name: str, value: object, least: int) -> None:
-    """Raises TypeError when it is not an int (a flag is not, nor is numpy's), ValueError when it is below the least.
+    """Raises TypeError when it is not an int (neither a bool nor a numpy integer), ValueError when it is below `least`.
 
     Example:  >>> check_int("every", 0, 1)
               Traceback (most recent call last):
@@ -70,7 +70,7 @@ def check_int(name: str, value: object, least: int) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raises TypeError when it is not a real number, Python's or numpy's (a flag is not one).
+    """Raises TypeError when it is not a real number of Python or numpy (a bool is not one).
 
     Example:  >>> check_number("eps", "1e-8")
               Traceback (most recent call last):
@@ -81,7 +81,7 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_type(name: str, value: object, kind: type | types.UnionType, advice: str = "") -> None:
-    """Raises TypeError, with the advice (whole sentences), when the value is not of that kind.
+    """Raises TypeError, with the advice (whole sentences), when the value is not of that type.
 
     Example:  >>> check_type("run", None, dict, "Give a dict.")
               Traceback (most recent call last):
@@ -112,8 +112,8 @@ def check_function(name: str, value: Any, takes: str, gives: str, advice: str = 
 
 
 def signature_of(function: Any) -> inspect.Signature | None:
-    """What a function, or a Module, is called with; None where that is not known, as of some functions written in C."""
-    try:  # a Module's own call takes anything
+    """The signature of a function or Module; None when it is unknown, as for some functions written in C."""
+    try:  # Module.__call__ accepts anything
         return inspect.signature(getattr(function, "forward", function))
     except (TypeError, ValueError):
         return None
@@ -128,7 +128,7 @@ def _binds(signature: inspect.Signature, arguments: str) -> bool:
 
 
 def _name(kind: type) -> str:
-    """Of a class, with its module where a reader may need it: a class of recfx is named as a program imports it."""
+    """The name of a class, with its module unless it is builtin. A class of recfx has the name that programs import."""
     if kind is Mapping:
         return "a dict"
     if kind.__module__ == "builtins":

@@ -1,7 +1,7 @@
-"""What `repr` prints of a batch, a table, a training state and a step: a few lines, read from the device.
+"""The `repr` of a batch, a table, a training state and a step: a few lines, with numbers read from the device.
 
-By names alone, since the classes are defined above. Nothing here raises: what a function of `tree_map` has put in the
-place of tensors is printed as tuples are, and a number that cannot be read now (of a fake tensor) as '?'.
+It accesses attributes by name only, since the classes are in higher layers. Nothing here raises: objects whose tensors
+`tree_map` replaced are printed like tuples, and a number that cannot be read (of a fake tensor) as '?'.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHORT = {"bfloat": "bf", "float": "f", "uint": "u", "int": "i"}
 
 
 def or_plain(describe: Callable[[Any], str]) -> Callable[[Any], str]:
-    """`describe` as a `__repr__`; where it fails, the fields by name."""
+    """`describe` as a `__repr__` that shows the fields by name when `describe` fails."""
 
     def text(value: Any) -> str:
         try:
@@ -33,7 +33,7 @@ def or_plain(describe: Callable[[Any], str]) -> Callable[[Any], str]:
 
 
 def batch_text(batch: Any) -> str:
-    """Of a `recfx.types.Batch`: samples, bytes and device, then its columns, at most a dozen."""
+    """The text of a `recfx.types.Batch`: samples, bytes and device, then its columns, at most a dozen."""
     columns = {name: parts for name, parts in batch.layout.columns.items() if name != "num_samples"}
     first = next(iter(columns.values()))
     outermost = next((first[part] for part in ("outer0", "offsets") if part in first), None)
@@ -53,7 +53,7 @@ def _column(parts: dict[str, Any]) -> str:
 
 
 def table_text(table: Any) -> str:
-    """Of a `recfx.table.TableState`: rows in use, and what is reserved."""
+    """The text of a `recfx.table.TableState`: rows in use, and reserved memory."""
     live = _read(table.num_rows, table.num_free)
     num, width = table.rows.shape[1:]
     where = f"each {_dtype(table.rows.dtype)} [{num}, {width}], on {table.rows.device}"
@@ -61,7 +61,7 @@ def table_text(table: Any) -> str:
 
 
 def state_text(state: Any) -> str:
-    """Of a `recfx.step.TrainState`: step and parameters, then its tables, the open window and the metrics."""
+    """The text of a `recfx.step.TrainState`: step and parameters, then its tables, the open window and the metrics."""
     params = state.params.values()
     count = _number(sum(p.numel() for p in params), "parameter", "parameters")
     what = f"{count} in {_number(len(params), 'tensor', 'tensors')}"
@@ -76,7 +76,7 @@ def state_text(state: Any) -> str:
 
 
 def step_text(step: Any) -> str:
-    """Of a `recfx.step.Step`: how it trains, then its tables and groups of embeddings."""
+    """The text of a `recfx.step.Step`: its options, then its tables and groups of embeddings."""
     how = f"accumulation {step.accumulation}, seed {step.seed}, {step.precision}, {step.on_nonfinite} on NaN"
     title = f"Step({how}, rows keep {' and '.join(step.slots) or 'nothing'})"
     lines = []
@@ -105,7 +105,7 @@ def _number(count: int, one: str, many: str) -> str:
 
 
 def _read(value: Tensor, without: Tensor | None = None) -> str:
-    """A counter, less another one, or '?' where the host cannot read it now."""
+    """A counter minus `without`, or '?' when the host cannot read it."""
     try:
         if value.is_cuda and torch.cuda.is_current_stream_capturing():
             return "?"

@@ -16,7 +16,7 @@ __all__ = ["full_matmul", "in_bf16", "init_linear", "linear", "mlp", "mlp_from_f
 
 Forward = Callable[..., Any]
 
-LOOPS_ON = ("cuda",)  # devices on which a compiled sum joins the loops next to it, over whatever axis it runs
+LOOPS_ON = ("cuda",)  # devices on which a compiled sum over any axis fuses with neighbouring loops
 
 
 def init_linear(num_in: int, num_out: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def init_linear(num_in: int, num_out: int, generator: torch.Generator) -> tuple[
 def linear(params: Params, name: str, x: Tensor) -> Tensor:
     """x @ W + b with W = params['<name>.weight'] [num_in, num_out], b = params['<name>.bias'].
 
-    A single output, such as a logit, is f32 under `in_bf16` too: eight bits would tie scores, and it is no GEMM.
+    A single output, such as a logit, is f32 under `in_bf16` too: eight bits would tie scores, and it is not a GEMM.
     """
     weight = params[f"{name}.weight"]
     bias = params[f"{name}.bias"]
@@ -41,7 +41,7 @@ def linear(params: Params, name: str, x: Tensor) -> Tensor:
 
 
 def mlp(params: Params, name: str, x: Tensor, *, num_hidden: int) -> Tensor:
-    """`num_hidden` ReLU layers '<name>.0' ... and a last linear one without: f32 [B, num_in] -> [B, num_out]."""
+    """`num_hidden` layers '<name>.0' ... with ReLU, then a linear one: f32 [B, num_in] -> [B, num_out]."""
     return mlp_from_first(params, name, linear(params, f"{name}.0", x), num_hidden=num_hidden)
 
 
@@ -53,10 +53,10 @@ def mlp_from_first(params: Params, name: str, x: Tensor, *, num_hidden: int) -> 
 
 
 def in_bf16(forward: Forward) -> Forward:
-    """`forward` with its products of matrices, and those of its gradients, in bf16; the result and gradients are f32.
+    """`forward` with its matrix products, and those of its gradients, in bf16. The result and the gradients are f32.
 
-    By torch.autocast: parameters stay f32 and are rounded where they are multiplied, sums are kept in f32 and their
-    results rounded. `full_matmul` is left alone.
+    It uses torch.autocast: parameters stay f32 and are rounded for each product, which sums in f32 and rounds its
+    result. `full_matmul` is not affected.
 
     Args:     forward: (params, embeddings by group, features, ...) -> logit, or a tuple that begins with it.
     Example:  >>> params = {"fc.weight": torch.full((3, 2), 1.01), "fc.bias": torch.zeros(2)}
@@ -76,18 +76,18 @@ def in_bf16(forward: Forward) -> Forward:
 
 
 def full_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight in the dtype of weight, under `in_bf16` too: for products too narrow to gain by bf16."""
+    """x @ weight in the dtype of weight, also under `in_bf16`: for products too narrow to gain from bf16."""
     x = x.to(weight.dtype)
-    if not torch.is_autocast_enabled(x.device.type):  # a graph that enters autocast is traced anew in every process
+    if not torch.is_autocast_enabled(x.device.type):  # a graph that enters autocast is traced again in every process
         return x @ weight
     with torch.autocast(x.device.type, enabled=False):
         return x @ weight
 
 
 def sums_are_loops(x: Tensor) -> bool:
-    """Whether sums of small products are better written as sums than as products of matrices where `x` is.
+    """Whether small products are faster as sums than as matrix products on the device of `x`.
 
-    On a CPU a GEMM of few columns beats a sum that runs along an axis in the middle. On CUDA it is a launch, and so are
-    the shapes that it wants.
+    On a CPU a GEMM of few columns is faster than a sum along a middle axis. On CUDA it needs a launch, and another for
+    the layout of its inputs.
     """
     return x.device.type in LOOPS_ON

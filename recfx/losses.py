@@ -1,4 +1,4 @@
-"""Losses per sample; the step masks padding and averages."""
+"""Losses per sample. The step masks padding and averages."""
 
 from __future__ import annotations
 

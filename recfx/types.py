@@ -1,6 +1,6 @@
-"""The nouns every other module speaks in.
+"""Batches, ragged columns and their layout: the types that all other modules use.
 
-Axis letters, used as name suffixes wherever a function juggles axes:
+Axis letters, used as name suffixes in functions with several axes:
 
     B batch   F sparse fields   N numeric fields   D width   U unique ids   C capacity   H hidden
     L lookups of one physical table   P positions (ids of one batch, padding included)   V vocabularies
@@ -25,11 +25,11 @@ __all__ = ["Batch", "Field", "Layout", "Params", "Ragged", "Transform", "pack"]
 Params = dict[str, Tensor]
 
 NUM_SAMPLES = "num_samples"  # batch key: i32 [], how many of the B samples are real
-COUNTS = "counts"  # feature key: a dict of tensors that the step hands on in `aux.counts`, as overflow of a capacity
+COUNTS = "counts"  # feature key: a dict of tensors for `aux.counts`, such as the overflow of a capacity
 
 ALIGN_BYTES = 64
 STRIDED = torch.strided
-OUTER = "outer"  # and a level: part of a nested column
+OUTER = "outer"  # plus a level: part of a nested column
 
 
 class Ragged(NamedTuple):
@@ -38,8 +38,8 @@ class Ragged(NamedTuple):
     Nested lists have one more tensor of offsets per level: with outer = (o,), sample b holds the lists o[b] to
     o[b + 1]. A string is a list of bytes, so a list of strings per sample is such a nested list of u8.
 
-    Every tensor has a static capacity; what lies beyond the last offset is padding that no op reads. Where lists are
-    themselves counted by an outer level, `offsets` stays flat behind the last list: padding is made of empty lists.
+    Every tensor has a static capacity; values after the last offset are padding that no op reads. In nested lists
+    `offsets` repeats its last value after the last list: padding consists of empty lists.
 
     Example:  >>> Ragged(torch.tensor([7, 8, 9, 0]), torch.tensor([0, 2, 3], dtype=torch.int32)).num_samples
               2
@@ -48,26 +48,27 @@ class Ragged(NamedTuple):
     values: Tensor  # [capacity], i64 ids, f32 numbers or u8 bytes
     offsets: Tensor  # i32 [lists + 1], of the innermost lists: rising, offsets[0] = 0
     weights: Tensor | None = None  # f32 [capacity], a weight per value
-    outer: tuple[Tensor, ...] = ()  # i32 [lists of that level + 1], outermost first; without, the lists are the samples
+    outer: tuple[Tensor, ...] = ()  # i32 [lists of that level + 1], outermost first; empty when each list is one sample
 
     @staticmethod
     def from_lists(
         lists: Any, dtype: torch.dtype | None = None, *, weights: Any = None, capacity: int | None = None
     ) -> Ragged:
-        """Of nested Python lists, one for each sample. None is an empty list, but not an item of one.
+        """A Ragged of nested Python lists, one for each sample. None is an empty list, but not a valid item.
 
-        Args:     lists: lists, tuples, numpy arrays or tensors, nested to any depth, the same everywhere. In the
-                      innermost are integers, numbers, or strings (or bytes), which are `varlen(torch.uint8)`'s: their
-                      bytes, with offsets of the strings.
-                  dtype: torch.int64, torch.float32 or torch.uint8; None: int64 for integers alone, float32 for numbers
+        Args:     lists: lists, tuples, numpy arrays or tensors, all nested to the same depth. The items are integers,
+                      numbers, or strings (or bytes). Strings become their bytes with offsets of the strings, as in
+                      `varlen(torch.uint8)`.
+                  dtype: torch.int64, torch.float32 or torch.uint8; None: int64 for integers only, float32 for numbers
                       with floats among them, uint8 for strings. Integers from 2**63 on keep their 64 bits.
                   weights: numbers, nested as `lists` is.
-                  capacity: the size of `values`, with zeros at the end; None: as many as there are.
+                  capacity: the size of `values`, with zeros at the end; None: the number of items.
         Shapes:   values i64, f32 or u8 [capacity]; offsets i32 [lists + 1]; weights f32 [capacity]; outer i32.
-        Cost:     a pass of Python over the items, but for numpy arrays.
-        Raises:   TypeError when `lists` is not a list. ValueError naming the place, as "lists[3][0]", where lists are
-                  of different depths, an item is not of the dtype (a float, a flag or null as an id), or is a whole
-                  number that float32 would round; when weights are not as many, or the capacity is too small.
+        Cost:     a Python loop over the items, except for numpy arrays.
+        Raises:   TypeError when `lists` is not a list. ValueError naming the place, as "lists[3][0]", where lists
+                  have different depths, an item is not of the dtype (a float, a bool or null as an id), or is a
+                  whole number that float32 would round; when there are not as many weights, or the capacity is too
+                  small.
         Example:  >>> ids = Ragged.from_lists([[7, 8], None, [9]])
                   >>> ids.values.tolist(), ids.offsets.tolist()
                   ([7, 8, 9], [0, 2, 2, 3])
@@ -88,7 +89,7 @@ class Ragged(NamedTuple):
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """Its tensors by the name they have in a packed batch."""
+        """Its tensors by their names in a packed batch."""
         outer = {f"{OUTER}{level}": offsets for level, offsets in enumerate(self.outer)}
         weights = {} if self.weights is None else {"weights": self.weights}
         return {"values": self.values, "offsets": self.offsets, **weights, **outer}
@@ -103,7 +104,7 @@ class Ragged(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """Where one tensor of a packed batch lies: `numel` items of `dtype` from item `start` of that dtype's section."""
+    """The place of one tensor in a packed batch: `numel` items of `dtype` from item `start` of that dtype's section."""
 
     name: str
     part: str  # "dense", or a name of `Ragged.parts`
@@ -124,10 +125,10 @@ class Layout:
     def _hash(self) -> int:
         return hash((self.fields, self.num_bytes))
 
-    def __hash__(self) -> int:  # kept: a layout is looked up at every step
+    def __hash__(self) -> int:  # cached: a layout is looked up at every step
         return self._hash
 
-    def __reduce__(self) -> tuple:  # without what is kept: strings hash differently in every process
+    def __reduce__(self) -> tuple:  # without the cached hash: strings hash differently in every process
         return _layout, (self.fields, self.sections, self.num_bytes)
 
     @functools.cached_property
@@ -145,7 +146,7 @@ class Layout:
 
     @functools.cached_property
     def links(self) -> Links:
-        """How its sizes hang together. TypeError or ValueError where it is not that of a batch."""
+        """How its sizes depend on each other. TypeError or ValueError when it is not the layout of a batch."""
         begins = {dtype: first for dtype, first, _ in self.sections}
         columns = [f for f in self.fields if f.name != NUM_SAMPLES]
         first_bytes = {(f.name, f.part): begins[f.dtype] + f.start * f.dtype.itemsize for f in columns}
@@ -153,12 +154,12 @@ class Layout:
 
     @functools.cached_property
     def table(self) -> Any:
-        """What `offsets_fit` reads of columns that fill it."""
+        """The table that `offsets_fit` reads, for columns that fill this layout."""
         return table_of(self.links, self.forms)
 
     @functools.cached_property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of the sections."""
+        """The dtypes of the sections."""
         return tuple(dtype for dtype, _, _ in self.sections)
 
     @staticmethod
@@ -179,18 +180,18 @@ class Layout:
 
 @functools.lru_cache(maxsize=256)
 def _layout(fields: tuple[Field, ...], sections: tuple[tuple[torch.dtype, int, int], ...], num_bytes: int) -> Layout:
-    """Equal layouts are one object: comparing two takes longer than any other part of a look-up."""
+    """Equal layouts are one object: comparing two takes longer than the rest of a look-up."""
     return Layout(fields=fields, sections=sections, num_bytes=num_bytes)
 
 
 class Batch(Mapping[str, Any]):
     """A read-only dict of tensors (`Tensor` or `Ragged` by column name), all of them views of one buffer.
 
-    One buffer is what makes a batch cheap: one copy to the device, and a captured step that takes a handful of
-    inputs instead of two per column. Views are made when asked for.
+    One buffer makes a batch cheap: one copy to the device, and a few inputs for a captured step instead of two per
+    column. Views are created on access.
 
-    Shapes:   buffer u8 [layout.num_bytes], as `pack` or a reader made it, or a copy of one: its values and offsets are
-              not looked at, and a step relies on them.
+    Shapes:   buffer u8 [layout.num_bytes], from `pack` or a reader, or a copy of one: its values and offsets are not
+              checked, and a step relies on them.
     Raises:   ValueError when the buffer is not u8, flat and contiguous, or its size is not the layout's.
     Example:  >>> b = pack({"x": torch.ones(2, 1), "c": Ragged(torch.tensor([5, 6]), torch.tensor([0, 1, 2]).int())})
               >>> b["c"].values.tolist(), len(b.sections)
@@ -210,7 +211,7 @@ class Batch(Mapping[str, Any]):
 
     @property
     def sections(self) -> list[Tensor]:
-        """One flat tensor per dtype, in the layout's order: what the captured step takes as its inputs."""
+        """One flat tensor per dtype, in the layout's order: the inputs of a captured step."""
         return [self.buffer[first : first + n * dtype.itemsize].view(dtype) for dtype, first, n in self.layout.sections]
 
     def __getitem__(self, name: str) -> Any:
@@ -227,7 +228,7 @@ class Batch(Mapping[str, Any]):
 
 
 def unpack(sections: list[Tensor], layout: Layout) -> dict[str, Tensor | Ragged]:
-    """Views of the sections by column name. Plain slicing, so it costs nothing inside a captured graph."""
+    """Views of the sections by column name. They are slices, so they are free inside a captured graph."""
     by_dtype = dict(zip(layout.dtypes, sections, strict=True))
     return {name: _column(parts, by_dtype) for name, parts in layout.columns.items()}
 
@@ -243,17 +244,17 @@ def _column(parts: Mapping[str, Field], sections: Mapping[torch.dtype, Tensor]) 
 def pack(columns: Mapping[str, Tensor | Ragged], *, layout: Layout | None = None, pin_memory: bool = False) -> Batch:
     """Copies a dict of tensors into one buffer. NUM_SAMPLES is added when absent: every sample is real.
 
-    This is the gate of a step: what a kernel relies on is checked here, once, and not at every step.
+    Everything that kernels rely on is checked here, once, and not at every step.
 
     Args:     columns: `Tensor` [B, d] or `Ragged` by name; all with the same B, which may be 0, and on one device.
-              layout: of another batch with these columns. The new one is padded to it, with zeros and empty lists, so
-              that requests of any size run through one captured graph. None: as large as the columns are.
-              pin_memory: as of torch.empty: a copy to a GPU then needs no other on the host.
-    Cost:     of the checks, on a CPU: one pass over all offsets in C++, under 2 % of the copy; on a GPU: a host read.
-    Raises:   TypeError for what is not a Tensor or Ragged of them, or of another dtype than a batch holds. ValueError
+              layout: of another batch with these columns. The new batch is padded to it, with zeros and empty lists, so
+              that requests of any size run through one captured graph. None: the size of the columns.
+              pin_memory: as in torch.empty: a copy to a GPU then needs no second copy on the host.
+    Cost:     the checks take one pass over all offsets in C++ on a CPU, under 2 % of the copy; a host read on a GPU.
+    Raises:   TypeError for a column that is not a Tensor or Ragged, or has a dtype that a batch cannot hold. ValueError
               when two columns disagree on B or the device, do not fit into the layout, or have another shape; when
-              offsets do not begin with 0, fall, or end beyond what they count; when weights are not as many as values;
-              when NUM_SAMPLES is not from 0 to B. Both name the column and, where there is one, the place.
+              offsets do not begin with 0, decrease, or end after their items; when there are not as many weights as
+              values; when NUM_SAMPLES is not from 0 to B. Both name the column and, where possible, the place.
     Example:  >>> large = pack({"item": Ragged(torch.zeros(8).long(), torch.zeros(5).int())})  # 4 samples, 8 items
               >>> request = {"item": Ragged(torch.tensor([5, 6]), torch.tensor([0, 2]).int())}
               >>> batch = pack(request, layout=large.layout)
@@ -262,9 +263,9 @@ def pack(columns: Mapping[str, Tensor | Ragged], *, layout: Layout | None = None
     """
     names = [name for name in columns if name != NUM_SAMPLES]
     if not names:
-        raise ValueError(f"columns: got {list(columns)}, expected one besides '{NUM_SAMPLES}' at least.")
+        raise ValueError(f"columns: got {list(columns)}, expected at least one besides '{NUM_SAMPLES}'.")
     for name, column in columns.items():
-        if not isinstance(column, (Tensor, Ragged)):  # as a tuple: a union is made at each call
+        if not isinstance(column, (Tensor, Ragged)):  # a tuple: a union would be built at each call
             raise TypeError(f"column '{name}': got {type(column).__name__}, expected Tensor or Ragged.")
     try:
         batch, is_right = _packed(columns, names[0], layout, pin_memory)
@@ -272,7 +273,7 @@ def pack(columns: Mapping[str, Tensor | Ragged], *, layout: Layout | None = None
         if layout is not None and not isinstance(layout, Layout):
             got = type(layout).__name__
             raise TypeError(f"layout: got {got}, expected Layout. Use `batch.layout`.") from None
-        _check(columns, names)  # which column it was, in better words
+        _check(columns, names)  # a better error, which names the column
         raise
     if not is_right:
         _check(columns, names)
@@ -282,7 +283,7 @@ def pack(columns: Mapping[str, Tensor | Ragged], *, layout: Layout | None = None
 
 
 def _packed(columns: Mapping[str, Any], first: str, layout: Layout | None, pin_memory: bool) -> tuple[Batch, bool]:
-    """The batch, and whether its offsets are known to be right."""
+    """The batch, and whether its offsets are known to be valid."""
     tensors = _parts_of(columns)
     if NUM_SAMPLES not in columns:
         tensors[NUM_SAMPLES, "dense"] = torch.tensor(_num_samples(columns[first]), dtype=torch.int32)
@@ -306,12 +307,12 @@ def _packed(columns: Mapping[str, Any], first: str, layout: Layout | None, pin_m
 
 
 def _is_plain(t: Tensor) -> bool:
-    """Whether all that there is to a tensor is its numbers, on the host."""
+    """Whether it is a plain dense tensor on the host, without gradient."""
     return t.is_cpu and t.layout is STRIDED and not t.requires_grad
 
 
 def _check(columns: Mapping[str, Any], names: list[str]) -> None:
-    """One by one. `names`: all but NUM_SAMPLES."""
+    """Checks columns one by one. `names`: all but NUM_SAMPLES."""
     for name in names:
         if isinstance(columns[name], Ragged) and not isinstance(columns[name].outer, (tuple, list)):
             got = type(columns[name].outer).__name__
@@ -339,8 +340,8 @@ def _check_fits(forms: Mapping[tuple[str, str], tuple[torch.dtype, tuple[int, ..
         held, most = layout.forms[key]
         if dtype != held or shape[1:] != most[1:] or shape[:1] > most[:1]:
             raise ValueError(
-                f"column '{key[0]}': got {key[1]} {dtype} {list(shape)}, expected {held} of at most {list(most)}. That "
-                "is what the layout holds. Cut the batch up, or use a layout of a larger one."
+                f"column '{key[0]}': got {key[1]} {dtype} {list(shape)}, expected {held} of at most {list(most)}, as "
+                "in the layout. Split the batch, or use the layout of a larger one."
             )
 
 

@@ -1,10 +1,10 @@
-"""Any training state to and from disk: one folder per step, safetensors plus a JSON manifest, whole or not there.
+"""Saves and loads any training state: one folder per step, complete or absent, with safetensors and a JSON manifest.
 
-    <folder>/step-000002000/manifest.json               checksums, table and column names, seed, where the reader stood
+    <folder>/step-000002000/manifest.json               checksums, table and column names, seed, reader position
     <folder>/step-000002000/state.safetensors           dense parameters, optimiser moments, counters, free rows
     <folder>/step-000002000/table-0.00000.safetensors   live rows in row order, with their numbers
 
-Nothing of capacity, slots, time or host is written: equal states give equal bytes.
+No capacity, index, time or host name is written, so equal states give equal bytes.
 """
 
 from recfx.checkpoint.folders import latest

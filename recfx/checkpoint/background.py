@@ -1,4 +1,4 @@
-"""Work done in a forked child: it sees this moment's memory for ever, while the parent goes on writing."""
+"""Runs work in a forked child. The child keeps the memory of this moment while the parent continues to write."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ IGNORED = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 class Job:
-    """`work` in a forked child.
+    """Runs `work` in a forked child.
 
     A fork copies page tables, not memory; a page is copied when the parent first writes to it while the child lives.
-    The child must be content with this one thread's copy of the process: no torch, whose OpenMP threads it lacks.
-    It ignores ctrl-C, SIGTERM and SIGHUP, which a terminal or a supervisor sends to it as well.
+    The child has only this one thread, so it must not use torch, which needs its OpenMP threads. It ignores ctrl-C,
+    SIGTERM and SIGHUP, which a terminal or a supervisor also sends to it.
 
     Raises:   OSError when the system has no memory for a child.
     """
@@ -28,7 +28,7 @@ class Job:
         self._pipe, theirs = os.pipe()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:
-            with warnings.catch_warnings():  # Python 3.12 warns of any fork beside threads
+            with warnings.catch_warnings():  # Python 3.12 warns of a fork in a process with threads
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self._pid = os.fork()
             if self._pid == 0:
@@ -58,7 +58,7 @@ class Job:
 
 
 def _run(work: Callable[[], object], pipe: int) -> None:
-    """The child's whole life. Nothing of the parent's is cleaned up in it."""
+    """All that the child runs. It does not clean up objects of the parent."""
     status = 1
     try:
         for number in IGNORED:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as numpy views of a state, and as the files they become."""
+"""The contents of a checkpoint: numpy views of a state, and the files that they are written to."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState
 __all__ = ["Contents", "DenseTensor", "SavedRows", "contents_of", "dense_tensors", "write"]
 
 SHARD_BYTES = 2**25
-GENERATOR = "generator."  # and a kind of device: the state of torch's generator, where the step draws from it
-WORKERS = 2  # one packs and sums while the other waits for the disk
+GENERATOR = "generator."  # plus a device type: the state of torch's generator, if the step draws from it
+WORKERS = 2  # one packs and computes checksums while the other waits for the disk
 
 
 class SavedRows(NamedTuple):
-    """The rows of one table: columns by their name in TableState, of which `live` are saved."""
+    """The rows of one table: columns by their name in TableState; the `live` rows are saved."""
 
     columns: dict[str, np.ndarray]  # [R, ...]
     live: np.ndarray | range  # i32 [n], rising
@@ -58,23 +58,23 @@ class SavedRows(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """One checkpoint, before it is written."""
+    """The contents of one checkpoint before it is written."""
 
     number: int
-    state: bytes  # safetensors of everything that is not a row
+    state: bytes  # safetensors of everything but rows
     tables: tuple[SavedRows, ...]
-    manifest: dict  # but for the files
+    manifest: dict  # without the files
 
 
 def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since: tuple[int, ...] | None) -> Contents:
-    """Views of the state, taken without copying a row (on a CPU); dense tensors are copied.
+    """Views of the state; rows are not copied on a CPU, dense tensors are.
 
-    Args:     since: by table, the step from which on a touched row is saved; None: every live row is.
-    Raises:   ValueError inside a gradient accumulation window, or on a number that no folder can have; TypeError when
-              `loop` is no dict that JSON can hold; NotImplementedError on a big-endian machine.
+    Args:     since: by table, the first step whose touched rows are saved; None: all live rows are saved.
+    Raises:   ValueError inside a gradient accumulation window, or on a number out of range; TypeError when `loop` is
+              not a dict that JSON can store; NotImplementedError on a big-endian machine.
     """
     if sys.byteorder != "little":
-        raise NotImplementedError("save: got a big-endian machine, expected a little-endian one, as files are.")
+        raise NotImplementedError("save: got a big-endian machine, expected a little-endian one, as the files are.")
     if type(number) is not int or not 0 <= number < 10**DIGITS:
         raise ValueError(f"number: got {number!r}, expected an int, 0 to 10**9 - 1. Checkpoints are ordered by it.")
     try:
@@ -106,7 +106,7 @@ def _rows(table: TableState, since: int | None) -> SavedRows:
     num_rows = int(table.num_rows)
     columns = {name: getattr(table, name)[:num_rows].cpu().numpy() for name in ROW_FIELDS}
     if since is None and not int(table.num_free):
-        return SavedRows(columns, range(num_rows))  # the child makes an array of it, not who waits for the fork
+        return SavedRows(columns, range(num_rows))  # made an array in the child, so that the fork is not delayed
     live = np.arange(num_rows, dtype=np.int32)
     if since is not None:
         live = live[columns["seen"] >= since << 32]
@@ -114,10 +114,10 @@ def _rows(table: TableState, since: int | None) -> SavedRows:
 
 
 class DenseTensor(NamedTuple):
-    """A dense parameter, a part of its optimiser's state, a counter of it, or a statistic, as the state holds it."""
+    """A dense tensor of the state: a parameter, a part or counter of its optimiser's state, or a statistic."""
 
     part: str  # "params", "dense.m", "dense.step", "stats"
-    param: str | None  # whose it is
+    param: str | None  # the parameter that it belongs to
     tensor: Tensor
 
     @property
@@ -126,7 +126,7 @@ class DenseTensor(NamedTuple):
 
 
 def dense_tensors(state: TrainState) -> list[DenseTensor]:
-    """Dense parameters, all that their optimiser keeps, and what `forward` keeps."""
+    """Dense parameters, their optimiser's state, and the statistics of `forward`."""
     found = []
     for path, tensor in tree_flatten_with_path({"params": state.params, "dense": state.dense, "stats": state.stats})[0]:
         keys = [_key(part) for part in path]
@@ -140,16 +140,16 @@ def _key(part: Any) -> str:
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each with memory of its own, which safetensors asks for."""
+    """Each tensor in separate memory, as safetensors requires."""
     return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
 
 
 def table_names(plan: Plan) -> list[list[list[list]]]:
-    """By physical table and vocabulary, each logical table's name, first column and width: what numbers mean."""
+    """By physical table and vocabulary, each logical table's name, first column and width."""
     return [[[[c.name, c.first, c.dim] for c in vocabulary] for vocabulary in t.vocabularies] for t in plan.tables]
 
 
-# Writing. Without torch: this may be a forked child.
+# Writing. It may run in a forked child, so it does not use torch.
 
 
 def write(
@@ -160,13 +160,13 @@ def write(
     max_to_keep: int,
     before_file: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Writes <folder>/step-<number> and deletes all but the `max_to_keep` newest of such names.
+    """Writes <folder>/step-<number> and deletes all but the `max_to_keep` newest folders of such names.
 
-    Args:     base: the checkpoint that the rows in `contents` are to be laid over. Its files are linked, not copied,
-              so each folder is complete and the older one may go. None: `contents` holds every live row.
-              before_file: called before each file of rows; may raise OSError to give up.
+    Args:     base: the checkpoint whose rows the rows in `contents` update. Its files are linked, not copied, so each
+              folder is complete and the older one may be deleted. None: `contents` holds every live row.
+              before_file: called before each file of rows; may raise OSError to abort.
     Raises:   OSError naming the folder when the disk is full or not writable; ValueError when `base` is damaged.
-              Nothing is then left of the attempt; after ctrl-C, as after a kill, the next save clears it away.
+              The unfinished folder is then deleted; after ctrl-C or a kill the next save deletes it.
     """
     target = folder / name_of(contents.number)
     scratch = folder / target.name.replace(PREFIX, UNFINISHED)
@@ -177,20 +177,20 @@ def write(
         sync_folder(scratch)
         _publish(scratch, target, manifest)
         sync_folder(folder)
-    except Exception as error:  # not ctrl-C, which may come when nothing else is whole
+    except Exception as error:  # not ctrl-C, which may come before any checkpoint is whole
         shutil.rmtree(scratch, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
         whole = "The checkpoints before this one are whole."
         raise OSError(error.errno, f"{scratch}: {error.strerror or error}. {whole}") from error
-    others = [path for path in finished(folder) if path != target and not path.is_symlink()]  # save makes no links
+    others = [path for path in finished(folder) if path != target and not path.is_symlink()]  # save creates no links
     for old in others[: max(len(others) + 1 - max_to_keep, 0)]:
         delete(hide(old))
     return target
 
 
 def _write_files(scratch: Path, contents: Contents, base: Path | None, before_file: Callable[[], None]) -> dict:
-    """All but the manifest, which it returns."""
+    """Writes all files except the manifest, and returns the manifest."""
     before = read_manifest(base) if base is not None else {"files": {}, "parts": [[] for _ in contents.tables]}
     files = {name: before["files"][name] for parts in before["parts"] for part in parts for name in part}
     for name in files:
@@ -215,7 +215,7 @@ def _write_files(scratch: Path, contents: Contents, base: Path | None, before_fi
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for the file, or a copy where the file system has no links."""
+    """Links the file, or copies it where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -223,17 +223,17 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _shard(rows: SavedRows) -> dict[str, np.ndarray]:
-    """Some rows of a table as they are saved: without what is of the step in progress."""
+    """Some rows of a table as they are saved, without the fields of a step in progress."""
     row = rows.numbers()
     shard = {"row": row}
     for name, column in rows.columns.items():
         shard[name] = column[row[0] : row[-1] + 1] if row[-1] - row[0] + 1 == len(row) else column[row]
     shard["last_seen"] = shard.pop("seen").view("<i4")[1::2]  # the high halves
-    return dict(sorted(shard.items(), key=lambda item: (-item[1].itemsize, item[0])))  # so that each is aligned
+    return dict(sorted(shard.items(), key=lambda item: (-item[1].itemsize, item[0])))  # so that each array is aligned
 
 
 def _publish(scratch: Path, target: Path, manifest: dict) -> None:
-    """The folder appears by one rename. Where equal files stand already they are replaced one by one, manifest last."""
+    """Makes the folder visible by one rename. A folder of equal files is replaced file by file, manifest last."""
     try:
         same = not target.is_symlink() and read_manifest(target)["files"] == manifest["files"]
     except ValueError:
@@ -252,4 +252,4 @@ def _publish(scratch: Path, target: Path, manifest: dict) -> None:
     for name in (*manifest["files"], MANIFEST):
         os.replace(scratch / name, target / name)
     sync_folder(target)
-    shutil.rmtree(scratch)  # not empty: of two links to one file, none replaces the other
+    shutil.rmtree(scratch)  # not empty: a rename between two links to one file does nothing

@@ -1,6 +1,6 @@
-"""Files of a checkpoint: safetensors written and read in one pass with their checksums.
+"""Files of a checkpoint: safetensors, written and read in one pass with their checksums.
 
-Nothing here uses torch: it runs in a forked child too.
+This module also runs in a forked child, so it does not use torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["ShardReader", "fetch", "read_checked", "read_shard", "write_file", "
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 2**21  # packed, checksummed and written while in the cache
 READ_BYTES = 2**19  # read, checksummed and used while in the cache
-ALIGNMENT = 4096  # of what goes past the page cache
+ALIGNMENT = 4096  # of writes that bypass the page cache
 DIRECT = getattr(os, "O_DIRECT", 0)
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U8": "|u1"}
@@ -33,9 +33,9 @@ NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
-    """A safetensors file of arrays [n, ...], n alike or not; returns its checksum. Rows may have gaps between them.
+    """Writes arrays [n, ...] to a safetensors file and returns its checksum. There may be gaps between rows in memory.
 
-    Equal arrays give equal bytes: no metadata, tensors in the given order.
+    Equal arrays give equal bytes: the file has no metadata, and tensors keep their order.
     """
     header, end = {}, 0
     for name, array in tensors.items():
@@ -49,8 +49,9 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
 def write_file(path: Path, parts: Iterable[bytes | np.ndarray]) -> str:
     """Writes bytes and arrays one after the other, waits until they are on disk, returns their XXH3 of 128 bits.
 
-    Each byte is copied once, to a block of aligned memory that stays in the cache while it is checksummed, and goes
-    past the page cache where the file system can: nobody reads it soon, and filling the cache takes more of a core.
+    Each byte is copied once, to a block of aligned memory that stays in the processor cache for the checksum. Writes
+    bypass the page cache where the file system supports it: the file is not read soon, and filling the page cache
+    would take more CPU time.
     """
     block, digest, filled = _own.block[:CHUNK_BYTES], xxhash.xxh3_128(), 0
     with path.open("wb", buffering=0) as file:
@@ -75,9 +76,9 @@ def write_file(path: Path, parts: Iterable[bytes | np.ndarray]) -> str:
 
 
 class _Own(threading.local):
-    """What each thread that writes has for itself, made once: new memory costs more than what is done with it.
+    """The buffer of each writing thread, allocated once: new memory costs more than the work in it.
 
-    Private, as mmap's default is shared: a forked child, which goes on with this thread's, would write into it.
+    The mapping is private. A shared one, the default of mmap, would let a forked child write into the parent's buffer.
     """
 
     def __init__(self) -> None:
@@ -88,7 +89,7 @@ _own = _Own()
 
 
 def _items(part: bytes | np.ndarray) -> np.ndarray:
-    """[n] of as many bytes as lie together: all of a part's bytes, or row by row where there are gaps between them."""
+    """A part as items [n] of contiguous bytes: single bytes, or whole rows where there are gaps between rows."""
     array = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part
     if array.flags.c_contiguous or not array[:1].flags.c_contiguous or array[:1].nbytes > CHUNK_BYTES // 2:
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -96,7 +97,8 @@ def _items(part: bytes | np.ndarray) -> np.ndarray:
 
 
 def _write_block(file: IO[bytes], block: memoryview) -> None:
-    """What cannot go past the cache goes through it, as all that follows does; its errors say what is wrong."""
+    """Writes a block past the page cache. If that fails, this block and all later ones are written through the cache,
+    whose errors are specific."""
     try:
         written = file.write(block)
     except OSError as error:
@@ -115,7 +117,7 @@ def _write_all(file: IO[bytes], view: memoryview) -> None:
 
 
 def _set_direct(file: IO[bytes], on: bool) -> None:
-    """Writing past the page cache, where system and file system know of it."""
+    """Turns writing past the page cache on or off, where the system and the file system support it."""
     flags = fcntl.fcntl(file, fcntl.F_GETFL)
     with contextlib.suppress(OSError):
         fcntl.fcntl(file, fcntl.F_SETFL, flags | DIRECT if on else flags & ~DIRECT)
@@ -124,7 +126,7 @@ def _set_direct(file: IO[bytes], on: bool) -> None:
 def read_checked(path: Path, checksum: str) -> bytes:
     """The file's content.
 
-    Raises:   ValueError naming the file when it is missing, or is not the one whose checksum the manifest holds.
+    Raises:   ValueError naming the file when it is missing or its checksum differs from the manifest.
     """
     try:
         content = path.read_bytes()
@@ -140,16 +142,16 @@ def _damaged(path: Path) -> ValueError:
 
 
 def fetch(path: Path) -> None:
-    """Lets the system begin to read a file that is needed soon, where it can."""
+    """Asks the system, where it can, to start reading a file that is needed soon."""
     with contextlib.suppress(OSError, AttributeError), path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 @contextlib.contextmanager
 def read_shard(path: Path, checksum: str) -> Iterator[ShardReader]:
-    """Reads a shard. What was used of it is right when `ShardReader.pieces` has come to its end.
+    """Reads a shard. Its contents are verified when `ShardReader.pieces` has ended.
 
-    Raises:   as `read_checked`, instead of any other error that a damaged file led to.
+    Raises:   as `read_checked`, in place of any other error that a damaged file caused.
     """
     try:
         with path.open("rb", buffering=0) as file:
@@ -179,16 +181,16 @@ class ShardReader:
         }
 
     def ahead(self, *names: str) -> list[np.ndarray]:
-        """Columns that are needed before their turn, whole."""
+        """Whole columns, before `pieces` reaches them."""
         for name in set(names) - self._ahead.keys():
             at, dtype, shape = self._columns[name]
             self._ahead[name] = self._read(at, np.empty(shape, dtype))
         return [self._ahead[name] for name in names]
 
     def pieces(self) -> Iterator[tuple[str, int, np.ndarray]]:
-        """The file from its begin to its end: name of a column, first row, and rows, which are valid until the next.
+        """The file from begin to end: name of a column, first row, and rows. The rows are valid until the next piece.
 
-        Raises:   ValueError at the end when something that was read is not what was saved.
+        Raises:   ValueError at the end when the bytes that were read are not those that were saved.
         """
         for name, (at, dtype, shape) in self._columns.items():
             row_bytes = dtype.itemsize * math.prod(shape[1:])

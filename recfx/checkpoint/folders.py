@@ -1,6 +1,6 @@
-"""Checkpoints as folders: their manifests, which of them are whole, and who may write there.
+"""Folders of checkpoints: manifests, which folders are complete, and a lock for the one writer.
 
-Nothing here uses torch: it runs in a forked child too.
+This module also runs in a forked child, so it does not use torch.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ __all__ = [
 FORMAT = 2
 STATE, LOCK = "state.safetensors", ".lock"
 PREFIX, UNFINISHED = "step-", ".unfinished-"
-DIGITS = 9  # names sort as their numbers do
+DIGITS = 9  # names sort like their numbers
 NAME = re.compile(rf"{PREFIX}([0-9]{{{DIGITS}}})")
 MADE = re.compile(rf"{re.escape(UNFINISHED)}([0-9]{{{DIGITS}}})")  # while it is written
 HIDDEN = re.compile(re.escape(UNFINISHED) + NAME.pattern)  # while it is deleted
 LOCK_WAIT_S = 2.0
-ORPHAN_WAIT_S = 60.0  # for a killed run's background save, between two files, to see that it may end
+ORPHAN_WAIT_S = 60.0  # for a killed run's background save to notice, between two files, that it may end
 
 KEYS = {"files": dict, "parts": list, "tables": list, "slots": list, "loop": dict, "seed": int}  # of a manifest
 
 
 def digest_of(manifest: dict) -> str:
-    """Checksum of a manifest's meaning: white space and order do not count."""
+    """Checksum of a manifest's contents, independent of white space and order."""
     return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
-    """With a checksum of its own."""
+    """Writes a manifest, with a checksum of itself."""
     text = json.dumps(manifest | {"manifest_xxh3_128": digest_of(manifest)}, indent=1, sort_keys=True)
     write_file(path, [text.encode()])
 
@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> dict:
         version = manifest["format"]
         if type(version) is not int:
             raise TypeError(f"format {version!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or no text
+    except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: not JSON, or not text
         raise ValueError(f"{path}: got {error!r}, expected a checkpoint's manifest.{_advice(folder)}") from error
     if version != FORMAT:
         advice = "Update recfx." if version > FORMAT else "It was written by a recfx before its first release."
@@ -78,7 +78,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def _advice(folder: Path) -> str:
-    """What to give where a folder is not a checkpoint."""
+    """What to do when a folder is not a checkpoint."""
     if (folder / MANIFEST).exists():
         return " The file is damaged; use an older checkpoint."
     if not folder.is_dir():
@@ -89,7 +89,7 @@ def _advice(folder: Path) -> str:
 
 
 def _check_parts(path: Path, manifest: dict) -> None:
-    """What was edited by hand, checksum included, names no file twice and none outside its folder."""
+    """Raises ValueError when a manifest, perhaps edited by hand, names a file twice or one outside its folder."""
     for key, kind in KEYS.items():
         if not isinstance(manifest.get(key), kind):
             got = type(manifest[key]).__name__ if key in manifest else "nothing"
@@ -102,21 +102,21 @@ def _check_parts(path: Path, manifest: dict) -> None:
         raise ValueError(f"{path}: {error}, expected lists in 'parts' and 'tables'. Use an older checkpoint.") from None
     outside = [name for name in files if name != Path(name).name]
     if outside:
-        raise ValueError(f"{path}: got file {outside[0]!r}, expected names of files beside it.")
+        raise ValueError(f"{path}: got file {outside[0]!r}, expected names of files next to it.")
     if sorted(map(str, (*shards, STATE))) != sorted(files):
-        raise ValueError(f"{path}: got 'parts' of {shards}, expected each of 'files' once, and {STATE} beside them.")
+        raise ValueError(f"{path}: got 'parts' of {shards}, expected each of 'files' once, and {STATE} besides.")
     if len(manifest["parts"]) != len(manifest["tables"]) or not all(columns):
         raise ValueError(f"{path}: got tables {manifest['tables']}, expected [name, column, width]s, one list a part.")
     if type(manifest["loop"].get("step")) is not int:
         raise ValueError(f"{path}: got loop {manifest['loop']}, expected the number of its step in it.")
 
 
-# Folders: a checkpoint is there when its manifest is, and hidden while it is made or deleted. Only names that `save`
-# itself gives count: what a user keeps next to them, such as step-best or step-000000100.bak, is left alone.
+# A checkpoint exists when its manifest exists; its folder is hidden while it is written or deleted. Only names that
+# `save` gives count: other folders next to them, such as step-best or step-000000100.bak, are never touched.
 
 
 def name_of(number: int) -> str:
-    """The folder of the checkpoint of so many steps."""
+    """The name of the folder of checkpoint `number`."""
     return f"{PREFIX}{number:0{DIGITS}d}"
 
 
@@ -135,7 +135,7 @@ def latest(folder: str | Path) -> Path | None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Deletes what a killed save left in its way. What lacks nothing but its rename is given it."""
+    """Deletes what a killed save left behind. A checkpoint that only needs its rename is renamed."""
     for leftover in folder.glob(f"{UNFINISHED}*"):
         made, hidden = (pattern.fullmatch(leftover.name) for pattern in (MADE, HIDDEN))
         target = folder / name_of(int(made[1])) if made else None
@@ -146,7 +146,7 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """A folder, or a file or link of its name; never what a link leads to."""
+    """Deletes a folder, or a file or link of its name; never the target of a link."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:
@@ -163,7 +163,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def hide(path: Path) -> Path:
-    """Before it is deleted, by one rename: a folder half deleted must not pass for a checkpoint."""
+    """Renames a folder before it is deleted: a half-deleted folder must not look like a checkpoint."""
     hidden = path.with_name(UNFINISHED + path.name)
     os.replace(path, hidden)
     return hidden
@@ -179,7 +179,7 @@ def sync_folder(folder: Path) -> None:
 
 
 class FolderLock:
-    """One writer per folder, across processes; it ends with its processes, however they end.
+    """A lock for one writer per folder, across processes. It is released when its processes end, in whatever way.
 
     Raises:   BlockingIOError naming folder and process when another one writes there; OSError when its file cannot be
               written, is a link, or the file system has no locks.
@@ -218,13 +218,13 @@ class FolderLock:
 
 
 def _opened(path: Path) -> int:
-    """Not through a link: what it leads to would be overwritten."""
+    """Opens the lock file, but not through a link: the link's target would be overwritten."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{path}: {error.strerror}, expected a file to write to. Who saves in a folder holds it. "
+            f"{path}: {error.strerror}, expected a file to write to. A process that saves in a folder locks it. "
             "Delete it if it is a link or belongs to another user, or choose a folder that can be written.",
         ) from error
 
@@ -232,7 +232,7 @@ def _opened(path: Path) -> int:
 def _is_running(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
-    except PermissionError:  # somebody else's
+    except PermissionError:  # of another user
         return True
     except (ProcessLookupError, ValueError):
         return False

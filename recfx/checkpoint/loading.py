@@ -1,4 +1,4 @@
-"""Loading: a checkpoint into the state it came from, or what two models have in common into another one."""
+"""Loads a checkpoint into a state of the same model, or its common tables and parameters into another model."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ def load(
 ) -> tuple[TrainState, dict]:
     """Fills a freshly initialised `state`; returns it and the `loop` dict that was saved.
 
-    `state.step` goes on from the saved number. Where the saved step drew from torch's generators, they are set to their
+    `state.step` continues from the saved number. If the saved step drew from torch's generators, they are set to their
     saved states.
 
-    What is not taken keeps its initial value. Rows keep their numbers where all of a table is taken; otherwise they are
-    numbered anew in their order. Table capacities may differ from what was saved. The variants of AdamW keep the same
-    moments: training may go on with another of them, as with another learning rate. Counts of ids that wait for
-    admission are taken where one rank takes all of a table; otherwise they begin anew.
+    Tables and parameters that are not taken keep their initial values. Rows keep their numbers when a whole table is
+    taken; otherwise they are renumbered in order. Table capacities may differ from those saved. All variants of AdamW
+    have the same moments, so training may continue with another variant or learning rate. Counts of ids that wait for
+    admission are taken when one rank takes a whole table; otherwise they restart at 0.
 
     Args:     path: a checkpoint's folder; or the folders of all ranks of one checkpoint.
               tables: logical tables of the model to take, by name ('<group>/<feature>', or the shared name); default
-              all, () none. Columns of a vocabulary that are not taken are initialised as new rows are.
-              dense: dense parameters to take, with their optimiser's state; default all, and what `forward` keeps in
-              `state.stats`; () none.
-              names: name in the checkpoint, of a table or dense parameter that has another one in the model.
+              all, () none. Columns of a vocabulary that are not taken are initialised like those of new rows.
+              dense: dense parameters to take, with their optimiser's state; default all, and `state.stats` of
+              `forward`; () none.
+              names: name in the checkpoint, for a table or dense parameter whose name in the model differs.
               rank, world_size: take the rows that `recfx.kernels.index.owner.owner` gives to this rank.
-    Cost:     reads every byte once, where a partial save is loaded by several ranks the ids twice; rebuilds the index.
+    Cost:     reads every byte once (ids twice when several ranks load a partial save); rebuilds the index.
     Raises:   ValueError naming the file when it is missing, damaged, or newer than this version; naming the table or
-              parameter when the checkpoint lacks it, has it in another shape, or was made with another seed or
-              optimiser; when `state` has rows already. `state` is then as it was.
+              parameter when the checkpoint does not contain it, has it in another shape, or was saved with another
+              seed or optimiser; when `state` has rows already. `state` is then unchanged.
     """
     many = path if isinstance(path, Sequence) and not isinstance(path, str) else [path]
     for one in many:
@@ -77,7 +77,7 @@ def load(
             )
         if source.manifest["slots"] != list(step.slots) and (tables is None or tables):
             raise ValueError(
-                f"{source.path}: got an optimiser that keeps {source.manifest['slots']} beside the weights, expected "
+                f"{source.path}: got an optimiser that keeps {source.manifest['slots']} next to the weights, expected "
                 f"{list(step.slots)}. Use the optimiser that it was saved with, or take weights alone with "
                 "recfx.rows.export_parquet and import_parquet_."
             )
@@ -87,7 +87,7 @@ def load(
     pairs, fillings = dense_pairs(state, sources[0], dense, names), []
     for number, (plan, table) in enumerate(zip(step.plan.tables, state.tables, strict=True)):
         moves = [move for s in sources for move in moves_of(plan, s, tables, names, (rank, world_size))]
-        fillings.append(Filling(number, table, plan, moves))
+        fillings.append(TableFiller(number, table, plan, moves))
     try:
         for filling in fillings:
             filling.put_rows_(step.seed)
@@ -100,7 +100,7 @@ def load(
     for target, saved in pairs:
         target.copy_(saved)
     small, loop = sources[0].small, sources[0].manifest["loop"]
-    state.step.copy_(small.get("step", torch.tensor(loop["step"])))  # older checkpoints have it in the manifest alone
+    state.step.copy_(small.get("step", torch.tensor(loop["step"])))  # older checkpoints have it in the manifest only
     generators = {name.removeprefix(GENERATOR): t for name, t in small.items() if name.startswith(GENERATOR)}
     if generators and (dense is None or dense):
         set_generator_states(generators, state.step.device)
@@ -109,14 +109,14 @@ def load(
 
 
 class Places(NamedTuple):
-    """Where rows of a shard go."""
+    """The destinations of a shard's rows."""
 
-    kept: np.ndarray  # i64, those that are taken
-    rows: np.ndarray | range  # of the table, for each of them
+    kept: np.ndarray  # i64: the rows of the shard that are taken
+    rows: np.ndarray | range  # their rows in the table
 
 
-class Filling:
-    """All that becomes one table of the model. Its rows are not in use before `restore_`."""
+class TableFiller:
+    """Fills one table of the model from checkpoints. The rows are not in use before `restore_`."""
 
     def __init__(self, number: int, table: TableState, plan: TablePlan, moves: list[Move]) -> None:
         self._number, self._table, self._plan, self._moves = number, table, plan, moves
@@ -131,16 +131,16 @@ class Filling:
                 row_of = self._as_there(move)
             elif len(parts) > 1:
                 row_of = self._in_order(move)
-            for names in parts:  # laid over each other, so one after the other
+            for names in parts:  # later parts overwrite earlier ones, so one after the other
                 self._put_part_(move, names, row_of, seed)
 
     def clear_(self) -> None:
-        """As before `put_rows_`."""
+        """Undoes `put_rows_`."""
         for field in ROW_FIELDS:
             getattr(self._table, field)[: self._num_rows] = 0
 
     def restore_(self) -> None:
-        """Takes the rows into use, with the table's counters and candidates."""
+        """Puts the rows into use, with the table's counters and candidates."""
         table, moves = self._table, self._moves
         for name in COUNTERS:
             saved = [move.source.small[f"table.{move.table}.{name}"] for move in moves]
@@ -151,7 +151,7 @@ class Filling:
         restore_(table, self._num_rows, torch.from_numpy(self._free), _candidates(moves))
 
     def _take(self, num_rows: int) -> range:
-        """The numbers of the next rows."""
+        """Reserves the next row numbers."""
         end = self._num_rows + num_rows
         if end > (most := self._table.ids.numel()):
             raise ValueError(f"table {self._number}: got {end} rows or more, expected at most {most}. Raise max_rows.")
@@ -159,7 +159,7 @@ class Filling:
         return range(first, end)
 
     def _as_there(self, move: Move) -> np.ndarray:
-        """i32 [rows there]: the row here of each, which is the same; -1: a free one."""
+        """i32 [rows there]: the row here of each, which has the same number; -1: a free row."""
         self._free = move.source.small[f"table.{move.table}.free_rows"].numpy()
         row_of = np.arange(int(move.source.small[f"table.{move.table}.num_rows"]), dtype=np.int32)
         self._take(len(row_of))
@@ -167,7 +167,7 @@ class Filling:
         return row_of
 
     def _in_order(self, move: Move) -> np.ndarray:
-        """i32 [rows there]: the row here of each, -1: not taken. The last part that holds a row says whose it is."""
+        """i32 [rows there]: the row here of each, -1: not taken. The last part that holds a row has its current id."""
         taken = np.zeros(int(move.source.small[f"table.{move.table}.num_rows"]), bool)
         for name in itertools.chain(*move.source.manifest["parts"][move.table]):
             with _shard(move, name) as shard:
@@ -188,8 +188,8 @@ class Filling:
                     name, following = next(todo, (None, None))
                     if name is None:
                         return False
-                    # A rank that skips rows computes while the disk reads on. One that takes all waits for new memory,
-                    # which pages of the cache would be taken from.
+                    # A rank that skips rows computes while the disk reads ahead. A rank that takes all rows waits for
+                    # new memory, which read-ahead into the page cache would reduce.
                     if (wanted := following if row_of is None else name) is not None:
                         fetch(move.source.path / wanted)
                     shard = stack.enter_context(_shard(move, name))
@@ -206,7 +206,7 @@ class Filling:
                 done.result()
 
     def _places(self, move: Move, shard: ShardReader, row_of: np.ndarray | None) -> Places:
-        """Where a shard's rows go: where `row_of` says, or behind those of the shards before."""
+        """The destinations of a shard's rows: by `row_of`, or after those of the previous shards."""
         if row_of is None:
             kept = np.flatnonzero(_taken(move, *shard.ahead("ids", "vocabularies")))
             return Places(kept, self._take(len(kept)))
@@ -218,7 +218,7 @@ class Filling:
         return Places(kept, range(rows[0], rows[-1] + 1) if together else rows)
 
     def _put_(self, move: Move, shard: ShardReader, places: Places, seed: int) -> None:
-        """A shard's rows to their places, a piece of a column at a time."""
+        """Copies a shard's rows to their destinations, a piece of a column at a time."""
         keeps_layout = move.keeps_layout(self._plan.width)
         if not keeps_layout:
             ids, vocabularies = map(torch.from_numpy, shard.ahead("ids", "vocabularies"))
@@ -241,7 +241,7 @@ class Filling:
                 _write_(getattr(self._table, name), places.rows[low:high], values)
 
     def _check_shape(self, move: Move, got: tuple[int, ...]) -> None:
-        """What is kept per weight may have the name of what another optimiser keeps per row."""
+        """Compares shapes: a slot per weight may have the same name as another optimiser's slot per row."""
         (num, width), there = self._table.rows.shape[1:], move.columns_there(0)
         row_slots = (width - self._plan.width) // len(self._plan.dims)
         expected = (num, max(first + dim for _, first, dim in there) + row_slots * len(there))
@@ -257,22 +257,22 @@ def _shard(move: Move, name: str) -> contextlib.AbstractContextManager[ShardRead
 
 
 def _taken(move: Move, ids: np.ndarray, vocabularies: np.ndarray) -> np.ndarray:
-    """bool: whether a vocabulary that is taken holds the row, and this rank is its owner."""
+    """bool: whether the row's vocabulary is taken and this rank owns the row."""
     here = move.here[vocabularies]
     ranks = owner(torch.from_numpy(ids), torch.from_numpy(here), move.world_size).numpy()
-    return (here >= 0) & (ranks == move.rank)  # torch would start threads of its own
+    return (here >= 0) & (ranks == move.rank)  # torch would start threads
 
 
 def _write_(target: Tensor, rows: np.ndarray | range, values: np.ndarray) -> None:
     where = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
     if target.device.type == "cpu":
-        target.numpy()[where] = values  # torch would start threads of its own
+        target.numpy()[where] = values  # torch would start threads
     else:
         target[where] = torch.from_numpy(values).to(target.device)
 
 
 def _candidates(moves: list[Move]) -> list[Tensor]:
-    """Ids without a row and their counts, where all of a table is taken and some were counted."""
+    """Ids without a row and their counts, when a whole table is taken and some were counted."""
     if len(moves) != 1 or not moves[0].everything:
         return []
     name, small = f"table.{moves[0].table}.candidates", moves[0].source.small
@@ -283,12 +283,12 @@ def _candidates(moves: list[Move]) -> list[Tensor]:
 
 
 def _rows_here(there: Tensor, ids: Tensor, vocabularies: Tensor, plan: TablePlan, seed: int, move: Move) -> Tensor:
-    """The rows with their columns where the model has them; columns that are not taken as in a new row."""
+    """The rows with their columns in the model's order; columns that are not taken are as in a new row."""
     keys, params = initializer_tensors(plan, seed)
     vocabulary = torch.from_numpy(move.here)[vocabularies.long()].long()
     here_width = plan.width
     there_width = max(first + dim for _, first, dim in move.columns_there(0))
-    per_table = (there.shape[2] - there_width) // len(move.columns_there(0))  # row slots, behind the weights
+    per_table = (there.shape[2] - there_width) // len(move.columns_there(0))  # row slots, after the weights
     here = there.new_zeros(len(there), there.shape[1], here_width + per_table * len(plan.dims))
     here[:, 0, :here_width] = initial_values(ids, keys[vocabulary].cpu(), params[vocabulary].cpu())
     for piece in move.pieces:

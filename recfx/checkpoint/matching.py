@@ -1,4 +1,4 @@
-"""What of a checkpoint belongs where in a model: names and shapes compared, before anything is read into place."""
+"""Matches a checkpoint's tables and parameters to a model's by name and shape, before any rows are read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Held", "Move", "OpenCheckpoint", "check_arguments", "check_names", "
 
 
 class OpenCheckpoint(NamedTuple):
-    """A checkpoint opened for reading: its manifest, and all that is not a row."""
+    """A checkpoint opened for reading: its manifest, and everything but rows."""
 
     path: Path
     manifest: dict
@@ -40,14 +40,14 @@ class OpenCheckpoint(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What a checkpoint holds, by name."""
+    """The contents of a checkpoint by name."""
 
     tables: dict[str, int]  # width of each logical table
     dense: dict[str, torch.Size]  # shape of each dense parameter
 
 
 def held(path: str | Path) -> Held:
-    """The tables and dense parameters of a checkpoint, so that a new model can be given what fits it.
+    """The tables and dense parameters of a checkpoint, to select those that fit a new model.
 
     Raises:   ValueError naming the file when it is missing, damaged, or newer than this version.
     Example:  >>> there = held(path)                                                            # doctest: +SKIP
@@ -62,16 +62,16 @@ def held(path: str | Path) -> Held:
 
 
 class Piece(NamedTuple):
-    """A vocabulary of a checkpoint's table that becomes one of the model's table."""
+    """A vocabulary of a checkpoint's table that is loaded into a vocabulary of the model's table."""
 
     there: int
     here: int
-    columns: tuple[tuple[int, LogicalTable], ...]  # first column there, and what it is here
+    columns: tuple[tuple[int, LogicalTable], ...]  # first column there, and the logical table here
 
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """All that one table of a checkpoint gives to one table of the model."""
+    """Everything that one table of a checkpoint contributes to one table of the model."""
 
     source: OpenCheckpoint
     table: int
@@ -81,7 +81,7 @@ class Move:
 
     @functools.cached_property
     def here(self) -> np.ndarray:
-        """By vocabulary there: the one here, -1 not taken."""
+        """For each vocabulary there: the vocabulary here, -1: not taken."""
         here = np.full(len(self.source.manifest["tables"][self.table]), -1, np.int32)
         here[[piece.there for piece in self.pieces]] = [piece.here for piece in self.pieces]
         return here
@@ -96,7 +96,7 @@ class Move:
         return self.world_size == 1 and bool((self.here >= 0).all())
 
     def keeps_layout(self, width: int) -> bool:
-        """Whether rows there are rows here as they are."""
+        """Whether rows there have the layout of rows here."""
         there = max(first + dim for v in self.source.manifest["tables"][self.table] for _, first, dim in v)
         return there == width and all(
             sum(column.dim for _, column in piece.columns) == width
@@ -106,7 +106,7 @@ class Move:
 
 
 def check_arguments(paths: list[Path], state: TrainState, rank: int, world_size: int) -> None:
-    """Raises what `load` raises about its paths, ranks, and a state that has rows."""
+    """Raises the errors of `load` about its paths, ranks, and a state that has rows."""
     if not paths or len({p.resolve() for p in paths}) < len(paths):
         raise ValueError(f"path: got {list(map(str, paths))}, expected one folder or more, each once.")
     if type(rank) is not int or type(world_size) is not int or not 0 <= rank < world_size:
@@ -128,7 +128,7 @@ def check_names(argument: str, got: Collection[str] | None, known: Collection[st
 def dense_pairs(
     state: TrainState, source: OpenCheckpoint, taken: Collection[str] | None, names: dict[str, str]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Tensors of the state, and what they are to become."""
+    """Tensors of the state, and their new values."""
     check_names("dense", taken, state.params)
     if taken is None or taken:
         _check_optimizer(state, source)
@@ -140,15 +140,15 @@ def dense_pairs(
         saved = source.small.get(name)
         if saved is None or saved.shape != target.shape:
             raise ValueError(
-                f"{source.path / STATE}: no tensor '{name}' of shape {list(target.shape)}. Another model's or "
-                "optimiser's; name what to take in `dense`, see `held`."
+                f"{source.path / STATE}: no tensor '{name}' of shape {list(target.shape)}. It is of another model "
+                "or optimiser. Name what to take in `dense`, see `held`."
             )
         pairs.append((target, saved))
     return pairs
 
 
 def _check_optimizer(state: TrainState, source: OpenCheckpoint) -> None:
-    """A dense optimiser that kept more cannot go on as this one: what it kept would be lost without notice."""
+    """Raises ValueError when the saved dense optimiser kept more state than this one: it would be lost silently."""
     params = [name.removeprefix("params.") for name in source.small if name.startswith("params.")]
     kept = [(part, param) for part, param, _ in dense_tensors(state) if part not in ("params", "stats")]
     known = {part for part, param in kept if param is None}
@@ -169,7 +169,7 @@ def moves_of(
     names: Mapping[str, str],
     world: tuple[int, int],
 ) -> list[Move]:
-    """What a checkpoint gives to the model's table `plan`, by table of the checkpoint."""
+    """What a checkpoint contributes to the model's table `plan`, for each table of the checkpoint."""
     places = {
         name: (t, v, first, dim)
         for t, table in enumerate(source.manifest["tables"])

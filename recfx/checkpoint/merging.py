@@ -1,4 +1,4 @@
-"""Whole checkpoints in memory: partial ones made full, two compared."""
+"""Reads whole checkpoints into memory: makes partial ones full, and compares two."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["compact", "diff", "merged"]
 
 
 def merged(path: str | Path) -> Contents:
-    """A checkpoint as if it had been saved in full. Raises: ValueError as `load` does."""
+    """The contents of a checkpoint as if it had been saved in full. Raises: ValueError as `load` does."""
     source = OpenCheckpoint.open(path)
     tables = tuple(_merged_rows(source, t) for t in range(len(source.manifest["tables"])))
     manifest = {name: value for name, value in source.manifest.items() if name not in ("files", "parts")}
@@ -42,10 +42,10 @@ def _merged_rows(source: OpenCheckpoint, t: int) -> SavedRows:
 
 
 def compact(path: str | Path) -> Path:
-    """Makes a checkpoint that was laid over others a full one, in its place: the bytes of a full save.
+    """Replaces a partial checkpoint by a full one, with the bytes of a full save.
 
     Cost:     holds all rows in memory.
-    Raises:   ValueError when it is damaged or its folder renamed; BlockingIOError when a process saves beside it.
+    Raises:   ValueError when it is damaged or its folder renamed; BlockingIOError when a process saves there.
     """
     path = Path(path).resolve()
     contents = merged(path)
@@ -63,10 +63,10 @@ def compact(path: str | Path) -> Path:
 
 
 def diff(a: str | Path, b: str | Path) -> list[str]:
-    """What differs between two checkpoints, a line each; none: they hold the same.
+    """The differences between two checkpoints, one per line; empty when their contents are equal.
 
-    Rows are matched by id, so that rows held elsewhere are told from rows that are missing. How a checkpoint was
-    written, in full or laid over others, does not count.
+    Rows are matched by id, so a row with another number is not a difference. Neither is whether a checkpoint was saved
+    in full or in part.
     """
     sources, contents = (OpenCheckpoint.open(a), OpenCheckpoint.open(b)), (merged(a), merged(b))
     lines = []
@@ -141,7 +141,7 @@ def _diff_tensors(name: str, a: np.ndarray | None, b: np.ndarray | None) -> list
         return [f"{name}: {a} | {b}"]
     with np.errstate(invalid="ignore"):
         difference = np.abs(a.astype(np.float64) - b.astype(np.float64))
-    different = difference != 0  # NaN counts
+    different = difference != 0  # NaN is a difference
     num_rows = int(different.reshape(len(a), -1).any(1).sum())
     return (
         [f"{name}: {num_rows} of {len(a)} differ, by at most {difference.max():.6g}"]

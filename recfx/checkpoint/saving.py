@@ -1,4 +1,4 @@
-"""Saving: one run's checkpoints in one folder, at once or in the background, whole or laid over the one before."""
+"""Saves one run's checkpoints in one folder, in the foreground or background, in full or in part."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["Saver", "save"]
 
 
 class Saver:
-    """The one writer of a folder of checkpoints. Use it as a context, or call `close`.
+    """The one writer of a folder of checkpoints. Use it as a context manager, or call `close`.
 
-    A checkpoint appears by one rename after its files are on disk: a kill at any moment leaves the ones before whole
-    and at most a hidden unfinished folder, which the next save clears away. Saving at a number again replaces it.
+    A checkpoint appears by one rename after its files are on disk. A kill at any moment leaves the earlier checkpoints
+    whole and at most a hidden unfinished folder, which the next save deletes. Saving a number again replaces it.
 
     Args:     max_to_keep: checkpoints kept, >= 1.
-              full_every: 1: every save holds every row. k: of k saves one does, the others hold the rows touched since
-              the save before and link its files; the first of a process is full, and the first after an error.
-              `compact` makes any of them full.
+              full_every: 1: every save holds every row. k: one of k saves does; the others hold the rows touched since
+              the previous save and link its files. The first save of a process, and the first after an error, is
+              full. `compact` makes any of them full.
     Cost:     a save writes W (1 + slots) floats and 20 B per row. In the background it stops the caller for a fork
-              (10 ms a 1 GB table), then takes up to the table's size in memory where the caller writes meanwhile.
-    Raises:   TypeError on a count that is no int, ValueError on one below 1; NotADirectoryError when `folder` is a
+              (10 ms per GB of table), then takes memory for pages that the caller changes, up to the table's size.
+    Raises:   TypeError on a count that is not an int, ValueError on one below 1; NotADirectoryError when `folder` is a
               file; BlockingIOError when another process saves there.
     """
 
@@ -54,12 +54,12 @@ class Saver:
             raise
         self._job: Job | None = None
         self._num_saved = 0
-        self._last: tuple[Path, tuple[int, ...]] | None = None  # what a partial save is laid over, its tables' steps
+        self._last: tuple[Path, tuple[int, ...]] | None = None  # the base of a partial save, and its tables' steps
 
     def save(self, state: TrainState, *, number: int, loop: dict) -> Path:
-        """Writes <folder>/step-<number>, then deletes all but the newest of such names, and nothing else.
+        """Writes <folder>/step-<number>, then deletes all but the newest folders of such names, and nothing else.
 
-        Args:     number: optimiser steps taken.  loop: small JSON-able dict, given back by `load`.
+        Args:     number: optimiser steps taken.  loop: small dict that JSON can store; `load` returns it.
         Raises:   ValueError in a gradient accumulation window, or when `number` is not 0 to 10**9 - 1; TypeError when
                   JSON cannot hold `loop`; nothing is then written. OSError when the disk is full or not writable.
         """
@@ -72,9 +72,9 @@ class Saver:
         return self._saved(state, number)
 
     def save_in_background(self, state: TrainState, *, number: int, loop: dict) -> Path:
-        """As `save`, but writes the state of this moment while the caller goes on; waits for the save before it.
+        """As `save`, but writes the state of this moment in the background. Waits for the previous save.
 
-        Raises:   as `save`, for this save's error at the next one, at `finish` or at `close`.
+        Raises:   as `save`; an error of this save is raised by the next one, by `finish` or by `close`.
         """
         contents, base = self._prepare(state, number, loop)
         parent = os.getpid()
@@ -112,7 +112,7 @@ class Saver:
         self._last = None
 
     def close(self) -> None:
-        """`finish`, and the folder is free for another writer."""
+        """`finish`, then releases the folder for another writer."""
         try:
             self.finish()
         finally:

@@ -1,1 +1,1 @@
-"""The commands of `recfx`, a module each."""
+"""The commands of `recfx`, one module each."""

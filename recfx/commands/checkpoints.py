@@ -1,4 +1,4 @@
-"""What stands in a checkpoint, for `recfx inspect`."""
+"""Describes a checkpoint for `recfx inspect`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["checkpoint_at", "describe_checkpoint"]
 
 
 def checkpoint_at(path: str) -> Path | None:
-    """The checkpoint that a path means: itself, or of a run's folder the newest. None: it is something else."""
+    """The checkpoint at a path: the path itself, or the newest in a run's folder. None: neither."""
     return Path(path) if Path(path, MANIFEST).is_file() else latest(path)
 
 
 def describe_checkpoint(path: Path) -> str:
-    """Where training stood, tables, dense parameters, what the optimisers keep, files.
+    """Step, tables, dense parameters, optimiser state and files of a checkpoint.
 
     Cost:     reads 8 bytes of each row.
     Raises:   ValueError naming the file when one is missing or damaged.

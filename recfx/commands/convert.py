@@ -1,4 +1,4 @@
-"""`recfx convert`: files rewritten as the reader likes them."""
+"""`recfx convert`: rewrites files for fast reading."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = ("float", "double", "int", "uint64", "string", "binary")
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    """Declares the command."""
+    """Adds the command."""
     parser = commands.add_parser(
         "convert",
         help="rewrite CSV, JSON lines, libsvm, Parquet, ORC or Arrow files for training",

@@ -1,4 +1,4 @@
-"""How CSV files are written, for the commands that read them."""
+"""The options of CSV files, for the commands that read them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ BY_COLUMN = re.compile(r"([^=,]+)=(.+?)(?:,(?=[^=,]+=.)|$)", re.DOTALL)
 
 
 def add_csv_options(parser: argparse.ArgumentParser) -> None:
-    """Declares the options; `format_of` reads them."""
-    group = parser.add_argument_group("CSV", "any of them says that the files are CSV, whatever their names")
+    """Adds the options; `format_of` reads them."""
+    group = parser.add_argument_group("CSV", "each of them implies that the files are CSV, whatever their names")
     add = group.add_argument
     add("--delimiter", type=_text, metavar="C", help="between cells, '\\t' for a tab; default: a comma, a tab in *.tsv")
     add("--column_names", type=_words, metavar="A,B", help="default: they are in the first line")
@@ -30,9 +30,9 @@ def add_csv_options(parser: argparse.ArgumentParser) -> None:
 
 
 def format_of(args: argparse.Namespace) -> Csv | None:
-    """The format that the options name; None when there are none.
+    """The format that the options specify; None without options.
 
-    Raises:   ValueError when it must name the delimiter, for files of two, and does not.
+    Raises:   ValueError when the files have two delimiters and the options name none.
     """
     from recfx.data.text.csv import Csv
 
@@ -54,7 +54,7 @@ def _delimiter(paths: list[str]) -> str:
 
 
 def _text(word: str) -> str:
-    """With a tab where a shell passed on a backslash and a t."""
+    """The word, with a backslash and a t from the shell replaced by a tab."""
     return word.replace("\\t", "\t")
 
 

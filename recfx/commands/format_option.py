@@ -1,4 +1,4 @@
-"""Which format files are of, for the commands that read them, whatever their names say."""
+"""The option for the format of files, for the commands that read them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ NAMES = ("orc", "parquet", "arrow", "csv", "jsonl", "libsvm")
 
 
 def add_format_option(parser: argparse.ArgumentParser) -> None:
-    """Declares the option; `format_of` reads it, and those of CSV."""
-    parser.add_argument("--format", choices=NAMES, help="of the files; default: what their names say")
+    """Adds the option; `format_of` reads it, and the options of CSV."""
+    parser.add_argument("--format", choices=NAMES, help="of the files; default: by their names")
 
 
 def format_of(args: argparse.Namespace) -> Format | None:
-    """The format that the options name; None when they leave it to the files.
+    """The format that the options specify; None: each file's own.
 
-    Raises:   ValueError when there are options of CSV for another format.
+    Raises:   ValueError for options of CSV with another format.
     """
     csv = csv_of(args)
     if csv is not None and args.format not in (None, "csv"):
-        raise ValueError(f"--format: got {args.format!r}, expected 'csv'. Other options say how CSV is written.")
+        raise ValueError(f"--format: got {args.format!r}, expected 'csv'. Other options are for CSV.")
     return args.format if csv is None else csv

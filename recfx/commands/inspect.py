@@ -1,4 +1,4 @@
-"""`recfx inspect`: what stands in files or a checkpoint, and a manifest of checksums."""
+"""`recfx inspect`: describes files or a checkpoint, and writes a manifest of checksums."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 __all__ = ["add_to"]
 
 HEADER = ("column", "type", "missing", "length", "longest", "distinct", "once", "top", "from", "to")
-MANIFEST = "_checksums.json"  # a folder does not stand for files that begin so
-CHECKSUMS = f"write checksums for the reader to FILE, by default {MANIFEST} beside the files, and nothing else"
+MANIFEST = "_checksums.json"  # a folder does not match files with this first character
+CHECKSUMS = f"write checksums for the reader to FILE, by default {MANIFEST} next to the files, and print nothing else"
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    """Declares the command."""
+    """Adds the command."""
     parser = commands.add_parser(
         "inspect",
         help="print schema, row counts, missing rates, list lengths, cardinalities and skew",
         description="missing: share of rows without a value; length, longest: items of a row; once: share of the "
         "distinct values that are seen once; top: share of the most frequent value. Of a checkpoint: its tables with "
-        "their rows, parameters, and what the optimisers keep.",
+        "their rows, parameters, and optimiser state.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -1,4 +1,4 @@
-"""What a user specifies about the embedding of a feature. No tensors here."""
+"""What a user specifies about the embedding of a feature. It contains no tensors."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Embedding", "ReadAs", "Tile", "tile"]
 
 
 class Tile(NamedTuple):
-    """Combines nothing: a list's first `length` rows side by side, zeros behind the last one."""
+    """A combiner that keeps a list's first `length` rows side by side, with zeros after the last one."""
 
     length: int
 
 
 def tile(length: int) -> Tile:
-    """The combiner that keeps a list's first `length` rows apart: [B, length, dim]. Ids behind them are not looked up.
+    """The combiner that keeps a list's first `length` rows separate: [B, length, dim]. Later ids are not looked up.
 
     Raises:   ValueError when length is below 1.
     Example:  >>> Embedding("history", dim=8, combiner=tile(50)).combiner
@@ -37,29 +37,29 @@ ReadAs = tuple[str, bool, int, bool, int | None]
 class Embedding:
     """One embedding table read through one sparse feature.
 
-    Args:     feature: name of the i64 feature that holds the ids: Ragged, or dense [B, n] for lists of n. Every id of
-              a dense feature counts but `padding_id`.
+    Args:     feature: name of the i64 feature that holds the ids: Ragged, or dense [B, n] for lists of n. A dense
+              feature reads every id except `padding_id`.
               dim: width of a weight row.
-              shared_name: tables of one name are one table. Default: '<group>/<feature>', a table of its own.
+              shared_name: embeddings of one shared name use one table. Default: a separate table, '<group>/<feature>'.
               combiner: how the rows of a sample's list become one; empty lists give zeros. With w the feature's
               weights, or 1: "sum" is sum(w e), "mean" sum(w e) / sum(w), "sqrtn" sum(w e) / sqrt(sum(w^2)), where a
-              divisor of 0 counts as 1; `tile(n)` keeps the first n rows w e apart, as n cells of the group.
-              init: distribution of a new row, a function of (seed, table name, id, column) alone.
+              divisor of 0 counts as 1; `tile(n)` keeps the first n rows w e separate, as n cells of the group.
+              init: distribution of a new row, which depends only on (seed, table name, id, column).
               device: where the table lives; features must be there too.
               lr_scale: factor of the sparse optimiser's learning rate for this table, >= 0.
-              weight_decay: of this table in place of the optimiser's, >= 0.
+              weight_decay: of this table, in place of the optimiser's, >= 0.
               frozen: rows are inserted and read, but never updated.
-              unknown: the value of an id without a row (never seen, not admitted, or refused by a full table), in
-              training, evaluation and prediction alike: "zeros", or "initial" for what its row would start with.
-              read_only: this feature reads rows that others insert (under the same shared_name) or that were loaded:
-              nothing is inserted, no gradient reaches the rows, and none counts as seen.
-              trainable: if not, this feature inserts rows and reads them, and they count as seen, but no gradient
-              reaches them through it. A row that a step reads through such features alone is not updated: no decay, no
-              moment moves. Other features of the same shared_name train it. `frozen` is that for a whole table.
-              padding_id: an id that fills lists up, such as 0. This feature reads a list as if it did not hold it: no
-              row, no gradient, and no part in a combiner or its divisor. A tiled list keeps its places: a cell of
-              padding is zeros. None: every id counts.
-    Raises:   ValueError on a dim below 1, an unknown combiner or word for `unknown`, a rate below 0, or a padding_id
+              unknown: the value of an id without a row (never seen, not admitted, or rejected by a full table), in
+              training, evaluation and prediction: "zeros", or "initial" for the initial values of its row.
+              read_only: this feature only reads rows that others insert (under the same shared_name) or that were
+              loaded: it inserts no rows, sends them no gradient, and does not count them as seen.
+              trainable: False: this feature inserts and reads rows, which count as seen, but sends them no gradient. A
+              row that a step reads only through such features is not updated: no decay, no change of moments. Other
+              features of the same shared_name train it. `frozen` does the same for a whole table.
+              padding_id: an id that pads lists, such as 0. This feature ignores it: no row, no gradient, and no part in
+              a combiner or its divisor. In a tiled list its cell is zeros, and other ids keep their cells. None: no
+              id is padding.
+    Raises:   ValueError on a dim below 1, an unknown combiner or value of `unknown`, a rate below 0, or a padding_id
               beyond int64.
     Example:  >>> Embedding("item", dim=8, init=truncated_normal(0.01)).combiner
               'sum'
@@ -117,7 +117,7 @@ class Embedding:
     def _check_init(self) -> None:
         try:
             made: Any = self.initializer
-        except Exception as error:  # of whatever was given, as a function of torch.nn.init
+        except Exception as error:  # of any function, such as one of torch.nn.init
             made = error
         if not isinstance(made, Initializer):
             raise TypeError(
@@ -132,16 +132,16 @@ class Embedding:
 
     @property
     def rates(self) -> tuple[float, float | None]:
-        """Factor of the learning rate, and weight decay or None for the optimiser's."""
+        """Factor of the learning rate, and the weight decay; None: the optimiser's."""
         return (0.0, 0.0) if self.frozen else (self.lr_scale, self.weight_decay)
 
     @property
     def read_as(self) -> ReadAs:
-        """How its ids are read: feature, read only, how many of a list's ids, 0 for all, trainable, and padding."""
+        """How ids are read: feature, read_only, number of ids per list (0: all), trainable, and padding_id."""
         length = self.combiner.length if isinstance(self.combiner, Tile) else 0
         return self.feature, self.read_only, length, self.trainable, self.padding_id
 
     @property
     def of_table(self) -> tuple:
-        """What all that read one table must agree on."""
+        """What all embeddings of one table must agree on."""
         return self.dim, self.initializer, self.device, self.rates, self.frozen, self.unknown

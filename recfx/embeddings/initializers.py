@@ -1,4 +1,4 @@
-"""How the weights of a new row are drawn: each is a function of (seed, table name, column, id) alone."""
+"""Initial weights of new rows: each depends only on (seed, table name, column, id)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def normal(std: float, mean: float = 0.0) -> Initializer:
 
 
 def truncated_normal(std: float, mean: float = 0.0, bound: float = 2.0) -> Initializer:
-    """Normal cut at `bound` standard deviations on both sides, by inversion: no weight lies outside.
+    """Normal cut at `bound` standard deviations on both sides, by inversion: no weight is outside.
 
     Differs:  from torch.nn.init.trunc_normal_, whose bounds are absolute: 2 there is 2000 of these at std 0.001.
     Raises:   ValueError when std is below 0 or bound is not above 0.

@@ -1,4 +1,4 @@
-"""The physical tables that follow from a step's embeddings. No tensors here."""
+"""The plan of the physical tables for a step's embeddings. It contains no tensors."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ MAX_VOCABULARIES = 65_535  # of a physical table: 16 bits of a slot
 
 
 class LogicalTable(NamedTuple):
-    """A logical table's place in a physical row, for one vocabulary."""
+    """A logical table: its columns in a physical row, for one vocabulary, and how they are trained."""
 
     name: str
     first: int
     dim: int
     init: Initializer
     lr_scale: float = 1.0
-    weight_decay: float | None = None  # the optimiser's
+    weight_decay: float | None = None  # None: the optimiser's
     unknown: Literal["zeros", "initial"] = "zeros"
 
 
 class Lookup(NamedTuple):
-    """A feature read in a vocabulary of a physical table."""
+    """A feature whose ids are looked up in a vocabulary of a physical table."""
 
     feature: str
     vocabulary: int
@@ -42,13 +42,13 @@ class Lookup(NamedTuple):
 
     @property
     def num_cells(self) -> int:
-        """Rows [dim] that come out of it per sample."""
+        """Rows [dim] per sample that the lookup returns."""
         return max(self.length, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TablePlan:
-    """A physical table: vocabularies of equal row shape, whose rows hold their logical tables side by side."""
+    """A physical table: vocabularies of equal row shape. A row holds its logical tables side by side."""
 
     device: str
     dims: tuple[int, ...]
@@ -70,7 +70,7 @@ class TablePlan:
 
     @functools.cached_property
     def first_cells(self) -> tuple[int, ...]:
-        """The first cell of each lookup in a sample; then how many there are."""
+        """The first cell of each lookup in a sample, then the number of cells."""
         return tuple(itertools.accumulate((lookup.num_cells for lookup in self.lookups), initial=0))
 
     def check_batch(self, num_samples: int, num_ids: int = 0) -> None:
@@ -85,12 +85,12 @@ class TablePlan:
                 )
 
     def cells_of(self, lookup: int) -> slice:
-        """Which cells of a sample are the lookup's."""
+        """The cells of a lookup in a sample."""
         return slice(*self.first_cells[lookup : lookup + 2])
 
 
 class Cell(NamedTuple):
-    """Where an embedding comes out of the pooled blocks: block `column` of table `table`, lookup `lookup`."""
+    """The place of an embedding in the pooled rows: logical table `column` of table `table`, lookup `lookup`."""
 
     table: int
     column: int
@@ -100,19 +100,19 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Physical tables, and for each group of embeddings the cells that its stacked tensor is made of."""
+    """Physical tables, and for each group of embeddings the cells of its stacked tensor."""
 
     tables: tuple[TablePlan, ...]
     groups: dict[str, tuple[Cell, ...]]
 
     @property
     def widths(self) -> dict[str, int]:
-        """Of the logical tables, by name."""
+        """Widths of the logical tables by name."""
         return {c.name: c.dim for t in self.tables for vocabulary in t.vocabularies for c in vocabulary}
 
     def learns(self, cell: Cell) -> bool:
-        """Whether a gradient of the cell reaches rows: not through a lookup that is read-only or not trainable, nor
-        those of a frozen table."""
+        """Whether a gradient of the cell reaches rows: not if its lookup is read-only or not trainable, or its table
+        frozen."""
         table = self.tables[cell.table]
         lookup = table.lookups[cell.lookup]
         column = table.vocabularies[lookup.vocabulary][cell.column]
@@ -121,17 +121,17 @@ class Plan:
 
 
 def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
-    """Coalesces embeddings into as few physical tables and as few lookups as exactness allows.
+    """Coalesces embeddings into as few physical tables and lookups as possible without changing results.
 
-    Logical tables read through the same features share keys: their columns lie side by side in one row and one lookup
-    serves them all (embedding and bias of a column). Vocabularies of equal row shape on one device share a physical
-    table, where an id is still told apart from the same id of another vocabulary.
+    Logical tables that are read through the same features share keys: their columns are side by side in one row, and
+    one lookup serves them all (embedding and bias of a column). Vocabularies of equal row shape on one device share a
+    physical table, which still distinguishes equal ids of different vocabularies.
 
-    Args:     groups: embeddings by group name; a group reaches the model as one tensor [B, len(group), dim], where a
-              tiled embedding counts as its n cells; or, where dims differ, as their concatenation [B, sum of dims].
+    Args:     groups: embeddings by group name; a group is one tensor [B, len(group), dim] for the model, where a
+              tiled embedding counts as its n cells; or, when dims differ, their concatenation [B, sum of dims].
     Cost:     linear in the embeddings.
-    Raises:   ValueError when a group is empty, one shared name is given two dims, initialisers, devices, rates or
-              words for `unknown`, a physical table has more than 65 535 vocabularies, or a sample 2**31 cells of one.
+    Raises:   ValueError when a group is empty, one shared name has two dims, initialisers, devices, rates or values
+              of `unknown`, a physical table has more than 65 535 vocabularies, or a sample 2**31 cells of one.
     Example:  >>> plan = plan_tables({"emb": [Embedding("c1", dim=8), Embedding("c2", dim=8)],
               ...                     "bias": [Embedding("c1", dim=1), Embedding("c2", dim=1)]})
               >>> [(t.dims, len(t.vocabularies), len(t.lookups)) for t in plan.tables]
@@ -198,7 +198,7 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
 
 
 def _check_groups(groups: Any) -> None:
-    """Raises what `plan_tables` raises about the kind and number of what it is given."""
+    """Raises the errors of `plan_tables` about the types and numbers of its arguments."""
     expected = "expected lists of recfx.embeddings.Embedding by group name, such as {'emb': [Embedding('item', dim=8)]}"
     if not isinstance(groups, Mapping):
         raise TypeError(f"embeddings: got {said(groups)}, {expected}. `forward` is given them by group.")
@@ -213,7 +213,7 @@ def _check_groups(groups: Any) -> None:
 
 
 def _check_size(plan: TablePlan) -> None:
-    """What the kernels number with 16 and with 32 bits."""
+    """Raises when a table is too large for the 16-bit and 32-bit numbers of the kernels."""
     if len(plan.vocabularies) > MAX_VOCABULARIES:
         raise ValueError(
             f"table '{plan.vocabularies[0][0].name}' and those of its row shape {plan.dims}: got "
@@ -224,7 +224,7 @@ def _check_size(plan: TablePlan) -> None:
 
 
 def _in_order(padding_id: int | None) -> tuple[bool, int]:
-    """To sort by: None, which is not a number, comes first."""
+    """A key to sort by, where None comes first."""
     return padding_id is not None, padding_id or 0
 
 

@@ -1,10 +1,10 @@
 """Feature ops: pure functions on dense tensors [B, d] and Ragged lists. Nothing is written to its input.
 
-A feature function is an ordinary function of the batch that calls them; it is traced into the step. Every op has static
-shapes and reads nothing back to the host.
+A feature function is an ordinary function of the batch that calls these ops; it is traced into the step. Every op has
+static shapes and never waits for the host.
 
-Many columns: where an op is the same for all, give it a dict of columns, and select_dense a list. It is then one loop
-in the graph, whatever their number; one call per column gives the same values, but a loop to compile for each.
+Many columns: to apply one op to many columns, pass a dict of columns (to select_dense, a list). The graph then contains
+one loop for any number of columns. One call per column gives the same values, but one loop to compile per column.
 """
 
 from recfx.features.ids import cross, farm_hash, mod, multi_hash, murmur_hash

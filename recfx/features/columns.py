@@ -1,4 +1,4 @@
-"""What the ops share: a column is a dense tensor [B, d] or a Ragged, and a dict of columns is computed in one go."""
+"""Helpers of the ops: a column is a dense tensor [B, d] or a Ragged; a dict of columns is computed together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ColumnT = TypeVar("ColumnT", bound=Tensor | Ragged | Mapping[str, Any])
 
 
 def on_values(columns: ColumnT, function: Callable[[Tensor], Tensor]) -> ColumnT:
-    """The column with every value replaced; offsets and weights are shared. Of a dict, all columns by one call."""
+    """The column with `function` applied to its values; offsets and weights are shared. A dict takes one call."""
 
     def replace(columns: Mapping[str, Any]) -> dict[str, Any]:
         values = [c.values if isinstance(c, Ragged) else c for c in columns.values()]
@@ -29,7 +29,7 @@ def on_values(columns: ColumnT, function: Callable[[Tensor], Tensor]) -> ColumnT
 
 
 def join_and_split(parts: list[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """An elementwise function of each part; of several, one call on all of them end to end.
+    """An elementwise function of each part, computed by one call on all parts end to end.
 
     Raises:   TypeError when they differ in dtype.
     """
@@ -41,22 +41,22 @@ def join_and_split(parts: list[Tensor], function: Callable[[Tensor], Tensor]) ->
 
 
 def can_be_read(t: Tensor) -> bool:
-    """Whether the host may look into it: not while a graph is made."""
+    """Whether the host may read its values: not while a graph is traced."""
     is_cuda_graph = t.is_cuda and torch.cuda.is_current_stream_capturing()
     return not (torch.compiler.is_compiling() or type(t) is not Tensor or is_cuda_graph)
 
 
 def of_one_or_many(columns: Any, function: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Any:
-    """`function` of a dict of columns; of a single one, as a dict of one."""
+    """`function` of a dict of columns, or of a single column as a dict of one."""
     return function(columns) if isinstance(columns, Mapping) else function({"column": columns})["column"]
 
 
 def expect_ragged(name: str, column: Any, *, depth: int | None = None) -> Ragged:
-    """The column, which kernels may rely on.
+    """The column, checked as kernels require.
 
-    Raises:   TypeError when the column is not a Ragged, ValueError when its lists are not nested `depth` levels; and as
-              `recfx.types.pack` for a column that was made by hand. Inside a capture, and on a GPU, only dtypes and
-              shapes are seen here: there kernels look at the offsets, or read nothing outside the values.
+    Raises:   TypeError when the column is not a Ragged, ValueError when its lists are not nested `depth` levels; and
+              the errors of `recfx.types.pack` for a column that was made by hand. Inside a capture, and on a GPU, only
+              dtypes and shapes are checked here: kernels check the offsets, or read nothing outside the values.
     """
     if not isinstance(column, Ragged):
         raise TypeError(f"{name}: got {type(column).__name__}, expected Ragged. Declare it varlen in the reader.")

@@ -23,10 +23,10 @@ MULTIPLIERS, PRIME_SCALES = (1, 3, 5, 7), (29, 47, 67, 83)
 def farm_hash(columns: Ragged | Mapping[str, Ragged]) -> Any:
     """FarmHash Fingerprint64 of each string, as a signed 64-bit id.
 
-    Args:     columns: strings as lists of bytes, Ragged u8; or a dict of such columns, which one kernel hashes.
+    Args:     columns: strings as lists of bytes, Ragged u8; or a dict of such columns, hashed by one kernel.
     Shapes:   one string per sample -> i64 [B, 1]; a list of strings per sample -> Ragged i64, one id per string; deeper
               levels are kept. For a dict, a dict.
-    Cost:     reads each byte once, 10 ns a short string on a CPU.
+    Cost:     reads each byte once, 10 ns per short string on a CPU.
     Raises:   TypeError when the values are not u8.
     Ref:      github.com/google/farmhash, util::Fingerprint64.
     Example:  >>> words = Ragged(torch.tensor(list(b"abchello"), dtype=torch.uint8), torch.tensor([0, 3, 8]).int())
@@ -79,7 +79,7 @@ def mod(ids: ColumnT, n: int) -> ColumnT:
     if n & (n - 1) == 0:
         return on_values(ids, lambda id: id & (n - 1))
 
-    def unsigned(id: Tensor) -> Tensor:  # of a negative id 2**64 is added, in a form that does not overflow
+    def unsigned(id: Tensor) -> Tensor:  # adds 2**64 to a negative id, in a form that does not overflow
         remainder = id % n
         shifted = remainder - (n - 2**64 % n)
         return torch.where(id < 0, torch.where(shifted < 0, shifted + n, shifted), remainder)
@@ -88,7 +88,7 @@ def mod(ids: ColumnT, n: int) -> ColumnT:
 
 
 def multi_hash(ids: ColumnT, num_buckets: Sequence[int]) -> list[ColumnT]:
-    """Up to four ids in small spaces for one in a large one (compositional embeddings):
+    """Up to four ids in small spaces for one id in a large space (compositional embeddings):
 
         hash_i(id) = floormod(id m_i, p_i) mod b_i,  m = 1, 3, 5, 7, wrapping; p_i the largest prime <= c_i b_i
 
@@ -109,7 +109,7 @@ def multi_hash(ids: ColumnT, num_buckets: Sequence[int]) -> list[ColumnT]:
     return [into(m, _largest_prime(c * b), b) for m, c, b in numbers]
 
 
-@torch.compiler.assume_constant_result  # the search for a prime is no part of a graph
+@torch.compiler.assume_constant_result  # the search for a prime is not part of a graph
 def _largest_prime(most: int) -> int:
     return _search_prime(most)
 
@@ -123,15 +123,15 @@ def _search_prime(most: int) -> int:
 
 
 def cross(x: Ragged, y: Ragged, *, capacity: int) -> tuple[Ragged, Tensor]:
-    """Per sample the Cartesian product of the distinct ids of two features, as ids; and how many found no room.
+    """Per sample the Cartesian product of the distinct ids of two features, as ids; and the number that did not fit.
 
         value = MurmurHash64A of x then y, 16 little-endian bytes, seed 0
 
-    x-major, in the order of first occurrence. Weights multiply: the weight at an id's first occurrence, 1 where a
-    feature has none.
+    Pairs are x-major, in the order of first occurrence. A pair's weight is the product of the weights at the first
+    occurrences of its ids, 1 where a feature has no weights.
 
-    Args:     capacity: places for the pairs of a batch. What does not fit is left out, last samples first.
-    Returns:  Ragged i64, with weights when a side has some; overflow i64 [], to be reported under
+    Args:     capacity: room for the pairs of a batch. Pairs that do not fit are dropped, last samples first.
+    Returns:  Ragged i64, with weights when x or y has weights; overflow i64 [], to be reported under
               `recfx.types.COUNTS`.
     Raises:   TypeError when the ids are not i64, ValueError when samples differ in number, lists are nested, or the
               capacity is not in [0, 2**31).

@@ -30,7 +30,7 @@ Side = Literal["left", "right"]
 
 
 def select_dense(column: Tensor | Ragged | list[Ragged], dim: int = 1, *, fill: float = 0.0) -> Tensor:
-    """The first `dim` numbers of each sample, `fill` where there are fewer. Of a list of columns, side by side.
+    """The first `dim` numbers of each sample, `fill` where it has fewer. A list of columns is put side by side.
 
     Shapes:   Ragged f32 or Tensor [B, >= dim] -> f32 [B, dim]; a list of Ragged f32 -> f32 [B, columns * dim].
     Raises:   TypeError when a column of a list is not a Ragged f32, ValueError when they differ in samples.
@@ -51,7 +51,7 @@ def select_dense(column: Tensor | Ragged | list[Ragged], dim: int = 1, *, fill: 
 
 
 def select_ragged(column: Ragged) -> Ragged:
-    """The column as it is, for an embedding to read.
+    """The column unchanged, for an embedding to read.
 
     Raises:   TypeError when the column is dense.
     """
@@ -59,9 +59,9 @@ def select_ragged(column: Ragged) -> Ragged:
 
 
 def to_dense(column: Ragged, width: int, *, fill: float = 0) -> Tensor:
-    """Each list's first `width` values, then `fill`: what "tile" does to values.
+    """Each list's first `width` values, then `fill`: the values that `tile` reads.
 
-    Shapes:   Ragged -> [lists, width]; nested lists keep their own level, [lists of the innermost level, width].
+    Shapes:   Ragged -> [lists, width]; for nested lists [lists of the innermost level, width].
     Example:  >>> to_dense(Ragged(torch.tensor([5, 6, 7]), torch.tensor([0, 1, 3]).int()), 2, fill=-1).tolist()
               [[5, -1], [6, 7]]
     """
@@ -74,7 +74,7 @@ def to_dense(column: Ragged, width: int, *, fill: float = 0) -> Tensor:
 
 
 def from_dense(x: Tensor) -> Ragged:
-    """A dense column as lists that all have d values: for an embedding to read, or to cross.
+    """A dense column as lists of d values each: for an embedding to read, or for `cross`.
 
     Shapes:   [B, d] -> Ragged of B lists.
     Raises:   TypeError when x is not a tensor [B, d], ValueError when it has 2**31 numbers or more: offsets are
@@ -110,15 +110,15 @@ def flatten(column: Ragged) -> Ragged:
     """
     column = expect_ragged("column", column)
     if not column.outer:
-        raise ValueError("column: got lists nested 1 level, expected 2 at least. There is no level to remove.")
+        raise ValueError("column: got lists nested 1 level, expected at least 2. There is no level to remove.")
     return column._replace(offsets=column.offsets[column.outer[-1].long()], outer=column.outer[:-1])
 
 
 def truncate(columns: Ragged | Mapping[str, Ragged], longest: int, *, side: Side) -> Any:
-    """Each innermost list cut to `longest` values, weights with them. Shorter lists stay: nothing is padded.
+    """Each innermost list cut to `longest` values and their weights. Shorter lists are not padded.
 
-    Args:     columns: a column, or a dict of them, which one kernel cuts together.
-              side: "left" drops from the left and keeps the last values, "right" keeps the first.
+    Args:     columns: a column, or a dict of columns, cut by one kernel.
+              side: "left" drops values from the left and keeps the last ones, "right" keeps the first ones.
     Raises:   ValueError when longest is below 0.
     Example:  >>> ids = Ragged(torch.tensor([-7, -1, -2, -3]), torch.tensor([0, 1, 4]).int())
               >>> truncate(ids, 2, side="left").values.tolist()
@@ -126,7 +126,7 @@ def truncate(columns: Ragged | Mapping[str, Ragged], longest: int, *, side: Side
     """
     _check_count("longest", longest)
 
-    def length(offsets: Tensor) -> Tensor:  # one item more than there are lists: ends of several columns may be joined
+    def length(offsets: Tensor) -> Tensor:  # one more item than lists: ends of several columns may be joined
         return F.pad(offsets.diff(), (0, 1)).clamp(max=longest)
 
     def cut(columns: Mapping[str, Ragged]) -> dict[str, Ragged]:
@@ -141,7 +141,7 @@ def truncate(columns: Ragged | Mapping[str, Ragged], longest: int, *, side: Side
 
 
 def truncate_lists(column: Ragged, count: int, *, side: Side, pad: Side = "right") -> Ragged:
-    """Each sample's list of lists cut, or filled up with empty lists, to exactly `count` lists.
+    """Each sample's list of lists cut, or padded with empty lists, to exactly `count` lists.
 
     Args:     side: "left" drops lists from the left, "right" from the right.
               pad: where the empty lists go.
@@ -150,7 +150,7 @@ def truncate_lists(column: Ragged, count: int, *, side: Side, pad: Side = "right
     """
     column = expect_ragged("column", column)
     if not column.outer:
-        raise ValueError("column: got lists nested 1 level, expected 2 at least. Use truncate.")
+        raise ValueError("column: got lists nested 1 level, expected at least 2. Use truncate.")
     _check_count("count", count, least=1)
     outer = column.outer[-1]
     if (outer.numel() - 1) * count >= 2**31:
@@ -169,15 +169,15 @@ def truncate_lists(column: Ragged, count: int, *, side: Side, pad: Side = "right
 
 
 def check_length(column: Ragged, longest: int, name: str = "column", *, level: int = 0) -> Tensor:
-    """How many lists of one level are longer than `longest`, i64 []. Report it under `recfx.types.COUNTS`.
+    """The number of lists of one level that are longer than `longest`, i64 []. Report it under `recfx.types.COUNTS`.
 
     Args:     column: lists nested to any depth.
               longest: of a list, in items: values of an innermost list, lists of any other.
               name: of the column, for the error.
-              level: whose lists. 0: a sample's, as RecIS checks them; -1: the innermost, which `truncate` cuts. Where
-              lists are not nested both are the same.
-    Raises:   ValueError when there is one, in eager code. Inside a capture nothing can raise. TypeError when the column
-              is not a Ragged, ValueError when it has no such level or longest is below 0.
+              level: of the lists. 0: those of samples, which RecIS checks; -1: the innermost, which `truncate` cuts.
+              Both are the same when lists are not nested.
+    Raises:   ValueError when there is one, in eager code only: inside a capture nothing can raise. TypeError when the
+              column is not a Ragged, ValueError when it has no such level or longest is below 0.
     Example:  >>> x = Ragged(torch.arange(4), torch.tensor([0, 1, 4]).int(), None, (torch.tensor([0, 2]).int(),))
               >>> int(check_length(x, 2)), int(check_length(x, 3, level=-1))  # one sample of 2 lists, of 1 and 3 values
               (0, 0)
@@ -205,7 +205,7 @@ def check_length(column: Ragged, longest: int, name: str = "column", *, level: i
 
 
 def _take(columns: Mapping[str, Ragged], parts: Mapping[str, tuple[Tensor, Tensor, int]]) -> dict[str, Ragged]:
-    """Each column with list l = values[first[l] : first[l] + length[l]], weights with them, by one kernel."""
+    """Each column with list l = values[first[l] : first[l] + length[l]], with its weights, by one kernel."""
     wanted = [(name, t) for name, c in columns.items() for t in (c.values, c.weights) if t is not None]
     out = take_lists(
         [t.contiguous() for _, t in wanted],
@@ -223,7 +223,7 @@ def _take(columns: Mapping[str, Ragged], parts: Mapping[str, tuple[Tensor, Tenso
 
 
 def _matrix(x: Any) -> tuple[int, int]:
-    """Its shape."""
+    """The shape of a matrix. Raises TypeError when it is not a tensor [B, d]."""
     if not isinstance(x, Tensor) or x.dim() != 2:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x: got {got}, expected Tensor [B, d].")

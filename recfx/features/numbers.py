@@ -20,7 +20,7 @@ Statistic = float | Tensor
 
 
 def log1p(x: ColumnT) -> ColumnT:
-    """log(1 + max(x, 0)): tames counts that span six orders of magnitude.
+    """log(1 + max(x, 0)), for counts that span orders of magnitude.
 
     Shapes:   f32 [B, d], Ragged f32 or a dict of them -> the same.
     Example:  >>> log1p(torch.tensor([[-3.0, 0.0]])).tolist()
@@ -49,9 +49,9 @@ def standardize(x: ColumnT, mean: Statistic, std: Statistic) -> ColumnT:
 
 
 def min_max(x: ColumnT, low: Statistic, high: Statistic) -> ColumnT:
-    """(x - low) / (high - low) with given statistics: low becomes 0 and high 1, what lies outside stays outside.
+    """(x - low) / (high - low) with given statistics: low becomes 0 and high 1; values outside stay outside.
 
-    Where low = high the divisor is 1.
+    When low = high the divisor is 1.
     """
     _check_statistics(x, low, high)
     return on_values(x, lambda v: (v - low) / _or_one(high - low))
@@ -59,7 +59,7 @@ def min_max(x: ColumnT, low: Statistic, high: Statistic) -> ColumnT:
 
 def _check_statistics(x: Any, *statistics: Statistic) -> None:
     if not isinstance(x, Tensor) and any(isinstance(s, Tensor) and s.ndim for s in statistics):
-        raise TypeError(f"x: got {type(x).__name__}, expected Tensor [B, d] beside statistics per column.")
+        raise TypeError(f"x: got {type(x).__name__}, expected Tensor [B, d] for statistics per column.")
 
 
 def _or_one(divisor: Statistic) -> Statistic:
@@ -67,7 +67,7 @@ def _or_one(divisor: Statistic) -> Statistic:
 
 
 def fill_missing(column: Tensor | Ragged | list[Ragged], value: Statistic, dim: int = 1) -> tuple[Tensor, Tensor]:
-    """`select_dense` with `value` where a number is absent or NaN; and f32 1 where it was so, else 0.
+    """`select_dense` with `value` where a number is absent or NaN; and f32 1 at these places, 0 elsewhere.
 
     Args:     value: a number, or one per column of the result.
     Shapes:   f32 [B, d], f32 [B, d], with d as of `select_dense`.
@@ -86,7 +86,7 @@ def bucketize(x: ColumnT, boundaries: Sequence[float] | Tensor) -> ColumnT:
     Args:     boundaries: rising numbers; or a tensor [d, boundaries], a row per column of a dense x. Shorter rows end
               in infinity.
     Shapes:   f32 [B, d] or Ragged f32 -> the same in i64. NaN and +inf get the highest id.
-    Cost:     one comparison per boundary, fused with what stands around it.
+    Cost:     one comparison per boundary, fused with neighbouring ops.
     Raises:   ValueError when given numbers do not rise.
     Example:  >>> bucketize(torch.tensor([[17.999], [18.0], [65.0], [float("nan")]]), [18, 25, 35, 45, 55, 65]).T
               tensor([[0, 1, 6, 6]])
@@ -104,10 +104,10 @@ def bucketize(x: ColumnT, boundaries: Sequence[float] | Tensor) -> ColumnT:
 def quantile_boundaries(values: Tensor | np.ndarray | Sequence[float], num_buckets: int) -> list[float]:
     """Boundaries for `bucketize` that cut these values into buckets of about equal size. Runs on the host.
 
-    Equal quantiles merge, so skewed counts give fewer than num_buckets - 1 boundaries. NaN is left out. Boundaries are
-    float32 numbers, as the values that they are compared with.
+    Equal quantiles merge, so skewed counts give fewer than num_buckets - 1 boundaries. NaN is ignored. Boundaries are
+    float32 numbers, like the values they are compared with.
 
-    Raises:   ValueError when num_buckets is below 1 or no value is left.
+    Raises:   ValueError when num_buckets is below 1 or all values are NaN.
     Example:  >>> quantile_boundaries([1.0, 2.0, 3.0, 4.0], 2)
               [2.5]
     """
@@ -116,6 +116,6 @@ def quantile_boundaries(values: Tensor | np.ndarray | Sequence[float], num_bucke
     if num_buckets < 1:
         raise ValueError(f"num_buckets: got {num_buckets}, expected at least 1.")
     if len(numbers) == 0:
-        raise ValueError("values: got none that is a number, expected some to fit boundaries to.")
+        raise ValueError("values: got only NaN, expected numbers to fit boundaries to.")
     quantiles = np.quantile(numbers, np.arange(1, num_buckets) / num_buckets)
     return np.unique(quantiles.astype(np.float32)).tolist()

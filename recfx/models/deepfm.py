@@ -53,10 +53,10 @@ def init(config: DeepFMConfig, generator: torch.Generator) -> Params:
 def forward(params: Params, emb: dict[str, Tensor], numeric_BN: Tensor) -> Tensor:
     """Logit f32 [B, 1] from emb["emb"] f32 [B, F, D], emb["bias"] f32 [B, F, 1] and the numeric values f32 [B, N].
 
-    Written so that on a CPU every sum over fields is a matrix product or runs along contiguous memory: the textbook
-    form reduces over an axis in the middle, which compilers turn into scalar loops there. On CUDA they are plain sums,
-    which join the kernels next to them. The numeric embeddings enter the MLP unscaled, the same for every sample, so
-    their part of the first layer is a bias. Cost: one GEMM [B, F D] x [F D, H].
+    On a CPU every sum over fields is a matrix product or runs along contiguous memory: the textbook form reduces over a
+    middle axis, which compilers turn into scalar loops. On CUDA they are plain sums, which fuse with neighbouring
+    kernels. The numeric embeddings enter the MLP unscaled, the same for every sample, so their part of the first layer
+    is a bias. Cost: one GEMM [B, F D] x [F D, H].
     """
     emb_BFD, numeric_emb, weight = emb["emb"], params["numeric_emb"], params["dnn.0.weight"]
     num_fields, dim = emb_BFD.shape[1:]
@@ -67,20 +67,20 @@ def forward(params: Params, emb: dict[str, Tensor], numeric_BN: Tensor) -> Tenso
     numeric_first_B, numeric_sum_BD, numeric_squares_B = numeric_terms(params, numeric_BN)
     first_order = emb["bias"].sum(1) + numeric_first_B
 
-    # Squared in its own shape: added to the product's gradient by one loop, where two matrices would be copied first.
+    # Squared before any reshape: one loop then adds its gradient to the product's, without copies of two matrices.
     sparse_squares_B = (emb_BFD * emb_BFD).sum((1, 2))[:, None]
     square_of_sum_B = ((sum_over_fields(emb_BFD) + numeric_sum_BD) ** 2).sum(1, keepdim=True)
     second_order = 0.5 * (square_of_sum_B - sparse_squares_B - numeric_squares_B)
 
-    # A sum, not a product of matrices: one row is no work for a GEMM, and the loop fuses with its neighbours.
+    # A sum, not a matrix product: one row is too little for a GEMM, and the loop fuses with its neighbours.
     bias = params["dnn.0.bias"] + (numeric_emb.flatten()[:, None] * numeric_weight).sum(0)
     num_hidden = sum(name.startswith("dnn.") for name in params) // 2 - 1
     return first_order + second_order + mlp_from_first(params, "dnn", hidden_BH + bias, num_hidden=num_hidden)
 
 
 def numeric_by_products(params: Params, numeric_BN: Tensor) -> Sequence[Tensor]:
-    """Of the numeric features: first order [B, 1], sums [B, D], and squares [B, 1], which come from the squared values
-    alone. All in one product."""
+    """Terms of the numeric features by one product: first order [B, 1], sums [B, D], and squares [B, 1], which depend
+    on the squared values only."""
     numeric_emb, dim = params["numeric_emb"], params["numeric_emb"].shape[1]
     linear = torch.cat([params["numeric_bias"], numeric_emb], dim=1)
     squares = (numeric_emb**2).sum(1, keepdim=True)
@@ -97,10 +97,10 @@ def numeric_by_sums(params: Params, numeric_BN: Tensor) -> Sequence[Tensor]:
 
 
 def sum_over_fields(emb_BFD: Tensor) -> Tensor:
-    """The sum [B, D] of embeddings [B, F, D], on a CPU by loops over at least 16 numbers that lie together.
+    """The sum [B, D] of embeddings [B, F, D], on a CPU by loops over at least 16 contiguous numbers.
 
-    Adding up rows of 8 numbers compiles there to scalar loops, 30 times slower. So as many fields as make up 16 numbers
-    are added as one, and a product with stacked identity matrices, small by then, adds what is left side by side.
+    Adding rows of 8 numbers compiles there to scalar loops, 30 times slower. So groups of fields of 16 numbers are
+    added first, and a small product with stacked identity matrices adds the fields that are left side by side.
     """
     if sums_are_loops(emb_BFD):
         return emb_BFD.sum(1)
@@ -115,6 +115,6 @@ def sum_over_fields(emb_BFD: Tensor) -> Tensor:
 
 
 def narrow_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight of few columns, made as many as fill a vector register: 16 take a third of the time of 10 on a CPU."""
+    """x @ weight of few columns, padded to a full vector register: on a CPU 16 columns take a third of the time of 10."""
     num_columns = weight.shape[1]
     return full_matmul(x, F.pad(weight, (0, -num_columns % LANES)))[:, :num_columns]

@@ -1,4 +1,4 @@
-"""What teams that come from RecIS need: its checkpoints, and its metrics for comparing numbers."""
+"""For teams that come from RecIS: loads its checkpoints, and computes its metrics to compare numbers."""
 
 from recfx.recis.loading import load_recis
 from recfx.recis.metrics import auc_200, threshold_auc

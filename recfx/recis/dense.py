@@ -1,4 +1,4 @@
-"""The dense part of a RecIS checkpoint: parameters by name, AdamW's moments of them, and the steps of step filters."""
+"""The dense part of a RecIS checkpoint: parameters by name, their AdamW moments, and the steps of step filters."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from recfx.types import Params
 __all__ = ["FilterSteps", "dense_pairs"]
 
 MODEL, EXTRA = "model.pt", "extra.pt"
-OPTIMIZERS = ("dense_optimizer", "recis.dense.optim.")  # the dense optimiser's key: an old one, and that of 1.1 and 1.2
-FILTER_STEP = "@filter_global_step"  # after a table's name, as of 1.2.18
-HASHED_FILTER_STEP = "_hashtable._filter_hook_impl._global_step"  # before: after a module's name, with a hash in it
-ADVICE = "To begin with fresh moments, take the dense part in a call before: tables=(), moments=False."
+OPTIMIZERS = ("dense_optimizer", "recis.dense.optim.")  # keys of the dense optimiser: before 1.1, and in 1.1 and 1.2
+FILTER_STEP = "@filter_global_step"  # after a table's name, since 1.2.18
+HASHED_FILTER_STEP = (
+    "_hashtable._filter_hook_impl._global_step"  # before 1.2.18: after a module's name, with a hash in it
+)
+ADVICE = "To start with moments of 0, load the dense part in an earlier call: tables=(), moments=False."
 
 
 class FilterSteps:
-    """The steps that step filters had reached, by table. Raises: ValueError when the file is missing or damaged."""
+    """The saved steps of step filters, by table. Raises: ValueError when the file is missing or damaged."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / MODEL
         self._steps = {name: value for name, value in _load(self._path).items() if _is_filter_step(name)}
 
     def of(self, table: str) -> int:
-        """A table's. Raises: ValueError when there is none, or several of which one is this table's."""
+        """The step of a table. Raises: ValueError when there is none, or when several could be this table's."""
         hashed = [name for name in self._steps if name.endswith(HASHED_FILTER_STEP)]
         names = [table + FILTER_STEP] if table + FILTER_STEP in self._steps else hashed
         found = {name: self._step(name) for name in names}
@@ -54,7 +56,7 @@ def _is_filter_step(name: object) -> bool:
 def dense_pairs(
     folder: Path, state: TrainState, dense: Callable[[Params], Params], *, moments: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """Tensors of the state, and what they are to become. Raises: as `load_recis`."""
+    """Tensors of the state, and their new values. Raises: as `load_recis`."""
     saved = _load(folder / MODEL).items()
     there = {name: value for name, value in saved if isinstance(value, Tensor) and not _is_filter_step(name)}
     pairs = _renamed(folder / MODEL, dense, there, state.params)
@@ -91,7 +93,7 @@ def _moments(path: Path, params: Params) -> tuple[Params, Params, int]:
     key_of = _keys(path, saved["param_groups"], list(params))
     m, v, steps = {}, {}, set()
     for name, param in params.items():
-        zeros = torch.zeros_like(param)  # of one that never had a gradient
+        zeros = torch.zeros_like(param)  # of a parameter that never had a gradient
         key = key_of.get(name)
         kept = saved["state"].get(key, {"exp_avg": zeros, "exp_avg_sq": zeros})
         shapes = [list(kept[slot].shape) if slot in kept else None for slot in ("exp_avg", "exp_avg_sq")]
@@ -108,7 +110,7 @@ def _moments(path: Path, params: Params) -> tuple[Params, Params, int]:
 
 
 def _optimizer(path: Path) -> dict:
-    """The state_dict of the dense optimiser: under its name, or the only one of an optimiser."""
+    """The state_dict of the dense optimiser: by its name, or the only one in the file."""
     content = _load(path)
     named = [content[key] for key in OPTIMIZERS if key in content][:1]
     saved = [e for e in named or content.values() if isinstance(e, dict) and {"state", "param_groups"} <= e.keys()]
@@ -118,7 +120,7 @@ def _optimizer(path: Path) -> dict:
 
 
 def _keys(path: Path, groups: list[dict], names: list[str]) -> dict[str, str | int]:
-    """Where the optimiser's state has each parameter: by its name, or, where it saved no names, by its number."""
+    """The key of each parameter in the optimiser's state: its name, or its number when no names were saved."""
     keys = [key for group in groups for key in group["params"]]
     if all("param_names" in group for group in groups):
         known = [name for group in groups for name in group["param_names"]]
@@ -143,6 +145,6 @@ def _load(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
             raise TypeError(f"got {type(content).__name__}")
-    except Exception as error:  # of many types: not there, no zip, no pickle, classes that are not allowed
+    except Exception as error:  # of many types: missing, not a zip or pickle, classes that are not allowed
         raise ValueError(f"{path}: {error!r}, expected a dict that torch.load reads with weights_only=True.") from error
     return content

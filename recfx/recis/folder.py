@@ -1,4 +1,4 @@
-"""A checkpoint of RecIS opened for reading: which tensors are in which files, under the names of any version."""
+"""A RecIS checkpoint opened for reading: maps tensors to files, by the names of every version."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from torch import Tensor
 __all__ = ["Folder", "Part"]
 
 LIST, INDEX, KEYS = "checkpoint", "index", "tensorkey.json"
-PIECE = 2**15  # rows checked or written at once, in the cache
-ADAM = {"m": "exp_avg", "v": "exp_avg_sq"}  # what AdamW keeps, and the ends of its slots' names there
+PIECE = 2**15  # rows that are checked or written together, in the processor cache
+ADAM = {"m": "exp_avg", "v": "exp_avg_sq"}  # AdamW's slots, and the ends of their names in RecIS
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-BETAS = (0.9, 0.999)  # by default, there and here
-TINY = torch.finfo(torch.float32).tiny  # below it powers of betas are no longer exact
+BETAS = (0.9, 0.999)  # the default in RecIS and here
+TINY = torch.finfo(torch.float32).tiny  # smaller powers of betas are not exact
 PART = re.compile(r"/part_(\d+)_(\d+)$")  # <rank>_<ranks>, at the end of a block's name
 TENSOR = re.compile(r"(.*)@([^@^]*)\^([^^]*)", re.DOTALL)  # <table>@<slot>^<slice>
 SLICE = re.compile(r"(\d+)@(\d+)@(\d+)")  # <first>@<end>@<size>, of the hashes of the ids
 
 
 class Part(NamedTuple):
-    """What one rank saved of a table. Nothing is read before it is used."""
+    """The part of a table that one rank saved. Tensors are read when they are used."""
 
     block: str  # of the ids
     ids: Tensor  # i64 [n]
-    values: dict[str, Tensor]  # weight, and what the optimiser keeps: [n, D]
-    seen: Tensor | None  # i64 [n], the last step of its step filter that looked the row up; None without a filter
+    values: dict[str, Tensor]  # weight and optimiser slots: [n, D]
+    seen: Tensor | None  # i64 [n]: the last step of the step filter that looked the row up; None without a filter
 
 
 class Folder:
@@ -57,7 +57,7 @@ class Folder:
         self._ranks |= self._add_slices({block: m for block, m in sliced.items() if block not in keys})
 
     def _add_parts(self, keys: Mapping[str, Any]) -> set[int]:
-        """Blocks that are named by rank, as of 1.0."""
+        """Adds blocks that are named by rank, as in 1.0 and later."""
         ranks, counts = set(), set()
         for block, original in keys.items():
             named, part = TENSOR.fullmatch(str(original)), PART.search(block)
@@ -77,8 +77,8 @@ class Folder:
         return ranks
 
     def _add_slices(self, blocks: Mapping[str, re.Match]) -> set[int]:
-        """Blocks that are named as their tensors, without a line in tensorkey.json: what came before, and still loads
-        there. A rank's part is then a slice of the hashes."""
+        """Adds blocks that have the names of their tensors, without a line in tensorkey.json. This older form still loads in
+        RecIS. A rank's part is then a slice of the hashes."""
         slices = {tuple(map(int, m[3].split("@"))) for m in blocks.values()}
         ranks = {part: rank for rank, part in enumerate(sorted(slices))}
         ends = [0, *(end for _, end, _ in ranks)]
@@ -95,7 +95,7 @@ class Folder:
     def optimizer(
         self, tables: Collection[str], kept: tuple[str, ...], betas: tuple[float, float] | None
     ) -> tuple[dict[str, str], int]:
-        """Slot there of each of the model's, and the steps taken."""
+        """The slot in RecIS for each slot of the model, and the steps taken."""
         if not kept:
             return {}, 0
         found = sorted({slot for table in tables for slot in self._slots(table)} - {"id", "embedding"})
@@ -103,12 +103,12 @@ class Folder:
         if set(kept) != set(ADAM) or len(prefixes) != 1:
             raise ValueError(
                 f"{self.path}: got an optimiser that keeps {found} for one that keeps {list(kept)}, expected AdamW's "
-                "first and second moments on both sides. To begin with fresh ones give moments=False."
+                "first and second moments on both sides. To start with moments of 0 give moments=False."
             )
         return {name: prefixes[0] + end for name, end in ADAM.items()}, self._num_steps(prefixes[0], betas)
 
     def _num_steps(self, prefix: str, betas: tuple[float, float] | None) -> int:
-        """By the counter, or, as 1.0 leaves it at 0, by the powers of the betas that correct the bias there."""
+        """The steps taken: from the counter, or, since 1.0 leaves it at 0, from the powers of betas for bias correction."""
         name = f"{prefix}step^ "
         counter = self.tensor(name)
         if counter.numel() != 1 or counter.is_floating_point() or int(counter) < 0:
@@ -122,7 +122,7 @@ class Folder:
         if abs(by_first - num_steps) > 0.5:
             raise ValueError(
                 f"{self.path}: got powers of betas that are {by_first:.4g} and {num_steps:.4g} steps of {(b1, b2)}, "
-                "expected one number. The bias is corrected by it; give the betas of that run."
+                "expected one number. Bias correction needs it. Give the betas of that run."
             )
         return max(round(num_steps), int(counter))
 
@@ -140,7 +140,7 @@ class Folder:
             if not blocks or found.get(slot, {}).keys() != blocks.keys():
                 got = f"'{slot}' of ranks {sorted(found.get(slot, {}))}, ids of {sorted(blocks)}"
                 raise ValueError(f"{self.path / KEYS}: table '{table}': got {got}, expected both of the same.")
-        if blocks.keys() != self._ranks:  # each saves a part of each table, an empty one too
+        if blocks.keys() != self._ranks:  # each rank saves a part of each table, even an empty one
             raise ValueError(
                 f"{self.path / KEYS}: table '{table}': got parts of ranks {sorted(blocks)}, expected those of "
                 f"{sorted(self._ranks)}. Rows would be lost; use another checkpoint."
@@ -165,13 +165,13 @@ class Folder:
         return self._tables[table]
 
     def _filter_slot(self, table: str) -> list[str]:
-        """The slot of the table's step filter: 'step_filter' unless it was given another name, the one of i64."""
+        """The slot of the table's step filter: the only one of i64, by default named 'step_filter'."""
         found = self._slots(table)
         others = (slot for slot in found if slot not in ("id", "embedding"))
         stepped = [slot for slot in others if self.tensor(next(iter(found[slot].values()))).dtype == torch.int64]
         if len(stepped) > 1:
             raise ValueError(
-                f"{self.path / KEYS}: table '{table}': got slots {stepped} of steps, expected one at most."
+                f"{self.path / KEYS}: table '{table}': got slots {stepped} of steps, expected at most one."
             )
         return stepped
 
@@ -217,7 +217,7 @@ class Folder:
 
 
 def _newest(path: Path) -> Path:
-    """The checkpoint's folder, where `path` may be that of the run."""
+    """The checkpoint's folder; `path` may be the folder of the run."""
     if (path / INDEX).exists() or not (path / LIST).exists():
         return path
     listed = (path / LIST).read_text(errors="replace").split()

@@ -1,4 +1,4 @@
-"""Checkpoints of RecIS: tables, optimiser state and dense parameters, read into a state of this library.
+"""Loads RecIS checkpoints: tables, optimiser state and dense parameters.
 
 <folder>/index                        JSON: the file of each block, and the files' names
 <folder>/tensorkey.json               JSON: '<table>.<slot>/part_<rank>_<ranks>' -> '<table>@<slot>^<slice>'
@@ -41,45 +41,46 @@ def load_recis(
     rank: int = 0,
     world_size: int = 1,
 ) -> TrainState:
-    """Fills a freshly initialised `state` from a checkpoint of RecIS, whose training then goes on here.
+    """Fills a freshly initialised `state` from a RecIS checkpoint, so that its training continues here.
 
-    Rows come in the order of the model's tables, of the checkpoint's ranks, of each rank's rows. Where two tables share
-    their rows here, as embedding and bias of one feature do, an id that one of them lacks has its initial value there.
-    README.md, "Coming from RecIS", loads the seed's DeepFM.
+    Rows are in the order of the model's tables, then of the checkpoint's ranks, then of each rank's rows. Where two
+    tables share their rows here (embedding and bias of one feature), an id that one of them does not contain gets its
+    initial value there. README.md, "Coming from RecIS", loads the seed's DeepFM.
 
-    What was saved must fit what is built: `sparse_adamw_recis` for SparseAdamW, `sparse_adamw_tf` for SparseAdamWTF,
-    `sparse_adam_recis` for SparseAdam; of parameters `adamw` for torch's AdamW, `adamw_tf` for AdamWTF, `adam` for
-    torch's Adam. `sparse_adamw` and `sparse_adam` are torch's formulas: they keep the same, and go on otherwise.
-    Where RecIS coalesced tables it kept the low 52 bits of an id: look ids of such a table up as `ops.mod(x, 2**52)`.
+    The optimisers must match: `sparse_adamw_recis` for SparseAdamW, `sparse_adamw_tf` for SparseAdamWTF,
+    `sparse_adam_recis` for SparseAdam; for parameters `adamw` for torch's AdamW, `adamw_tf` for AdamWTF, `adam` for
+    torch's Adam. `sparse_adamw` and `sparse_adam` are torch's formulas: they have the same state, but continue
+    differently. Where RecIS coalesced tables it kept the low 52 bits of an id: look up ids of such a table as
+    `ops.mod(x, 2**52)`.
 
-    Rows of a table with a step filter keep their age: the filter's step counts batches, `step.accumulation` of which
-    are one step here. Rows of other tables count as touched by the last step. model.pt has a filter's step under
-    '<table>@filter_global_step', as of 1.2.18; under the name of a module with a hash of the table's options before. As
-    such a name does not tell the table, all of them must then be at one step.
+    Rows of a table with a step filter keep their age: the filter's step counts batches, and `step.accumulation` batches
+    are one step here. Rows of other tables count as touched by the last step. model.pt stores a filter's step under
+    '<table>@filter_global_step' since 1.2.18; before, under the name of a module with a hash of the table's options.
+    Such a name does not identify the table, so all filters must then have the same step.
 
-    Args:     path: a checkpoint's folder, or the output folder of a run, for the newest one that it lists.
+    Args:     path: a checkpoint's folder, or the output folder of a run, for the newest checkpoint that it lists.
               tables: logical tables of the model to take, by name ('<group>/<feature>', or the shared name); default
               all, () none.
-              names: name there of a table that has another one in the model.
-              dense: parameters here from the state_dict there. It is used on the moments too, so it may only select,
-              transpose, cut or join: torch.nn.Linear keeps [out, in] where `recfx.layers.linear` has [in, out]. What it
-              leaves out keeps its initial value. Default: no dense part is taken.
-              moments: take what AdamW keeps, and its step counts, by which bias correction and schedules go on. False:
-              they begin at 0. The dense part's are taken by name, where the optimiser there saved names, as RecIS's
-              named ones (1.1) do; else by number: what AdamW(model.parameters()) saves, one group, alike in number,
-              order and shape to model.pt. Of another optimiser take the dense part without them in a call before:
+              names: name in the checkpoint, for a table whose name in the model differs.
+              dense: function from the saved state_dict to parameters here. It is applied to the moments too, so it may
+              only select, transpose, cut or join: torch.nn.Linear has [out, in], `recfx.layers.linear` has [in, out].
+              Other parameters keep their initial values. Default: no dense part is taken.
+              moments: take AdamW's moments and its step counts, with which bias correction and schedules continue.
+              False: they start at 0. The dense moments are taken by name, if the optimiser saved names, as the named
+              ones of RecIS (1.1) do; else by number: AdamW(model.parameters()) saves one group that matches model.pt
+              in number, order and shape. For another dense optimiser load the dense part in an earlier call, with
               tables=(), moments=False.
-              betas: of the sparse optimiser there, which saves their powers and corrects the bias by them. In 1.0 its
-              counter of steps stays at 0; the powers then tell the steps, up to 87 000 of the default, (0.9, 0.999).
-              Give betas also for a run that began under 1.0 and went on: its counter has the later steps only.
+              betas: of the sparse optimiser, which saves their powers for bias correction. In 1.0 its step counter
+              stays at 0 and the steps follow from the powers, up to 87 000 with the default, (0.9, 0.999). Give betas
+              also for a run that began under 1.0 and continued: its counter has only the later steps.
               rank, world_size: take the rows that `recfx.kernels.index.owner.owner` gives to this rank.
     Cost:     reads every byte twice, first to check it; files are mapped, one table's ids are sorted in memory.
-    Differs:  from `load`: the layout has no checksums, so a flipped bit shows where it makes no sense, if anywhere.
+    Differs:  from `load`: RecIS files have no checksums, so a flipped bit is found only if it gives an invalid value.
               Reader positions and metrics are not taken.
     Raises:   ValueError naming file and tensor when one is missing, damaged, of another shape or type, or not finite;
-              when an id is there twice, a rank's part of a table is missing, or the optimiser keeps something else;
-              when powers of betas are of two numbers of steps, or a step filter's step is missing; when `state` has
-              rows already, or too little room. `state` is then as it was.
+              when an id occurs twice, a rank's part of a table is missing, or the optimiser has another state; when
+              the powers of betas contradict each other, or a step filter's step is missing; when `state` has rows
+              already, or too little room. `state` is then unchanged.
     """
     check_arguments([Path(path)], state, rank, world_size)
     if betas is not None and not (0 <= betas[0] < 1 and 0 < betas[1] < 1):
@@ -114,10 +115,10 @@ def load_recis(
 def _idle(
     folder: Folder, name_there: Mapping[str, str], parts: Mapping[str, list[Part]]
 ) -> dict[str, list[Tensor | None]]:
-    """Batches since a table's rows were looked up, i64 [n] for each part; None where it has no step filter.
+    """Batches since a table's rows were looked up, i64 [n] for each part; None without a step filter.
 
-    The batch that comes when the filter's step is s looks its rows up at s, and raises it afterwards, in a hook: before
-    or after the one that saves. Where a row was looked up at the very step that was saved, it was after."""
+    A batch at filter step s looks its rows up at s; a hook then increments the step, before or after the hook that
+    saves. If any row was looked up at the saved step itself, it was after."""
     filtered = [name for name in parts if any(p.seen is not None for p in parts[name])]
     if not filtered:
         return {name: [None] * len(parts[name]) for name in parts}
@@ -133,7 +134,7 @@ def _idle(
 def _date_rows_(
     step: Step, state: TrainState, parts: Mapping[str, list[Part]], idle: Mapping[str, list[Tensor | None]]
 ) -> None:
-    """Rows as last touched, and created, so many steps ago: where tables share them, as the later one saw them."""
+    """Sets when rows were last touched and created. Rows that tables share get the later step."""
     never = torch.iinfo(torch.int32).min
     lasts = [torch.full((int(t.num_rows),), never, dtype=torch.int64, device=t.ids.device) for t in state.tables]
     for name in parts:
@@ -143,7 +144,7 @@ def _date_rows_(
             ago = torch.zeros_like(part.ids) if batches is None else batches // step.accumulation
             for ids, steps in zip(part.ids.split(PIECE), ago.split(PIECE), strict=True):
                 row = rows_of(view, ids.to(last.device))
-                mine = row != UNKNOWN  # others are another rank's
+                mine = row != UNKNOWN  # other ids belong to other ranks
                 row, steps = row[mine], steps.to(last.device)[mine]
                 last[row] = torch.maximum(last[row], view.table.step - steps)
     for last, t in zip(lasts, state.tables, strict=True):
@@ -162,7 +163,7 @@ def _write_part_(step: Step, state: TrainState, table: str, part: Part, rank: in
 
 
 def _empty_(table: TableState) -> None:
-    """As it was when it had no rows, but for the size of its index."""
+    """Resets the table to having no rows. Its index keeps its size."""
     for field in ROW_FIELDS:
         getattr(table, field)[: int(table.num_rows)] = 0
     restore_(table, 0, torch.zeros(0, dtype=torch.int32))

@@ -1,4 +1,4 @@
-"""The seed system's AUROC, for comparing numbers with it."""
+"""The seed system's AUROC, to compare numbers with it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["auc_200", "threshold_auc"]
 
 
 def threshold_auc(num_thresholds: int = 200) -> tuple[Callable[[], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """The seed system's AUROC, for comparing numbers with it: counts at fixed thresholds of the probability.
+    """The seed system's AUROC, to compare numbers with it: counts at fixed thresholds of the probability.
 
     Thresholds are -1e-7, i / (T - 1), 1 + 1e-7; a prediction above one counts as positive there. At click rates of a
-    tenth of a percent all predictions fall between two thresholds and this form says little: `auc` is the default.
+    tenth of a percent all predictions fall between two thresholds, so prefer `auc`, the default.
 
     Returns:  init() -> i64 [2, T] and update(counts, probability f32 [B, 1], label f32 [B, 1]) -> counts, row 0 the
               false and row 1 the true positives per threshold.

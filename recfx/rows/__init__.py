@@ -1,8 +1,8 @@
 """Row surgery: the rows of one logical table by id, between steps.
 
 A table is named as the model names it: '<group>/<feature>', or its shared name. Tables over the same ids (embedding and
-bias of one feature) share their rows: a row that is created or deleted in one of them is so in all. What is written
-counts as touched by the last step, so that a checkpoint of what changed since holds it.
+bias of one feature) share their rows: a row that is created or deleted in one is created or deleted in all. Written
+rows count as touched by the last step, so a partial checkpoint contains them.
 """
 
 from recfx.rows.arrow import batches, export_parquet, import_parquet_

@@ -22,9 +22,9 @@ BATCH_ROWS = 2**16
 
 
 def batches(step: Step, state: TrainState, table: str, *, num_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-    """Every row, in the order of row numbers, as Arrow: the fields of `Rows` but for `known`.
+    """Every row, in the order of row numbers, as Arrow: the fields of `Rows` except `known`.
 
-    Args:     num_rows: most rows of a batch, >= 1. Each is a copy, so the state may go on.
+    Args:     num_rows: most rows of a batch, >= 1. Each is a copy, so training may continue.
     Raises:   ValueError on an unknown table.
     """
     if num_rows < 1:
@@ -34,7 +34,7 @@ def batches(step: Step, state: TrainState, table: str, *, num_rows: int = BATCH_
 
 
 def export_parquet(step: Step, state: TrainState, table: str, path: str | Path) -> None:
-    """Writes `batches` to one Parquet file, which appears when it is whole.
+    """Writes `batches` to one Parquet file, which appears when it is complete.
 
     Raises:   ValueError on an unknown table; OSError naming `path` when the disk is full or not writable.
     """
@@ -48,7 +48,7 @@ def export_parquet(step: Step, state: TrainState, table: str, path: str | Path) 
                 writer.write_batch(batch)
         os.replace(scratch, path)
     except OSError as error:
-        why = os.strerror(error.errno) if error.errno else error  # Arrow's text names the scratch file
+        why = os.strerror(error.errno) if error.errno else error  # Arrow's message names the scratch file
         raise OSError(error.errno, f"path: got {path}, expected a file that can be written. {why}.") from error
     finally:
         with contextlib.suppress(OSError):
@@ -56,9 +56,9 @@ def export_parquet(step: Step, state: TrainState, table: str, path: str | Path) 
 
 
 def import_parquet_(step: Step, state: TrainState, table: str, path: str | Path) -> TrainState:
-    """`write_` of the columns 'id', 'weight' (lists of D numbers) and, where there are any, of the optimiser's slots.
+    """`write_` of the columns 'id', 'weight' (lists of D numbers) and of any optimiser slots in the file.
 
-    Cost:     reads the file twice: all of it is checked before anything is written. Holds its ids in memory.
+    Cost:     reads the file twice: everything is checked before anything is written. Holds the ids in memory.
     Raises:   as `write_`, naming the file; ValueError also when a column is missing or holds nulls or lists of
               another length; OSError when the file cannot be read or is damaged. Nothing is then written.
     """
@@ -110,10 +110,10 @@ def _column(batch: pa.RecordBatch, name: str, type_: pa.DataType) -> pa.Array:
     wrong = f"got column '{name}' of {column.type}, expected {type_}."
     item = getattr(column.type, "value_type", column.type)
     is_number = pa.types.is_integer(item) or (pa.types.is_floating(item) and pa.types.is_nested(type_))
-    if not is_number and not pa.types.is_null(item):  # times, text and flags can be cast to numbers too
+    if not is_number and not pa.types.is_null(item):  # Arrow would also cast times, text and bools to numbers
         raise ValueError(wrong)
     try:
-        is_bits = (column.type, type_) == (pa.uint64(), pa.int64())  # as `recfx.data.varlen` has it
+        is_bits = (column.type, type_) == (pa.uint64(), pa.int64())  # as in `recfx.data.varlen`
         column = column.view(type_) if is_bits else column.cast(type_)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise ValueError(wrong) from None

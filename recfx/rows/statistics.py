@@ -15,7 +15,7 @@ __all__ = ["Statistics", "Summary", "statistics"]
 
 
 class Summary(NamedTuple):
-    """Of one number per row; nan without rows."""
+    """A summary of one number per row; NaN without rows."""
 
     mean: float
     min: float
@@ -25,19 +25,19 @@ class Summary(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of the rows of a logical table."""
+    """Summaries of the rows of a logical table."""
 
     num_rows: int
     norm: Summary  # Euclidean, of the weights
     age: Summary  # steps since the row was created
     idle: Summary  # steps since a step touched it
-    num_steps: Summary  # that touched it; 0 unless the step has a `Life`
+    num_steps: Summary  # how many steps touched it; 0 unless the step has a `Life`
 
 
 def statistics(step: Step, state: TrainState, table: str) -> Statistics:
     """Norms, age and frequency of a table's rows. For one number per row read `batches`.
 
-    Cost:     one pass over the weights; sorts four numbers a row.
+    Cost:     one pass over the weights; sorts four numbers per row.
     Raises:   ValueError on an unknown table.
     """
     view = view_of(step, state, table)

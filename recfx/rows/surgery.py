@@ -18,7 +18,7 @@ __all__ = ["check_ids", "check_values", "delete_", "read", "write_"]
 
 
 def read(step: Step, state: TrainState, table: str, ids: Tensor) -> Rows:
-    """The rows of `ids` i64 [N], in their order. Creates none.
+    """The rows of `ids` i64 [N], in their order. Creates no rows.
 
     Raises:   ValueError on an unknown table or ids on another device, TypeError on ids that are not i64 [N].
     Example:  >>> from recfx import optim
@@ -41,8 +41,8 @@ def write_(
 ) -> TrainState:
     """Inserts rows, or overwrites those that exist: pre-trained vectors.
 
-    The optimiser starts afresh on them (zeros) but for `slots` of its names. The other tables over these ids keep their
-    weights; in a new row they have their initial ones. No policy is asked, and a row's age and count stay.
+    Optimiser slots restart at zero, except those given in `slots`. The other tables over these ids keep their weights;
+    in a new row they have their initial ones. No admission policy applies, and a row's age and count do not change.
 
     Args:     ids: i64 [N], distinct.  weight: f32 [N, D].  slots: as in `Rows`, some of them.
     Raises:   ValueError inside a step, on an unknown table, another device than the table's, ids that repeat, a wrong
@@ -67,7 +67,7 @@ def write_(
 
 
 def delete_(step: Step, state: TrainState, table: str, ids: Tensor) -> TrainState:
-    """Deletes the rows of `ids`, for all tables that share them; ids without a row are passed over.
+    """Deletes the rows of `ids`, for all tables that share them; ids without a row are ignored.
 
     Raises:   ValueError inside a step or on an unknown table, TypeError on ids that are not i64 [N].
     """
@@ -79,16 +79,16 @@ def delete_(step: Step, state: TrainState, table: str, ids: Tensor) -> TrainStat
 
 
 def _insert_(view: TableView, seed: int, ids: Tensor) -> Tensor:
-    """Row of each id; new ones with their initial values. Room has been made."""
-    t, behind = view.table, view.table.rows.shape[2] - view.plan.width
-    init = (nn.functional.pad(x, (0, behind)) for x in initializer_tensors(view.plan, seed))
+    """The row of each id; new rows have their initial values. The table must have room."""
+    t, num_slots = view.table, view.table.rows.shape[2] - view.plan.width
+    init = (nn.functional.pad(x, (0, num_slots)) for x in initializer_tensors(view.plan, seed))
     tally, refused = t.tally.clone(), t.num_refused.clone()
     row, _ = find_or_insert_(
         t.slots, t.ids, t.vocabularies, t.seen, t.born, t.rows, t.num_rows, t.free_rows, t.num_free, t.num_refused,
         t.tally, t.num_crowded, t.unique_rows, t.num_unique, t.num_slots, t.salt, t.step + 1, *reading(view, ids),
         *init, None,
     )  # fmt: skip
-    t.tally.copy_(tally)  # these counters, and the step's unique rows, are of training
+    t.tally.copy_(tally)  # these counters, and the step's unique rows, belong to training
     t.num_refused.copy_(refused)
     t.num_unique.zero_()
     return row.long()
@@ -100,7 +100,7 @@ def _check_between_steps(view: TableView, state: TrainState) -> None:
 
 
 def check_ids(view: TableView, state: TrainState, table: str, ids: Tensor) -> Tensor:
-    """bool [N]: which ids have a row. Raises what `write_` raises about ids."""
+    """bool [N]: which ids have a row. Raises the errors of `write_` about ids."""
     _check_between_steps(view, state)
     known = rows_of(view, ids) != UNKNOWN
     num_repeated = ids.numel() - ids.unique().numel()
@@ -113,7 +113,7 @@ def check_ids(view: TableView, state: TrainState, table: str, ids: Tensor) -> Te
 
 
 def check_values(view: TableView, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-    """Raises what `write_` raises about weights and slots."""
+    """Raises the errors of `write_` about weights and slots."""
     for name, value in values.items():
         if name not in view.tensors:
             raise ValueError(f"slots: got '{name}', expected some of {list(view.tensors)[1:]}.")

@@ -1,4 +1,4 @@
-"""Where a logical table lies in the state, and its rows there."""
+"""Views of a logical table in the state, and its rows."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = ["Rows", "TableView", "check_device", "live_rows", "reading", "rows_of
 
 
 class Rows(NamedTuple):
-    """Rows of one logical table, copied; zeros where an id has none."""
+    """Copies of rows of one logical table; zeros where an id has no row."""
 
     id: Tensor  # i64 [N]
     known: Tensor  # bool [N]
     weight: Tensor  # f32 [N, D]
-    slots: dict[str, Tensor]  # what the optimiser keeps, by its names: f32 [N, D], or [N, 1] per row
-    first_step: Tensor  # i64 [N], of the table, that created the row
-    last_step: Tensor  # i64 [N], the last that touched it
-    num_steps: Tensor  # i64 [N] that touched it; 0 unless the step has a `Life`
+    slots: dict[str, Tensor]  # optimiser slots by name: f32 [N, D], or [N, 1] per row
+    first_step: Tensor  # i64 [N]: the step of the table that created the row
+    last_step: Tensor  # i64 [N]: the last step that touched it
+    num_steps: Tensor  # i64 [N]: how many steps touched it; 0 unless the step has a `Life`
 
 
 class TableView(NamedTuple):
-    """A logical table in the state."""
+    """A logical table: its physical table in the state, and views of its columns."""
 
     table: TableState
     plan: TablePlan
@@ -39,7 +39,7 @@ class TableView(NamedTuple):
 
 
 def view_of(step: Step, state: TrainState, table: str) -> TableView:
-    """Raises: ValueError on an unknown table, or a state of another step."""
+    """The view of a logical table. Raises: ValueError on an unknown table, or a state of another step."""
     check_program(step, state, "The order is (step, state).")
     names = []
     for plan, t in zip(step.plan.tables, state.tables, strict=True):
@@ -49,14 +49,14 @@ def view_of(step: Step, state: TrainState, table: str) -> TableView:
                     weights = t.rows[:, :, column.first : column.first + column.dim].unbind(1)
                     per_row = (t.rows.shape[2] - plan.width) // len(plan.dims)
                     first = plan.width + per_row * k
-                    behind = t.rows[:, 0, first : first + per_row].split(1, dim=1) if per_row else ()
-                    return TableView(t, plan, v, dict(zip(("weight", *step.slots), (*weights, *behind), strict=True)))
+                    slots = t.rows[:, 0, first : first + per_row].split(1, dim=1) if per_row else ()
+                    return TableView(t, plan, v, dict(zip(("weight", *step.slots), (*weights, *slots), strict=True)))
                 names.append(column.name)
     raise ValueError(f"table: got '{table}', expected one of {sorted(names)}.")
 
 
 def rows_of(view: TableView, ids: Tensor) -> Tensor:
-    """i64 [N]: row of each id, or UNKNOWN."""
+    """i64 [N]: the row of each id, or UNKNOWN."""
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1:
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids: got {got}, expected torch.int64 [N]. float32 merges ids above 2**24.")
@@ -73,7 +73,7 @@ def check_device(name: str, view: TableView, t: Tensor) -> None:
 
 
 def reading(view: TableView, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, cells and vocabularies as the kernels want them: one lookup, each id a sample."""
+    """Ids, cells and vocabularies for the kernels: one lookup, each id is a sample."""
     cell = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)
     return ids.contiguous(), cell, torch.tensor([view.vocabulary], dtype=torch.int32, device=ids.device)
 

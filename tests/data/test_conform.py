@@ -327,7 +327,7 @@ def test_anything_is_valid_where_that_is_said(tmp_path):
             pa.string(),
             "list<int64> or another type of whole numbers. Ids must be exact. Strings are read by `hashed`.",
         ),
-        (varlen("x", torch.int64), pa.list_(pa.timestamp("ms")), "`recfx convert` makes strings of times."),
+        (varlen("x", torch.int64), pa.list_(pa.timestamp("ms")), "`recfx convert` turns times into strings."),
         (varlen("x", torch.int64), pa.list_(pa.list_(pa.int64())), "list<int64>"),
         (varlen("x", torch.int64, depth=2), pa.list_(pa.int64()), "list<list<int64>>"),
         (varlen("x", torch.float32), pa.string(), "list<double> or another type of numbers"),

@@ -127,7 +127,7 @@ def test_names_with_dots(tmp_path):
 
 def test_two_inputs_of_one_name(tmp_path):
     paths = [write(tmp_path / folder / "a.parquet", FLAT) for folder in ("one", "two")]
-    expected = r"paths: got '.*one/a.parquet' and '.*two/a.parquet', which would both be .* one of its own"
+    expected = r"paths: got '.*one/a.parquet' and '.*two/a.parquet', which would both be .* a separate one"
     with pytest.raises(ValueError, match=expected):
         convert(paths, tmp_path / "out")
     assert not (tmp_path / "out").exists()

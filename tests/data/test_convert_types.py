@@ -95,9 +95,9 @@ WRONG = {
     "words": (FLOAT, pa.array(["1", "2", "a"]), "row 2: got 'a', expected a number"),
     "bytes": (STRING, pa.array([b"a", b"b", b"\xff"]), r"row 2: got b'\\xff', expected a string of UTF-8"),
     "in lists": (INT, pa.array([[1.0], None, [2.0, 0.5]]), "row 2: got 0.5, expected a whole number"),
-    "plain as lists": (pa.list_(INT), pa.array([1]), ": got int64, expected what can be kept as list<.*int64>"),
-    "struct": (INT, pa.array([{"a": 1}]), ": got struct<a: int64>, expected what can be kept as int64"),
-    "time": (FLOAT, pa.array([datetime(2020, 1, 1)]), r": got timestamp\[..\], expected what can be kept as float"),
+    "plain as lists": (pa.list_(INT), pa.array([1]), ": got int64, expected .* stored as list<.*int64>"),
+    "struct": (INT, pa.array([{"a": 1}]), ": got struct<a: int64>, expected values that can be stored as int64"),
+    "time": (FLOAT, pa.array([datetime(2020, 1, 1)]), r": got timestamp\[..\], expected .* stored as float"),
 }  # fmt: skip
 
 

@@ -137,9 +137,7 @@ def test_a_later_cell_that_is_something_else_is_named(tmp_path, monkeypatch, lat
     monkeypatch.setattr(csv, "CHUNK_BYTES", 60)
     first, kind = LATER[later]
     path = file_of(tmp_path, first, later)
-    expected = (
-        rf"column 'x' of '.*a.csv', row 50: got .*, expected {kind}, as it was guessed .*types= of convert, --types"
-    )
+    expected = rf"column 'x' of '.*a.csv', row 50: got .*, expected {kind}, guessed from .*types= of convert, --types"
     with pytest.raises(ValueError, match=expected):
         convert(path, tmp_path / "out", format=Csv(block_bytes=block_bytes))
     assert not list((tmp_path / "out").iterdir())
@@ -149,9 +147,7 @@ def test_a_guess_in_a_reader(tmp_path, monkeypatch):
     """Of columns that only a filter looks at."""
     monkeypatch.setattr(csv, "CHUNK_BYTES", 60)
     path, columns = file_of(tmp_path, "7", "007"), [varlen("y", torch.int64)]
-    with pytest.raises(
-        ValueError, match=r"column 'x' of '.*a.csv', row 50: got '007', expected int64, as it was guessed"
-    ):
+    with pytest.raises(ValueError, match=r"column 'x' of '.*a.csv', row 50: got '007', expected int64, guessed from"):
         list(reader(path, columns, 10, filter=[("x", "==", 7)]))
     it = iter(reader(path, columns, 3, filter=[("x", "==", 7)], on_bad="skip"))
     assert (len(all_rows(it)), it.num_bad) == (51, 1)

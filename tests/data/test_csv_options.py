@@ -143,7 +143,7 @@ def test_a_list_separator_that_is_the_delimiter(tmp_path):
         rows = all_rows(reader(tmp_path / "a.csv", columns, 3, format=Csv(list_separator=separator)))
         assert [row["tag"] for row in rows] == [[12, 65], [7], []]
     with pytest.raises(
-        ValueError, match="list_separator: got ',', expected characters, and without quotes no delimiter"
+        ValueError, match="list_separator: got ',', expected characters; the delimiter only when cells are quoted"
     ):
         Csv(list_separator={"tag": ","}, quote=None)
 
@@ -252,7 +252,7 @@ def test_positions_of_the_first_version_are_still_of_the_same_text():
 @pytest.mark.parametrize(
     ("wrong", "error", "match"),
     [
-        ({"delimiter": 'a"'}, ValueError, "delimiter: got .*, expected characters, and no quote or line end"),
+        ({"delimiter": 'a"'}, ValueError, "delimiter: got .*, expected characters without quotes and line ends"),
         ({"quote": ""}, ValueError, "quote: got '', expected one ASCII character, or None"),
         ({"quote": "«"}, ValueError, "quote: got '«', expected one ASCII character"),
         ({"list_separator": {"a": ""}}, ValueError, "list_separator: got '', expected characters"),

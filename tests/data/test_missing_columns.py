@@ -206,10 +206,12 @@ def test_declarations_that_cannot_be():
 
 @pytest.mark.filterwarnings("error:recfx. got no columns")
 @pytest.mark.parametrize("extension", [*FORMATS, "csv"])
-def test_a_name_that_no_file_has_is_told_of_once(tmp_path, extension):
+def test_the_reader_warns_once_of_a_name_that_no_file_has(tmp_path, extension):
     days = write_days(tmp_path, extension)
     columns = [varlen("coupno", torch.int64, missing="empty"), varlen("c", torch.int64, missing="empty")]
     batches = reader(days, columns, 2)
-    with pytest.warns(UserWarning, match=r"got no columns \['coupno'\] in any of '.*', expected them in one at least"):
+    with pytest.warns(
+        UserWarning, match=r"got no columns \['coupno'\] in any of '.*', expected each in at least one file"
+    ):
         assert list(batches)
     assert list(batches)

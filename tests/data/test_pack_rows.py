@@ -156,7 +156,7 @@ def test_integers_keep_their_64_bits():
     batch = pack_rows([one, other], [{"c": 2**64 - 1, "d": -1}])  # bits that are equal in two columns are two ids
     assert [batch["c"].values.tolist(), batch["d"].values.tolist()] == [[-1], [-1]]
     with pytest.raises(
-        ValueError, match="column 'c' of the rows, row 1: got -1, expected no number below 0, since there"
+        ValueError, match="column 'c' of the rows, row 1: got -1, expected no number below 0, since the column"
     ):
         values(one, 2**64 - 1, -1)
     with pytest.raises(
@@ -315,14 +315,14 @@ def test_requests_that_are_too_large():
     ):
         pack_rows(columns, [{"history": 1, "x": 0}] * 5, layout=layout)
     with pytest.raises(
-        ValueError, match="column 'history' of the rows: got 9 items, expected at most 8, which is what"
+        ValueError, match="column 'history' of the rows: got 9 items, expected at most 8, the layout's capacity"
     ):
         pack_rows(columns, [{"history": list(range(9)), "x": 0}], layout=layout)
     with pytest.raises(ValueError, match="rows: got 5, expected at most 4, the batch_size"):
         pack_rows(columns, [{"history": 1, "x": 0}] * 5, batch_size=4)
     with pytest.raises(ValueError, match="batch_size: got 3, expected 4, as in the layout"):
         pack_rows(columns, [], layout=layout, batch_size=3)
-    with pytest.raises(ValueError, match="rows: got none, expected one at least"):
+    with pytest.raises(ValueError, match="rows: got none, expected at least one"):
         pack_rows(columns, [])
 
 
