@@ -142,7 +142,7 @@ def _damaged(path: Path) -> ValueError:
 
 
 def fetch(path: Path) -> None:
-    """Asks the system, where it can, to start reading a file that is needed soon."""
+    """Lets the system start reading a file that is needed soon, where it supports that."""
     with contextlib.suppress(OSError, AttributeError), path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 

@@ -77,8 +77,8 @@ class Folder:
         return ranks
 
     def _add_slices(self, blocks: Mapping[str, re.Match]) -> set[int]:
-        """Adds blocks that have the names of their tensors, without a line in tensorkey.json. This older form still loads in
-        RecIS. A rank's part is then a slice of the hashes."""
+        """Adds blocks that have the names of their tensors, without a line in tensorkey.json. RecIS still loads this
+        older form, where a rank's part is a slice of the hashes."""
         slices = {tuple(map(int, m[3].split("@"))) for m in blocks.values()}
         ranks = {part: rank for rank, part in enumerate(sorted(slices))}
         ends = [0, *(end for _, end, _ in ranks)]
@@ -108,7 +108,7 @@ class Folder:
         return {name: prefixes[0] + end for name, end in ADAM.items()}, self._num_steps(prefixes[0], betas)
 
     def _num_steps(self, prefix: str, betas: tuple[float, float] | None) -> int:
-        """The steps taken: from the counter, or, since 1.0 leaves it at 0, from the powers of betas for bias correction."""
+        """The steps taken: from the counter, or, when it is 0 as in 1.0, from the saved powers of betas."""
         name = f"{prefix}step^ "
         counter = self.tensor(name)
         if counter.numel() != 1 or counter.is_floating_point() or int(counter) < 0:

@@ -195,7 +195,7 @@ def test_a_renamed_dense_parameter(saved, state):
 
     other = deepfm_step(forward=forward)
     params = {"offset": torch.zeros(8)}
-    with pytest.raises(ValueError, match=r"no tensor 'params.offset' of shape \[8\]. Another model's"):
+    with pytest.raises(ValueError, match=r"no tensor 'params.offset' of shape \[8\]. It is of another model"):
         load(saved, other, other.init(dict(params)))
     loaded, _ = load(saved, other, other.init(dict(params)), names={"offset": "dnn.0.bias"})
     assert torch.equal(loaded.params["offset"], state.params["dnn.0.bias"])

@@ -169,7 +169,7 @@ def test_tables_of_other_widths_that_add_up_to_the_same(saved):
 def test_dense_parameters_of_another_model(step, saved):
     params = {name: p.clone() for name, p in deepfm_params().items()}
     state = step.init(params | {"dnn.0.bias": torch.zeros(9)})
-    with pytest.raises(ValueError, match=r"no tensor 'params.dnn.0.bias' of shape \[9\]. Another model's"):
+    with pytest.raises(ValueError, match=r"no tensor 'params.dnn.0.bias' of shape \[9\]. It is of another model"):
         load(saved, step, state)
     with pytest.raises(ValueError, match=r"no tensor 'params.extra' of shape \[2\]"):
         load(saved, step, step.init(params | {"extra": torch.zeros(2)}))
@@ -184,7 +184,7 @@ def test_too_few_rows(saved):
 def test_an_optimiser_with_other_slots(saved):
     other = deepfm_step(sparse_optimizer=sparse_adamw(1e-2)._replace(slots=("m",)))
     with pytest.raises(
-        ValueError, match=r"got an optimiser that keeps \['m', 'v'\] beside the weights, expected \['m'\]"
+        ValueError, match=r"got an optimiser that keeps \['m', 'v'\] next to the weights, expected \['m'\]"
     ):
         load(saved, other, fresh(other))
 
@@ -202,7 +202,7 @@ def test_an_optimiser_with_other_slots(saved):
             optim.adagrad(0.1),
             r"keeps 'dense.m.\S+', expected one that keeps \['dense.step', 'dense.su",
         ),
-        (optim.sgd(0.1), optim.adamw(0.1), r"no tensor 'dense.m.\S+' of shape .*Another model's or optimiser's"),
+        (optim.sgd(0.1), optim.adamw(0.1), r"no tensor 'dense.m.\S+' of shape .*It is of another model or optimiser"),
     ],
 )
 def test_another_dense_optimiser(tmp_path, kept, model, message):

@@ -89,7 +89,7 @@ def test_num_samples_is_at_most_b():
 
 def test_columns_without_a_sample_column_are_an_error():
     for columns in ({}, {"num_samples": torch.tensor(0, dtype=torch.int32)}):
-        with pytest.raises(ValueError, match="expected one besides 'num_samples' at least"):
+        with pytest.raises(ValueError, match="expected at least one besides 'num_samples'"):
             pack(columns)
 
 

@@ -139,7 +139,7 @@ def _items(cells: pa.Array, separator: str | None, nulls: pa.Array) -> tuple[pa.
 
 
 def _weighted(items: pa.Array, separator: str) -> tuple[pa.Array, pa.Array]:
-    """The items without their weights, and the weights, null where an item has none."""
+    """The items without their weights, and the weights, null for items without one."""
     parts = pc.split_pattern(items, separator, max_splits=1, reverse=True)
     has_weight = pc.equal(pc.list_value_length(parts), 2).fill_null(False).to_numpy(zero_copy_only=False)
     places = np.where(items.is_valid().to_numpy(zero_copy_only=False), parts.offsets.to_numpy()[:-1], 0)
