@@ -1,7 +1,8 @@
 """DeepFM in plain JAX: the step with dense tables in donated buffers, and a loop over ORC files.
 
-The same tricks as the torch functional baseline where XLA likes them: positions scattered instead of sorted, one gather
-and one scatter of whole rows (weights beside their AdamW moments) per distinct row, gradients by segment sum.
+The same tricks as in the torch functional baseline where they are fast in XLA: positions scattered instead of sorted,
+one gather and one scatter of whole rows (weights next to their AdamW moments) per distinct row, gradients by segment
+sum.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class State(NamedTuple):
     m: dict[str, Array]
     v: dict[str, Array]
     rows: Array  # f32 [C + 1, 27]: embedding and bias, their m, their v; last = padding
-    last_seen: Array  # i32 [C + 1], scratch: a position of the row's id in the present batch
-    max_distinct: Array  # i32 [], the most distinct rows any batch had: above the capacity, the run is invalid
+    last_seen: Array  # i32 [C + 1], scratch: a position of the row's id in the current batch
+    max_distinct: Array  # i32 [], the most distinct rows of any batch; above the capacity the run is invalid
     t: Array  # i32 []
 
 
@@ -45,14 +46,14 @@ class Batch(NamedTuple):
 
 class Baseline(NamedTuple):
     step: Callable[[Batch], Array]
-    weights: Callable[[], dict[str, np.ndarray]]  # the present weights, by init_weights' names
+    weights: Callable[[], dict[str, np.ndarray]]  # the current weights, by the names of init_weights
     max_distinct: Callable[[], int]
 
 
 def compiled(weights: dict[str, np.ndarray], *, max_distinct: int, loss: Callable[..., Array]) -> Baseline:
-    """The step under jit, its state donated.
+    """The step under jit with a donated state.
 
-    Args:     weights: workload.init_weights' as numpy arrays.
+    Args:     weights: of workload.init_weights, as numpy arrays.
               max_distinct: static bound on distinct rows per batch, the padding row included.
               loss: `loss_fn`, or `textbook_loss`.
     """
@@ -101,7 +102,7 @@ def train_step(state: State, batch: Batch, *, capacity: int, loss_fn: Callable[.
 
 
 def unique(last_seen: Array, index: Array, capacity: int) -> tuple[Array, Array, Array, Array]:
-    """The slot of each index among the distinct ones, and the distinct indices, padded with the padding row."""
+    """The number of each index among the distinct ones, and the distinct indices, padded with the padding row."""
     position = jnp.arange(len(index), dtype=jnp.int32)
     last_seen = last_seen.at[index].set(position)
     winner = last_seen[index]
@@ -130,7 +131,7 @@ def loss_fn(p: dict[str, Array], emb: Array, bias_BF: Array, num_BN: Array, labe
 
 
 def textbook_loss(p: dict[str, Array], emb: Array, bias_BF: Array, num_BN: Array, label_B1: Array) -> Array:
-    """The formula as it is written."""
+    """The formula as published."""
     batch_size = len(num_BN)
     numeric = jnp.broadcast_to(p["numeric_embedding"], (batch_size, NUM_NUMERICS, DIM))
     emb = jnp.concatenate([numeric, emb.reshape(batch_size, NUM_COLUMNS, DIM)], 1)
@@ -164,9 +165,9 @@ def train_from_files(
     weights: dict[str, np.ndarray],
     loss: Callable[..., Array],
 ) -> dict[str, float]:
-    """The end-to-end opponent: ORC files to trained weights, decoding in a thread beside the step.
+    """The end-to-end opponent: ORC files to trained weights, with decoding in a separate thread.
 
-    Ids are hashed into 2^log2_rows rows (collisions and all: the cheapest remapping there is); lists of length 0 or 1
+    Ids are hashed into 2^log2_rows rows (with collisions, the cheapest remapping); lists of length 0 or 1
     become padded arrays without a Python loop. The first epoch compiles and warms the page cache; it is not timed.
 
     Args:     weights: workload.init_weights(2**log2_rows) as numpy arrays.

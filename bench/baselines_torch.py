@@ -1,4 +1,4 @@
-"""DeepFM in plain torch, five ways: what recfx is measured against. No recfx kernel is used here.
+"""DeepFM in plain torch, in five ways, which recfx is measured against. They use no recfx kernel.
 
 Each builder takes the first weights (workload.init_weights) and returns a Baseline whose `step(batch)` trains on one
 DenseBatch and returns the loss. AdamW: lr 1e-3, weight decay 0.01, torch's formula.
@@ -24,11 +24,11 @@ TABLES = ("embedding", "bias")
 
 class Baseline(NamedTuple):
     step: Callable[[DenseBatch], Tensor]
-    weights: Callable[[], dict[str, Tensor]]  # the present weights, by init_weights' names
+    weights: Callable[[], dict[str, Tensor]]  # the current weights, by the names of init_weights
 
 
 class DeepFM(nn.Module):
-    """The formula as it is written: the oracle of the other baselines, and the model of the eager ones."""
+    """The formula as published: the oracle of the other baselines, and the model of the eager ones."""
 
     def __init__(self, weights: dict[str, Tensor], *, sparse: bool = False) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class DeepFM(nn.Module):
 
 
 class UniqueDeepFM(DeepFM):
-    """The same with each distinct row looked up once: gradients reach the tables without duplicates."""
+    """The same, but each distinct row is looked up once, so gradients have no duplicate rows."""
 
     def forward(self, index_BF: Tensor, num_BN: Tensor) -> Tensor:
         index_U, of_BF = torch.unique(index_BF, return_inverse=True)
@@ -87,13 +87,13 @@ def eager(model: DeepFM, *optimizers: torch.optim.Optimizer) -> Baseline:
 
 
 def eager_dense(weights: dict[str, Tensor]) -> Baseline:
-    """Dense gradients, fused AdamW over everything: what most people write. Untouched rows decay and coast."""
+    """Dense gradients, fused AdamW over everything: what most people write. Untouched rows decay and move on."""
     model = DeepFM(weights)
     return eager(model, torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True))
 
 
 def eager_sparse(weights: dict[str, Tensor]) -> Baseline:
-    """Sparse gradients and SparseAdam (which knows no decay) for the tables, fused AdamW for the rest."""
+    """Sparse gradients and SparseAdam (without weight decay) for the tables, fused AdamW for the rest."""
     return eager_with_sparse_adam(DeepFM(weights, sparse=True))
 
 
@@ -103,9 +103,9 @@ def eager_unique(weights: dict[str, Tensor]) -> Baseline:
 
 
 def eager_with_sparse_adam(model: DeepFM) -> Baseline:
-    """SparseAdam adds eps to a root of v that is not corrected for its beginning at 0: this eps is AdamW's at step 1.
+    """SparseAdam adds eps to a root of v without bias correction: this eps equals AdamW's at step 1.
 
-    With AdamW's own eps, rows of a batch of 1000 move 4 % less, and a check of rows fails.
+    With AdamW's eps, rows of a batch of 1000 move 4 % less, and a check of rows fails.
     """
     return eager(
         model,
@@ -119,7 +119,7 @@ class State(NamedTuple):
     m: dict[str, Tensor]
     v: dict[str, Tensor]
     rows: Tensor  # f32 [C + 1, 27]: embedding and bias, their m, their v
-    last_seen: Tensor  # i32 [C + 1], scratch: a position of the row's id in the present batch
+    last_seen: Tensor  # i32 [C + 1], scratch: a position of the row's id in the current batch
     t: Tensor  # f32 []
 
 
@@ -127,7 +127,7 @@ WIDTH = DIM + 1
 
 
 def functional_textbook(weights: dict[str, Tensor], *, max_distinct: int) -> Baseline:
-    """One compiled graph per step, AdamW on touched rows only, the formula as it is written.
+    """One compiled graph per step, AdamW on touched rows only, the formula as published.
 
     Args:     max_distinct: static bound on distinct rows per batch, the padding row included.
     """
@@ -143,7 +143,7 @@ def functional_compiled(weights: dict[str, Tensor], *, max_distinct: int) -> Bas
     materialised where Inductor would fuse a transposition into a row loop and lose its vectors.
 
     Args:     max_distinct: static bound on distinct rows per batch, the padding row included.
-    Cost:     27 (gather, scatter) 4-byte items per distinct row; nothing of the table's size is touched.
+    Cost:     27 (gather, scatter) 4-byte items per distinct row; no work is proportional to the table.
     """
     return functional(functional_step, weights, max_distinct)
 
@@ -212,7 +212,7 @@ def update_dense_(
 
 
 def unique(last_seen: Tensor, index: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """The slot of each index among the distinct ones, and the distinct indices, padded with the padding row."""
+    """The number of each index among the distinct ones, and the distinct indices, padded with the padding row."""
     position = torch.arange(len(index), dtype=last_seen.dtype)
     last_seen.index_put_((index,), position)
     winner = last_seen[index]
@@ -247,7 +247,7 @@ def adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor
 
 
 def materialised(x: Tensor) -> Tensor:
-    """Tells Inductor to write `x` out instead of fusing it into its readers."""
+    """Makes Inductor write `x` to memory instead of fusing it into its readers."""
     return inductor_prims.force_stride_order(x, x.stride())
 
 

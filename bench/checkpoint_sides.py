@@ -1,4 +1,4 @@
-"""What the checkpoint benchmarks do: a state of many rows, files read and written plainly, one rank's load."""
+"""The work of the checkpoint benchmarks: a state of many rows, plain reads and writes of files, one rank's load."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CHUNK = 2**22
 
 
 def deepfm_state() -> tuple[Step, TrainState]:
-    """DeepFM's, empty: rows of 27 floats, 32 in memory."""
+    """An empty state of DeepFM: rows of 27 floats, 32 in memory."""
     return program.build_step(program.parse(["--data_paths", "", "--gradient_accumulation_steps", "1"]))
 
 
 def filled(num_rows: int) -> tuple[Step, TrainState]:
-    """With rows of every vocabulary."""
+    """A state with rows of every vocabulary."""
     step, state = deepfm_state()
     (table,), num_vocabularies = state.tables, len(step.plan.tables[0].vocabularies)
     number = torch.arange(num_rows)
@@ -37,7 +37,7 @@ def filled(num_rows: int) -> tuple[Step, TrainState]:
 
 
 def load_again(path: str | Path, step: Step, state: TrainState, **share: int) -> None:
-    """Into memory that is resident, once this was called before: `load` takes only a state without rows."""
+    """Loads into a state without rows, as `load` requires. From the second call on its memory is resident."""
     for table in state.tables:
         table.num_rows.zero_()
     load(path, step, state, **share)
@@ -50,7 +50,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def write_plainly(path: Path, num_bytes: int) -> None:
-    """The disk's own speed: one buffer over and over, then until it is on disk."""
+    """Measures the disk: writes one buffer repeatedly, then waits until it is on disk."""
     buffer = os.urandom(CHUNK)
     with path.open("wb", buffering=0) as file:
         for _ in range(num_bytes // CHUNK):
@@ -67,7 +67,7 @@ def read_plainly(paths: Iterable[Path]) -> None:
 
 
 def read_into_new_memory(paths: Iterable[Path]) -> None:
-    """As a table takes its memory: all of it reserved, and untouched until the bytes come."""
+    """Reads as a table does: into memory that is reserved and untouched until the bytes arrive."""
     kept = []
     for path in paths:
         kept.append(reserve((path.stat().st_size,), torch.uint8, torch.device("cpu")).numpy())
@@ -77,7 +77,7 @@ def read_into_new_memory(paths: Iterable[Path]) -> None:
 
 
 def forget(paths: Iterable[Path]) -> None:
-    """Out of the page cache: the next read comes from the disk."""
+    """Drops files from the page cache: the next read is from the disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Processes that keep cores busy next to what is timed."""
+"""Processes that keep cores busy during a measurement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 __all__ = ["busy_processes"]
 
-# Ends with the process that started it, however that ends. Ctrl-C is that process's to answer.
+# It ends with the process that started it, which also handles ctrl-C.
 SPIN = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -23,9 +23,9 @@ while os.getppid() == int(sys.argv[1]):
 
 @contextmanager
 def busy_processes(number: int, *, settle_s: float = 0.2) -> Iterator[list[subprocess.Popen]]:
-    """`number` processes of usual priority that each compute all the time, until the `with` is left.
+    """Runs `number` processes of normal priority that compute until the `with` block ends.
 
-    Args:     settle_s: seconds in which the system spreads them over the cores before the `with` begins.
+    Args:     settle_s: seconds for the system to spread them over the cores before the block begins.
     Example:
               >>> with busy_processes(1) as (process,):
               ...     assert process.poll() is None

@@ -1,4 +1,4 @@
-"""The claims of a benchmark session: tests add to them, the end of the session prints and writes them."""
+"""The claims of a benchmark session: tests add claims, the end of the session prints and writes them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def two_threads() -> None:
     import torch
     from torch._inductor import config as inductor
 
-    inductor.cpp.enable_kernel_profile = True  # loops by their names in a profile; without one some 20 ns each
+    inductor.cpp.enable_kernel_profile = True  # named loops in a profile; about 20 ns each without one
     use_threads(NUM_THREADS)
     torch.set_num_threads(NUM_THREADS)
 

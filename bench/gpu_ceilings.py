@@ -1,6 +1,6 @@
-"""What a GPU does at most: the rates and times that predictions in results/gpu_notes.md are made of.
+"""The maximum rates of a GPU, from which the predictions in results/gpu_notes.md are made.
 
-`python -m bench.gpu_ceilings [--small]`; small: sizes for a first look, printed and not kept. Each kernel's result is
+`python -m bench.gpu_ceilings [--small]`; small: sizes for a first look, printed and not saved. Each kernel's result is
 checked before it is timed.
 """
 
@@ -21,14 +21,14 @@ ROWS = 8  # a program
 BLOCK = 128  # lanes a program
 PER_LANE = 8  # random reads that a lane has in flight
 SECTOR = 32  # bytes that a read of 8 moves
-FACTOR, SUMMAND = 1_103_515_245, 12_345  # i -> FACTOR i + SUMMAND mod 2**k meets all places, one after another
+FACTOR, SUMMAND = 1_103_515_245, 12_345  # i -> FACTOR i + SUMMAND mod 2**k visits all places
 SAME, IN_ORDER, AT_RANDOM = 0, 1, 2  # addresses of compare-and-swaps
 
 
 class Sizes(NamedTuple):
     table: int  # i64 numbers, a power of two
     reads: int
-    steps: int  # of reads that wait for each other
+    steps: int  # of reads that each depend on the previous one
     rows: int
     gathered: int
     places: int  # i32 numbers for compare-and-swap, a power of two
@@ -56,7 +56,7 @@ def gather(table, row, out, WIDTH: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def mixed(x):
-    """A 32-bit number from each 32-bit number, all bits of which depend on all of `x`."""
+    """A hash of 32 bits: every bit depends on all bits of `x`."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -82,7 +82,7 @@ def follow(table, out, steps):
 
 @triton.jit
 def swap(places, last_place, ADDRESSES: tl.constexpr, BLOCK: tl.constexpr):
-    """Puts 1 where there is 0."""
+    """Replaces 0 by 1."""
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if ADDRESSES == 0:
         place = lane * 0
@@ -95,11 +95,11 @@ def swap(places, last_place, ADDRESSES: tl.constexpr, BLOCK: tl.constexpr):
 
 def check(what: str, is_right: bool) -> None:
     if not is_right:
-        raise ValueError(f"{what}: got a wrong result, expected that of torch. Its time would mean nothing.")
+        raise ValueError(f"{what}: got a wrong result, expected that of torch. Its time would be meaningless.")
 
 
 def chain(num: int, device: str) -> Tensor:
-    """i64 [num], each place holding the next one of a cycle through all."""
+    """i64 [num]: a cycle through all places, where each holds the next."""
     return torch.arange(num, device=device).mul_(FACTOR).add_(SUMMAND).bitwise_and_(num - 1)
 
 
@@ -127,7 +127,7 @@ def time_gather(to: Results, sizes: Sizes, device: str) -> None:
 
 
 def time_reads(to: Results, sizes: Sizes, device: str) -> None:
-    """Random reads that do not wait for each other, then reads each of which waits for the one before."""
+    """Independent random reads, then reads that each depend on the previous one."""
     table, lanes = chain(sizes.table, device), sizes.reads // PER_LANE
     out = table.new_empty(lanes)
 
@@ -174,7 +174,7 @@ def time_swaps(to: Results, sizes: Sizes, device: str) -> None:
 
 
 def time_graph(to: Results, sizes: Sizes, device: str) -> None:
-    """Of empty kernels, and of torch's smallest: what a node costs where it does next to nothing."""
+    """Graphs of empty kernels, and of torch's smallest kernels: the cost of a node that does almost nothing."""
     one = torch.zeros(1, device=device)
     kinds: dict[str, Callable[[], Any]] = {
         "empty kernels": lambda: empty[(1,)](one),

@@ -1,7 +1,7 @@
-"""The DeepFM example's captured step on a GPU, beside plain torch and JAX in the same run.
+"""The DeepFM example's captured step on a GPU, with plain torch and JAX in the same run.
 
-Every peer starts from the same weights and is timed only when its first losses, and the rows after its first step, are
-recfx's. `python -m bench.gpu_deepfm [--small]`; small: sizes for a first look, printed and not kept.
+Every peer starts from the same weights and is timed only when its first losses, and the rows after its first step,
+equal recfx's. `python -m bench.gpu_deepfm [--small]`; small: sizes for a first look, printed and not saved.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ LOSS_RTOL = 1e-4
 
 
 class First(NamedTuple):
-    """What a side did to the first two batches, from weights that all have in common."""
+    """The results of a side on the first two batches, from common weights."""
 
     losses: list[float]
     rows: Tensor  # f32 [R, DIM], the embeddings that the first batch reads, after its step
 
 
 def first_steps(step: Callable[[Any], Tensor], embedding: Callable[[], Tensor], batches: list[Any]) -> First:
-    """Args:     embedding: the present rows that the first batch reads."""
+    """Args:     embedding: the current rows that the first batch reads."""
     losses = [float(step(batches[0]))]
     rows = embedding().clone()
     return First([*losses, float(step(batches[1]))], rows)
@@ -59,7 +59,7 @@ def check_losses(what: str, ours: list[float], theirs: list[float]) -> float:
 
 
 def fill(step: Step, state: TrainState, table_rows: int, optimizer: SparseOptimizer) -> None:
-    """Every id of a workload of so many rows gets its row."""
+    """Inserts a row for every id of a workload of `table_rows` rows."""
     (plan,), (rows,) = step.plan.tables, state.tables
     slots = {"optimizer_slots": len(optimizer.slots), "row_slots": len(optimizer.row_slots)}
     inserter = table(plan, **slots, seed=42, max_rows=rows.ids.numel(), max_unique=rows.unique_rows.numel())
@@ -74,7 +74,7 @@ def fill(step: Step, state: TrainState, table_rows: int, optimizer: SparseOptimi
             rows.num_unique.zero_()
             rows.step.add_(1)
         first += count
-    rows.step.zero_()  # which corrects AdamW's moments for their beginning at 0
+    rows.step.zero_()  # it is used in AdamW's bias correction
     rows.seen[:table_rows] = -1
     assert int(rows.num_rows) == table_rows
 
@@ -92,7 +92,7 @@ def build(work: Workload, device: str) -> tuple[Step, TrainState]:
 
 
 def moved_bytes(batch: Batch, num_lookups: int, num_distinct: int) -> int:
-    """What a step cannot but move: its batch once to where it is read, rows and gradients of 9 floats.
+    """The bytes that a step must move: its batch once to where it is read, rows and gradients of 9 floats.
 
     Per look-up 8 bytes of id, 32 of the index, a row read, a gradient written and read; per distinct row its weights
     and both moments, read and written.
@@ -118,7 +118,7 @@ def reduce_overhead(weights: dict[str, Tensor]) -> Baseline:
         loss = loss_of(*batch)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()  # to None: a gradient is memory of a graph, which the next replay writes over
+        optimizer.zero_grad()  # to None: gradients are memory of a graph, which the next replay overwrites
         return loss.detach()
 
     return Baseline(step, model.weights)
@@ -194,7 +194,7 @@ def compare(
 
 
 def jax_cannot(backend: str) -> str:
-    """Why JAX is not compared on `backend`; empty where it is."""
+    """Why JAX is not compared on `backend`; empty when it is."""
     if importlib.util.find_spec("jax") is None:
         return "jax is not installed"
     found = call_in_child("bench.baselines_jax:child_backend")
@@ -202,7 +202,7 @@ def jax_cannot(backend: str) -> str:
 
 
 def jax_loop(losses: list[float], **work: int) -> tuple[Callable[[int], Any], Callable[[Any], Any]]:
-    """JAX's side in a process of its own, after its first losses are found to be recfx's `losses`, if there are any."""
+    """JAX's side in a separate process, after its first losses were compared with recfx's `losses`, if any."""
     from bench.baselines_jax import child_loop
 
     step, sync = child_loop("jax", **work)
@@ -211,14 +211,14 @@ def jax_loop(losses: list[float], **work: int) -> tuple[Callable[[int], Any], Ca
     return step, sync
 
 
-def beside_jax(
+def compare_with_jax(
     to: Results, sizes: dict[int, int], losses: dict[int, list[float]], *, table_rows: int, backend: str = "gpu"
 ) -> None:
     """JAX jit, dense tables in donated buffers, AdamW on touched rows; sizes: batch size to number of batches.
 
-    In a process of its own, which sees batches on its device. JAX has no device events: wall time of blocks of steps.
+    It runs in a separate process with batches on its device. JAX has no device events: wall time of blocks of steps.
     """
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # or it takes three quarters of the memory
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # else it reserves three quarters of the memory
     if reason := jax_cannot(backend):
         to.note(f"JAX: skipped, {reason}.")
         return
@@ -243,7 +243,7 @@ def main() -> None:
         steps = several.get(size, ())
         losses[size] = compare(to, size, num_batches=num, table_rows=table_rows, device=DEVICE, steps_per_replay=steps)
     torch.cuda.empty_cache()
-    beside_jax(to, sizes, losses, table_rows=table_rows, backend="gpu" if DEVICE == "cuda" else DEVICE)
+    compare_with_jax(to, sizes, losses, table_rows=table_rows, backend="gpu" if DEVICE == "cuda" else DEVICE)
     to.end()
 
 

@@ -1,4 +1,4 @@
-"""Row numbers as the benchmark of dynamicemb draws them, and uniform ones with as many unique.
+"""Row numbers as in the benchmark of dynamicemb, and uniform ones with as many unique rows.
 
 dynamicemb's published case: a power law of exponent 1.05 over the capacity of a table, 24 M rows of 128 floats when all
 are on the device. Ten tables share that capacity here: 104,857 draws over 2.4 M rows each hit about 36,300 rows, the
@@ -19,7 +19,7 @@ Draw = Callable[[int], Tensor]  # number of draws -> row numbers i64
 def power_law(rows: int, *, device: str, alpha: float = ALPHA) -> Draw:
     """Row k of an order drawn once has a probability of about (k + 1) ** -alpha, k in [0, rows).
 
-    A continuous power law on [1, rows + 1), rounded down: the distribution function is turned around.
+    A continuous power law on [1, rows + 1), rounded down, drawn by inverting the distribution function.
     """
     order = torch.randperm(rows, device=device)
     exponent = 1 - alpha
@@ -34,6 +34,6 @@ def power_law(rows: int, *, device: str, alpha: float = ALPHA) -> Draw:
 
 
 def uniform(rows: int, pool: int, *, device: str) -> Draw:
-    """All of `pool` rows, chosen once, alike."""
+    """Uniform draws from `pool` rows that are chosen once."""
     some = torch.randperm(rows, device=device)[:pool]
     return lambda num: some[torch.randint(0, pool, (num,), device=device)]

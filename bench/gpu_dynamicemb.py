@@ -1,6 +1,6 @@
 """dynamicemb's published case on a GPU: the table's operators as one CUDA graph, ids uniform and by a power law.
 
-`python -m bench.gpu_dynamicemb [--small]`; small: sizes for a first look, printed and not kept.
+`python -m bench.gpu_dynamicemb [--small]`; small: sizes for a first look, printed and not saved.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Train = Callable[[list[Tensor]], Any]
 
 
 class Case(NamedTuple):
-    """What is trained. Offsets, gradients and the optimiser's scalars are made once, and are in no graph."""
+    """The tables that are trained. Offsets, gradients and the optimiser's scalars are made once, outside the graph."""
 
     table: Table
     state: TableState
@@ -38,7 +38,7 @@ class Case(NamedTuple):
     grads: list[Tensor]  # f32 [lookups, NUM_TABLES, DIM]
     hyper: Tensor  # f64 [8], as `adamw_rows_` takes them, of the step after `first`
     due: Tensor  # bool []
-    first: Tensor  # i64 [], steps that filled the tables
+    first: Tensor  # i64 []: the number of steps that filled the tables
 
     def features(self, ids: list[Tensor]) -> dict[str, Ragged]:
         return {f"t{i}": Ragged(x, self.offsets) for i, x in enumerate(ids)}
@@ -52,7 +52,7 @@ class Case(NamedTuple):
         s = self.state
         of_batch = self.table.occurrences(self.forward(ids), self.grads)
         sum_adamw_rows_(s.rows, s.num_unique, s.unique_rows, self.hyper, *of_batch)
-        s.step.add_(1)  # or no row would be new to a step
+        s.step.add_(1)  # else no row would be new in a step
 
     def in_two(self, sum_row_grads: Callable[..., None]) -> Train:
         def train(ids: list[Tensor]) -> None:
@@ -64,7 +64,7 @@ class Case(NamedTuple):
         return train
 
     def by_optimizer(self, ids: list[Tensor]) -> None:
-        """The step as `sparse_adam` takes it, scalars and all: what the others are checked against."""
+        """The step of `sparse_adam` with its scalars: the reference for the other ways."""
         fused_ = sparse_adam(LR, b1=B1, b2=B2, eps=EPS).fused_for(self.table.columns)
         assert fused_ is not None
         occurrences, one = self.table.occurrences(self.forward(ids), self.grads), torch.ones_like(self.hyper[0])
@@ -81,7 +81,7 @@ def hyper_at(step: int) -> list[float]:
 
 
 def make_case(*, rows: int, lookups: int, device: str) -> Case:
-    """NUM_TABLES tables of so many rows, all of their ids known."""
+    """NUM_TABLES tables of `rows` rows, with all ids known."""
     t, state = make(NUM_TABLES, DIM, NUM_TABLES * rows, slots=2, device=device)
     fill(t, state, NUM_TABLES, 0, rows)
     grads = [torch.randn(lookups, NUM_TABLES, DIM, device=device)]
@@ -91,7 +91,7 @@ def make_case(*, rows: int, lookups: int, device: str) -> Case:
 
 
 def check(to: Results, case: Case, ways: dict[str, Train], numbers: list[Tensor]) -> None:
-    """One step each way from the same rows moves them alike, and pooled rows are the table's."""
+    """Checks that one step in each way moves the same rows alike, and that pooled rows are the table's."""
     state, ids = case.state, [ids_of(number) for number in numbers]
     row_of = torch.stack(numbers, dim=1) * NUM_TABLES + torch.arange(NUM_TABLES, device=numbers[0].device)
     (pooled,) = case.evaluate(ids)
@@ -109,11 +109,11 @@ def check(to: Results, case: Case, ways: dict[str, Train], numbers: list[Tensor]
             to.same_rows(f"training {way}", after, expected, before)
         expected = after if expected is None else expected
     state.rows[touched], state.seen[touched] = before, -1
-    state.step.copy_(number)  # no step comes twice
+    state.step.copy_(number)  # no step is repeated
 
 
 def moved_bytes(num: int, unique: int) -> dict[str, int]:
-    """By count: what each way moves, and evaluation."""
+    """Bytes that each way, and evaluation, move, by count."""
     row = 4 * DIM
     forward = num * (32 + 124) + num * 2 * row
     updates = num * row + unique * 6 * row
@@ -126,7 +126,7 @@ def moved_bytes(num: int, unique: int) -> dict[str, int]:
 
 
 def run_of(function: Train, ids: list[Tensor], *, graph: bool) -> tuple[Train, Train]:
-    """(what is timed, what comes before it): a replay of `function` as one CUDA graph, and the copies of its ids."""
+    """(timed call, call before it): a replay of `function` as one CUDA graph, and the copies of its ids."""
     if not graph:
         return function, lambda new: None
     static = [t.clone() for t in ids]

@@ -1,6 +1,6 @@
-"""From ORC files on a GPU's host: the reader alone, the step alone from batches on the device, both together.
+"""From ORC files on a GPU's host: the reader only, the step only with batches on the device, and both together.
 
-`python -m bench.gpu_files [--small]`; small: sizes for a first look, printed and not kept.
+`python -m bench.gpu_files [--small]`; small: sizes for a first look, printed and not saved.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from recfx.examples.criteo_synthetic import generate
 from recfx.types import Batch
 
 EPOCHS = 5
-SLACK = 0.8  # of the slower part's rate: below that it is not the slower part alone
+SLACK = 0.8  # of the slower part's rate: below that both parts limit each other
 
 
 def limit(reader: float, step: float, both: float) -> str:

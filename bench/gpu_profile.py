@@ -1,6 +1,6 @@
-"""Which kernels a replayed step is made of, and how long each takes, by torch's profiler; of DeepFM's captured step.
+"""The kernels of DeepFM's replayed step and their times, by torch's profiler.
 
-`python -m bench.gpu_profile [--small]`; small: sizes for a first look, printed and not kept.
+`python -m bench.gpu_profile [--small]`; small: sizes for a first look, printed and not saved.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PREDICTED = Path(__file__).parents[1] / "graphs" / "deepfm.cuda.txt"
 
 
 class Kernel(NamedTuple):
-    """What one kernel, copy or memset of a step takes on the device."""
+    """The device time of one kernel, copy or memset of a step."""
 
     name: str
     calls: float  # a step
@@ -36,9 +36,9 @@ class Kernel(NamedTuple):
 
 
 def kernels_of(run: Callable[[Any], Any], inputs: Iterable[Any], *, warm_up: int = 3) -> list[Kernel]:
-    """The device's work in calls of `run`, those that take the most time first. Nodes of a CUDA graph are seen alone.
+    """The device's work in calls of `run`, slowest first. Nodes of a CUDA graph are listed separately.
 
-    Raises:   ValueError when the profiler saw nothing of the device.
+    Raises:   ValueError when the profiler recorded no kernel.
     """
     inputs = list(inputs)
     for x in inputs[:warm_up]:
@@ -54,7 +54,7 @@ def kernels_of(run: Callable[[Any], Any], inputs: Iterable[Any], *, warm_up: int
             spent[event.name].append(event.time_range.elapsed_us())
     if not spent:
         raise ValueError(
-            "profiler: got no kernel, expected those of the calls. Without them no time has a name. Run "
+            "profiler: got no kernel, expected those of the calls. Times need their kernels. Run "
             "`nsys profile --cuda-graph-trace=node` over the same command."
         )
     kernels = [Kernel(name, len(us) / len(inputs), statistics.fmean(us)) for name, us in spent.items()]
@@ -77,7 +77,7 @@ def add_kernels(to: Results, say: str, kernels: list[Kernel], step_ms: float) ->
 
 
 def predicted_nodes(path: Path = PREDICTED) -> list[str]:
-    """Of graphs/deepfm.cuda.txt: how many nodes each operator was predicted to be, and all. Empty without the file."""
+    """The predicted numbers of nodes per operator and in all, from graphs/deepfm.cuda.txt. Empty without the file."""
     blocks = path.read_text().split("\n\n") if path.exists() else []
     return next(([line.strip() for line in b.splitlines()] for b in blocks if " in all" in b), [])
 

@@ -1,9 +1,9 @@
 """DeepFM's captured step over tables of 1 M to 500 M rows on a GPU, the same number of distinct ids in every batch.
 
-`python -m bench.gpu_sizes [--small]`; small: sizes for a first look, printed and not kept.
+`python -m bench.gpu_sizes [--small]`; small: sizes for a first look, printed and not saved.
 
 AdamW keeps two moments per weight: with 500 M rows, 91 GB, more than an H100 has. All sizes are run with one optimiser,
-the first of OPTIMIZERS with which the largest fits, so that they compare; what does not fit all the same is left out.
+the first of OPTIMIZERS with which the largest fits, so that they can be compared; a size that does not fit is skipped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOST_RATIO = 1.5
 
 
 def build(table_rows: int, optimizer: SparseOptimizer, *, batch_size: int, device: str) -> tuple[Step, TrainState]:
-    """DeepFM with room for so many rows and some more; gradients have room for one batch, or for a chunk of `fill`."""
+    """DeepFM with room for more than `table_rows` rows; gradients have room for one batch, or for a chunk of `fill`."""
 
     def embeddings(dim: int) -> list[Embedding]:
         return [Embedding(name, dim=dim, init=truncated_normal(0.001), device=device) for name in CATEGORICAL]
@@ -54,7 +54,7 @@ def build(table_rows: int, optimizer: SparseOptimizer, *, batch_size: int, devic
 
 
 def predicted_bytes(table_rows: int, optimizer: SparseOptimizer, *, batch_size: int) -> int:
-    """Of the state, by making it on the CPU, where it is reserved and not taken; and the allowance."""
+    """Bytes of the state, built on the CPU, where its memory is only reserved, plus the allowance."""
     _, state = build(table_rows, optimizer, batch_size=batch_size, device="cpu")
     return WORKSPACE_BYTES + sum(t.untyped_storage().nbytes() for t in tree_leaves(state))
 

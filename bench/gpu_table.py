@@ -1,6 +1,6 @@
 """The table's look-ups on a GPU: find and find_or_insert over 128 M slots.
 
-`python -m bench.gpu_table [--small]`; small: sizes for a first look, printed and not kept.
+`python -m bench.gpu_table [--small]`; small: sizes for a first look, printed and not saved.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from recfx.table import Table, TableState, grow_, table
 from recfx.types import Ragged
 
 CHUNK = 2**20
-LOADS = (0.5, 0.75, 0.87)  # a table takes no more rows than 7/8 of its slots
+LOADS = (0.5, 0.75, 0.87)  # a table fills at most 7/8 of its slots
 
 
 def make(num_tables: int, dim: int, max_rows: int, *, slots: int, device: str) -> tuple[Table, TableState]:
@@ -37,7 +37,7 @@ def lists_of_one(ids: Tensor) -> Ragged:
 
 
 def fill(t: Table, state: TableState, num_tables: int, begin: int, end: int) -> None:
-    """Numbers begin to end of every table, a chunk a step."""
+    """Inserts numbers begin to end into every table, one chunk per step."""
     for first in range(begin, end, CHUNK):
         numbers = torch.arange(first, min(first + CHUNK, end), device=state.ids.device)
         t.insert_(state, {f"t{i}": lists_of_one(ids_of(numbers)) for i in range(num_tables)})
@@ -50,7 +50,7 @@ def end_step(state: TableState) -> None:
 
 
 def look_ups(to: Results, *, num_slots: int, keys: int, device: str) -> None:
-    """find and find_or_insert of ids that are there, and of new ones."""
+    """find and find_or_insert of present ids, and of new ones."""
     t, state = make(1, 1, num_slots // 8 * 7, slots=0, device=device)
     assert int(state.num_slots) == num_slots
     cell = torch.arange(keys, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""The tests marked gpu of some files, in several processes: by pytest-xdist, or divided between them here without it.
+"""The tests marked gpu of some files, in several processes: by pytest-xdist, or divided here when it is not installed.
 
 `python -m bench.gpu_tests PATH...`: prints what pytest prints, then names what failed; writes
 tests_<first path's name>_<device>_<yyyymm>.md and .json. WORKERS in the environment: how many processes, 8 if unset.
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 OPTIONS = ["-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "-rfE", "--durations=5"]
 PYTEST = [sys.executable, "-m", "pytest", *OPTIONS]
 NOTHING_RUN = 5  # pytest's exit code
-# A process's share of the cores: each would otherwise take all of them.
+# The cores per process: by default each process would use all.
 SHARE = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
 COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?|deselected|xfailed|warnings?)\b")
 
@@ -46,7 +46,7 @@ def by_xdist(paths: Sequence[str], num: int) -> tuple[int, str]:
             for line in process.stdout:
                 print(line, end="", flush=True)
                 lines.append(line)
-        except KeyboardInterrupt:  # pytest has it too, and says what failed so far
+        except KeyboardInterrupt:  # pytest receives it too and prints the failures so far
             continue
     process.stdout.close()
     return process.returncode, "".join(lines)
@@ -59,7 +59,7 @@ def collected(paths: Sequence[str]) -> list[str]:
 
 
 def by_shards(paths: Sequence[str], num: int) -> tuple[int, str]:
-    """(exit code, what was printed): every num-th test is a process's, so that each has a part of all files."""
+    """(exit code, what was printed): process i runs every num-th test, so that each runs tests of all files."""
     tests = collected(paths)
     num = max(1, min(num, len(tests)))
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +74,7 @@ def by_shards(paths: Sequence[str], num: int) -> tuple[int, str]:
             outputs.append(output)
         try:
             codes = [process.wait() for process in processes]
-        except KeyboardInterrupt:  # they have it too, and say what failed so far
+        except KeyboardInterrupt:  # they receive it too and print the failures so far
             codes = [process.wait() for process in processes]
         said = "".join(output.read_text() for output in outputs)
     print(said, end="", flush=True)
@@ -82,7 +82,7 @@ def by_shards(paths: Sequence[str], num: int) -> tuple[int, str]:
 
 
 def counted(said: str) -> dict[str, int]:
-    """What pytest's last lines count, over all processes."""
+    """The counts in pytest's last lines, over all processes."""
     counts: dict[str, int] = {}
     for line in said.splitlines():
         if re.search(r" in \d+\.\d+s", line):
@@ -92,7 +92,7 @@ def counted(said: str) -> dict[str, int]:
 
 
 def failures(said: str) -> list[tuple[str, str]]:
-    """(test, its error in a line) by pytest's short summary."""
+    """(test, its error in one line), from pytest's short summary."""
     lines = [line for line in said.splitlines() if re.match(r"(FAILED|ERROR) \S", line)]
     pairs = [line.partition(" ")[2].partition(" - ") for line in lines]
     return [(test, error) for test, _, error in pairs]

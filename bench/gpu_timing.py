@@ -1,6 +1,6 @@
-"""Timing on a GPU: device events, medians, bytes against the device's own copy; and the pages the numbers go to.
+"""Timing on a GPU: device events, medians, bytes compared with the device's copy rate; and pages of the results.
 
-`python -m bench.gpu_timing` says what the device is. With `--outcomes FILE` it makes parts_<device>_<yyyymm>.md and
+`python -m bench.gpu_timing` prints the device. With `--outcomes FILE` it makes parts_<device>_<yyyymm>.md and
 .json of how bench/gpu.sh's parts ended.
 """
 
@@ -30,7 +30,7 @@ OUTCOMES = ["part", "limit_s", "seconds", "exit_code", "last_line"]
 
 
 def need_device(part: str) -> None:
-    """Ends the program with one line where torch finds no CUDA device."""
+    """Ends the program with one line when torch finds no CUDA device."""
     if not torch.cuda.is_available():
         raise SystemExit(f"{part}: needs a CUDA device, torch {torch.__version__} finds none. Nothing was measured.")
 
@@ -63,7 +63,7 @@ def times_ms(
 
 
 def graph_of(function: Callable[[], Any]) -> Any:
-    """`function` recorded as a CUDA graph, whose `replay()` runs it. It is called once before, so that it compiles."""
+    """`function` recorded as a CUDA graph; `replay()` runs it. It is called once before, to compile."""
     function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -84,9 +84,9 @@ def copy_bytes_per_s(num_bytes: int) -> float:
 
 
 class Results:
-    """What a part measured. The page and its JSON are written anew with every record, so a part cut short leaves them.
+    """The results of a part. The page and its JSON are rewritten after every record, so they survive an aborted part.
 
-    Args:     theme: files are <theme>_<device>_<yyyymm>.md and .json; folder: where, None to print alone.
+    Args:     theme: files are <theme>_<device>_<yyyymm>.md and .json; folder: where they are written; None: only print.
               copy_bytes: of the copy that rates are compared with.
     """
 
@@ -128,22 +128,22 @@ class Results:
         return median
 
     def note(self, text: str) -> None:
-        """A sentence under the table: why something was left out, what follows from the numbers."""
+        """Adds a sentence under the table, such as why something was skipped, or what follows from the numbers."""
         self.notes.append(text)
         print(text, flush=True)
         self.write()
 
     def add_table(self, title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table after that of the records, with a heading."""
+        """Adds a table with a heading after that of the records."""
         self.tables.append({"title": title, "rows": [dict(zip(heads, row, strict=True)) for row in rows]})
         print("\n".join(tabled(self.tables[-1])), flush=True)
         self.write()
 
     def same_rows(self, what: str, ours: Tensor, theirs: Tensor, before: Tensor) -> None:
-        """Raises where the rows of two sides differ, after the same step, by more than MOST_APART of the way they went.
+        """Raises when the rows of two sides differ after the same step by more than MOST_APART of their movement.
 
-        Of the way: AdamW moves weights by the learning rate, whatever the gradient, and turns rounding of a gradient
-        that is nearly 0 into as much.
+        It is relative to the movement: AdamW moves weights by the learning rate whatever the gradient, so rounding of
+        a gradient that is nearly 0 has the same effect.
         """
         apart = float((ours - theirs).abs().mean() / (theirs - before).abs().mean())
         if not apart <= MOST_APART:
@@ -152,7 +152,7 @@ class Results:
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """An error inside is noted, and what comes after is measured all the same."""
+        """Notes an error inside; later measurements still run."""
         try:
             yield
         except Exception as error:
@@ -183,9 +183,9 @@ class Results:
 
 
 def arguments() -> argparse.Namespace:
-    """What bench/gpu.sh hands to its parts."""
+    """The arguments that bench/gpu.sh passes to its parts."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--small", action="store_true", help="sizes for a first look, printed and not kept")
+    parser.add_argument("--small", action="store_true", help="sizes for a first look, printed and not saved")
     parser.add_argument("--results", type=Path, help="folder of the pages; default: bench/results, none where small")
     parser.add_argument("--outcomes", type=Path, help="of the parts of bench/gpu.sh")
     parser.add_argument("paths", nargs="*", help="of tests")
@@ -228,7 +228,7 @@ def ruled(heads: list[str]) -> list[str]:
 
 
 def tabled(table: dict[str, Any]) -> list[str]:
-    """A table of dicts that are alike, as lines of a page."""
+    """A table of dicts with equal keys, as lines of a page."""
     rows = [[str(cell).replace("|", "/") for cell in row.values()] for row in table["rows"]]
     heads = ruled(list(table["rows"][0])) if rows else ["Nothing."]
     return [f"## {table['title']}", "", *heads, *(f"| {' | '.join(row)} |" for row in rows)]
@@ -247,7 +247,7 @@ def write(folder: Path, theme: str, text: str, held: Any) -> None:
 
 
 def write_outcomes(outcomes: Path, folder: Path | None) -> None:
-    """The page of how the parts ended, tests included: lines of OUTCOMES with tabs between."""
+    """Writes the page of the outcomes of all parts and tests, from lines of OUTCOMES separated by tabs."""
     rows = [text.split("\t") for text in outcomes.read_text().splitlines()]
     held = [dict(zip(OUTCOMES, row, strict=True)) for row in rows]
     table = [*ruled(OUTCOMES), *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)]

@@ -1,6 +1,6 @@
-"""What bench/gpu.sh needs, looked for in its first seconds: one line each, with what follows where it is missing.
+"""Checks in a few seconds what bench/gpu.sh needs: one line each, with the consequence when it is missing.
 
-`python -m bench.gpu_toolchain`: its exit code is 1 where something is missing that every part needs.
+`python -m bench.gpu_toolchain`: its exit code is 1 when something is missing that every part needs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def device() -> str:
 
 
 def compiler() -> str:
-    """Inductor's and ops.cpp's."""
+    """The compiler of Inductor and ops.cpp."""
     path = shutil.which("g++") or shutil.which("c++")
     if path is None:
         raise FileNotFoundError("no g++ on PATH")
@@ -43,7 +43,7 @@ def compiler() -> str:
 
 
 def triton_kernel() -> str:
-    """Compiles a kernel and runs it: also a C compiler, Python's headers and ptxas are then there."""
+    """Compiles a kernel and runs it, which also needs a C compiler, Python's headers and ptxas."""
     import triton
 
     from bench.gpu_ceilings import ROWS, WIDTH, gather
@@ -58,7 +58,7 @@ def triton_kernel() -> str:
 
 
 def operators() -> str:
-    """Also builds them, so that no part waits for it."""
+    """Builds the operators, so that no part waits for that."""
     from recfx.kernels.build import library
 
     begun = time.perf_counter()
@@ -68,7 +68,7 @@ def operators() -> str:
 
 
 def look(name: str, found: Callable[[], str], otherwise: str) -> bool:
-    """Prints a line; whether it is there."""
+    """Prints a line, and returns whether `found` succeeded."""
     try:
         print(f"{name}: {found()}", flush=True)
     except Exception as error:

@@ -1,8 +1,8 @@
 """Timing two sides against each other on a noisy machine, and the record of what was claimed.
 
-A side is anything with `run(steps) -> seconds`: `Loop` in this process, `Child` in its own. Blocks of steps alternate
-between the sides and the claim is the median of the blocks' ratios, so that a slow minute slows both. Before each block
-comes a pause (idle OpenMP workers of the other side stop spinning and sleep) and a few untimed steps.
+A side has a method `run(steps) -> seconds`: `Loop` runs in this process, `Child` in a separate one. Blocks of steps
+alternate between the sides and the claim is the median of the blocks' ratios, so that a slow minute slows both. Before
+each block there is a pause (idle OpenMP workers of the other side stop spinning and sleep) and a few untimed steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 NUM_THREADS = 2
 PAUSE_S = 0.02  # longer than libgomp's and Eigen's spinning before sleep
 RESULTS = Path(__file__).parent / "results" / "latest.json"
-FOUND = frozenset(os.environ)  # conftest.py imports this module before recfx's programs set how threads wait
+FOUND = frozenset(os.environ)  # conftest.py imports this module before recfx's programs change how threads wait
 
 BASELINES = {
     "functional_textbook": "torch compiled, formula as written",
@@ -42,7 +42,7 @@ class Side(Protocol):
 class Loop:
     """Steps in this process, cycling over the batches.
 
-    Args:     step: called with one batch; what it returns is handed to `sync` after the last step.
+    Args:     step: called with one batch; its last result is passed to `sync`.
               sync: waits for that result. A CPU torch step needs none.
     Example:
               >>> Loop(lambda batch: None, [1, 2]).run(3) < 1
@@ -64,9 +64,9 @@ class Loop:
 
 
 class Child:
-    """Steps in a process of their own, which sleeps on a pipe between blocks: its thread pool cannot disturb ours.
+    """Steps in a separate process, which sleeps on a pipe between blocks: its thread pool cannot disturb ours.
 
-    The child sees NUM_THREADS cores, and times itself, so the pipe is in no measurement.
+    The child uses NUM_THREADS cores, and times itself, so the pipe is not measured.
 
     Args:     target: "module:function", imported in the child; function(**parameters) returns (step, sync) where
               step(k) runs the k-th step and sync(result) waits for it.
@@ -115,7 +115,7 @@ class Child:
 
 @contextmanager
 def found_environment() -> Iterator[None]:
-    """Without the waiting policy that recfx's programs set where the user has set none: it is recfx's side alone."""
+    """The environment without the waiting policy of recfx's programs: it is for recfx's side only."""
     ours = {name: os.environ.pop(name) for name in ("GOMP_SPINCOUNT",) if name in os.environ and name not in FOUND}
     try:
         yield
@@ -124,7 +124,7 @@ def found_environment() -> Iterator[None]:
 
 
 def serve(pipe: Any, target: str, parameters: dict[str, Any]) -> None:
-    """The child's side of `Child`: set up, then one timed block per number received."""
+    """The loop in the child: sets up, then runs one timed block for each number it receives."""
     use_threads(NUM_THREADS)
     try:
         step, sync = resolve(target)(**parameters)
@@ -160,7 +160,7 @@ def resolve(target: str) -> Callable[..., Any]:
 
 
 def use_threads(num_threads: int) -> None:
-    """Limits this process to `num_threads` cores and tells torch and XLA so. Call before either is imported."""
+    """Limits this process, torch and XLA to `num_threads` cores. Call it before either is imported."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_threads])
     os.environ["NPROC"] = os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(num_threads)
@@ -207,7 +207,7 @@ class Comparison:
 def compare(recfx: Side, baseline: Side, *, blocks: int = 9, block_s: float = 0.3, min_steps: int = 2) -> Comparison:
     """Alternates blocks of steps of both sides, in ABBA order, after warming both up.
 
-    Args:     block_s: about how long one block lasts; each side's steps per block follow from its own speed.
+    Args:     block_s: about how long one block lasts; the steps per block follow from each side's speed.
     """
     sides = (recfx, baseline)
     steps = [max(min_steps, round(block_s / warm_up(side))) for side in sides]
@@ -233,7 +233,7 @@ def timed_block(side: Side, steps: int) -> float:
 
 
 def rate(side: Side, *, blocks: int = 5, block_s: float = 0.3) -> list[float]:
-    """Seconds per step of one side alone, per block."""
+    """Seconds per step of one side, per block."""
     steps = max(2, round(block_s / warm_up(side)))
     return [timed_block(side, steps) for _ in range(blocks)]
 
@@ -255,7 +255,7 @@ class Claims:
         return claim
 
     def note(self, line: str) -> None:
-        """A line printed under the table: what is worth seeing and is no claim."""
+        """Adds a line under the table that is not a claim."""
         self.notes.append(line)
 
     def table(self) -> str:

@@ -34,7 +34,7 @@ def captured_step(
 ) -> Captured:
     """The step of `python -m recfx.examples.deepfm`, from the baselines' weights and the workload's ids.
 
-    Args:     arguments: further ones of that program.  backend: of `capture`.
+    Args:     arguments: further arguments of that program.  backend: of `capture`.
     """
     args = program.parse(["--data_paths", "", "--gradient_accumulation_steps", "1", "--numeric", "raw", *arguments])
     step, state = program.build_step(args)
@@ -44,7 +44,7 @@ def captured_step(
 
 
 def fill(step: Step, state: TrainState, work: Workload, weights: dict[str, Tensor]) -> None:
-    """Inserts the universe in order, so that row numbers are the baselines' too, then writes their weights."""
+    """Inserts the universe in order, so that row numbers equal the baselines', then writes their weights."""
     (plan,), (rows,) = step.plan.tables, state.tables
     inserter = table(plan, optimizer_slots=2, seed=42)
     empty = Ragged(torch.zeros(0, dtype=torch.int64), torch.zeros(2, dtype=torch.int32))
@@ -55,7 +55,7 @@ def fill(step: Step, state: TrainState, work: Workload, weights: dict[str, Tenso
             inserter.grow_(rows, len(ids))
             inserter.insert_(rows, features)
             rows.num_unique.zero_()
-            rows.step.add_(1)  # each chunk as a step of its own: its unique numbers start at 0
+            rows.step.add_(1)  # each chunk is a separate step: its unique numbers start at 0
     rows.step.zero_()
     rows.seen[: work.table_rows] = -1
     assert int(rows.num_rows) == work.table_rows
@@ -63,7 +63,7 @@ def fill(step: Step, state: TrainState, work: Workload, weights: dict[str, Tenso
 
 
 def write_weights_(state: TrainState, weights: dict[str, Tensor]) -> None:
-    """The baselines' weights into a state whose rows have their numbers."""
+    """Writes the baselines' weights into a state with the same row numbers."""
     of_rows = state.tables[0].rows[: len(weights["bias"]) - 1, 0]
     of_rows[:, :DIM], of_rows[:, DIM : DIM + 1] = weights["embedding"][:-1], weights["bias"][:-1]
     names = {"numeric_emb": "numeric_embedding", "numeric_bias": "numeric_bias"}
@@ -75,8 +75,8 @@ def write_weights_(state: TrainState, weights: dict[str, Tensor]) -> None:
 def phases(step: Callable[[Batch], Tensor], batches: list[Batch]) -> dict[str, float]:
     """Milliseconds per step by phase, from a profile of one pass over the batches; profiling itself adds some.
 
-    "overhead" is what is in no kernel: views, buffers and calls from the graph's Python. Loops are told from it by the
-    names that conftest.py asks Inductor for.
+    "overhead" is the time outside kernels: views, buffers and calls from the graph's Python. Loops are recognised by
+    the names that Inductor gives them under conftest.py's setting.
     """
     with profile(activities=[ProfilerActivity.CPU]) as record:
         for batch in batches:

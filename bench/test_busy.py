@@ -1,6 +1,6 @@
-"""The captured DeepFM step on a busy host: alone and next to other processes, with torch and JAX in the same run.
+"""The captured DeepFM step on an idle and a busy host, with torch and JAX in the same run.
 
-Each side runs as its user would run it: recfx with the waiting policy of its programs, torch with libgomp's own.
+Each side runs as its users run it: recfx with the waiting policy of its programs, torch with libgomp's default.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench.harness import BASELINES, PAUSE_S, Claims, Comparison, Loop, Side, wa
 from bench.test_step import HAS_JAX, SMALL, baseline, ours_over
 
 BATCH_SIZE, NUM_BUSY, ROUNDS = 1000, 2, 9
-ALONE_S, BUSY_S = 0.3, 1.0  # a block; a step in company waits for whole turns of others, some ms each
+ALONE_S, BUSY_S = 0.3, 1.0  # a block; on a busy host a step waits for time slices of others, some ms each
 VARIANTS = ("functional_textbook", "functional_compiled", *(("jax_textbook", "jax") if HAS_JAX else ()))
 SLOWER = 2.5  # at most, next to as many busy processes as there are cores
 
@@ -32,7 +32,7 @@ def block(side: Side, seconds: float) -> float:
 
 
 def in_turns(sides: dict[str, Side]) -> tuple[Seconds, Seconds]:
-    """Blocks alone and next to NUM_BUSY busy processes: all sides alone, all in company, and again."""
+    """Blocks of all sides without, then with NUM_BUSY busy processes, repeatedly."""
     alone, busy = defaultdict(list), defaultdict(list)
     for side in sides.values():
         warm_up(side)

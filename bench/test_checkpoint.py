@@ -1,8 +1,8 @@
 """Saving and loading 10 M rows of DeepFM width, against the disk's own speed and against other writers of tensors.
 
-Sides take turns; a claim is the median of the ratios of neighbours. What is written is waited for (fsync), what is read
-comes from the disk. Memory that was not touched before comes slowly on a virtual machine, whoever asks: so a load into
-resident memory stands beside a read into one buffer, and a load into untouched memory beside a read into such.
+Sides alternate; a claim is the median of the ratios of neighbours. Writes wait for the disk (fsync), reads are from the
+disk. On a virtual machine the first touch of memory is slow for every program, so a load into resident memory is
+compared with a read into one buffer, and a load into untouched memory with a read into untouched memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def size_of(path: Path) -> int:
 
 
 def plain_tensors(state) -> dict[str, torch.Tensor]:
-    """The same tensors, contiguous: what torch and safetensors can write without a copy."""
+    """The same tensors, contiguous, so that torch and safetensors write them without a copy."""
     (t,) = state.tables
     names = ("ids", "vocabularies", "born", "counts", "rows")
     return {name: getattr(t, name)[:NUM_ROWS].contiguous() for name in names}
@@ -149,7 +149,7 @@ def test_load(benchmark, big, saved, folder, claims: Claims):
 
 
 def test_load_onto_two_ranks(benchmark, saved, claims: Claims):
-    """Two processes at once, each with its half, against one process with all."""
+    """Two processes that load half each at the same time, against one process that loads all."""
     arguments = {"target": "bench.checkpoint_sides:loader", "path": str(saved)}
     with (
         Child(**arguments, rank=0, world_size=1) as one,
@@ -171,10 +171,10 @@ def test_load_onto_two_ranks(benchmark, saved, claims: Claims):
 
 @pytest.mark.parametrize("full_every", [1, 10**6], ids=["full", "touched rows"])
 def test_background_save(benchmark, folder, full_every, claims: Claims):
-    """Training time lost to a background save, against what a save of all rows costs that is waited for.
+    """Training time lost to a background save, against the time of a foreground save of all rows.
 
-    Batches of 1000 that touch 200 000 rows of the 10 M, so `touched rows` writes those. A round trains beside a save
-    and as long without one, before and after: the machine's own slow phases are longer.
+    Batches of 1000 touch 200 000 rows of the 10 M, so `touched rows` writes those. A round trains during a save, and as
+    long without one before and after it: slow phases of the machine last longer than a round.
     """
     step, state = filled(NUM_ROWS)
     work = make_batches(16, 1000, table_rows=200_000)

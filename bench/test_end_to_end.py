@@ -1,8 +1,8 @@
 """From ORC files: the reader alone, the step alone, both together, and a JAX loop with its own decoding.
 
-Once with every epoch decoded anew, as the JAX loop does, and once as an epoch after the first with `cache`.
+recfx runs once with every epoch decoded, as in the JAX loop, and once in an epoch after the first with `cache`.
 
-Files are the real sample's where RECFX_CRITEO_SAMPLE names its folder, generated ones of the same shape otherwise.
+Files are the real sample in the folder RECFX_CRITEO_SAMPLE, or else generated ones of the same shape.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def test_end_to_end(benchmark, paths, tmp_path, claims: Claims):
 
 
 def test_first_step(benchmark, claims: Claims, tmp_path):
-    """Seconds to the first trained batch in a fresh process: with empty caches, then with them filled."""
+    """Seconds to the first trained batch in a new process, with empty and with filled caches."""
     os.environ["TMPDIR"], before = str(tmp_path), os.environ.get("TMPDIR")
     try:
         cold = benchmark.pedantic(call_in_child, args=("bench.test_end_to_end:first_step_s",), rounds=1)

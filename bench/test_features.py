@@ -46,7 +46,7 @@ def words(shortest: int, longest: int) -> tuple[Ragged, list[bytes]]:
 @pytest.mark.parametrize("lengths", [(4, 16), (1, 32), (20, 60)])
 @pytest.mark.parametrize("name", ["farm", "murmur"])
 def test_string_hash(benchmark, claims: Claims, name, lengths):
-    """The binding is handed a list of Python bytes, made beforehand; recfx reads Arrow's buffers."""
+    """The binding gets a list of Python bytes, made beforehand; recfx reads Arrow's buffers."""
     farmhash, mmh3 = pytest.importorskip("farmhash"), pytest.importorskip("mmh3")
     column, items = words(*lengths)
     kernel, peer, peer_name = {
@@ -77,7 +77,7 @@ def in_strings(result: Comparison, name: str, baseline_name: str) -> Claim:
 
 
 def consumed(features: dict[str, Any]) -> list[torch.Tensor]:
-    """What a step makes of them: ids of all lists in the table's order, numbers side by side."""
+    """The inputs of a step: ids of all lists in the table's order, numbers side by side."""
     ids = [v for v in features.values() if isinstance(v, Ragged)]
     numbers = [v for v in features.values() if not isinstance(v, Ragged)]
     in_order = order_ids([v.values for v in ids], [v.offsets for v in ids]) if ids else ()
@@ -107,12 +107,12 @@ def measured(features: Features, num: int, *, compiled: bool) -> tuple[float, fl
 
 
 def alone(kind: str) -> Features:
-    """One feature: of four, what its name says."""
+    """The feature of one kind, among four."""
     return lambda batch, num: {f"{kind}0": one_call_per_column(batch, num)[f"{kind}0"]}
 
 
 def test_200_features_cost_far_less_than_200_times_one(benchmark, claims: Claims):
-    """Numbers, buckets, ids and strings, a quarter each; batch 1000. "One" is the mean of each kind alone."""
+    """Numbers, buckets, ids and strings, a quarter each; batch 1000. "One" is the mean of one feature of each kind."""
 
     def measure() -> dict[str, tuple[float, float, float]]:
         out = {f"one {kind}": measured(alone(kind), 4, compiled=True) for kind in KINDS}

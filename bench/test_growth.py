@@ -1,10 +1,10 @@
 """Growing a table: the sum of all rehashes against the training between them.
 
-With every id of every batch new there are as few steps between two doublings as there can be. Ids as frequent as in a
-Criteo sample bring 22 700 distinct ones a batch, most of them new in a young table.
+When every id of every batch is new, the number of steps between two doublings is minimal. Ids as frequent as in a
+Criteo sample have 22 700 distinct ids per batch, most of them new in a young table.
 
-The table grows twice in the same memory. The first time it also waits for the system to hand out pages, in training
-and in rehashes; on a virtual machine that is most of the time, and not recfx's. The claim is of the second time.
+The table grows twice in the same memory. The first time, training and rehashes also wait for pages from the system; on
+a virtual machine that is most of the time. The claim is about the second time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def new_ids() -> Iterator[Batch]:
 
 
 def frequent_ids() -> Iterator[Batch]:
-    """Ids as frequent as in a Criteo sample, of 2^24 that there are."""
+    """Ids as frequent as in a Criteo sample, out of 2^24."""
     seed = 0
     while True:
         yield from make_batches(16, BATCH_SIZE, table_rows=2**24, seed=seed).batches
@@ -58,7 +58,7 @@ def test_growth(benchmark, name, stream, last_rows, doublings, claims: Claims) -
     first_slots = int(table.num_slots)
 
     def train() -> tuple[list[float], list[float]]:
-        """Seconds of each doubling, and of each step from the one that passes the first rows."""
+        """Seconds of each doubling, and of each step after the table exceeds its first rows."""
         growth, trained, batches = [], [], stream()
         table.num_slots.fill_(first_slots)
         restore_(table, 0, torch.zeros(0, dtype=torch.int32))

@@ -1,4 +1,4 @@
-"""What the ways to run a step cost: looking for NaN, leaving batches out, the graph one operator after another."""
+"""The cost of options of a step: checks for NaN, skipped batches, the graph run operator by operator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.recfx_side import captured_step
 from bench.workload import make_batches
 
 NUM_BATCHES, ROWS = 8, 200_000
-# (arguments of the program, backend of capture), and those of what it is held against
+# (arguments of the program, backend of capture), and those of its baseline
 MODES = {
     "on_nonfinite stop": ((("--on_nonfinite=stop",), "inductor"), (("--on_nonfinite=ignore",), "inductor")),
     "on_nonfinite skip": ((("--on_nonfinite=skip",), "inductor"), (("--on_nonfinite=ignore",), "inductor")),

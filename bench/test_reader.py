@@ -1,7 +1,7 @@
-"""Files to packed batches, nothing else: two workers against one, formats against each other, and rows kept on disk.
+"""Files to packed batches only: two workers against one, formats against each other, and cached rows.
 
-40 list columns shaped like a Criteo click log, batches of 1000 rows. Rates are in the page cache's favour: what is
-measured is decoding and packing, not a disk.
+40 list columns shaped like a Criteo click log, batches of 1000 rows. Files are in the page cache: rates
+measure decoding and packing, not a disk.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CACHED_ROWS_PER_S = 5_000_000
 
 
 class Epochs:
-    """A side of a comparison: one step is `epochs` passes over the files."""
+    """A side of a comparison, where one step is `epochs` passes over the files."""
 
     def __init__(self, batches: Reader | DataLoader, epochs: int = 1) -> None:
         self.batches, self.epochs = batches, epochs
@@ -46,7 +46,7 @@ class Epochs:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The same rows in a folder for each format."""
+    """The same rows in one folder per format."""
     folder = tmp_path_factory.mktemp("reader")
     generate(folder / "made", rows_per_file=ROWS_PER_FILE, train_files=NUM_FILES, eval_files=1, seed=0)
     made = folder / "made" / "train"
@@ -68,7 +68,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def first_items(lists: pa.ListArray) -> pa.Array:
-    """Of each list its first item, null of an empty one."""
+    """The first item of each list, null for an empty list."""
     empty = lists.value_lengths().to_numpy() == 0
     return lists.values.take(pa.array(lists.offsets.to_numpy()[:-1], mask=empty))
 

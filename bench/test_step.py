@@ -1,6 +1,6 @@
-"""The captured DeepFM step against plain torch and JAX, which are handed ids remapped to dense indices beforehand.
+"""The captured DeepFM step against plain torch and JAX, which get ids remapped to dense indices beforehand.
 
-Every baseline runs in a process of its own, as its user would run it; blocks of both sides alternate.
+Every baseline runs in a separate process, as its users run it; blocks of both sides alternate.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def test_losses_are_the_baseline_s():
 
 @pytest.mark.benchmark(group="step")
 def test_step(benchmark, recfx, claims: Claims):
-    """pytest-benchmark's own record of the step, and where its time goes."""
+    """pytest-benchmark's record of the step, and its time by phase."""
     batch_size, work, ours = recfx
     batches = iter(work.batches * 10_000)
     benchmark.pedantic(lambda: ours.step(next(batches)), rounds=40, iterations=3, warmup_rounds=10)
@@ -72,13 +72,13 @@ def against(benchmark, claims: Claims, recfx, variant: str, target: float) -> No
 
 @pytest.mark.parametrize("variant", ["functional_textbook", pytest.param("jax_textbook", marks=no_jax)])
 def test_against_what_people_write(benchmark, recfx, variant, claims: Claims):
-    """The formula as it stands, compiled, touched rows only: the opponents that the targets were set against."""
+    """The formula as published, compiled, touched rows only: the opponents that the targets refer to."""
     against(benchmark, claims, recfx, variant, TARGETS[recfx[0]])
 
 
 @pytest.mark.parametrize("variant", ["functional_compiled", pytest.param("jax", marks=no_jax)])
 def test_against_the_best(benchmark, recfx, variant, claims: Claims):
-    """The same opponents with recfx's own formulation and every trick we know: not to be behind them is the aim."""
+    """The same opponents with recfx's formulation and every trick we know: recfx should not be slower."""
     against(benchmark, claims, recfx, variant, 1.0)
 
 
@@ -101,7 +101,7 @@ def test_at_4096(benchmark, claims: Claims, variant, table_rows, target):
 
 
 def test_large_table(benchmark, claims: Claims):
-    """As many distinct ids per batch, fifty times the rows: the step may take 1.5 times as long at most."""
+    """The same number of distinct ids per batch, fifty times the rows: the step may take at most 1.5 times as long."""
     (small, few), (large, many) = ours_over(4096, SMALL), ours_over(4096, LARGE)
     result = benchmark.pedantic(compare, args=(Loop(many.step, large.batches), Loop(few.step, small.batches)), rounds=1)
     claims.add(result.claim("DeepFM step, batch 4096, 10 M rows", "recfx, 0.2 M rows", batch_size=4096, target=1 / 1.5))

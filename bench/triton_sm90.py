@@ -34,7 +34,7 @@ TABLES = {"deepfm": (8, 1), "d128": (128,)}  # widths of the logical tables side
 
 
 class Hopper:
-    """As much of a driver as compilation asks for."""
+    """The part of a driver that compilation requires."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -155,7 +155,7 @@ def call_all(dims: tuple[int, ...], sizes: tuple[int, ...] = SIZES) -> None:
 
 
 def assembled(ptx: str) -> dict[str, int]:
-    """What the assembler says of a kernel, and its accesses to memory, those of 16 bytes apart."""
+    """The assembler's report on a kernel, and its memory accesses, with those of 16 bytes counted separately."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()

@@ -1,4 +1,4 @@
-"""Criteo-shaped DeepFM batches in memory: what every CPU benchmark trains on, and the same for its opponents.
+"""Criteo-shaped DeepFM batches in memory, on which every CPU benchmark and its opponents train.
 
 One draw of ids has two forms: recfx's (raw 64-bit ids, ragged, packed) and the baselines' (ids remapped beforehand to
 rows of one stacked table, missing = a last row of zeros). How often ids repeat follows the statistics of a public
@@ -20,7 +20,7 @@ NUM_COLUMNS, NUM_NUMERICS, LABEL_MEAN = 26, 13, 0.032
 DIM, HIDDEN = 8, (64, 16)
 CATEGORICAL = tuple(f"c{i}" for i in range(1, NUM_COLUMNS + 1))
 NUMERIC = tuple(f"i{i}" for i in range(1, NUM_NUMERICS + 1))
-HEAD = 1024  # the most frequent ids of a column: the same in every batch; rarer ones are placed anew in each batch
+HEAD = 1024  # the most frequent ids of a column: the same in every batch; rarer ids change in each batch
 
 
 class Column(NamedTuple):
@@ -56,7 +56,7 @@ NUMERIC_STATS = np.array((
 class DenseBatch(NamedTuple):
     """A batch for the baselines: ids already remapped to table rows.
 
-    One column's indices lie together: two threads then meet on no row, which halves the baselines' scatters.
+    The indices of a column are contiguous, so two threads share no row: the baselines' scatters take half the time.
     """
 
     row: Tensor  # i64 [26, B], row of the stacked table; missing = table_rows, the padding row
@@ -75,7 +75,7 @@ class Workload(NamedTuple):
 
 
 def column_rows(table_rows: int) -> np.ndarray:
-    """How many of `table_rows` ids each of the 26 columns holds: small columns as they are, the rest in proportion."""
+    """The number of the `table_rows` ids in each of the 26 columns: small columns are fixed, others in proportion."""
     cardinality = np.array([c.cardinality for c in COLUMNS])
     fixed = np.where(cardinality < FIXED, cardinality, 0)
     spare = table_rows - fixed.sum()
@@ -145,7 +145,7 @@ def recfx_batch(dense: DenseBatch, table_rows: int) -> Batch:
 
 
 def draw_batches(num_batches: int, batch_size: int, *, table_rows: int, seed: int = 0) -> list[DenseBatch]:
-    """Different batches over a table of `table_rows` ids, of which nothing is made: see `make_batches`."""
+    """Different batches over a table of `table_rows` ids, without the table: see `make_batches`."""
     rows = column_rows(table_rows)
     shape_rng, place_rng = (np.random.default_rng([seed, stream]) for stream in (0, 1))
     return [dense_batch(batch_size, rows, shape_rng, place_rng) for _ in range(num_batches)]
@@ -154,8 +154,8 @@ def draw_batches(num_batches: int, batch_size: int, *, table_rows: int, seed: in
 def make_batches(num_batches: int, batch_size: int, *, table_rows: int = 200_000, seed: int = 0) -> Workload:
     """Draws `num_batches` different batches over a table of `table_rows` ids.
 
-    From 0.2 M rows up the number of distinct ids per batch is the same whatever `table_rows`, and so are missing
-    values, numerics and labels; only where the rarer ids lie in the table differs.
+    From 0.2 M rows up the number of distinct ids per batch does not depend on `table_rows`, nor do missing values,
+    numerics and labels; only the places of rarer ids in the table do.
 
     Args:     table_rows: distinct (column, id) pairs the table starts with, in `universe`.
     Cost:     about 1 s for 16 batches of 16 384 and 10 M rows.

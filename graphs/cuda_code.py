@@ -1,8 +1,8 @@
 """The launches of a captured DeepFM step on CUDA, as text. Run by `graphs.fake_cuda`: tensors on CUDA are fake.
 
-A CUDA graph replays a node a launch. Counted are the kernels that Inductor writes, the products that it calls, and for
-each operator of recfx what its launcher does: the launcher is called with fake tensors, launches of Triton and calls of
-torch are written down, and nothing runs.
+A CUDA graph replays one node per launch. This module counts the kernels that Inductor writes, the products that it
+calls, and the launches of each recfx operator: the launcher is called with fake tensors, its Triton launches and torch
+calls are recorded, and nothing runs.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ LOOPS = [
     "mul", "ne", "new_full", "new_zeros", "ones", "rsub", "scalar_tensor", "sigmoid", "stack", "sub", "sum", "to",
     "where", "zero_", "zeros", "zeros_like",
 ]  # fmt: skip
-# Nodes of a graph that a call of torch on CUDA makes, by the name of the operator; for batches as small as this one.
+# Graph nodes per call of torch on CUDA, by operator name, for batches of this size.
 NODES: dict[str, Callable[..., int]] = {
     **dict.fromkeys(LOOPS, lambda *_, **__: 1),
     **dict.fromkeys(("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"), lambda *_, **__: 0),
     "cumsum": lambda *_, **__: 2,  # a scan's state is cleared first
     # A radix sort: two nodes a byte of a key, and five that fill positions, count digits and sum them up.
     "sort": lambda x, *_, **__: 5 + 2 * x.element_size(),
-    "index_put_": lambda *_, **__: 20,  # sorts indices where it adds: 64 bits of them, a few of which are looked at
+    "index_put_": lambda *_, **__: 20,  # sorts indices to add: 64-bit keys, of which a few bits are sorted
 }
 
 
 class Launch(NamedTuple):
-    """What is launched at one place of the step."""
+    """The launches of one call in the step."""
 
     nodes: int
     what: str
 
 
 class _Counted(TorchDispatchMode):
-    """Names of what is launched, in order, with its nodes."""
+    """Records the names of launches in order, with their nodes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, schema = func.overloadpacket.__name__, func._schema
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-        is_view |= func.namespace == "prim"  # a question, such as the device
+        is_view |= func.namespace == "prim"  # a query, such as the device
         if name not in NODES and not is_view:
             raise NotImplementedError(
                 f"{func}: got an unknown number of nodes, expected one in graphs.cuda_code.NODES."
@@ -104,7 +104,7 @@ def operator_launches(node: Node) -> list[Launch]:
 
 
 def deepfm_batch(batch_size: int) -> Batch:
-    """An empty batch of the layout that the example's reader gives it: a value a sample and column."""
+    """An empty batch with the layout of the example's reader: one value per sample and column."""
     offsets = torch.zeros(batch_size + 1, dtype=torch.int32)
     columns: dict[str, Any] = {"label": torch.zeros(batch_size, 1)}
     for names, dtype in ((program.NUMERIC, torch.float32), (program.CATEGORICAL, torch.int64)):
@@ -113,7 +113,7 @@ def deepfm_batch(batch_size: int) -> Batch:
 
 
 def deepfm_code(batch_size: int = BATCH_SIZE) -> Written:
-    """What Inductor writes for the step that `bench/gpu_deepfm.py` captures."""
+    """The code that Inductor writes for the step of `bench/gpu_deepfm.py`."""
     arguments = ["--gradient_accumulation_steps", "1", "--numeric", "raw", "--device", "cuda"]
     args, batch = program.parse([*arguments, "--max_rows", str(MAX_ROWS)]), deepfm_batch(batch_size)
     sections = batch.sections
@@ -124,8 +124,8 @@ def deepfm_code(batch_size: int = BATCH_SIZE) -> Written:
 
 
 def _kernel(code: str, name: str, arguments: str, names: dict[str, str]) -> str:
-    """A kernel of Inductor: how many loops it joins and which parts of the state it writes; its own name is not kept,
-    as it ends in a number that any change of the step moves."""
+    """A kernel of Inductor: how many loops it joins and which parts of the state it writes; its name is not shown,
+    since it ends in a number that any change of the step changes."""
     source = code[code.index(f"async_compile.triton('{name}'") :].split("async_compile.triton(", 2)[1]
     kind = "loop" if name.startswith("triton_poi") else "reduction"
     joined = re.search(r"'num_kernels': (\d+)", source)
@@ -141,7 +141,7 @@ def _kernel(code: str, name: str, arguments: str, names: dict[str, str]) -> str:
 
 
 def launches(written: Written) -> list[Launch]:
-    """In the order in which the graph would replay them."""
+    """The launches in the order of their replay."""
     code, calls = written.code[written.code.index("def call(") :], list[Launch]()
     operators = [n for n in written.graph.nodes if getattr(n.target, "namespace", "") == "recfx"]
     in_order = {target: iter([n for n in operators if n.target is target]) for target in {n.target for n in operators}}
@@ -168,7 +168,7 @@ def _said(own: list[Launch]) -> str:
 
 
 def text() -> str:
-    """graphs/deepfm.cuda.txt."""
+    """The text of graphs/deepfm.cuda.txt."""
     calls = launches(deepfm_code())
     total = sum(call.nodes for call in calls)
     kinds = Counter[str]()

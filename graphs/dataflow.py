@@ -1,4 +1,4 @@
-"""What a captured graph says of itself: its stages, and the tensors they hand on. Reads FX nodes, changes none."""
+"""The dataflow of a captured graph: its stages, and the tensors between them. It reads FX nodes and changes none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["STAGES", "Flow", "Handed", "flow_of", "handed_on", "is_op", "is_view
 
 STAGES = ("batch", "features", "lookup", "forward", "backward", "window", "sparse", "dense", "metrics", "finite", "aux")
 LOOKUPS = ("recfx.order_ids", "recfx.find", "recfx.find_or_insert_", "recfx.pool")
-# The stage whose work a write to this part of the state completes.
+# The stage that a write to this part of the state completes.
 COMPLETES = {
     "params": "dense", "dense": "dense", "tables": "sparse", "metrics": "metrics", "stats": "metrics",
     "window": "window", "step": "window", "nonfinite": "finite",
@@ -24,10 +24,10 @@ COMPLETES = {
 
 
 class Flow(NamedTuple):
-    """A graph in its order of execution, with writes made into edges."""
+    """A graph in its order of execution, with writes as edges."""
 
     nodes: list[Node]
-    storage: dict[Node, Node]  # the input or op whose memory a node's result lies in
+    storage: dict[Node, Node]  # the input or op that owns the memory of a node's result
     writes: dict[Node, list[Node]]  # the storages an op writes to
     writer: dict[tuple[Node, Node], Node]  # (op, input of it) -> the op that last wrote to that input's storage
 
@@ -49,15 +49,15 @@ def flow_of(graph: Graph) -> Flow:
 
 
 def stages_of(flow: Flow) -> dict[Node, str]:
-    """The stage of every op and batch input, from dataflow alone.
+    """The stage of every op and batch input, from dataflow only.
 
-    features    what lookup or loss needs and the batch alone gives
-    lookup      the lookup ops, and what else they need
-    forward     what else the loss needs
-    backward    what follows from that and ends in a gradient, before any optimiser state enters
-    window      what accumulates gradients, or is shared by the optimisers
-    sparse, dense, metrics     what ends in a write to that part of the state
-    finite      what asks whether losses, logits and gradients are finite
+    features    ops that depend on the batch only, for lookup or loss
+    lookup      the lookup ops, and other ops that they need
+    forward     other ops that the loss needs
+    backward    ops from there to a gradient, before any optimiser state is read
+    window      ops that accumulate gradients, or are shared by the optimisers
+    sparse, dense, metrics     ops that end in a write to that part of the state
+    finite      ops that check whether losses, logits and gradients are finite
     """
     ends, sources = _ends(flow), _sources(flow)
     stages: dict[Node, str] = {}
@@ -87,7 +87,7 @@ def stages_of(flow: Flow) -> dict[Node, str]:
         elif sources[node] & {"window", "dense", "tables", "metrics"} or ends[node] == {"metrics"}:
             own = {COMPLETES[p] for s in flow.writes[node] if (p := _part(s)) in COMPLETES} or ends[node]
             stages[node] = next(iter(own)) if len(own) == 1 else "window"
-    # The rest, constants and views of inputs, belongs to who uses it first.
+    # The rest, constants and views of inputs, belongs to the stage that uses it first.
     for node in reversed(flow.nodes):
         if node.op == "call_function" and not stages.get(node):
             stages[node] = min((stages[u] for u in node.users if stages.get(u)), key=STAGES.index)
@@ -95,14 +95,14 @@ def stages_of(flow: Flow) -> dict[Node, str]:
 
 
 class Handed(NamedTuple):
-    """What one stage hands to another."""
+    """The tensors that one stage passes to another."""
 
     tensors: Counter[str]  # how many of each dtype and shape, larger ones first
-    in_place: list[str]  # parts of the state that the first writes and the second reads
+    in_place: list[str]  # parts of the state that the first stage writes and the second reads
 
 
 def handed_on(flow: Flow, stages: dict[Node, str]) -> dict[tuple[str, str], Handed]:
-    """By (from, to). Raises AssertionError when a stage feeds an earlier one."""
+    """The tensors by (from, to). Raises AssertionError when a stage feeds an earlier one."""
     seen: dict[tuple[str, str], dict[Node, str | None]] = {}
     for node in flow.nodes:
         to = "aux" if node.op == "output" else stages.get(node)
@@ -135,7 +135,7 @@ def is_op(node: Node) -> bool:
 
 
 def is_view(node: Node) -> bool:
-    """Whether it only names part of a tensor in another way: no work, no memory."""
+    """Whether it is a view of a tensor: no work, no memory."""
     return is_op(node) and _aliases_its_input(node) and not node.target._schema.is_mutable
 
 
@@ -153,7 +153,7 @@ def _written(node: Node) -> Iterator[Node]:
 
 
 def _ends(flow: Flow) -> dict[Node, set[str]]:
-    """The stages whose results a node's result goes into."""
+    """The stages that use a node's result, directly or not."""
     ends: dict[Node, set[str]] = {node: set() for node in flow.nodes}
     for node in reversed(flow.nodes):
         completes = {COMPLETES[p] for s in flow.writes[node] if (p := _part(s)) in COMPLETES}

@@ -1,4 +1,4 @@
-"""A captured graph as SVG: its stages down a diagonal, and above it the tensors that each hands to later ones."""
+"""Draws a captured graph as SVG: its stages along a diagonal, and above it the tensors between them."""
 
 from __future__ import annotations
 

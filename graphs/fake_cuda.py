@@ -1,7 +1,7 @@
-"""A process whose torch takes itself for one with an H200: `python -m graphs.fake_cuda` writes graphs/deepfm.cuda.txt.
+"""A process where torch finds a fake H200: `python -m graphs.fake_cuda` writes graphs/deepfm.cuda.txt.
 
 Tensors are fake, so nothing runs. Dynamo and Inductor do what they would do on the device, up to the Python code that
-calls the kernels; Triton compiles nothing. It changes torch for the whole process: give it one that does nothing else.
+calls the kernels; Triton compiles nothing. It changes torch for the whole process, so run it in a separate one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def load() -> None:
 
 
 class Hopper:
-    """As much of Triton's driver as Inductor asks for."""
+    """The part of Triton's driver that Inductor requires."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -74,7 +74,7 @@ class _NoGuard(contextlib.nullcontext):
 
 @contextlib.contextmanager
 def pretending() -> Iterator[None]:
-    """As `torch.cuda` answers with one H200. Only while Inductor compiles: Dynamo asks a device for more."""
+    """Makes `torch.cuda` answer as with one H200, while Inductor compiles: Dynamo would need more of a device."""
     import torch
     from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
     from torch.utils._triton import has_triton
@@ -95,7 +95,7 @@ def pretending() -> Iterator[None]:
         "_cuda_getCompiledVersion": lambda: 13000,
     }  # fmt: skip
     driver.set_active(Hopper())
-    has_triton.cache_clear()  # Dynamo has asked before there was a device
+    has_triton.cache_clear()  # Dynamo has cached the answer without a device
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(mock.patch.multiple(torch.cuda, create=True, **answers))
@@ -110,19 +110,19 @@ def pretending() -> Iterator[None]:
 
 
 class Written(NamedTuple):
-    """What Inductor wrote."""
+    """The code that Inductor wrote."""
 
     code: str  # Python, with the kernels in Triton
-    graph: Any  # torch.fx.Graph of ATen that it is of
-    names: dict[str, str]  # of what the code is given: parts of the state, or sections, by the code's own names
+    graph: Any  # the torch.fx.Graph of ATen that was compiled
+    names: dict[str, str]  # of the code's inputs: parts of the state, or sections, by their names in the code
 
 
 class _Stop(BaseException):
-    """Inductor has written its code. Not an Exception, which Inductor would report as its own."""
+    """Raised when Inductor has written its code. It is not an Exception: Inductor would wrap that in its error."""
 
 
 def compiling(function: Any, state: Any, sections: list[Any]) -> Written:
-    """What `recfx.capture.compiled.compiled` would call on the device.
+    """The code that `recfx.capture.compiled.compiled` would call on the device.
 
     Args:     state, sections: fake tensors on cuda.
     """

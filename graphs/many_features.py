@@ -1,6 +1,6 @@
 """200 features, written in two ways: `features200.ops.txt` shows their ops, bench/test_features.py times them.
 
-Numbers, their buckets, ids and strings, a quarter each; so a feature in four is made of another one.
+Numbers, their buckets, ids and strings, a quarter each; so one feature in four is computed from another.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def dicts_of_columns(batch: dict, num: int) -> dict[str, Any]:
 
 
 def columns(num: int, batch_size: int) -> Batch:
-    """What `num` features are made of: lists of at most one number, two ids and 16 bytes a sample."""
+    """The columns of `num` features: lists of at most one number, two ids and 16 bytes per sample."""
     packed: dict[str, Ragged] = {}
     for i in range(num // 4):
         packed[f"x{i}"] = _ragged(torch.float32, batch_size, 1, i)
@@ -65,7 +65,7 @@ def _ragged(dtype: torch.dtype, batch_size: int, longest: int, seed: int) -> Rag
 
 
 def op_counts(features: Features, num: int, batch_size: int = 4) -> Counter[str]:
-    """How often each op stands in the ATen graph of `num` features, views under one name."""
+    """The number of each op in the ATen graph of `num` features, with all views under one name."""
 
     def update_(state: tuple, batch: dict) -> tuple[tuple, dict[str, Any]]:
         return state, features(batch, num)

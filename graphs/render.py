@@ -1,6 +1,6 @@
 """Writes graphs/: the captured example steps as text, as counts and as a drawing. `python -m graphs.render`
 
-The graphs are those of `python -m recfx.examples.deepfm` and `.deepctr`, for a batch of 4, and, as counts alone, that
+The graphs are those of `python -m recfx.examples.deepfm` and `.deepctr`, for a batch of 4, and, as counts only, that
 of a feature function for 200 features. `tests/test_graphs.py` compares them with the files; `make graphs` accepts them.
 """
 
@@ -40,7 +40,7 @@ class Program(NamedTuple):
 
 
 class Golden(NamedTuple):
-    """A graph and what is known of it."""
+    """A graph, and the facts about it."""
 
     name: str
     program: Program
@@ -92,7 +92,7 @@ def mutated(golden: Golden) -> list[str]:
 
 
 def largest_temporary(golden: Golden) -> torch.Tensor:
-    """The largest tensor that an op makes: fake, so only its shape and dtype say something."""
+    """The largest tensor that an op makes: a fake one, with a shape and dtype only."""
     made = [t for n in golden.flow.nodes if is_op(n) and golden.flow.storage[n] is n for t in tensors(n)]
     return max(made, key=_num_bytes)
 

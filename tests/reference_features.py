@@ -122,7 +122,7 @@ def strings(items: Sequence[bytes], *, spare: int = 0, outer: Sequence[int] | No
 
 
 def nested(samples: Sequence[Sequence[Sequence[int]]], *, spare: int = 0, weighted: bool = False) -> Ragged:
-    """Lists of lists of ids; `spare` places of padding for values and as many empty lists behind the last."""
+    """Lists of lists of ids, with `spare` values of padding and as many empty lists after the last."""
     inner = [items for lists in samples for items in lists]
     values = [v for items in inner for v in items] + [77] * spare
     ends, outer = [0], [0]

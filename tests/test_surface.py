@@ -22,7 +22,7 @@ MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "recfx."))
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 CODE = [name for name in MODULES if not name.endswith(".__main__") and (HAS_TRITON or ".gpu." not in name)]
 
-# Imports run one way, up this list; what stands in one line may see each other.
+# Imports run one way, up this list; modules of one line may import each other.
 LAYERS = (
     ("types", "checks", "describe", "kernels"),  # the gate of a batch is a kernel, and the packing kernels make batches
     ("features", "layers", "losses", "metrics", "data"),
@@ -50,7 +50,7 @@ def part(module: str) -> str:
 
 
 def imports(module: str) -> set[str]:
-    """Modules of recfx that `module`'s source names, wherever the import stands."""
+    """Modules of recfx that `module` imports, at any place in its source."""
     tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
     found: set[str] = set()
     for node in ast.walk(tree):
@@ -100,7 +100,7 @@ def test_public_names_and_modules_are_documented(module):
 
 
 class ExampleParser(doctest.DocTestParser):
-    """Finds examples that stand behind the word: `Example:  >>> f(x)`. Plain doctest passes over them in silence."""
+    """Finds examples that follow the word: `Example:  >>> f(x)`. Plain doctest silently skips them."""
 
     def parse(self, string: str, name: str = "<string>") -> list:
         return super().parse(re.sub(r"Example:(?= *>>>)", " " * len("Example:"), string), name)

@@ -126,7 +126,7 @@ def test_num_samples_is_kept_when_given():
 @given(given_columns=columns(), more=st.integers(0, 4))
 @settings(max_examples=50, deadline=None)
 def test_pack_pads_to_a_layout(given_columns, more):
-    """What was packed comes first; behind it are empty lists and zeros."""
+    """Packed values come first, then empty lists and zeros."""
     batch = pack(given_columns)
     num_samples = int(batch["num_samples"])
     room = {
@@ -144,7 +144,7 @@ def test_pack_pads_to_a_layout(given_columns, more):
             assert torch.equal(padded[name], torch.cat([column, column.new_zeros(more, 3)]))
 
 
-def test_pack_refuses_what_a_layout_does_not_hold():
+def test_pack_rejects_what_a_layout_does_not_hold():
     columns = {"x": torch.ones(2, 1), "c": ragged([[5], [6]])}
     layout = pack(columns).layout
     for wrong, words in (

@@ -1,4 +1,4 @@
-"""The opponents train the same DeepFM: otherwise being ahead of them says nothing."""
+"""The opponents train the same DeepFM: otherwise a comparison means nothing."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_eager_unique_is_eager_sparse():
 
 @pytest.mark.parametrize("variant", ["jax", "jax_textbook"])
 def test_jax_is_the_module_with_adamw_on_touched_rows(variant):
-    """In a process of its own: JAX's threads do not go with tests that fork."""
+    """In a separate process: JAX's threads are not safe in tests that fork."""
     if importlib.util.find_spec("jax") is None:
         pytest.skip("jax is not installed")
     batches = small_batches(4, 0.4)

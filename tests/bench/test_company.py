@@ -14,7 +14,7 @@ import pytest
 from bench import harness
 from bench.company import busy_processes
 
-# A benchmark that makes load, says which process it is, and goes on until it is stopped.
+# A benchmark that makes load, prints its process id, and runs until it is stopped.
 BENCHMARK = """
 import time
 from bench.company import busy_processes

@@ -111,7 +111,7 @@ def test_dynamicemb_s_case(to):
 
 
 def test_draws_by_a_power_law():
-    """Row k of an order of chance as often as the density says: of the first eight, compared with their integrals."""
+    """The frequencies of the first eight rows of a random order equal the integrals of the density."""
     torch.manual_seed(0)
     rows, num = 1000, 200_000
     counts = gpu_draws.power_law(rows, device="cpu")(num).bincount(minlength=rows).sort(descending=True).values
@@ -285,7 +285,7 @@ def test_sizes_that_do_not_fit_are_skipped_and_said(to, monkeypatch, free_bytes,
 
 def test_jax_is_skipped_with_a_reason_where_it_has_no_gpu(to, monkeypatch):
     monkeypatch.setattr(gpu_deepfm, "jax_cannot", lambda backend: f"jax finds no {backend} and computes on cpu")
-    gpu_deepfm.beside_jax(to, {1000: 16}, {}, table_rows=20_000)
+    gpu_deepfm.compare_with_jax(to, {1000: 16}, {}, table_rows=20_000)
     assert to.notes == ["JAX: skipped, jax finds no gpu and computes on cpu."]
     assert not to.records
     monkeypatch.undo()
@@ -340,11 +340,11 @@ def test_deepfm_s_step_is_checked_before_it_is_profiled(to, monkeypatch):
 
 
 @pytest.mark.slow
-def test_deepfm_beside_jax(to):
+def test_deepfm_compared_with_jax(to):
     sizes, table_rows = {32: 2}, 20_000
     losses = {32: gpu_deepfm.compare(to, 32, num_batches=2, table_rows=table_rows, device="cpu")}
     to.records.clear()
-    gpu_deepfm.beside_jax(to, sizes, losses, table_rows=table_rows, backend="cpu")
+    gpu_deepfm.compare_with_jax(to, sizes, losses, table_rows=table_rows, backend="cpu")
     if gpu_deepfm.jax_cannot("cpu"):
         assert to.notes[-1].startswith("JAX: skipped, ")
         return
@@ -352,7 +352,7 @@ def test_deepfm_beside_jax(to):
     assert to.records[0]["rate"] > 0
     assert "losses checked before timing" in to.notes[-1]
     to.end()
-    gpu_deepfm.beside_jax(to, sizes, {32: [0.5, 0.5]}, table_rows=table_rows, backend="cpu")
+    gpu_deepfm.compare_with_jax(to, sizes, {32: [0.5, 0.5]}, table_rows=table_rows, backend="cpu")
     assert "failed: RuntimeError: bench.gpu_deepfm:jax_loop: ValueError: JAX: got losses" in to.notes[-1]
 
 

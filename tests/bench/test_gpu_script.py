@@ -1,4 +1,4 @@
-"""bench/gpu.sh without a GPU: what it says, what it does about parts that fail, and all of it on a stand-in."""
+"""bench/gpu.sh without a GPU: its output, its handling of failing parts, and all parts on a stand-in."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_tests_are_divided_between_processes(run, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("python", [pytest.param(sys.executable, id="this"), OTHER])
 def test_all_of_the_script_on_a_stand_in(python, tmp_path):
-    """Every main, at small sizes, on a CPU that stands in for the device; each writes its pages."""
+    """Every main, at small sizes, on a CPU in place of the device; each writes its pages."""
     done = run_script(
         "--small", "--results", str(tmp_path), python=python, timeout=3000, PYTHONPATH=str(STAND_IN), PATIENCE="20"
     )

@@ -394,7 +394,7 @@ def test_rows_of_no_bytes_and_wider_than_half_a_block(tmp_path, monkeypatch, col
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_child_that_writes_meanwhile_has_a_block_of_its_own(tmp_path):
+def test_a_forked_child_that_writes_at_the_same_time_has_a_separate_block(tmp_path):
     def parts() -> Iterator[bytes]:
         yield b"parent"
         child = os.fork()
@@ -445,7 +445,7 @@ def test_what_is_to_be_replaced_is_there_when_the_new_one_cannot_take_its_place(
     assert digests(saved) == before
 
 
-def test_a_file_the_system_refuses(step, saved):
+def test_a_file_the_system_does_not_write(step, saved):
     state = some_state(step, 6)
     expected = pytest.raises(OSError, match=r"File too large. The checkpoints before this one are whole")
     with file_size_limit(4096), expected as error:

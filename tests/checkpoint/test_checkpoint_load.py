@@ -67,9 +67,9 @@ def content(step: Step, state: TrainState, rows_of: Callable[[int], bool] = lamb
 
 
 def of_table(row: Tensor, plan: TablePlan, k: int, column: LogicalTable) -> list:
-    """Weights and slots of one logical table, and its row slot behind all weights, if there is one."""
-    behind = row[:, plan.width + k : plan.width + k + 1] if row.shape[1] > plan.width else row[:, :0]
-    return torch.cat([row[:, column.first : column.first + column.dim], behind], dim=1).tolist()
+    """Weights and slots of one logical table, and its row slot after all weights, if it has one."""
+    row_slot = row[:, plan.width + k : plan.width + k + 1] if row.shape[1] > plan.width else row[:, :0]
+    return torch.cat([row[:, column.first : column.first + column.dim], row_slot], dim=1).tolist()
 
 
 def row_numbers(table: TableState) -> dict[tuple[int, int], int]:
@@ -116,7 +116,7 @@ def test_ranks_share_all_rows_among_them(step, state, saved, world_size):
         keys = list(row_numbers(table))
         v, ids = (torch.tensor(column) for column in zip(*keys, strict=True))
         assert owner(ids, v.int(), world_size).tolist() == [rank] * len(keys)
-        order = [k for k in row_numbers(state.tables[0]) if k in set(keys)]  # numbered anew in the old order
+        order = [k for k in row_numbers(state.tables[0]) if k in set(keys)]  # renumbered in the old order
         assert [k for k, _ in sorted(row_numbers(table).items(), key=lambda item: item[1])] == order
         assert (int(table.num_rows), int(table.num_free)) == (len(keys), 0)
         assert int(table.step) == int(state.tables[0].step)

@@ -1,4 +1,4 @@
-"""Checkpoints and rows as a hostile user has them: what is refused is named, and nothing is lost or written by it."""
+"""Checkpoints and rows in the hands of a hostile user: errors name what is wrong, and nothing is lost or written."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_damaged_byte(step, saved, place):
 
 
 def test_a_damaged_byte_of_the_manifest(step, saved):
-    """Wherever it is: no byte of the manifest can change without notice."""
+    """At any place: no byte of the manifest can change without an error."""
     whole = (saved / MANIFEST).read_bytes()
     for place in range(0, len(whole), 7):
         flip(saved / MANIFEST, place)

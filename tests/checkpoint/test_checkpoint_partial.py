@@ -1,4 +1,4 @@
-"""Checkpoints laid over others, made full again, compared; and saved while training goes on."""
+"""Partial checkpoints: saved, made full, compared; and saves in the background while training continues."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def test_diff_of_what_is_no_checkpoint(tmp_path, capsys):
 # In the background.
 
 
-def test_a_background_save_holds_the_moment_it_was_asked_for(step, tmp_path):
+def test_a_background_save_holds_the_state_of_its_call(step, tmp_path):
     """Everything is overwritten while the child has not begun to write."""
     state = some_state(step)
     whole = save(tmp_path / "whole", step, state, number=8, loop=LOOP)
@@ -265,7 +265,7 @@ def test_a_background_save_holds_the_moment_it_was_asked_for(step, tmp_path):
 
 
 def test_training_goes_on_beside_background_saves(step, tmp_path):
-    """Partial ones too, each of the state of its own step."""
+    """Also partial ones, each with the state of its step."""
     state, full = some_state(step), []
     with Saver(tmp_path / "background", step, full_every=3, max_to_keep=9) as saver:
         for k in range(6):

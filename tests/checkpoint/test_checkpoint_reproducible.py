@@ -100,7 +100,7 @@ def test_all_at_once(tmp_path, monkeypatch):
 
 
 def test_ids_deleted_between_two_runs(tmp_path):
-    """In the checkpoint that the second goes on from: as if they had been deleted while the first went on."""
+    """In the checkpoint that the second run resumes: as if they had been deleted while the first continued."""
 
     def delete(event: str, progress: Any, state: Any) -> None:
         if (event, progress.step) == ("after_step", 3):
@@ -183,7 +183,7 @@ def test_after_save_is_told_when_it_is_on_disk(tmp_path):
 
 
 def test_two_runs_in_one_folder(tmp_path, monkeypatch):
-    """The second one is told at its start, and the first one's checkpoints are as they were."""
+    """The second one fails at its start, and the checkpoints of the first are unchanged."""
     monkeypatch.setattr("recfx.checkpoint.folders.LOCK_WAIT_S", 0.05)
     step, told = deepfm_step(), []
 

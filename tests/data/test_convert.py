@@ -1,4 +1,4 @@
-"""Files rewritten hold the same rows, in units of the size asked for."""
+"""Converted files hold the same rows, in units of the given size."""
 
 from __future__ import annotations
 

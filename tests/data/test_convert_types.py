@@ -1,4 +1,4 @@
-"""What `convert` makes of values: what was asked for, in every format, and never another number."""
+"""The values that `convert` writes: of the given type, in every format, and never another number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What columns of CSV look like where nobody says: a guess never merges two cells, and holds to the end of the file."""
+"""The guessed types of CSV columns: a guess never merges two cells, and holds to the end of the file."""
 
 from __future__ import annotations
 

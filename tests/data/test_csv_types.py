@@ -78,18 +78,18 @@ def test_a_cell_is_the_same_number_whatever_is_in_its_block(tmp_path, slow):
     """Blocks that pyarrow's parser takes are read by it, others by casts."""
     cells = ["7", "-0", "007", " 8", "8 ", "0x1F", "\t9"]
     alone, _ = column(file_of(tmp_path, cells), pa.int64())
-    beside, _ = column(file_of(tmp_path, [*cells, slow]), pa.int64())
-    assert alone == beside[:-1] == [7, 0, 7, 8, 8, 31, 9]
+    with_slow, _ = column(file_of(tmp_path, [*cells, slow]), pa.int64())
+    assert alone == with_slow[:-1] == [7, 0, 7, 8, 8, 31, 9]
 
 
 @pytest.mark.parametrize("slow", ["9007199254740992", "x"])
 def test_a_cell_is_the_same_double_whatever_is_in_its_block(tmp_path, slow):
     cells = ["1.5", "-0", "007.25", " 8", "1e-05", "nan", "-inf", ".5", ""]
     alone, _ = column(file_of(tmp_path, cells), pa.float64())
-    beside, _ = column(file_of(tmp_path, [*cells, slow]), pa.float64())
+    with_slow, _ = column(file_of(tmp_path, [*cells, slow]), pa.float64())
     assert (
         str(alone)
-        == str(beside[: len(cells)])
+        == str(with_slow[: len(cells)])
         == str([1.5, -0.0, 7.25, 8.0, 1e-05, float("nan"), -float("inf"), 0.5, None])
     )
 
@@ -140,7 +140,7 @@ def test_other_columns_need_not_be_utf8(tmp_path):
     ]
 
 
-def test_text_asked_of_a_file_that_is_not_utf8_is_a_bad_row(tmp_path):
+def test_a_text_that_is_not_utf8_is_a_bad_row(tmp_path):
     path = file_of(tmp_path, ["a", LATIN])
     with pytest.raises(ValueError, match=r"column 'x' of '.*a.csv', row 1: got b'Mis\\xe9rables', expected a str"):
         convert(path, tmp_path / "out", types={"x": pa.string()})

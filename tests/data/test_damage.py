@@ -24,7 +24,7 @@ KINDS = ("flip", "cut")
 
 
 class Child:
-    """Decodes damaged files in a process of its own, which is started anew when it dies."""
+    """Decodes damaged files in a separate process, which is restarted when it dies."""
 
     def __init__(self) -> None:
         self.process = self.start()
@@ -93,7 +93,7 @@ def damaged(content: bytes, kind: str, rng: random.Random) -> bytes:
 
 
 def judge(answer: dict | None, path: Path, whole: list[str]) -> str:
-    """One word for what came of a file; an assertion fails where it must not have."""
+    """One word for the outcome of reading a file; an assertion fails when it is not allowed."""
     if answer is None:
         return "died"
     rows, error = answer["rows"], answer["error"]

@@ -109,7 +109,7 @@ def test_ids_that_would_merge_are_bad(tmp_path):
     assert pq.read_table(out)["id"].to_pylist() == ["-1", "18446744073709551615"]
 
 
-def test_numbers_are_text_where_text_is_asked_for(tmp_path):
+def test_numbers_are_text_where_the_column_is_text(tmp_path):
     path = written(tmp_path / "a.jsonl", b'{"zip": "01234"}', b'{"zip": 1234}', b'{"zip": 18446744073709551616}')
     assert [row["zip"] for row in read(path, [varlen("zip", torch.uint8)])] == [
         [b"01234"], [b"1234"], [b"18446744073709551616"],
@@ -203,7 +203,7 @@ def test_the_standard_library_and_arrow_agree(tmp_path):
 
 
 def test_columns_that_the_first_rows_lack(tmp_path):
-    """Their type is the one that is asked for; a name that is nowhere is null in every row."""
+    """Their type is that of the column; a name that is absent everywhere is null in every row."""
     early = [b'{"y": 1, "pad": "%s"}' % (b"x" * 1000)] * 1200
     late = b'{"y": 1, "c": [5], "u": {"v": {"w": 0.5}}, "k": [{"id": 3, "weight": 2}], "n": 4}'
     path = written(tmp_path / "a.jsonl", *early, late)

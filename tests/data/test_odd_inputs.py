@@ -119,7 +119,7 @@ UNCLOSED = ['4,"a', '4,5" "b,"c', '4,x",y,"c', '"4,a', '4,"a""', '4,"', '"4"x,"a
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 @pytest.mark.parametrize("block_bytes", [1, 7, 1000])
 def test_a_quote_that_is_not_closed_is_a_bad_row(tmp_path, line, ending, block_bytes):
-    """The lines around it are rows as they were, whatever block they stand in."""
+    """The lines around it are still read as rows, in whatever block they are."""
     lines = ["x,s", "0,a", "", '1,"b, ""c"""', "2,d", line, '3,5" e', "7,f,g", line]
     (tmp_path / "a.csv").write_bytes(ending.join(lines).encode())
     columns, how = [*X, varlen("s", torch.uint8)], Csv(block_bytes=block_bytes)
@@ -143,7 +143,7 @@ def test_a_file_of_unclosed_quotes_alone(tmp_path):
 @given(st.lists(st.text('a,"', min_size=1, max_size=9), min_size=1, max_size=6))
 @settings(max_examples=300, deadline=None)
 def test_lines_that_close_their_quotes_are_what_pyarrow_ends_there(lines):
-    """Each before a line of another width, which pyarrow takes for a row unless a quote still goes on."""
+    """Each before a line of another width, which pyarrow reads as a row unless a quote is still open."""
 
     def ends(line: str) -> bool:
         names = [f"{i}" for i in range(12)]
@@ -233,7 +233,7 @@ def test_nothing_comes_after_close(folder):
 
 
 def test_an_error_in_the_transform_ends_the_iteration(folder):
-    """Its batch was not seen, so to go on after it would lose rows; the position is still before it."""
+    """Its batch was not returned, so resuming after it would lose rows; the position is still before it."""
     seen = []
 
     def transform(columns):

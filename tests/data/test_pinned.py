@@ -24,7 +24,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def pinned(monkeypatch) -> list[int]:
-    """Addresses of what was asked to be pinned, on a machine that is told it has CUDA."""
+    """Addresses of memory to be pinned, on a machine that seems to have CUDA."""
     addresses: list[int] = []
 
     def noting(make: Any) -> Any:
@@ -52,7 +52,7 @@ def test_the_buffer_itself_is_allocated_pinned(path, pinned, how):
     assert {b.buffer.data_ptr() for b in batches} <= set(pinned)
 
 
-def test_a_dataloaders_worker_refuses_to_pin(path, pinned, monkeypatch):
+def test_a_dataloaders_worker_does_not_pin(path, pinned, monkeypatch):
     monkeypatch.setattr("recfx.data.batch_iterator.get_worker_info", lambda: SimpleNamespace(id=0, num_workers=1))
     with pytest.raises(ValueError, match="pin_memory: got True, expected False in a DataLoader's worker"):
         next(iter(reader(path, COLUMNS, 5, pin_memory=True)))

@@ -1,4 +1,4 @@
-"""Whole numbers as float32: as they are, or an error that says what would become of them."""
+"""Whole numbers as float32: as they are, or an error that names the rounded number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an embedding is told is what the step does: rates of its own, dense ids, several widths, reading only."""
+"""The step follows the options of embeddings: separate rates, dense ids, several widths, read_only."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from tests.step.test_step import INIT, assert_same_state, batch_of, fresh, rows_
 
 
 def test_learning_rate_and_decay_per_table():
-    """Each table as it would be trained by an optimiser of its own rates: the gradients are the same for one step."""
+    """Each table is trained as by an optimiser with its rates: the gradients are the same for one step."""
     groups = {
         "emb": [
             Embedding("a", dim=DIM, init=INIT, lr_scale=0.5),
@@ -76,7 +76,7 @@ def test_equal_rates_cost_nothing_in_the_graph():
 
 
 def test_dense_ids_are_lists_of_equal_length():
-    """[B, n] beside the same ids as lists, with padding samples behind the real ones."""
+    """[B, n] next to the same ids as lists, with padding samples behind the real ones."""
     g, num_samples = torch.Generator().manual_seed(0), torch.tensor(5, dtype=torch.int32)
     ids = {f: torch.randint(0, 6, (BATCH_SIZE, 2), generator=g) for f in FEATURES}
     offsets = (torch.arange(BATCH_SIZE + 1).clamp(max=5) * 2).int()

@@ -14,7 +14,7 @@ from recfx.examples import environment
 from recfx.examples.environment import allowed_threads, use_threads, wait_briefly
 
 POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-# Runs as `python -m MODULE` does until torch is asked for: that is the moment when libgomp reads the environment.
+# Runs as `python -m MODULE` does until torch is imported: that is when libgomp reads the environment.
 AT_TORCH = """
 import importlib.abc, os, runpy, sys
 class Torch(importlib.abc.MetaPathFinder):
@@ -108,7 +108,7 @@ def test_without_control_groups_the_cores_count(tmp_path, monkeypatch):
 
 @pytest.fixture
 def threads(monkeypatch):
-    """The numbers that torch is told; it has 4 to begin with."""
+    """The numbers that torch.set_num_threads receives; torch has 4 threads at first."""
     told: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", told.append)

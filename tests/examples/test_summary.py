@@ -1,4 +1,4 @@
-"""What a program says at its end."""
+"""What a program prints at its end."""
 
 from __future__ import annotations
 

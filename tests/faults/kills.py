@@ -77,14 +77,14 @@ def digests(path: Path) -> dict[str, str]:
 
 
 def kill_until_done(folder: Path, mode: tuple[bool, int], rng: random.Random, duration: float, counts: Counts) -> None:
-    """One run, killed again and again; every other time it may go on for as long as a whole run takes."""
+    """One run, killed again and again; every other time it may run as long as a whole run takes."""
     while True:
         pid = forked(run, folder, *mode, random.Random(rng.random()))
         time.sleep(rng.uniform(0, duration * rng.choice((0.4, 1.2))))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if os.WIFEXITED(status):
-            assert status == 0, f"{folder}: a resumed run failed, as it says above"
+            assert status == 0, f"{folder}: a resumed run failed, see its output above"
             counts.runs += 1
             return
         counts.kills += 1

@@ -171,7 +171,7 @@ def feature_ops(name: str, column: Ragged) -> list[Callable[[], Any]]:
 
 
 def expect_error(call: Callable[[], Any], *words: str) -> str:
-    """What the error says."""
+    """The words of the error."""
     with pytest.raises((ValueError, TypeError)) as raised:
         call()
     said = str(raised.value)

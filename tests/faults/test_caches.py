@@ -48,7 +48,7 @@ def kept(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "cache").glob("*/*") if path.is_file())
 
 
-# What is told apart.
+# What a cache distinguishes.
 
 
 def test_functions_of_one_name_share_nothing(folder):

@@ -1,4 +1,4 @@
-"""Mistakes of somebody who knows PyTorch and not recfx: each error says what it got, what was expected and what to do.
+"""Mistakes of somebody who knows PyTorch and not recfx: each error names what it got, what was expected and what to do.
 
 All of it runs uncompiled; what is given to `capture` fails while it is traced.
 """
@@ -74,7 +74,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cases(*cases: tuple[str, Callable[..., Any], type[Exception], str]) -> Any:
-    """Each is told by its first item."""
+    """Each is recognised by its first item."""
     return pytest.mark.parametrize(
         ("mistake", "error", "message"), [case[1:] for case in cases], ids=[case[0] for case in cases]
     )

@@ -1,4 +1,4 @@
-"""Training that goes on with the next day's data, in the same folder, whatever happened to the process meanwhile."""
+"""Training that continues with the next day's data, in the same folder, after the process ended in any way."""
 
 import os
 import signal

@@ -72,7 +72,7 @@ def test_the_next_day_in_files_of_the_same_names_and_sizes(tmp_path):
     ],
 )  # fmt: skip
 def test_contents_tell_files_of_one_size_apart(tmp_path, kind, changed):
-    """In the beginning, the middle or the end; and they are the same files wherever they are."""
+    """At the beginning, the middle or the end; and they are the same files after they are moved."""
     whole = part(tmp_path / "a", kind, num_rows=40_000)
     other = part(tmp_path / "b", kind, num_rows=40_000, changed=changed)
     shutil.copytree(whole, tmp_path / "moved")

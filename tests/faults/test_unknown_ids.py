@@ -1,4 +1,4 @@
-"""An id without a row has one value in training, evaluation and prediction, whatever is the reason that it has none."""
+"""An id without a row has one value in training, evaluation and prediction, for whatever reason it has no row."""
 
 import random
 

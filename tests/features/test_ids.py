@@ -55,7 +55,7 @@ def test_hash_keeps_deeper_levels():
     assert lists_of(ops.murmur_hash(column)) == [[[murmur64a(b"a"), murmur64a(b"b")]], [[murmur64a(b"c")]]]
 
 
-def test_hash_refuses_what_is_no_string():
+def test_hash_rejects_what_is_not_a_string():
     with pytest.raises(TypeError, match=r"city: got torch\.int64 values, expected torch\.uint8, the bytes of strings"):
         ops.farm_hash({"city": ragged([[1]])})
 
@@ -78,7 +78,7 @@ def test_mod_is_unsigned(ids, n):
     assert lists_of(column) == [ids]
 
 
-def test_mod_refuses_zero_and_too_large():
+def test_mod_rejects_zero_and_too_large():
     for n in (0, -1, 2**63 + 1):
         with pytest.raises(ValueError, match=r"n: got .*, expected 1 to 2\*\*63"):
             ops.mod(torch.zeros(1, 1, dtype=torch.int64), n)
@@ -110,7 +110,7 @@ def test_multi_hash_uses_the_largest_primes():
 
 
 @pytest.mark.parametrize("num_buckets", [[], [1] * 5, [0], [2**32]])
-def test_multi_hash_refuses(num_buckets):
+def test_multi_hash_rejects(num_buckets):
     with pytest.raises(ValueError, match=r"num_buckets: got .* expected one to four numbers"):
         ops.multi_hash(torch.zeros(1, 1, dtype=torch.int64), num_buckets)
 
@@ -151,7 +151,7 @@ def test_cross_of_a_cross_and_of_a_dense_column():
     assert lists_of(twice) == [[cross_pair(2346165840139155392, 2)], [cross_pair(-1274954391096260390, 1)]]
 
 
-def test_cross_refuses():
+def test_cross_rejects():
     x = ragged([[1]])
     with pytest.raises(TypeError, match=r"y: got torch\.float32 values, expected torch\.int64 ids"):
         ops.cross(x, ragged([[1]], dtype=torch.float32), capacity=1)

@@ -124,7 +124,7 @@ def test_bucketize_with_a_row_of_boundaries_per_column(values):
     assert ops.bucketize(x, torch.tensor(rows).view(dim, 3)).tolist() == expected
 
 
-def test_bucketize_refuses_boundaries_that_do_not_rise():
+def test_bucketize_rejects_boundaries_that_do_not_rise():
     for boundaries in ([1, 0], [1, 1], [0, NAN]):
         with pytest.raises(ValueError, match=r"boundaries: got .* expected rising numbers"):
             ops.bucketize(torch.ones(1, 1), boundaries)

@@ -107,7 +107,7 @@ def test_sums_of_gradients_have_the_same_bytes_every_time(ids):
 
 @pytest.mark.parametrize("dims", [(8, 1), (128, 4, 1)], ids=str)
 def test_sums_and_adamw_in_one_have_the_same_bytes_every_time(dims):
-    """Slices of few columns beside a wide one have fewer items than a program has threads."""
+    """Slices of few columns next to a wide one have fewer items than a program has threads."""
     generator = torch.Generator().manual_seed(0)
     inverse = torch.randint(0, 400, (60_000,), generator=generator, dtype=torch.int32) ** 2 // 400
     inverse = torch.unique(inverse, return_inverse=True)[1].int()

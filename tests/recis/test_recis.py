@@ -351,7 +351,7 @@ class Dense(nn.Module):
 
 
 class Seed(nn.Module):
-    """Where the dense model stands in the whole one, which gives the names in model.pt."""
+    """The place of the dense model in the whole model, from which the names in model.pt follow."""
 
     def __init__(self, **sizes):
         super().__init__()

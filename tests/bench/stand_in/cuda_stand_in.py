@@ -1,6 +1,6 @@
 """A CPU in a GPU's place, for a dry run of bench/gpu*.py: what they ask of torch.cuda and of torch's profiler.
 
-Only modules of bench see a device: torch and recfx go on computing on a CPU. An event is a time of the host. A graph
+Only modules of bench see a device: torch and recfx still compute on a CPU. An event is a time of the host. A graph
 keeps the operators that ran while it was recorded, Triton's kernels excepted, and runs them again on the same tensors.
 """
 
@@ -44,7 +44,7 @@ class Graph:
 
 
 def is_interpreting() -> bool:
-    """Whether Triton's interpreter asks, which copies a kernel's arguments."""
+    """Whether the caller is Triton's interpreter, which copies a kernel's arguments."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
