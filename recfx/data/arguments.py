@@ -17,7 +17,6 @@ from recfx.types import NUM_SAMPLES, Ragged
 __all__ = [
     "Filter",
     "check_columns",
-    "check_numbers",
     "check_reading",
     "check_transform",
     "check_transformed",
@@ -27,7 +26,7 @@ __all__ = [
 Filter: TypeAlias = "pc.Expression | list[tuple] | list[list[tuple]]"
 
 
-def check_numbers(arguments: Mapping[str, int], least: int) -> None:
+def _check_numbers(arguments: Mapping[str, int], least: int) -> None:
     """Raises when one is not an int, or below the least."""
     for name, value in arguments.items():
         check_int(name, value, least)
@@ -45,8 +44,8 @@ def check_reading(
     pin_memory: bool,
 ) -> None:
     """Raises when an argument that `reader` and `from_arrays` share is out of range."""
-    check_numbers({"batch_size": batch_size, "epochs": 1 if epochs is None else epochs, "threads": threads}, 1)
-    check_numbers({"seed": seed, "prefetch": prefetch}, 0)
+    _check_numbers({"batch_size": batch_size, "epochs": 1 if epochs is None else epochs, "threads": threads}, 1)
+    _check_numbers({"seed": seed, "prefetch": prefetch}, 0)
     check_choice("on_bad", on_bad, ("raise", "skip"))
     if pin_memory and not torch.cuda.is_available():
         raise ValueError("pin_memory: got True, expected False. torch finds no CUDA device here.")

@@ -119,7 +119,7 @@ def _put(fields: dict[str, pa.DataType], name: str, column: Column) -> None:
     path = path_to(pa.schema(list(fields.items())), name)
     outer = path[0] if path else name if "." not in name else _struct_for(fields, name)
     if outer == name:
-        fields[name] = _asked(column, fields.get(name, pa.null()))
+        fields[name] = _type_for(column, fields.get(name, pa.null()))
         return
     kind = fields.get(outer, pa.null())
     if pa.types.is_struct(kind) or pa.types.is_null(kind):
@@ -133,8 +133,8 @@ def _struct_for(fields: Mapping[str, pa.DataType], name: str) -> str:
     return known[0] if known else name.partition(".")[0]
 
 
-def _asked(column: Column, kind: pa.DataType) -> pa.DataType:
-    """The type that the column is read from, given what its values look like; that type where they do not fit."""
+def _type_for(column: Column, kind: pa.DataType) -> pa.DataType:
+    """The type that the column is read from, given the guessed type of its values; the guess where it cannot be."""
     if not isinstance(column, FixedLen) and column.weighted:
         return _weighted(column, kind, column.depth)
     depth, leaf = 0, kind
@@ -152,7 +152,7 @@ def _asked(column: Column, kind: pa.DataType) -> pa.DataType:
 
 
 def _weighted(column: Column, kind: pa.DataType, depth: int) -> pa.DataType:
-    """Lists of a value and its weight, or an object of weights by value: what the innermost lists look like."""
+    """As `_type_for`, for a weighted column: lists of pairs (value, weight), or objects of weights by value."""
     if pa.types.is_map(kind) or (pa.types.is_struct(kind) and depth == 1):
         return pa.map_(item_of(column), pa.float64())
     if pa.types.is_null(kind):

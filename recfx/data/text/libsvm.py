@@ -58,8 +58,8 @@ class OpenLibsvm(OpenFile):
         if columns is None:
             key = types["features"] if "features" in types else self._guess()
         else:
-            asked = [item_of(column) for column in columns if column.name in ("features", "indices")]
-            key = pa.binary() if pa.binary() in asked else pa.int64()
+            types_of_keys = [item_of(column) for column in columns if column.name in ("features", "indices")]
+            key = pa.binary() if pa.binary() in types_of_keys else pa.int64()
         halves = {"indices": pa.list_(key), "values": pa.list_(pa.float64())}
         kinds = {
             "label": pa.float64(),
