@@ -152,7 +152,7 @@ def test_pack_rejects_what_a_layout_does_not_hold():
         ({"c": ragged([[5], [6]], dtype=torch.float32)}, r"column 'c': got values torch.float32 \[2\], expected"),
         (
             {"x": torch.ones(2, 2)},
-            r"column 'x': got dense torch.float32 \[2, 2\], expected .* \[2, 1\]. .* Cut the batch",
+            r"column 'x': got dense torch.float32 \[2, 2\], expected .* \[2, 1\], .* Split the batch",
         ),
     ):
         with pytest.raises(ValueError, match=words):

@@ -161,9 +161,9 @@ def test_check_length_raises_in_eager_code():
 
 def test_errors():
     column = ragged([[1]])
-    with pytest.raises(ValueError, match="column: got lists nested 1 level, expected 2 at least"):
+    with pytest.raises(ValueError, match="column: got lists nested 1 level, expected at least 2"):
         ops.flatten(column)
-    with pytest.raises(ValueError, match=r"column: got lists nested 1 level, expected 2 at least\. Use truncate"):
+    with pytest.raises(ValueError, match=r"column: got lists nested 1 level, expected at least 2\. Use truncate"):
         ops.truncate_lists(column, 2, side="left")
     with pytest.raises(ValueError, match="longest: got -1, expected at least 0"):
         ops.truncate(column, -1, side="left")

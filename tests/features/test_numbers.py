@@ -156,7 +156,7 @@ def test_quantile_boundaries_of_many_distinct_values():
 
 def test_statistics_per_column_need_a_dense_column():
     for op in (ops.standardize, ops.min_max):
-        with pytest.raises(TypeError, match=r"x: got Ragged, expected Tensor \[B, d\] beside statistics per column"):
+        with pytest.raises(TypeError, match=r"x: got Ragged, expected Tensor \[B, d\] for statistics per column"):
             op(ragged([[1.0]], dtype=torch.float32), torch.zeros(1), torch.ones(1))
 
 

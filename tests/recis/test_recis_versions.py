@@ -50,7 +50,7 @@ def test_steps_of_other_betas(tmp_path):
     step, how = tf_step(), {"num_steps": 30, "betas": (0.8, 0.99)}
     folder = write_recis(tmp_path / "1.0", saved_tables(lambda _: [1]), counts_steps=False, **how)
     with pytest.raises(
-        ValueError, match=r"powers of betas that are 63.54 and 301.4 steps of \(0.9, 0.999\), .* give the b"
+        ValueError, match=r"powers of betas that are 63.54 and 301.4 steps of \(0.9, 0.999\), .* Give the b"
     ):
         load_recis(folder, step, fresh(step), names=NAMES)
     for betas, num_steps in (((0.8, 0.99), 30), ((0.0, 0.99), 30)):
