@@ -24,7 +24,13 @@ CODE = [name for name in MODULES if not name.endswith(".__main__") and (HAS_TRIT
 
 # Imports run one way, up this list; what stands in one line may see each other.
 LAYERS = (
-    ("types", "checks", "describe", "kernels"),  # the gate of a batch is a kernel, and the packing kernels make batches
+    (
+        "types",
+        "checks",
+        "describe",
+        "environment",
+        "kernels",
+    ),  # the gate of a batch is a kernel, and the packing kernels make batches
     ("features", "layers", "losses", "metrics", "data"),
     ("embeddings", "table", "optim"),
     ("models",),
@@ -32,6 +38,7 @@ LAYERS = (
     ("step_checks", "step", "run_checks", "dist"),
     ("capture", "checkpoint", "rows"),
     ("recis", "train"),
+    ("program",),
     ("examples", "commands"),
     ("cli", "__main__"),
 )
