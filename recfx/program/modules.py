@@ -50,7 +50,7 @@ def find(program: str | os.PathLike[str]) -> Found:
     if text.endswith(".py") or not isinstance(program, str):
         file = Path(text).absolute()
         if "\0" in text or not file.is_file():
-            raise ValueError(f"program: got {said(text)}, expected the path of a .py file. There is no such file.")
+            raise ValueError(f"program: got {text!r}, expected the path of a .py file. There is no such file.")
         file = file.resolve()
         return Found("", file, file.parent)
     parts = text.split(".")

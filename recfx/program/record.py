@@ -108,7 +108,9 @@ def located(record: Mapping[str, Any], path: Path) -> Found:
     """
     where = record["program"]
     try:
-        return find(where["import"] if "import" in where else path.parent.resolve() / where["file"])
+        return find(
+            where["import"] if "import" in where else Path(os.path.normpath(path.parent.resolve() / where["file"]))
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error} Give its new place: load(run, program=...).") from error
 

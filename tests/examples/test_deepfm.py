@@ -26,7 +26,7 @@ from recfx import train as loop
 from recfx.environment import check_one_process
 from recfx.examples import criteo_synthetic
 from recfx.examples import deepfm as program
-from recfx.program import running
+from recfx.program import evaluate, read_run, restore, running
 from recfx.program.summary import text_of
 from recfx.step import Step
 
@@ -260,6 +260,22 @@ def test_dense_parameters_follow_the_seed():
     one, same, other = (program.build_step(program.parse([f"--seed={seed}"]))[1].params for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_records_its_program(data, eager):
+    """The arguments of the program alone: those of training are no part of what is built."""
+    call(data, "--sparse_lr=0.5", "--train_steps=1")
+    record = read_run("out")
+    assert record["program"] == {"import": "recfx.examples.deepfm"}
+    assert record["arguments"] == program.ARGUMENTS | {"sparse_lr": 0.5, "batch_size": 100}
+    assert set(record["arguments"]).isdisjoint({"output_dir", "train_steps", "generated_rows"})
+    assert record["paths"] == {"train": f"{data}/train", "evaluate": f"{data}/eval"}
+    assert list(record["sources"]) == ["recfx/examples/deepfm.py"]
+    built, state = restore("out")
+    assert int(state.step) == 1
+    assert evaluate("out", f"{data}/eval") == loop.evaluate(
+        built.step.evaluate_, state, built.reader(f"{data}/eval", "evaluate")
+    )
 
 
 # Stopping and going on.
