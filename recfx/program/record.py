@@ -6,10 +6,11 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 
 import recfx
@@ -24,7 +25,6 @@ KEYS = {
     "threads": int, "versions": dict,
 }  # fmt: skip
 PROGRAMS = ([("import", str)], [("file", str)])
-PACKAGES = ("numpy", "pyarrow", "torch")
 
 
 def record_of(
@@ -159,7 +159,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _surroundings() -> dict[str, Any]:
-    versions = {name: metadata.version(name) for name in PACKAGES}
+    versions = {"numpy": np.__version__, "pyarrow": pa.__version__, "torch": str(torch.__version__)}
     return {
         "versions": {"python": platform.python_version(), "recfx": recfx.__version__, **versions},
         "threads": torch.get_num_threads(),

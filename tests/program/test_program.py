@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import sys
@@ -262,6 +263,18 @@ def test_a_relative_path_is_that_of_the_working_folder(program, data, tmp_path, 
     assert isinstance(load("code/out"), Program)
 
 
+def test_an_edit_within_a_second_that_keeps_the_size_is_executed(tmp_path):
+    """As Python's cache of bytecode would miss."""
+    plain = PROGRAM.replace("from helpers import features", "features = dict")
+    program = write_program(tmp_path, program=plain)
+    build(program, {"lr": 1.0})
+    times = program.stat()
+    program.write_text(plain.replace('"lr"', '"LR"').replace("args.lr", "args.LR"))
+    os.utime(program, ns=(times.st_atime_ns, times.st_mtime_ns))
+    build(program, {"LR": 1.0})
+    assert not (tmp_path / "__pycache__").exists()
+
+
 # Arguments.
 
 
@@ -327,6 +340,7 @@ def test_arguments_are_values_by_name(program):
             r"build: got the function build that takes \(\), expected a",
         ),
         ("def build(args): pass", TypeError, r"build: got None, expected .*Program.*Return recfx.program.Program"),
+        ("ARGUMENTS = {3: 1}\ndef build(args): pass", TypeError, "ARGUMENTS: got 3, expected str"),
         ("ARGUMENTS = [1]\ndef build(args): pass", TypeError, "ARGUMENTS: got a list of int, expected a dict"),
         (
             "ARGUMENTS = {'x': {1}}\ndef build(args): pass",
