@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from tests.forks import Forks
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -79,13 +79,9 @@ def makefile_targets() -> set[str]:
     }
 
 
-def run_script(path: Path, cwd: Path) -> str:
-    """In another process, warnings as errors where they come from recfx or the script itself."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error:::recfx", "-W", "error:::__main__", str(path)]
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
+def run_script(forks: Forks, path: Path, cwd: Path) -> str:
+    """As a program, warnings as errors where they come from recfx or the script itself."""
+    done = forks.run(path, cwd=cwd, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning" not in done.stderr, done.stderr
     return done.stdout
@@ -132,17 +128,17 @@ def test_the_first_loop_is_about_20_lines():
 
 
 @pytest.mark.parametrize("block", readme("python"), ids=name_of)
-def test_python_block(block, tmp_path):
+def test_python_block(block, tmp_path, forks):
     script = tmp_path / "block.py"
     script.write_text("\n" * (block.line - 1) + block.code + "\n")  # so that an error names the README's line
-    run_script(script, tmp_path)
+    run_script(forks, script, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("page", "block"), docs(), ids=lambda value: value.stem if isinstance(value, Path) else name_of(value)
 )
-def test_python_block_of_a_page(page, block, tmp_path):
-    test_python_block(block, tmp_path)
+def test_python_block_of_a_page(page, block, tmp_path, forks):
+    test_python_block(block, tmp_path, forks)
 
 
 @pytest.mark.parametrize("block", readme("bash sh shell console"), ids=name_of)
@@ -203,9 +199,9 @@ def test_every_module_has_its_line_among_the_files():
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
-def test_example(script, tmp_path):
+def test_example(script, tmp_path, forks):
     """From another folder than its own; under 100 lines; without private names."""
-    assert run_script(script, tmp_path)
+    assert run_script(forks, script, tmp_path)
     assert list(tmp_path.iterdir()) == []
     code = script.read_text()
     assert len(code.splitlines()) < 100
