@@ -126,7 +126,7 @@ def _class(node: ast.ClassDef, lines: list[str]) -> str:
 
 
 def rendered(doc: str) -> str:
-    """A docstring as Markdown: prose as it is; sections, equations and examples, whose columns matter, as they stand."""
+    """A docstring as Markdown: prose as prose; sections, equations and examples as blocks, as columns matter there."""
     parts: list[list[str]] = []
     kind = ""
     for line in doc.splitlines():
