@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 from collections.abc import Iterator
+
+# Read when torch is imported. A thread that waits for another one sleeps: by default it spins, and as many threads as
+# the tests' processes have together take most of their time so. And no pool of processes is started that would compile
+# Triton kernels for a GPU.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
@@ -12,6 +20,7 @@ from recfx import embeddings, step
 from recfx.models import deepfm
 from recfx.optim import adamw, sparse_adamw
 from recfx.types import Batch
+from tests.forks import Forks
 from tests.reference import EXTREMES, pack_samples, random_samples
 
 FEATURES, NUM_NUMERIC, DIM, BATCH_SIZE, CAPACITY = ("a", "b", "c"), 2, 4, 8, 24
@@ -20,6 +29,13 @@ SMALL_IDS = (*EXTREMES, *range(2, 30))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept-graphs", action="store_true", help="write graphs/ as the graphs are now")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs scripts as programs, each in a fork of one process that has imported torch and its compiler."""
+    with contextlib.closing(Forks()) as started:
+        yield started
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import pytest
 
 from recfx import cli
+from tests.forks import Forks
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -137,13 +137,9 @@ def reference() -> object:
     return module
 
 
-def run_script(path: Path, cwd: Path) -> str:
-    """In another process, warnings as errors where they come from recfx or the script itself."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error:::recfx", "-W", "error:::__main__", str(path)]
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
+def run_script(forks: Forks, path: Path, cwd: Path) -> str:
+    """As a program, warnings as errors where they come from recfx or the script itself."""
+    done = forks.run(path, cwd=cwd, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning" not in done.stderr, done.stderr
     return done.stdout
@@ -165,16 +161,16 @@ def test_blocks_of_a_text():
         blocks_of("```python\nx = 1")
 
 
-def test_scripts_of_a_page(tmp_path):
+def test_scripts_of_a_page(tmp_path, forks):
     page, blocks = tmp_path / "page.md", f"```python\nx = 1\n```\n{OUTPUT}\n```text\n```\n```python\nprint(x)\n```\n"
     page.write_text(blocks)
     assert [(s.blocks[0].line, s.outputs) for s in scripts_of(page)] == [(2, [""]), (8, [None])]
     page.write_text(f"{ONE_SCRIPT}\n{blocks}{OUTPUT}\n```text\n1\n```\n")
     (script,) = scripts_of(page)
     assert source_of(script).splitlines()[2] == "x = 1"
-    check_script(script, tmp_path)
+    check_script(forks, script, tmp_path)
     with pytest.raises(AssertionError):
-        check_script(script._replace(outputs=["", "2"]), tmp_path)
+        check_script(forks, script._replace(outputs=["", "2"]), tmp_path)
 
 
 def test_targets_of_a_command():
@@ -189,11 +185,11 @@ def test_targets_of_a_command():
 # README.md and docs/.
 
 
-def check_script(script: Script, tmp_path: Path) -> None:
+def check_script(forks: Forks, script: Script, tmp_path: Path) -> None:
     """Runs it and compares what it prints with the page."""
     path = tmp_path / "block.py"
     path.write_text(source_of(script))
-    printed = run_script(path, tmp_path).split(f"{END_OF_BLOCK}\n")
+    printed = run_script(forks, path, tmp_path).split(f"{END_OF_BLOCK}\n")
     for block, expected, got in zip(script.blocks, script.outputs, printed, strict=False):
         if expected is not None:
             assert got.rstrip().splitlines() == expected.splitlines(), f"{script.page.name}, line {block.line}"
@@ -215,8 +211,8 @@ def test_the_first_loop_is_about_20_lines():
 
 
 @pytest.mark.parametrize("script", [script for page in PAGES for script in scripts_of(page)], ids=name_of)
-def test_python_blocks(script, tmp_path):
-    check_script(script, tmp_path)
+def test_python_blocks(script, tmp_path, forks):
+    check_script(forks, script, tmp_path)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if shell_blocks(page)], ids=name_of)
@@ -327,9 +323,9 @@ def test_every_module_has_its_line_among_the_files():
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
-def test_example(script, tmp_path):
+def test_example(script, tmp_path, forks):
     """From another folder than its own; under 100 lines; without private names."""
-    assert run_script(script, tmp_path)
+    assert run_script(forks, script, tmp_path)
     assert list(tmp_path.iterdir()) == []
     code = script.read_text()
     assert len(code.splitlines()) < 100
