@@ -59,7 +59,7 @@ $(VENV)/docs-installed: $(VENV)/installed requirements-docs.txt
 
 # docs/ as a site, in site/; a link that leads nowhere is an error.
 docs: $(VENV)/docs-installed
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 clean:
 	rm -rf $(VENV) demo site ckpt ckpt-deepctr .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks *.egg-info

@@ -278,8 +278,8 @@ def test_every_page_is_in_the_map_and_in_the_navigation():
     navigation = re.findall(
         r"^ *- (?:[^#\n]*: )?([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE
     )
-    assert pages - in_readme - {"index.md"} == set()
-    assert set(navigation) == pages | {f"api/{name}.md" for name in ("index", *reference().PAGES)}
+    assert pages == in_readme
+    assert set(navigation) == {"index.md"} | pages | {f"api/{name}.md" for name in ("index", *reference().PAGES)}
     assert len(navigation) == len(set(navigation))
 
 
@@ -296,6 +296,13 @@ def test_the_reference_has_every_public_name():
     inner |= {"run_checks", "step_checks"}
     folders = {p.stem for p in (ROOT / "recfx").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
     assert {name for name in folders if not name.startswith("__")} - inner <= {m.split(".")[0] for m in listed}
+
+
+def test_the_first_page_of_the_site_is_the_readme():
+    first = reference().home()
+    assert "](reading.md)" in first
+    assert "](../graphs/deepfm.svg)" in first
+    assert "docs/" not in re.sub(r"`[^`]*`", "", first)
 
 
 def test_a_docstring_as_markdown():

@@ -176,21 +176,26 @@ def overview() -> str:
 # What mkdocs calls.
 
 
-def on_files(files: Any, config: Any) -> Any:
-    """Adds the pages of the reference, and the files of the repository that pages link to, below repository/."""
-    from mkdocs.structure.files import File
+def home() -> str:
+    """README.md as the first page: its links to docs/ are links to pages, the others lead out of docs/."""
+    text = re.sub(r"\]\((?!https?://|#|mailto:)", "](../", (ROOT / "README.md").read_text())
+    return text.replace("](../docs/", "](")
 
-    pages = {"api/index.md": overview()} | {f"api/{page}.md": page_of(page) for page in PAGES}
+
+def on_files(files: Any, config: Any) -> Any:
+    """Adds the first page, the reference, and below repository/ the files of the repository that pages link to."""
+    from mkdocs.structure.files import File, InclusionLevel
+
+    pages = {"index.md": home(), "api/index.md": overview()} | {f"api/{page}.md": page_of(page) for page in PAGES}
     for uri, content in pages.items():
         files.append(File.generated(config, uri, content=content))
     for page in list(files.documentation_pages()):
-        if page.abs_src_path is None:
-            continue
-        for link in LINK.findall(Path(page.abs_src_path).read_text()):
+        for link in LINK.findall(page.content_string):
             uri = _in_site(page.src_uri, link)
             source = ROOT / uri.removeprefix("repository/")
             if source.is_file() and files.get_file_from_path(uri) is None:
-                files.append(File.generated(config, uri, abs_src_path=str(source)))
+                here = InclusionLevel.NOT_IN_NAV
+                files.append(File.generated(config, uri, abs_src_path=str(source), inclusion=here))
     return files
 
 
