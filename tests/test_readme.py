@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 NOT_RUN = "<!-- not run -->"
-CONTINUES = "<!-- continues -->"  # before a block that runs after the block above it, in the same script
 TIMEOUT_S = 110
 
 
@@ -24,7 +23,6 @@ class Block(NamedTuple):
     line: int  # of its first line of code, from 1
     code: str
     skipped: bool  # the last line before it that is not blank is NOT_RUN
-    continues: bool = False  # that line is CONTINUES
 
 
 def blocks_of(text: str) -> list[Block]:
@@ -36,8 +34,7 @@ def blocks_of(text: str) -> list[Block]:
         if start is None and opened:
             fence, language, start = opened[1], opened[2], i + 1
         elif start is not None and line.strip() == fence:
-            code = textwrap.dedent("\n".join(lines[start:i]))
-            blocks.append(Block(language, start + 1, code, before == NOT_RUN, before == CONTINUES))
+            blocks.append(Block(language, start + 1, textwrap.dedent("\n".join(lines[start:i])), before == NOT_RUN))
             start, before = None, ""
         elif start is None and line.strip():
             before = line.strip()
@@ -51,24 +48,12 @@ def readme(language: str) -> list[Block]:
     return [b for b in blocks_of(README.read_text()) if b.language in language.split() and not b.skipped]
 
 
-def scripts_of(text: str) -> list[Block]:
-    """The blocks of Python that are run; one that continues is joined to the one before, with the lines of the text."""
-    scripts: list[Block] = []
-    for block in blocks_of(text):
-        if block.language != "python" or block.skipped:
-            continue
-        if block.continues:
-            before = scripts.pop()
-            gap = "\n" * (block.line - before.line - before.code.count("\n"))
-            block = before._replace(code=before.code + gap + block.code)
-        scripts.append(block)
-    return scripts
-
-
 def docs() -> list[tuple[Path, Block]]:
-    """The scripts on the pages of docs/."""
+    """The blocks of Python on the pages of docs/."""
     pages = sorted((ROOT / "docs").rglob("*.md"))
-    return [(page, script) for page in pages for script in scripts_of(page.read_text())]
+    return [
+        (page, b) for page in pages for b in blocks_of(page.read_text()) if b.language == "python" and not b.skipped
+    ]
 
 
 def name_of(block: Block) -> str:
@@ -120,15 +105,6 @@ def test_blocks_of_a_text():
     ]
     with pytest.raises(AssertionError, match="line 1: the block is not closed"):
         blocks_of("```python\nx = 1")
-
-
-def test_blocks_that_continue_are_one_script():
-    block = "```python\n{}\n```\n"
-    text = block.format("x = 1\ny = 2") + f"a\n{CONTINUES}\n" + block.format("z = x") + block.format("w = 1")
-    first, second = scripts_of(text)
-    assert first == Block("python", 2, "x = 1\ny = 2\n\n\n\n\nz = x", False)
-    assert first.code.splitlines()[8 - first.line] == text.splitlines()[8 - 1] == "z = x"
-    assert second.code == "w = 1"
 
 
 def test_targets_of_a_command():
