@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.harness import NUM_THREADS, Claims, use_threads
-from recfx.examples.environment import wait_briefly
+from recfx.environment import wait_briefly
 
 CLAIMS = pytest.StashKey[Claims]()
 

@@ -121,7 +121,7 @@ def signature_of(function: Any) -> inspect.Signature | None:
 
 def _binds(signature: inspect.Signature, arguments: str) -> bool:
     try:
-        signature.bind(*arguments.split(","))
+        signature.bind(*filter(None, arguments.split(",")))  # "" names no argument
     except TypeError:
         return False
     return True

@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 import recfx
-from recfx.commands import convert, inspect
+from recfx.commands import convert, inspect, train
 
 __all__ = ["main", "version"]
 
@@ -56,7 +56,7 @@ def version() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit status; what the user got wrong is told on stderr, status 2."""
+    """Runs one subcommand and returns its exit status; an error of the user is one line on stderr, status 2."""
     parser = argparse.ArgumentParser(prog="recfx")
     parser.add_argument("--version", action=Version, help="show the versions of recfx, Python, torch and pyarrow")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -73,9 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add(compact, ("checkpoints", {"help": folder, "nargs": "+"}))
     convert.add_to(commands)
     inspect.add_to(commands)
+    train.add_to(commands)
+    train.add_evaluate_to(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.command(args))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 130

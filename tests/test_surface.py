@@ -24,6 +24,7 @@ CODE = [name for name in MODULES if not name.endswith(".__main__") and (HAS_TRIT
 
 # Imports run one way, up this list; what stands in one line may see each other.
 LAYERS = (
+    ("environment",),  # imported before torch
     ("types", "checks", "describe", "kernels"),  # the gate of a batch is a kernel, and the packing kernels make batches
     ("features", "layers", "losses", "metrics", "data"),
     ("embeddings", "table", "optim"),
@@ -32,11 +33,13 @@ LAYERS = (
     ("step_checks", "step", "run_checks", "dist"),
     ("capture", "checkpoint", "rows"),
     ("recis", "train"),
+    ("program",),
     ("examples", "commands"),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SEES_ONLY = {
+    "environment": set(),
     "types": {"describe", "kernels"},
     "data": {"types", "checks", "kernels"},
     "checkpoint": {"types", "checks", "kernels", "generators", "embeddings", "table", "step", "run_checks"},

@@ -1,5 +1,5 @@
 """Programs: `python -m recfx.examples.deepfm --help`."""
 
-from recfx.examples.environment import wait_briefly
+from recfx.environment import wait_briefly
 
 wait_briefly()  # here, as it must come before any program imports torch

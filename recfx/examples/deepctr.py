@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 from recfx import features as ops
-from recfx.capture import capture, capture_evaluation
 from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
 from recfx.embeddings import Embedding, tile
-from recfx.examples.bar import Bar
 from recfx.examples.deepctr_data import LONGEST, NUM_DENSE, generate
-from recfx.examples.environment import check_one_process, use_threads
-from recfx.examples.summary import run_program, summary_of, write_summary
+from recfx.examples.frame import defaults_of, parser_of, run_example
 from recfx.layers import init_linear, mlp
 from recfx.optim import adamw, sparse_adamw
+from recfx.program import Program
+from recfx.program.summary import run_program
 from recfx.step import Step, TrainState, train_step
-from recfx.train import TrainConfig, check_output, evaluate, train
 from recfx.types import COUNTS, Params
 
-__all__ = ["build_step", "features", "forward", "main", "parse", "read", "run"]
+__all__ = ["ARGUMENTS", "build", "build_step", "features", "forward", "main", "parse", "read", "run"]
+
+NAME = "recfx.examples.deepctr"
 
 COLUMNS: list[Column] = [
     fixedlen("label", [0.0], valid=OneOf(0, 1)),
@@ -92,12 +92,28 @@ def forward(params: Params, emb: dict[str, Tensor], feats: dict) -> Tensor:
     return mlp(params, "dnn", torch.cat(parts, dim=1), num_hidden=len(HIDDEN))
 
 
-def build_step(args: argparse.Namespace) -> tuple[Step, TrainState]:
-    """The whole training program as one step, and its first state."""
-    looked_up = embeddings(args.device)
-    step = train_step(
+def build(args: Any) -> Program:
+    """The program, see `recfx.program`."""
+    step = make_step(args)
+    return Program(
+        step=step,
+        init=lambda: first_state(step, args),
+        columns=COLUMNS,
+        reader=lambda paths, use: read(args, paths, drop_remainder=use == "train"),
+    )
+
+
+def build_step(args: Any) -> tuple[Step, TrainState]:
+    """The step and its first state."""
+    step = make_step(args)
+    return step, first_state(step, args)
+
+
+def make_step(args: Any) -> Step:
+    """The whole training program as one step."""
+    return train_step(
         features=features,
-        embeddings=looked_up,
+        embeddings=embeddings(args.device),
         forward=forward,
         sparse_optimizer=sparse_adamw(args.sparse_lr),
         dense_optimizer=adamw(args.dense_lr),
@@ -106,95 +122,62 @@ def build_step(args: argparse.Namespace) -> tuple[Step, TrainState]:
         seed=args.seed,
         precision=args.precision,
     )
+
+
+def first_state(step: Step, args: Any) -> TrainState:
+    """The state before training: parameters of the seed, empty tables."""
     generator = torch.Generator().manual_seed(args.seed)
-    num_in = 2 * NUM_DENSE + (len(looked_up["emb"]) + RECENT + 2) * DIM
+    num_in = 2 * NUM_DENSE + (len(embeddings(args.device)["emb"]) + RECENT + 2) * DIM
     params: Params = {}
     for i, (n, m) in enumerate(itertools.pairwise([num_in, *HIDDEN, 1])):
         params[f"dnn.{i}.weight"], params[f"dnn.{i}.bias"] = init_linear(n, m, generator)
-    return step, step.init({name: p.to(args.device) for name, p in params.items()})
+    return step.init({name: p.to(args.device) for name, p in params.items()})
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains, evaluates, saves; returns the summary that is also written to <output_dir>/summary.json."""
-    check_one_process()
-    use_threads(None)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: got cuda, expected cpu. torch finds no CUDA device here.")
-    if args.eval_paths is not None and args.data_paths is None:
-        raise ValueError(
-            f"eval_paths: got {args.eval_paths} without data_paths, expected both or neither. Generated clicks have "
-            "held-out files of their own."
-        )
-    with Bar() as bar:
-        planted = _generated(args, bar) if args.data_paths is None else {}
-        config = TrainConfig(output_dir=args.output_dir, log_steps=args.log_steps, train_epoch=args.train_epoch)
-        batches = read(args, args.data_paths, drop_remainder=True)
-        held_out = read(args, args.eval_paths or args.data_paths, drop_remainder=False)
-        step, state = build_step(args)
-        with bar.phase("reading"):
-            first = batches.first()
-            held_out.first()  # where there is none, better said now than after an epoch
-        check_output(config, resume=args.resume, overwrite=args.overwrite)
-        with bar.phase("compiling"):
-            evaluation, captured = capture_evaluation(step, state, first), capture(step, state, first)
-        bar.watch(captured)
-        state, progress = train(
-            step,
-            captured,
-            state,
-            batches,
-            config,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            evaluate_with=lambda state: evaluate(evaluation, state, held_out),
-            on_event=bar.on_event,
-        )
-    summary = summary_of(progress, state, {"best_auc": planted.get("best_auc")})
-    write_summary(args.output_dir, summary)
-    return summary
-
-
-def read(args: argparse.Namespace, paths: str, *, drop_remainder: bool) -> Reader:
+def read(args: Any, paths: Any, *, drop_remainder: bool) -> Reader:
     """A reader over the files."""
     return reader(paths, COLUMNS, args.batch_size, drop_remainder=drop_remainder, shuffle_rows=10_000, seed=args.seed)
 
 
-def _generated(args: argparse.Namespace, bar: Bar) -> dict[str, Any]:
-    """Writes the generated files where there are none, and gives the arguments their paths."""
-    bar.write(f"no --data_paths: using generated click logs in {args.generated_dir}")
-    with bar.phase("generating"):
-        planted = generate(args.generated_dir, rows=args.generated_rows, seed=args.seed)
-    args.data_paths, args.eval_paths = f"{args.generated_dir}/train", f"{args.generated_dir}/eval"
-    bar.write(f"best possible AUC on the held-out rows: {planted['best_auc']:.4f}")
-    return planted
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The program's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recfx.examples.deepctr",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the program's arguments."""
     add = parser.add_argument
-    add("--data_paths", help="files, folders or globs to train on, with commas between; None: generated ones")
-    add("--eval_paths", help="held-out files; None: the generated ones, or the training files")
     add("--batch_size", type=int, default=500, help="samples per micro-batch")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimiser step")
-    add("--train_epoch", type=int, default=1, help="passes over the data")
     add("--sparse_lr", type=float, default=1e-2, help="learning rate of the embedding rows")
     add("--dense_lr", type=float, default=3e-3, help="learning rate of the dense parameters")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="of products of matrices")
-    add("--log_steps", type=int, default=20, help="optimiser steps between log lines")
-    add("--output_dir", default="./ckpt-deepctr", help="checkpoints and summary.json")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
-    add("--overwrite", action="store_true", help="delete the checkpoints in output_dir")
     add("--seed", type=int, default=42, help="of initial weights, and of generated data")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the step runs, tables included")
     add("--max_rows", type=int, default=2**26, help="most rows of a table; on cuda their memory is taken at once")
-    add("--generated_dir", default="./demo/deepctr", help="where generated files are kept")
-    add("--generated_rows", type=int, default=100_000, help="training rows to generate")
+
+
+ARGUMENTS = defaults_of(_add_arguments)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line: the program's arguments, and those of training."""
+    parser = parser_of(
+        NAME,
+        __doc__,
+        _add_arguments,
+        output_dir="./ckpt-deepctr",
+        log_steps=20,
+        generated_dir="./demo/deepctr",
+        generated_rows=100_000,
+        evaluated="the generated ones, or the training files",
+    )
     return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains, evaluates, saves; returns the summary that is also written to <output_dir>/summary.json."""
+    own = list(ARGUMENTS)
+    return run_example(NAME, args, own, generate=_generate, known=("best_auc",), evaluates_training_files=True)
+
+
+def _generate(args: argparse.Namespace) -> dict[str, Any]:
+    return generate(args.generated_dir, rows=args.generated_rows, seed=args.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

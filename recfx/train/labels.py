@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from recfx.metrics import num_bad_labels
-from recfx.run_checks import described_by, place_of
 from recfx.step import Step, TrainState
+from recfx.train.checks import described_by, place_of
 from recfx.types import NUM_SAMPLES, Batch
 
 __all__ = ["check_held_out_labels", "check_labels", "find_bad_label"]

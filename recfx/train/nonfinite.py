@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recfx.run_checks import described_by, place_of
 from recfx.step import Step, TrainState
 from recfx.table import TableState, ids_of
+from recfx.train.checks import described_by, place_of
 from recfx.train.labels import check_labels
 from recfx.types import NUM_SAMPLES, Batch, Ragged
 

@@ -18,6 +18,7 @@ from recfx.capture import capture
 from recfx.data import reader
 from recfx.examples import deepctr as program
 from recfx.examples import deepctr_data
+from recfx.program import running
 from recfx.step import Step
 from recfx.types import COUNTS, Batch
 from tests.reference_features import cross_pair, fingerprint64, lists_of
@@ -66,15 +67,15 @@ def test_features_are_what_the_rows_say(batch, rows, short):
     assert {name: int(count) for name, count in feats[COUNTS].items()} == dict.fromkeys(feats[COUNTS], 0)
 
 
-def uncompiled(step: Step, state: Any, batch: Batch) -> Callable:
+def uncompiled(step: Step, state: Any, batch: Batch, *, backend: str = "") -> Callable:
     return lambda state, batch: step.update_(state, batch)
 
 
 @pytest.mark.parametrize("captured", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_it_trains_evaluates_and_saves(data, tmp_path, monkeypatch, captured):
     if not captured:
-        monkeypatch.setattr(program, "capture", uncompiled)
-        monkeypatch.setattr(program, "capture_evaluation", lambda step, state, batch: step.evaluate_)
+        monkeypatch.setattr(running, "capture", uncompiled)
+        monkeypatch.setattr(running, "capture_evaluation", lambda step, state, batch, *, backend: step.evaluate_)
     args = [f"--data_paths={data}/train", f"--eval_paths={data}/train", "--batch_size=100", "--log_steps=5"]
     program.main([*args, f"--output_dir={tmp_path}/out", "--train_epoch=6"])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -86,14 +87,14 @@ def test_it_trains_evaluates_and_saves(data, tmp_path, monkeypatch, captured):
 def test_ctrl_c_is_summed_up_too(data, tmp_path, monkeypatch):
     """It stops before anything is evaluated, and before there is a rate."""
 
-    def interrupted(step: Step, state: Any, batch: Batch) -> Callable:
+    def interrupted(step: Step, state: Any, batch: Batch, *, backend: str) -> Callable:
         def run(state: Any, batch: Batch) -> Any:
             os.kill(os.getpid(), signal.SIGINT)
             return uncompiled(step, state, batch)(state, batch)
 
         return run
 
-    monkeypatch.setattr(program, "capture", interrupted)
+    monkeypatch.setattr(running, "capture", interrupted)
     program.main([f"--data_paths={data}/train", "--batch_size=100", f"--output_dir={tmp_path}/out"])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=pytest.fail)
     assert (summary["steps"], summary["samples_per_s"]) == (1, None)

@@ -22,10 +22,12 @@ import torch
 from pyarrow import orc
 
 from recfx import checkpoint
+from recfx import train as loop
+from recfx.environment import check_one_process
 from recfx.examples import criteo_synthetic
 from recfx.examples import deepfm as program
-from recfx.examples.environment import check_one_process
-from recfx.examples.summary import text_of
+from recfx.program import evaluate, read_run, restore, running
+from recfx.program.summary import text_of
 from recfx.step import Step
 
 ROOT = Path(__file__).parents[2]
@@ -64,11 +66,11 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step as it is written, uncompiled."""
 
-    def capture(step: Step, state: Any, batch: Any) -> Callable:
+    def capture(step: Step, state: Any, batch: Any, *, backend: str) -> Callable:
         return step.update_
 
-    monkeypatch.setattr(program, "capture", capture)
-    monkeypatch.setattr(program, "capture_evaluation", lambda step, state, batch: step.evaluate_)
+    monkeypatch.setattr(running, "capture", capture)
+    monkeypatch.setattr(running, "capture_evaluation", lambda step, state, batch, *, backend: step.evaluate_)
 
 
 def call(data: Path | None, *more: str, output: str = "out") -> dict[str, Any]:
@@ -189,14 +191,14 @@ def test_without_held_out_files(data, eager):
 
 def test_eval_steps(data, eager, monkeypatch):
     counted = []
-    evaluate = program.evaluate
+    evaluate = loop.evaluate
 
     def spy(*args: Any, **kwargs: Any) -> dict:
         values = evaluate(*args, **kwargs)
         counted.append(values["num_samples"])
         return values
 
-    monkeypatch.setattr(program, "evaluate", spy)
+    monkeypatch.setattr(loop, "evaluate", spy)
     call(data, "--train_steps=1", "--eval_steps=3")
     call(data, "--train_epoch=2", output="again")
     assert counted == [300, 1100, 1100]
@@ -213,18 +215,20 @@ def test_every_argument_reaches_what_it_names(data, eager, monkeypatch):
     """None is dropped or crossed with another on its way: what is called gets the values that were given."""
     got: dict[str, list[dict]] = {}
 
-    def spy(name: str) -> None:
-        real = getattr(program, name)
+    def spy(module: Any, name: str) -> None:
+        real = getattr(module, name)
 
         def call_and_note(*args: Any, **kwargs: Any) -> Any:
             bound = inspect.signature(real).bind(*args, **kwargs).arguments
             got.setdefault(name, []).append(dict(bound))
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(program, name, call_and_note)
+        monkeypatch.setattr(module, name, call_and_note)
 
-    for name in ("sparse_adamw", "adamw", "train_step", "reader", "TrainConfig", "train", "evaluate"):
-        spy(name)
+    for name in ("sparse_adamw", "adamw", "train_step", "reader"):
+        spy(program, name)
+    for name in ("TrainConfig", "train", "evaluate"):
+        spy(loop, name)
     call(
         data, "--thread_num=3", "--prefetch=2", "--cache_dir=cache", "--drop_remainder=false",
         "--gradient_accumulation_steps=2", "--log_steps=5", "--save_steps=6", "--eval_steps=7", "--max_to_keep=8",
@@ -258,6 +262,22 @@ def test_dense_parameters_follow_the_seed():
     assert not any(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_run_records_its_program(data, eager):
+    """The arguments of the program alone: those of training are no part of what is built."""
+    call(data, "--sparse_lr=0.5", "--train_steps=1")
+    record = read_run("out")
+    assert record["program"] == {"import": "recfx.examples.deepfm"}
+    assert record["arguments"] == program.ARGUMENTS | {"sparse_lr": 0.5, "batch_size": 100}
+    assert set(record["arguments"]).isdisjoint({"output_dir", "train_steps", "generated_rows"})
+    assert record["paths"] == {"train": f"{data}/train", "evaluate": f"{data}/eval"}
+    assert list(record["sources"]) == ["recfx/examples/deepfm.py"]
+    built, state = restore("out")
+    assert int(state.step) == 1
+    assert evaluate("out", f"{data}/eval") == loop.evaluate(
+        built.step.evaluate_, state, built.reader(f"{data}/eval", "evaluate")
+    )
+
+
 # Stopping and going on.
 
 
@@ -281,20 +301,20 @@ def test_resume(data, eager, accumulation):
 def test_several_steps_per_replay_end_in_the_same_bytes(data, monkeypatch, accumulation):
     """On a CPU one after another: 33 batches, and 9 windows, the last of them incomplete."""
     monkeypatch.setattr("recfx.capture.captured.compiled", lambda function, state, sections: function)
-    made, several = [], program.capture_steps
-    monkeypatch.setattr(program, "capture_steps", lambda *args, **how: made.append(how) or several(*args, **how))
+    made, several = [], running.capture_steps
+    monkeypatch.setattr(running, "capture_steps", lambda *args, **how: made.append(how) or several(*args, **how))
     more = [f"--gradient_accumulation_steps={accumulation}", "--log_steps=5"]
     one = call(data, *more, output="one")
     assert made == []
     many = call(data, *more, "--steps_per_replay=7", output="many")
-    assert made == [{"steps_per_replay": 7}]
+    assert made == [{"steps_per_replay": 7, "backend": "inductor"}]
     assert newest("many") == newest("one")
     names = ("auc", "log_loss", "calibration", "rows", "steps")
     assert [many[name] for name in names] == [one[name] for name in names]
 
 
 def test_ctrl_c(data, eager, monkeypatch, capsys):
-    def interrupting(step: Step, state: Any, batch: Any) -> Callable:
+    def interrupting(step: Step, state: Any, batch: Any, *, backend: str) -> Callable:
         def run(state: Any, batch: Any) -> Any:
             calls.append(1)
             if len(calls) == 6:
@@ -305,7 +325,7 @@ def test_ctrl_c(data, eager, monkeypatch, capsys):
 
     calls: list = []
     with monkeypatch.context() as patch:
-        patch.setattr(program, "capture", interrupting)
+        patch.setattr(running, "capture", interrupting)
         summary = call(data, output="parts")
     assert (summary["steps"], summary["stopped"]) == (2, "interrupted")
     call(data, "--resume", output="parts")
@@ -317,6 +337,7 @@ def test_checkpoints_are_saved_and_kept_as_told(data, eager):
     call(data, "--gradient_accumulation_steps=1", "--save_steps=10", "--max_to_keep=2")
     assert sorted(p.name for p in Path("out").iterdir()) == [
         ".lock",
+        "run.json",
         "step-000000030",
         "step-000000033",
         "summary.json",
@@ -427,7 +448,7 @@ def test_errors_are_one_line(data, eager, argv, message):
 def test_what_is_wrong_with_the_output_folder_is_said_before_anything_compiles(data, eager, monkeypatch):
     call(data, "--train_steps=1")
     for name in ("capture", "capture_evaluation"):
-        monkeypatch.setattr(program, name, lambda *_: pytest.fail("compiled"))
+        monkeypatch.setattr(running, name, lambda *_, **__: pytest.fail("compiled"))
     paths = f"--data_paths={data}/train", "--batch_size=100"
     assert "which holds step-000000001, for a run that begins at step 0" in refused(*paths, "--output_dir=out")
     Path("file").touch()
@@ -448,10 +469,10 @@ def test_what_is_wrong_with_the_output_folder_is_said_before_anything_compiles(d
 
 
 def test_ctrl_c_while_it_compiles(data, monkeypatch, capsys):
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(program, "capture_evaluation", interrupted)
+    monkeypatch.setattr(running, "capture_evaluation", interrupted)
     with pytest.raises(SystemExit) as stop:
         call(data)
     assert stop.value.code == 130

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from recfx.examples import environment
-from recfx.examples.environment import allowed_threads, use_threads, wait_briefly
+from recfx import environment
+from recfx.environment import allowed_threads, use_threads, wait_briefly
 
 POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 # Runs as `python -m MODULE` does until torch is asked for: that is the moment when libgomp reads the environment.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from recfx.program.record import write_text
 from recfx.step import TrainState
 from recfx.table import num_live
 from recfx.train import Progress
@@ -60,12 +60,9 @@ def write_summary(folder: str | Path, summary: Mapping[str, Any]) -> None:
     Raises:   OSError naming the file, with the numbers, when the disk is full or not writable.
     """
     path = Path(folder, FILE)
-    unfinished = path.with_name(f".unfinished-{FILE}")
     try:
-        unfinished.write_text(json.dumps(summary, indent=1))
-        os.replace(unfinished, path)
+        write_text(path, json.dumps(summary, indent=1))
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise type(error)(
             error.errno,
             f"{path}: {error.strerror or error}. The run has ended and its checkpoints are whole; this file was not "

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from recfx.examples.summary import run_program, text_of, write_summary
+from recfx.program.summary import run_program, text_of, write_summary
 
 SUMMARY = {
     "auc": 0.74801234,

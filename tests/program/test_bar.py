@@ -17,8 +17,8 @@ from typing import TextIO
 
 import pytest
 
-from recfx.examples import bar as module
-from recfx.examples.bar import Bar
+from recfx.program import bar as module
+from recfx.program.bar import Bar
 from recfx.train import Progress
 
 

@@ -1,0 +1,199 @@
+"""`recfx train` and `recfx evaluate`: programs on files; the options of training that other programs share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recfx.program.bar import Bar
+
+__all__ = ["add_evaluate_to", "add_to", "add_training_options", "check_options", "flag", "train_from"]
+
+PATHS = "files, folders, globs or URIs"
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    """Declares `recfx train`."""
+    parser = commands.add_parser(
+        "train",
+        help="train a program on files",
+        description="Trains a program, a module with build(args), and writes run.json, checkpoints and summary.json to "
+        "the output folder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("paths", nargs="+", help=f"{PATHS} to train on")
+    add("--program", required=True, metavar="FILE.py|MODULE", help="the path of its file, or its import path")
+    add("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="an argument of the program, "
+        "of those in its ARGUMENTS; the value is JSON, or else text; may be repeated")  # fmt: skip
+    add("--eval_paths", nargs="+", help="held-out files, evaluated after every epoch; None: no evaluation")
+    add_training_options(parser)
+    parser.set_defaults(command=_train)
+
+
+def add_evaluate_to(commands: argparse._SubParsersAction) -> None:
+    """Declares `recfx evaluate`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="evaluate a run on files",
+        description="AUC, log loss and calibration of a run's newest checkpoint on files.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", help="output folder of the run")
+    add("paths", nargs="+", help=f"{PATHS} to evaluate on")
+    add("--checkpoint", help="folder of the checkpoint, step-...; None: the newest one of the run")
+    add("--program", metavar="FILE.py|MODULE", help="where the program is now; None: where run.json says")
+    add("--allow_changes", action="store_true", help="go on where the program's source has changed since")
+    add("--eval_steps", type=int, help="batches to read; None: all")
+    _add_backend(parser)
+    parser.set_defaults(command=_evaluate)
+
+
+def add_training_options(parser: argparse.ArgumentParser, *, output_dir: str = "./ckpt", log_steps: int = 10) -> None:
+    """Declares what `train_from` reads, by the seed system's names where it has them."""
+    add = parser.add_argument
+    add("--output_dir", default=output_dir, help="checkpoints, run.json and summary.json")
+    add("--log_steps", type=int, default=log_steps, help="optimiser steps between log lines")
+    add("--save_steps", type=int, default=2000, help="optimiser steps between checkpoints; one more at the end")
+    add("--eval_steps", type=int, help="batches per evaluation; None: all")
+    add("--max_to_keep", type=int, default=5, help="checkpoints kept")
+    add("--full_save_every", type=int, default=1, help="of so many checkpoints one is full, the others hold what "
+        "changed")  # fmt: skip
+    add("--save_in_background", type=flag, nargs="?", const=True, default=False, help="train on while saving")
+    add("--train_steps", type=int, help="stop after so many more optimiser steps; None: after the data")
+    add("--train_epoch", type=int, default=1, help="passes over the data")
+    add("--resume", type=flag, nargs="?", const=True, default=False, help="go on from the newest checkpoint in "
+        "output_dir, with the rest of its data or with other data")  # fmt: skip
+    add("--overwrite", type=flag, nargs="?", const=True, default=False, help="delete the checkpoints in output_dir")
+    add("--steps_per_replay", type=int, default=1, help="on a GPU, micro-batches per CUDA graph launch; unmeasured")
+    add("--num_threads", type=int, help="threads of the step; None: torch's number, or the CPU quota")
+    _add_backend(parser)
+
+
+def train_from(
+    args: argparse.Namespace,
+    program: str,
+    *,
+    paths: Any,
+    held_out: Any,
+    arguments: Mapping[str, Any],
+    bar: Bar,
+    known: Mapping[str, float | None] | None = None,
+) -> dict[str, Any]:
+    """Trains a program as the options say; returns the summary that is also written to <output_dir>/summary.json.
+
+    Args:     args: of `add_training_options`.  paths, held_out, arguments, bar: see `recfx.program.train`.
+              known: more of the summary, by name.
+    """
+    from recfx import program as programs
+    from recfx import train as loop
+    from recfx.program.summary import summary_of, write_summary
+
+    config = loop.TrainConfig(
+        output_dir=args.output_dir,
+        log_steps=args.log_steps,
+        save_steps=args.save_steps,
+        train_steps=args.train_steps,
+        train_epoch=args.train_epoch,
+        max_to_keep=args.max_to_keep,
+        full_save_every=args.full_save_every,
+        save_in_background=args.save_in_background,
+    )
+    state, progress = programs.train(
+        program,
+        paths,
+        config,
+        arguments=arguments,
+        held_out=held_out,
+        eval_steps=args.eval_steps,
+        steps_per_replay=args.steps_per_replay,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        backend=args.backend,
+        bar=bar,
+    )
+    summary = summary_of(progress, state, known or {})
+    write_summary(args.output_dir, summary)
+    return summary
+
+
+def flag(word: str) -> bool:
+    """The type of an option that is true or false."""
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"got '{word}', expected true or false")
+    return word.lower() == "true"
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError or TypeError for options that nothing which is called first would name."""
+    from recfx.checks import check_int
+    from recfx.environment import check_one_process
+
+    check_one_process()
+    for name in ("num_threads", "eval_steps"):
+        if getattr(args, name) is not None:
+            check_int(name, getattr(args, name), 1)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from recfx.environment import use_threads, wait_briefly
+
+    wait_briefly()
+    from recfx.program.bar import Bar
+    from recfx.program.summary import text_of
+
+    check_options(args)
+    use_threads(args.num_threads)
+    with Bar(saves_in_background=args.save_in_background) as bar:
+        given = {"paths": _one(args.paths), "held_out": _one(args.eval_paths), "arguments": dict(args.set)}
+        summary = train_from(args, args.program, **given, bar=bar)
+    print(text_of(summary))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from recfx.environment import use_threads, wait_briefly
+
+    wait_briefly()
+    from recfx import program as programs
+    from recfx.program.bar import Bar
+    from recfx.program.summary import text_of
+
+    use_threads(None)
+    with Bar() as bar:
+        values = programs.evaluate(
+            args.run,
+            _one(args.paths),
+            checkpoint=args.checkpoint,
+            program=args.program,
+            allow_changes=args.allow_changes,
+            eval_steps=args.eval_steps,
+            backend=args.backend,
+            bar=bar,
+        )
+    print(text_of({name: int(value) if name.startswith("num_") else value for name, value in values.items()}))
+    return 0
+
+
+def _add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", choices=["inductor", "eager"], default="inductor", help="of the captured step; "
+        "eager needs no compiler and is slower")  # fmt: skip
+
+
+def _one(paths: list[str] | None) -> Any:
+    """A path alone as text, as the examples give theirs."""
+    return paths[0] if paths is not None and len(paths) == 1 else paths
+
+
+def _setting(word: str) -> tuple[str, Any]:
+    name, separator, value = word.partition("=")
+    if not separator or not name:
+        raise argparse.ArgumentTypeError(f"got '{word}', expected NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value

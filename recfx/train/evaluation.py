@@ -1,0 +1,75 @@
+"""Evaluation on held-out batches, and the metrics of a state."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+from recfx import metrics
+from recfx.checks import check_int, check_type
+from recfx.metrics import BinaryCounts
+from recfx.step import TrainState
+from recfx.train.checks import Run, check_not_trained, check_run, times_trained, without_warning
+from recfx.train.labels import check_held_out_labels
+from recfx.train.progress import Progress
+from recfx.types import Batch
+
+__all__ = ["evaluate", "read_metrics", "reset_metrics_"]
+
+
+def evaluate(
+    run: Run, state: TrainState, batches: Iterable[Batch], *, eval_steps: int | None = None
+) -> dict[str, float]:
+    """AUC, log loss, calibration and number of samples of held-out batches; the state's own metrics come out unchanged.
+
+    AUC, log loss and calibration are NaN when a logit or loss was not finite; `num_nonfinite` counts those samples.
+    Padding of a short batch counts for nothing: give a reader with drop_remainder=False, and every row is evaluated.
+
+    Args:     run: `step.evaluate_` or its capture.  eval_steps: batches to read; None: all.
+    Raises:   ValueError when there is no batch, eval_steps is below 1, or a label is outside [0, 1] and the step is one
+              that checks labels: it says in which batch, which is read again where `batches` can be.
+    """
+    if eval_steps is not None:
+        check_int("eval_steps", eval_steps, 1)
+    check_run(run, state, "step.evaluate_")
+    check_type("batches", batches, Iterable, "Give a reader, or a list of batches.")
+    stream, before = iter(batches), times_trained(state)
+    without_warning(stream)
+    first = next(stream, None)
+    if first is None:
+        raise ValueError(f"batches: got none from {stream}, expected one at least. There is nothing to evaluate.")
+    kept, num = [t.clone() for t in state.metrics], 0
+    try:
+        reset_metrics_(state)
+        for batch in itertools.islice(itertools.chain([first], stream), eval_steps):
+            state, _ = run(state, batch)
+            num += 1
+        check_not_trained(before, state)
+        values = _values_of(state.metrics)
+        check_held_out_labels(metrics.num_bad_labels(state.metrics), run, state, batches, num)
+    finally:
+        for target, source in zip(state.metrics, kept, strict=True):
+            target.copy_(source)
+    return values
+
+
+def _values_of(counts: BinaryCounts) -> dict[str, float]:
+    return {
+        "auc": metrics.auc(counts),
+        "log_loss": metrics.log_loss(counts),
+        "calibration": metrics.calibration(counts),
+        "num_samples": float(counts.sums[0]),
+        "num_nonfinite": float(metrics.num_nonfinite(counts)),
+    }
+
+
+def read_metrics(progress: Progress, state: TrainState) -> None:
+    """Loss and AUC since the metrics were last reset, and what was left out, read from the device."""
+    progress.loss, progress.auc = metrics.log_loss(state.metrics), metrics.auc(state.metrics)
+    progress.num_nonfinite = int(state.nonfinite.num_batches)
+
+
+def reset_metrics_(state: TrainState) -> None:
+    """Counts of the next phase start from zero."""
+    for t in state.metrics:
+        t.zero_()

@@ -1,0 +1,290 @@
+"""The pieces of the loop: a run, an epoch, a step, a save, an evaluation."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recfx import checkpoint
+from recfx.step import Step, TrainState
+from recfx.train.checks import Run, RunSteps, check_new, data_of, described_by, without_warning
+from recfx.train.evaluation import read_metrics, reset_metrics_
+from recfx.train.labels import check_labels, find_bad_label
+from recfx.train.nonfinite import check_finite, find_nonfinite, is_stopped
+from recfx.train.progress import Event, Progress, Reader, TrainConfig
+from recfx.types import NUM_SAMPLES, Batch
+
+__all__ = ["EvaluateWith", "Loop", "OnEvent"]
+
+OnEvent = Callable[[Event, Progress, TrainState], None]
+EvaluateWith = Callable[[TrainState], dict[str, float]]
+
+
+class Loop:
+    """One call of `train`: its arguments, where it stands, and its pieces.
+
+    state, progress: what `train` returns.
+    position: of the reader within the epoch; None: at its start.
+    window: micro-batches of the open accumulation window.
+    began, started: the optimiser step that `train_steps` counts from, and the one this call begins at.
+    checked: the last step after which all was finite and every label in [0, 1], and the position then.
+    clock: when the last call of `run` ended.
+    saving: whether a save has begun whose "after_save" is still to come.
+    """
+
+    saver: checkpoint.Saver
+    interrupted: list[int]  # signals received
+    overwrite: bool
+
+    def __init__(
+        self,
+        step: Step,
+        run: Run | RunSteps,
+        state: TrainState,
+        reader: Reader,
+        config: TrainConfig,
+        steps_per_replay: int,
+        evaluate_with: EvaluateWith | None,
+        on_event: OnEvent,
+    ) -> None:
+        self.step, self.run, self.state, self.reader, self.config = step, run, state, reader, config
+        self.steps_per_replay, self.evaluate_with, self.on_event = steps_per_replay, evaluate_with, on_event
+        self.run_batches = run if steps_per_replay > 1 else lambda state, batches: run(state, batches[0])
+        self.identity, self.described = getattr(reader, "identity", None), described_by(reader)
+        self.progress = Progress(step=int(state.step), num_epochs=config.train_epoch)
+        self.position: dict | None = None
+        self.window = 0
+        self.began = self.started = self.progress.step
+        self.checked: tuple[int, dict | None] = self.progress.step, None
+        self.begun_s = self.clock = time.perf_counter()
+        self.saving = False
+
+    # A run: it begins, has epochs, and ends.
+
+    def resume_from(self, found: Path) -> None:
+        """Continues from a checkpoint: in the middle of this reader's data, or at the start of other data."""
+        check_new(self.state, found)
+        self.state, loop = checkpoint.load(found, self.step, self.state)
+        self.progress.step = self.began = int(self.state.step)
+        if loop.get("reader", self.identity) == self.identity:
+            self.progress.epoch, self.position = loop.get("epoch", 0), loop.get("position")
+            self.began = loop.get("began", 0)
+        elif not loop.get("ended"):
+            got, expected = data_of(self.described, self.identity), data_of(loop.get("data"), loop["reader"])
+            raise ValueError(
+                f"reader: got {got}, expected {expected}{' as it was' if got == expected else ''}: {found} was "
+                "saved in the middle of other data, the rest of which would never be trained. Finish it with its "
+                "reader, or leave it: give train a state loaded from there, without resume."
+            )
+
+    def begin(self, found: Path | None) -> None:
+        """Checks the state that training starts from. Where nothing is left to train, it is only evaluated."""
+        progress = self.progress
+        progress.epoch_number = progress.epoch + (self.position is not None)
+        check_finite(self.step, self.state, where=", before this call of train")
+        self.started = progress.step
+        self.checked = progress.step, self.position
+        if self.should_stop() or self.is_last_epoch_over():
+            if progress.stopped != "interrupted":
+                warnings.warn(
+                    f"recfx: nothing is left to train: {found} has come to the end of what was asked for. Give other "
+                    "data, more epochs or more steps.",
+                    stacklevel=3,
+                )
+            self.evaluate()
+
+    def has_more(self) -> bool:
+        """Whether another epoch is to be run, or the rest of one. After the last one, nothing stops the run early."""
+        return not self.is_last_epoch_over() and not self.should_stop()
+
+    def should_stop(self) -> bool:
+        if self.config.train_steps is not None and self.progress.step - self.began >= self.config.train_steps:
+            self.progress.stopped = "train_steps"
+        elif self.interrupted:
+            self.progress.stopped = "interrupted"
+        return bool(self.progress.stopped)
+
+    def end(self) -> None:
+        """Saves what was trained."""
+        progress = self.progress
+        read_metrics(progress, self.state)
+        progress.train_s = time.perf_counter() - self.begun_s
+        if progress.step > self.started or progress.stopped != "interrupted":
+            self.save(is_end=progress.stopped != "interrupted" or self.is_last_epoch_over())
+        self.report_saved(wait=True)
+
+    def is_last_epoch_over(self) -> bool:
+        return self.progress.epoch >= self.config.train_epoch
+
+    # An epoch: batches, steps, and its end.
+
+    def run_epoch(self) -> None:
+        """Trains on an epoch, or on the rest of one, and evaluates."""
+        progress, reader = self.progress, self.reader
+        reset_metrics_(self.state)
+        progress.epoch_number = progress.epoch + 1
+        self.tell("before_epoch")
+        batches = reader.epoch(progress.epoch) if self.position is None else reader.start_at(self.position)
+        if not progress.first_step_s:
+            without_warning(batches)
+        if self.train_on(batches):
+            self.end_epoch(batches)
+        try:
+            self.evaluate()
+        except Exception:  # held-out data that cannot be read must not cost what was trained
+            self.save(is_end=self.is_last_epoch_over())
+            raise
+
+    def train_on(self, batches: Any) -> bool:
+        """Trains until the batches end, or until the run is to stop. Returns whether they have ended."""
+        stream: Iterator[Batch] = iter(batches)
+        self.window, self.clock = 0, time.perf_counter()
+        while some := list(itertools.islice(stream, self.most_batches())):
+            num_steps = self.run_some(some)
+            self.position = batches.position
+            if num_steps == 0:
+                continue
+            self.after_steps(num_steps)
+            self.report_saved()
+            if not self.window and self.should_stop():
+                batches.close()
+                return False
+            if self.progress.step % self.config.save_steps == 0:
+                stream = self.save_unless_last(stream)
+                self.clock = time.perf_counter()
+        return True
+
+    def most_batches(self) -> int:
+        """Batches that may be run before the loop has to look at the state."""
+        config, accumulation, done = self.config, self.step.accumulation, self.progress.step
+        intervals = config.log_steps, config.save_steps, self.step.sweep_every or config.save_steps
+        steps = 1 if self.interrupted else min(n - done % n for n in intervals)
+        if config.train_steps is not None:
+            steps = min(steps, self.began + config.train_steps - done)
+        return min(self.steps_per_replay, steps * accumulation - self.window)
+
+    def run_some(self, batches: list[Batch]) -> int:
+        """Runs micro-batches. Returns how many optimiser steps they completed."""
+        accumulation = self.step.accumulation
+        if self.overwrite and self.progress.step == self.began:  # now there is something to train on
+            self.saver.delete_all()
+        if self.window == 0 or self.window + len(batches) > accumulation:
+            self.tell("before_step")
+        self.state, _ = self.run_batches(self.state, batches)  # type: ignore[arg-type]
+        self.count(batches)
+        num_steps, self.window = divmod(self.window + len(batches), accumulation)
+        return num_steps
+
+    def count(self, batches: list[Batch]) -> None:
+        """Counts the samples and the time of a call of `run`."""
+        progress, now = self.progress, time.perf_counter()
+        num = sum(int(batch[NUM_SAMPLES]) for batch in batches)
+        progress.num_samples += num
+        run: Any = self.run
+        compile_s = run.take_compile_s() if hasattr(run, "take_compile_s") else 0.0  # any step may have a new layout
+        if progress.first_step_s:
+            progress.timed_samples += num
+            progress.seconds += now - self.clock - compile_s
+        else:
+            progress.first_step_s = now - self.clock + compile_s
+        self.clock = now
+
+    def after_steps(self, num: int) -> None:
+        self.progress.step += num
+        self.step.sweep_(self.state, self.progress.step)
+        if self.progress.step % self.config.log_steps == 0:
+            self.check()
+            read_metrics(self.progress, self.state)
+            self.tell("log")
+        self.tell("after_step")
+
+    def end_epoch(self, batches: Any) -> None:
+        """Completes the last accumulation window; saves where a save is due and another epoch follows."""
+        progress = self.progress
+        if self.position is None and not progress.first_step_s:
+            raise ValueError(
+                f"reader: got no batch from {batches}, expected one at least. Nothing would be trained. Give "
+                "more rows, a smaller batch_size, or drop_remainder=False."
+            )
+        if self.window:
+            self.state = self.step.flush_(self.state)
+            self.after_steps(1)
+        self.check()
+        progress.epoch, self.position = progress.epoch + 1, None
+        self.checked = progress.step, None
+        self.tell("after_epoch")
+        goes_on = not self.is_last_epoch_over()
+        stops = bool(goes_on or self.window) and self.should_stop()  # a window that was flushed may be the last step
+        if goes_on and not stops and progress.step % self.config.save_steps == 0:
+            self.save()
+
+    # Saving, checking, evaluating.
+
+    def save(self, *, is_end: bool = False) -> None:
+        self.report_saved(wait=True)
+        self.check()
+        self.tell("before_save")
+        write = self.saver.save_in_background if self.config.save_in_background else self.saver.save
+        of_reader = {"position": self.position, "reader": self.identity, "data": self.described}
+        of_run = {"epoch": self.progress.epoch, "began": self.began, "ended": is_end}
+        write(self.state, number=self.progress.step, loop=of_reader | of_run)
+        self.saving = True
+        self.report_saved()
+
+    def save_unless_last(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """Saves between two batches. After the last one the epoch's end saves, with the place of the next epoch."""
+        try:
+            following = list(itertools.islice(stream, 1))
+        except Exception:
+            self.save()
+            raise
+        if following:
+            self.save()
+        return itertools.chain(following, stream)
+
+    def report_saved(self, *, wait: bool = False) -> None:
+        """Emits "after_save" once a save is on disk."""
+        if self.saving and (wait or not self.saver.busy):
+            self.saver.finish()
+            self.saving = False
+            self.tell("after_save")
+
+    def check(self) -> None:
+        """Raises when a step since the last check met a label outside [0, 1], NaN or infinity."""
+        check_labels(self.step, self.state, where=self.where_labels)
+        if is_stopped(self.step, self.state):
+            batch, where = find_nonfinite(self.step, self.state, self.reader, self.progress.epoch, *self.checked)
+            check_finite(self.step, self.state, batch=batch, where=where)
+        self.checked = self.progress.step, self.position
+
+    def where_labels(self) -> str:
+        """The steps since the last check, and the first label outside [0, 1], read again."""
+        (before, position), last, epoch = self.checked, self.progress.step, self.progress.epoch
+        num = (last - before) * self.step.accumulation
+        steps = f" in step {last}" if last == before + 1 else f" in steps {before + 1} to {last}"
+        if not num:  # evaluate_with has counted them
+            return ""
+        try:
+            batches = self.reader.epoch(epoch) if position is None else self.reader.start_at(position)
+            try:
+                return steps + find_bad_label(self.step, self.state, batches, num, position, epoch)
+            finally:
+                batches.close()
+        except Exception as error:  # only the message suffers
+            return f"{steps}, which could not be read again ({str(error) or type(error).__name__})"
+
+    def evaluate(self) -> None:
+        if self.evaluate_with is not None and self.progress.stopped != "interrupted":
+            self.tell("before_evaluation")
+            with torch.random.fork_rng([self.state.step.device] if self.state.step.is_cuda else []):
+                self.progress.evaluation = self.evaluate_with(self.state)
+            self.tell("after_evaluation")
+
+    def tell(self, event: Event) -> None:
+        self.on_event(event, self.progress, self.state)

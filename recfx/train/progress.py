@@ -1,0 +1,93 @@
+"""What a caller of `train` sees: its settings, its events, where it stands, and what it needs of a reader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from recfx.checks import check_int
+
+__all__ = ["Event", "Progress", "Reader", "TrainConfig"]
+
+Event = Literal[
+    "before_epoch", "after_epoch", "before_step", "after_step", "log", "before_save", "after_save", "before_evaluation",
+    "after_evaluation",
+]  # fmt: skip
+
+
+class Reader(Protocol):
+    """Epochs of batches, numbered from 0, that can be started anywhere. An iterator has a JSON-able `position`.
+
+    It may have an `identity`, a str: a position is not used by a reader with another identity. Without one, every
+    position is used. It may have `described`, a str that names its data in errors; so may its iterators, for where
+    they are.
+    """
+
+    def epoch(self, number: int) -> Any: ...
+
+    def start_at(self, position: dict) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What the loop does besides stepping; names are the seed system's. Steps are optimiser steps.
+
+    Args:     output_dir: where checkpoints go.  log_steps: steps between log events.
+              save_steps: steps between checkpoints; one is saved at the end, and when ctrl-C, SIGTERM or SIGHUP ends
+              the run.
+              train_steps: stop after so many steps, counted from the state that `train` was given; None: after the
+              data. With resume=True they are counted from where the interrupted call began. After a call that
+              reached them, one with the same reader trains nothing more.  train_epoch: passes over the data.
+              max_to_keep: checkpoints kept.  full_save_every: of so many saves one holds every row, see `Saver`.
+              save_in_background: training goes on while a checkpoint is written, see `Saver`.
+    Raises:   TypeError when a count is not an int, ValueError when it is below 1.
+    """
+
+    output_dir: str = "./ckpt"
+    log_steps: int = 10
+    save_steps: int = 2000
+    train_steps: int | None = None
+    train_epoch: int = 1
+    max_to_keep: int = 5
+    full_save_every: int = 1
+    save_in_background: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in ("output_dir", "save_in_background") or (name == "train_steps" and value is None):
+                continue
+            check_int(name, value, 1)
+
+
+@dataclass
+class Progress:
+    """Where training stands; what event listeners are given.
+
+    People read the first epoch as epoch 1, in bars, log lines and errors: `epoch_number` and `epoch_text`. `epoch` is
+    the index in code, from 0, as in `reader.epoch(0)` and in the `loop` of a checkpoint.
+    """
+
+    epoch: int = 0  # how many epochs are complete; so also the index, from 0, of the one in progress
+    epoch_number: int = 0  # the epoch in progress or, between two, the one before, from 1; 0: none has begun
+    num_epochs: int = 0  # `TrainConfig.train_epoch`
+    step: int = 0  # optimiser steps since the model began, `TrainState.step`
+    num_samples: int = 0  # real samples trained in this run
+    timed_samples: int = 0  # samples trained in `seconds`: without those of the first call, which compiles
+    seconds: float = 0.0  # spent on `timed_samples`, with reading and logging, without saving, evaluating and compiling
+    first_step_s: float = 0.0  # of this run, with the time that compiling it took
+    train_s: float = 0.0
+    loss: float = float("nan")  # mean over the samples since the epoch began
+    auc: float = float("nan")
+    num_nonfinite: int = 0  # micro-batches with NaN or infinity, which `on_nonfinite="skip"` leaves out
+    stopped: str = ""  # "train_steps", "interrupted" or ""
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def samples_per_s(self) -> float:
+        """Over `timed_samples`; NaN before there are any."""
+        return self.timed_samples / self.seconds if self.seconds else float("nan")
+
+    @property
+    def epoch_text(self) -> str:
+        """The epoch for people: "epoch 1 of 3"."""
+        return f"epoch {self.epoch_number} of {max(self.num_epochs, self.epoch_number)}"
