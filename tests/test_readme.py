@@ -5,6 +5,7 @@ Blocks of Python are run, each as a script of its own. What a page says about it
     <!-- one script -->   the first line of a page: its blocks are one script, in their order
     <!-- not run -->      before a block: it needs what a test does not have, such as a file of another system
     <!-- output -->       before a block of text: it is exactly what the block of Python before it prints
+    <!-- file: x.py -->   before a block: it is not run; the scripts of the page find it in their folder under this name
 
 Of the lines of bash, the targets of make, the modules, scripts and subcommands that they name must exist.
 """
@@ -29,6 +30,7 @@ README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [README, *DOCS]
 NOT_RUN, OUTPUT, ONE_SCRIPT = "<!-- not run -->", "<!-- output -->", "<!-- one script -->"
+FILE = re.compile(r"<!-- file: ([\w.-]+) -->")
 SHELL = ("bash", "sh", "shell", "console")
 END_OF_BLOCK = "\x1e"
 TIMEOUT_S = 110
@@ -38,7 +40,7 @@ class Block(NamedTuple):
     language: str
     line: int  # of its first line of code, from 1
     code: str
-    note: str  # the comment before it, if that is NOT_RUN or OUTPUT
+    note: str  # the comment before it, if that is NOT_RUN, OUTPUT or FILE
 
 
 class Script(NamedTuple):
@@ -58,7 +60,7 @@ def blocks_of(text: str) -> list[Block]:
         if start is None and opened:
             fence, language, start = opened[1], opened[2], i + 1
         elif start is not None and line.strip() == fence:
-            note = before if before in (NOT_RUN, OUTPUT) else ""
+            note = before if before in (NOT_RUN, OUTPUT) or FILE.fullmatch(before) else ""
             blocks.append(Block(language, start + 1, textwrap.dedent("\n".join(lines[start:i])), note))
             start, before = None, ""
         elif start is None and line.strip():
@@ -187,6 +189,9 @@ def test_targets_of_a_command():
 
 def check_script(forks: Forks, script: Script, tmp_path: Path) -> None:
     """Runs it and compares what it prints with the page."""
+    for block in blocks_of(script.page.read_text()):
+        if named := FILE.fullmatch(block.note):
+            (tmp_path / named[1]).write_text(block.code + "\n")
     path = tmp_path / "block.py"
     path.write_text(source_of(script))
     printed = run_script(forks, path, tmp_path).split(f"{END_OF_BLOCK}\n")
@@ -295,7 +300,17 @@ def test_the_reference_has_every_public_name():
             names = importlib.import_module(f"recfx.{module}").__all__
             assert names
             assert not [name for name in names if f"\n### {name}\n" not in text], module
-    inner = {"checks", "cli", "commands", "describe", "examples", "finite", "generators", "kernels"}  # not for programs
+    inner = {
+        "checks",
+        "cli",
+        "commands",
+        "describe",
+        "environment",
+        "examples",
+        "finite",
+        "generators",
+        "kernels",
+    }  # not for programs
     inner |= {"run_checks", "step_checks"}
     folders = {p.stem for p in (ROOT / "recfx").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
     assert {name for name in folders if not name.startswith("__")} - inner <= {m.split(".")[0] for m in listed}
