@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 100  # characters of a signature in one line
-SECTION = re.compile(r"^([A-Z][A-Za-z, ]*):(?: {2,}|$)(.*)")  # of a docstring: "Args:     lr: step size"
+SECTION = re.compile(r"[A-Z][a-z]+:(?: {2,}|$)")  # of a docstring: "Args:     lr: step size"
 LINK = re.compile(r"\]\((\.\./[^)#\s]+)")  # to a file of the repository outside docs/
 
 # The pages of the reference, in reading order: title, and the modules whose public names they list.
@@ -127,22 +127,18 @@ def _class(node: ast.ClassDef, lines: list[str]) -> str:
 
 def rendered(doc: str) -> str:
     """A docstring as Markdown: prose as prose; sections, equations and examples as blocks, as columns matter there."""
-    parts: list[list[str]] = []
-    kind = ""
-    for line in doc.splitlines():
-        section = SECTION.match(line)
-        new = "section" if section else "prose" if line and not line.startswith(" ") else kind
-        if line and line.startswith(" ") and kind == "prose":
-            new = "block"
-        if new != kind or (section and not kind):
-            parts.append([new])
-        kind = new
-        parts[-1].append(line)
-    text = []
-    for kind, *lines in parts:
-        block = "\n".join(lines).rstrip()
-        text.append(_prose(block) if kind == "prose" else f"```text\n{block}\n```")
-    return "\n\n".join(text)
+    parts: list[tuple[bool, str]] = []  # whether it is a block, and its text
+    for paragraph in doc.split("\n\n"):
+        lines = paragraph.splitlines()
+        cut = next((i for i, line in enumerate(lines) if SECTION.match(line)), len(lines))
+        if any(line.startswith(" ") for line in lines[:cut]):
+            cut = 0
+        for is_block, some in ((False, lines[:cut]), (True, lines[cut:])):
+            if some and is_block and parts and parts[-1][0]:
+                parts[-1] = (True, "\n".join([parts[-1][1], "", *some]))
+            elif some:
+                parts.append((is_block, "\n".join(some)))
+    return "\n\n".join(f"```text\n{text}\n```" if is_block else _prose(text) for is_block, text in parts)
 
 
 def _prose(text: str) -> str:
