@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0
 
-.PHONY: demo test slow bench bench-all lint graphs clean
+.PHONY: demo test slow bench bench-all lint graphs docs clean
 
 # torch goes in first and alone, by exact version: nothing later may pull in another build of it.
 $(VENV)/installed: pyproject.toml requirements.txt
@@ -53,5 +53,13 @@ lint: $(VENV)/installed
 graphs: $(VENV)/installed
 	$(PY) -m pytest tests/test_graphs.py tests/test_cuda_code.py --accept-graphs
 
+$(VENV)/docs-installed: $(VENV)/installed requirements-docs.txt
+	$(PIP) -r requirements-docs.txt
+	touch $@
+
+# docs/ as a site, in site/; a link that leads nowhere is an error.
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+
 clean:
-	rm -rf $(VENV) demo ckpt ckpt-deepctr .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks *.egg-info
+	rm -rf $(VENV) demo site ckpt ckpt-deepctr .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks *.egg-info

@@ -1,6 +1,6 @@
 """MovieLens 100K: who likes which film, from its file and from arrays in memory.
 
-python examples/movielens.py ml-100k/u.data     (without a file: made-up ratings in the same form)
+python examples/movielens.py ml-100k/u.data     (without a file: generated ratings in the same form)
 """
 
 import sys
@@ -21,7 +21,7 @@ TRAIN, TEST = (Split(part=part, fraction=0.1, key="time") for part in ("train", 
 
 
 def fit(batches, held_out):
-    """Matrix factorisation with biases; the AUC of ratings that were held out."""
+    """Trains a matrix factorisation with biases; returns the AUC on held-out ratings."""
     step = train_step(
         features=lambda batch: {**batch, "label": (batch["rating"] > 3).float()},
         embeddings={
@@ -33,7 +33,7 @@ def fit(batches, held_out):
         dense_optimizer=adamw(lr=3e-2),
     )
     state = step.init({"bias": torch.zeros(1)})
-    for batch in batches:  # for long runs: recfx.train.train, and recfx.capture.capture for speed
+    for batch in batches:  # recfx.capture.capture(step, ...) makes it faster
         state, _ = step.update_(state, batch)
     return evaluate(step.evaluate_, state, held_out)["auc"]
 
@@ -50,7 +50,7 @@ def from_memory(path, epochs=3):
 
 
 def write_ratings(path, number=10_000):
-    """Each user has a taste and each film a kind; ratings follow them, with noise."""
+    """Generated ratings: each user has a taste, each film a kind; ratings are their product and noise."""
     random = np.random.default_rng(0)
     tastes, kinds = random.normal(size=(300, 3)), random.normal(size=(200, 3))
     users, items = random.integers(0, 300, number), random.integers(0, 200, number)

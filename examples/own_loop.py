@@ -1,4 +1,4 @@
-"""The captured step in a loop of your own: everything used here is public.
+"""DeepFM trained by a loop written by hand around the captured step.
 
 python examples/own_loop.py
 """
@@ -41,7 +41,7 @@ state = step.init(deepfm.init(config, torch.Generator().manual_seed(0)))
 
 
 def batches(number, size):
-    """One id per list here; any length will do. Ids are 64-bit integers as they come, nothing is remapped."""
+    """Each list holds one id here; lists may have any length. Ids are any 64-bit integers and are not remapped."""
     random = torch.Generator().manual_seed(1)
     offsets = torch.arange(size + 1, dtype=torch.int32)
     for _ in range(number):
@@ -53,9 +53,9 @@ def batches(number, size):
 
 
 first = next(batches(1, 256))
-run = capture(step, state, first)  # compiles now; `run = step.update_` gives the same results, uncompiled
+run = capture(step, state, first)  # compiles now; `run = step.update_` trains the same, uncompiled
 for number, batch in enumerate(batches(400, 256), start=1):
-    state, aux = run(state, batch)  # the state passed in is donated: use the one that comes back
+    state, aux = run(state, batch)  # writes into the state passed in: use the one that comes back
     if number % 100 == 0:
-        check_finite(step, state)  # an error when a step since the last look met NaN or infinity
+        check_finite(step, state)  # raises if a step since the last call met NaN or infinity
         print(f"step {number}  loss {float(aux.loss):.4f}  rows {int(state.tables[0].num_rows)}")

@@ -20,14 +20,14 @@ from recfx.step import train_step
 
 MAX_CANDIDATES, MAX_HISTORY = 64, 20
 COLUMNS = [
-    fixedlen("label", [0.0], missing="empty"),  # a request has none
+    fixedlen("label", [0.0], missing="empty"),  # a request does not have one
     varlen("item", torch.int64),
     varlen("history", torch.int64, truncate=MAX_HISTORY, side="left"),
 ]
 
 
 def build_step():
-    """The same in the process that trains and in the one that serves."""
+    """The process that trains and the process that serves build the same step."""
     return train_step(
         features=lambda batch: {name: batch[name] for name in ("label", "item", "history")},
         embeddings={
@@ -50,7 +50,7 @@ def init_params():
 
 
 def train(folder):
-    """A reader of files with these columns would do in the place of `pack_rows`."""
+    """Trains on generated rows. With rows in files, use a reader in place of `pack_rows`."""
     step, random = build_step(), np.random.default_rng(1)
     state = step.init(init_params())
     for _ in range(200):
@@ -70,8 +70,8 @@ with tempfile.TemporaryDirectory() as folder:
     largest = pack_rows(COLUMNS, [{"item": 0, "history": [0] * MAX_HISTORY}] * MAX_CANDIDATES)
     predict = capture_prediction(step, state, largest, new_layout="raise")  # no request waits for the compiler
     for num in (2, 7, 64):
-        request = [{"item": i, "history": [4, 8, 6]} for i in range(num)]  # such as parsed JSON
-        logit = predict(state, pack_rows(COLUMNS, request, layout=largest.layout))[:num]  # after them is padding
+        request = [{"item": i, "history": [4, 8, 6]} for i in range(num)]  # parsed JSON, for example
+        logit = predict(state, pack_rows(COLUMNS, request, layout=largest.layout))[:num]  # the rest is padding
         best = int(logit.argmax())
         print(f"{num} candidates: item {best} has the highest click rate, {float(logit[best].sigmoid()):.3f}")
 

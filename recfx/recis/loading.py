@@ -45,7 +45,8 @@ def load_recis(
 
     Rows are in the order of the model's tables, then of the checkpoint's ranks, then of each rank's rows. Where two
     tables share their rows here (embedding and bias of one feature), an id that one of them does not contain gets its
-    initial value there. README.md, "Coming from RecIS", loads the seed's DeepFM.
+    initial value there. docs/coming-from-recis.md loads the DeepFM of its
+    example.
 
     The optimisers must match: `sparse_adamw_recis` for SparseAdamW, `sparse_adamw_tf` for SparseAdamWTF,
     `sparse_adam_recis` for SparseAdam; for parameters `adamw` for torch's AdamW, `adamw_tf` for AdamWTF, `adam` for

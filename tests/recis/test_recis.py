@@ -31,7 +31,7 @@ from tests.checkpoint.test_checkpoint import sha256
 from tests.conftest import BATCH_SIZE, CAPACITY, DIM, FEATURES, NUM_NUMERIC, deepfm_params, deepfm_step
 from tests.recis.recis_fixture import Saved, rank_of, write_blocks, write_recis
 from tests.reference import EXTREMES, pack_samples, random_samples
-from tests.test_readme import README, blocks_of
+from tests.test_readme import ROOT, blocks_of
 
 M, V = "sparse_adamw_tf_exp_avg", "sparse_adamw_tf_exp_avg_sq"
 IDS = st.sampled_from(EXTREMES) | st.integers(-9, 9)
@@ -423,9 +423,10 @@ def test_the_seeds_deepfm_goes_on(tmp_path, key):
         assert torch.allclose(state.params[name], value, rtol=1e-5, atol=1e-6), name
 
 
-def test_the_readmes_example(tmp_path, monkeypatch):
+def test_the_example_of_the_docs(tmp_path, monkeypatch):
     """Under the names, sizes and optimiser of the seed's program."""
-    (block,) = [b for b in blocks_of(README.read_text()) if "load_recis(" in b.code]
+    page = ROOT / "docs" / "coming-from-recis.md"
+    (block,) = [b for b in blocks_of(page.read_text()) if "load_recis(" in b.code]
     sizes = {"num_sparse": 26, "dim": 8, "hidden": (64, 16), "num_numeric": 13}
     model, optimizer = trained_seed(1, **sizes)
     groups = {"emb": 8, "bias": 1}
@@ -440,7 +441,7 @@ def test_the_readmes_example(tmp_path, monkeypatch):
     (tmp_path / "ckpt" / "checkpoint").write_text("ckpt_0\n")
     monkeypatch.chdir(tmp_path)
     ran = {}
-    exec(compile(block.code, "README.md", "exec"), ran)
+    exec(compile(block.code, page.name, "exec"), ran)
     got, model_params = as_dict(ran["step"], ran["state"]), params_of(dict(model.named_parameters()))
     assert len(got) == 2 * 2 * 26
     for i in range(1, 27):
