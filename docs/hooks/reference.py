@@ -206,6 +206,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def _in_site(page: str, link: str) -> str:
-    """Where the file that a page links to is in the site: ../graphs/deepfm.svg is in repository/graphs/."""
+    """Where the file that a page links to is in the site: ../graphs/deepfm.svg is repository/graphs/deepfm.svg."""
     path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
-    return f"repository/{path}"
+    return "index.md" if path == "README.md" else f"repository/{path}"
