@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recfx.checks import check_number, check_type, said
+from recfx.kernels.counters import NUM_UNIQUE, STEP
 from recfx.kernels.rows.optimizer_rows import RowOptimizer, updated_rows
 from recfx.table import Columns, TableState, copy_of
 from recfx.types import Params, Transform
@@ -157,13 +158,14 @@ def row_optimizer(
         of_row = None if rates is None else rates[state.vocabularies[row].long()]
         new.rows[row] = updated_rows(kernel.formula, state.rows[row], state.grads[:num], scalars, dims, of_row)
         new.grads[:num] = 0
-        return new._replace(num_unique=state.num_unique * ~due, step=state.step + due)
+        new.counters[NUM_UNIQUE] *= ~due
+        new.counters[STEP] += due
+        return new
 
     def apply_(state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None) -> TableState:
-        touched = (state.num_unique, state.unique_rows, state.vocabularies)
+        touched = (state.counters, state.unique_rows, state.vocabularies)
         scalars, dims, rates = arguments(state, scale, columns)
         kernel.op_(state.rows, state.grads, *touched, scalars, due, dims, rates)
-        state.step.add_(due)
         return state
 
     return SparseOptimizer(slots, row_slots, update, apply, apply_)

@@ -62,7 +62,7 @@ def rows_of(place: Place, ids: Tensor) -> Tensor:
         raise TypeError(f"ids: got {got}, expected torch.int64 [N]. float32 merges ids above 2**24.")
     check_device("ids", place, ids)
     t = place.table
-    return find(t.slots, t.ids, t.num_slots, t.salt, *reading(place, ids)).long()
+    return find(t.slots, t.ids, t.counters, *reading(place, ids)).long()
 
 
 def check_device(name: str, place: Place, t: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recfx.checks import check_type
 from recfx.embeddings import Lookup, TablePlan, column_key
+from recfx.kernels.counters import NUM_UNIQUE, new_counters
 from recfx.kernels.index import count_candidates, find, find_or_insert, keep_trained
 from recfx.kernels.lists import order_ids, order_lists
 from recfx.kernels.rows import add_row_grads, count_rows, pool
@@ -147,15 +148,12 @@ def table(
     unknown_params = _unknown_params(plan, init_params)
 
     def init() -> TableState:
-        def counter(value: int = 0) -> Tensor:
-            return torch.tensor(value, dtype=torch.int64, device=device)
-
-        def index(max_keys: int) -> tuple[Tensor, Tensor]:
+        def index(max_keys: int) -> tuple[Tensor, int]:
             max_slots = slots_for(max_keys, 7 / 8)
             first_slots = min(FIRST_SLOTS, max_slots)
             slots = reserve((max_slots,), torch.int64, device)
             slots[:first_slots] = -1
-            return slots, counter(first_slots)
+            return slots, first_slots
 
         slots, num_slots = index(max_rows)
         candidate_slots, num_candidate_slots = index(max_candidates)
@@ -167,26 +165,16 @@ def table(
             born=reserve((max_rows,), torch.int32, device),
             counts=reserve((max_rows,), torch.int32, device),
             rows=reserve_rows((max_rows, 1 + optimizer_slots, width + num_extra), device, most_padding=0.25),
-            num_rows=counter(),
             free_rows=reserve((max_rows,), torch.int32, device),
-            num_free=counter(),
-            num_slots=num_slots,
-            num_crowded=counter(),
-            num_refused=counter(),
-            tally=torch.zeros(find_or_insert.TALLIES, dtype=torch.int64, device=device),
-            salt=counter(),
-            step=counter(),
             unique_rows=reserve((num_unique,), torch.int32, device),
-            num_unique=counter(),
             grads=reserve_rows((num_unique, width), device, most_padding=1.0),
             candidates=TableCandidates(
                 slots=candidate_slots,
                 ids=reserve((max_candidates,), torch.int64, device),
                 vocabularies=reserve((max_candidates,), torch.int32, device),
                 counts=reserve((max_candidates,), torch.int32, device),
-                num=counter(),
-                num_slots=num_candidate_slots,
             ),
+            counters=new_counters(device, num_slots=num_slots, num_candidate_slots=num_candidate_slots),
         )
 
     def ids_in(features: dict) -> list[Ragged]:
@@ -196,7 +184,7 @@ def table(
 
     def find_(state: TableState, ragged: list[Ragged], cells: Cells) -> Found:
         id, cell, weight, ends = _ordered(ragged, cells)
-        row = find.find(state.slots, state.ids, state.num_slots, state.salt, id, cell, cells.vocabularies)
+        row = find.find(state.slots, state.ids, state.counters, id, cell, cells.vocabularies)
         return Found(id, cell, weight, ragged, row, torch.full_like(row, -1), cells.vocabularies, ends=ends)
 
     def find_all(state: TableState, features: dict) -> Found:
@@ -205,7 +193,7 @@ def table(
     def admitted(count_with: Callable, s: TableState, id: Tensor, cell: Tensor) -> Tensor | None:
         if admit is None:
             return None
-        table, in_cell = (s.slots, s.ids, s.num_slots, s.salt), inserting.vocabularies
+        table, in_cell = (s.slots, s.ids, s.counters), inserting.vocabularies
         count = count_with(*s.candidates, *table, id, cell, in_cell) if max_candidates else torch.zeros_like(cell)
         admits = admit(count, id, in_cell[cell % len(in_cell)], s.step + 1)
         return checked("admit", admits, torch.bool, id).contiguous()
@@ -220,14 +208,13 @@ def table(
             id, cell, weight, ends = _ordered(ragged[:num_inserting], inserting)
             admits = admitted(count_with, s, id, cell)
             # Of another type, since an operator must not be given a tensor and its clone.
-            num_before = None if trains_L is None else s.num_unique.int()
+            num_before = None if trains_L is None else s.counters[NUM_UNIQUE].int()
             row, inverse = op(
-                s.slots, s.ids, s.vocabularies, s.seen, s.born, s.rows, s.num_rows, s.free_rows, s.num_free,
-                s.num_refused, s.tally, s.num_crowded, s.unique_rows, s.num_unique, s.num_slots, s.salt, s.step + 1,
-                id, cell, inserting.vocabularies, init_keys, init_params, admits,
+                s.slots, s.ids, s.vocabularies, s.seen, s.born, s.rows, s.free_rows, s.unique_rows, s.counters, id,
+                cell, inserting.vocabularies, init_keys, init_params, admits,
             )  # fmt: skip
             if trains_L is not None:
-                inverse = keep(s.seen, s.unique_rows, s.num_unique, num_before, s.step + 1, inverse, cell, trains_L)
+                inverse = keep(s.seen, s.unique_rows, s.counters, num_before, inverse, cell, trains_L)
             read_only = find_(s, ragged[num_inserting:], reading) if reading.lookups else None
             return s, Found(id, cell, weight, ragged, row, inverse, inserting.vocabularies, read_only, ends)
 
@@ -258,7 +245,7 @@ def table(
 
     def count_steps_with(op: Callable) -> Callable[[TableState, Tensor], TableState]:
         def count_steps_(s: TableState, due: Tensor) -> TableState:
-            op(s.counts, s.num_unique, s.unique_rows, due)
+            op(s.counts, s.counters, s.unique_rows, due)
             return s
 
         return count_steps_
