@@ -51,8 +51,7 @@ class Case(NamedTuple):
     def fused(self, ids: list[Tensor]) -> None:
         s = self.state
         of_batch = self.table.occurrences(self.forward(ids), self.grads)
-        sum_adamw_rows_(s.rows, s.num_unique, s.unique_rows, self.hyper, *of_batch)
-        s.step.add_(1)  # else no row would be new in a step
+        sum_adamw_rows_(s.rows, s.counters, s.unique_rows, self.hyper, *of_batch)
 
     def in_two(self, sum_row_grads: Callable[..., None]) -> Train:
         def train(ids: list[Tensor]) -> None:

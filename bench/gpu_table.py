@@ -66,7 +66,7 @@ def look_ups(to: Results, *, num_slots: int, keys: int, device: str) -> None:
         filled = num + 4 * keys
 
         def look(ids: Tensor) -> Tensor:
-            return find.find(state.slots, state.ids, state.num_slots, state.salt, ids, cell, vocabulary)
+            return find.find(state.slots, state.ids, state.counters, ids, cell, vocabulary)
 
         def insert(ids: Tensor) -> None:
             t.insert_(state, t.read({"t0": Ragged(ids, offsets)}))

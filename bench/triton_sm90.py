@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from recfx.kernels.counters import new_counters
 from recfx.kernels.op import gpu_function
 
 RESULTS = Path(__file__).parent / "results"
@@ -96,41 +97,41 @@ def calls(dims: tuple[int, ...], sizes: tuple[int, ...] = SIZES) -> dict[tuple[s
     stride = -(-3 * W // 16) * 16
     rows = torch.zeros(R, stride)[:, : 3 * W].unflatten(1, (3, W))
     grads = torch.zeros(R, -(-W // 16) * 16)[:, :W]
-    num, due, firsts = i64(()), torch.tensor(True), [sum(dims[:t]) for t in range(len(dims))]
+    num, counters, due, firsts = i64(()), new_counters(), torch.tensor(True), [sum(dims[:t]) for t in range(len(dims))]
     init = i64(L, W), torch.zeros(L, 3, W)
     ids = i64(P), i32(P), i32(L)
-    index = i64(S), i64(R), num, num
+    index = i64(S), i64(R), counters
     values, offsets = [i64(P // L) for _ in range(L)], [i32(B + 1) for _ in range(L)]
     numbers, strings = [v.float() for v in values], [v.byte() for v in values]
     blocks, weight = [torch.zeros(B, L, dim) for dim in dims], torch.zeros(P)
-    table = i64(S), i64(R), i32(R), i64(R), i32(R), rows, num, i32(R), num, num, i64(4), num, i32(R), num
+    table = i64(S), i64(R), i32(R), i64(R), i32(R), rows, i32(R), i32(R), counters
     hyper = torch.zeros(8, dtype=torch.float64)
     gradients = grads, ids[1], ids[1], firsts, dims, blocks, weight
-    candidates = i64(S), i64(R), i32(R), i32(R), num, num
+    candidates = i64(S), i64(R), i32(R), i32(R)
     taken = [values[0], numbers[0], strings[0]], [i32(B)] * 3, [i32(B)] * 3, [P] * 3
     side = values[0], offsets[0], numbers[0]
     predictions = *[torch.zeros(B, 1)] * 3, torch.ones(B, 1, dtype=torch.bool), 20.0
     every = {
         ("add_predictions", "add_predictions_"): (i64(2, 2**16), torch.zeros(6, dtype=torch.float64), *predictions),
-        ("keep_trained", "keep_trained_"): (i64(R), i32(R), num, i32(()), num, *ids[1:2] * 2, torch.ones(L).bool()),
-        ("keep_trained", "untouch_rows_"): (i64(R), ids[1], ids[1], num, num, due),
+        ("keep_trained", "keep_trained_"): (i64(R), i32(R), counters, i32(()), *ids[1:2] * 2, torch.ones(L).bool()),
+        ("keep_trained", "untouch_rows_"): (i64(R), counters, ids[1], ids[1], num, due),
         ("all_finite", "finite_parts"): ([weight, grads[:1], *blocks],),
         ("order_lists", "order_ids"): (values, offsets),
         ("order_lists", "order_ids_ends"): (values, offsets),
         ("order_lists", "order_lists"): (values, offsets, [None, *numbers[1:]], [0, 2] * (L // 2)),
         ("order_lists", "list_sums"): (weight, offsets[0]),
         ("find", "find"): (*index, *ids),
-        ("find_or_insert", "find_or_insert_"): (*table, num, num, num, *ids, *init, torch.zeros(P, dtype=torch.bool)),
+        ("find_or_insert", "find_or_insert_"): (*table, *ids, *init, torch.zeros(P, dtype=torch.bool)),
         ("pool", "pool"): (rows, ids[1], *ids, B, *init, firsts, dims, weight),
         ("pool", "pool_lists"): (rows, ids[1], *ids[:2], i32(B * L), ids[2], B, *init, firsts, dims),
         ("add_row_grads", "add_row_grads_"): gradients,
         ("add_row_grads", "add_row_grads_atomic_"): gradients,
-        ("clip_row_grads", "clip_row_grads_"): (grads, num, torch.ones(()), due, dims, 1.0, 1.0),
-        ("clip_row_grads", "squared_norm"): (grads, num),
-        ("optimizer_rows", "adamw_rows_"): (rows, grads, num, i32(R), hyper, due),
-        ("sum_adamw_rows", "sum_adamw_rows_"): (rows, num, i32(R), hyper, *gradients[1:]),
+        ("clip_row_grads", "clip_row_grads_"): (grads, counters, torch.ones(()), due, dims, 1.0, 1.0),
+        ("clip_row_grads", "squared_norm"): (grads, counters),
+        ("optimizer_rows", "adamw_rows_"): (rows, grads, counters, i32(R), hyper, due),
+        ("sum_adamw_rows", "sum_adamw_rows_"): (rows, counters, i32(R), hyper, *gradients[1:]),
         ("rehash", "rehash_"): (i64(S), num, i64(R), i32(R), R, S, 0),
-        ("count_rows", "count_rows_"): (i32(R), num, i32(R), due),
+        ("count_rows", "count_rows_"): (i32(R), counters, i32(R), due),
         ("count_candidates", "count_candidates_"): (*candidates, *index, *ids),
         ("string_hash", "farm_hashes"): (strings, offsets),
         ("string_hash", "murmur_hashes"): (strings, offsets),
@@ -138,7 +139,7 @@ def calls(dims: tuple[int, ...], sizes: tuple[int, ...] = SIZES) -> dict[tuple[s
         ("select_lists", "select_lists"): (numbers, offsets, 2, 0.5),
         ("cross_lists", "cross_lists"): (*side, *side, P),
     }
-    by_column = rows, grads, num, i32(R), i32(R), hyper, due, dims, torch.zeros(L, 2, W)
+    by_column = rows, grads, counters, i32(R), i32(R), hyper, due, dims, torch.zeros(L, 2, W)
     for name in ("sgd", "adagrad", "rowwise_adagrad", "adamw", "ftrl"):
         every["optimizer_rows", f"{name}_rows_{'by_column_' if name == 'adamw' else ''}"] = by_column
     return every

@@ -111,8 +111,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def _versions(state: Any) -> tuple[int, ...]:
     """Rise whenever a step, a replay, a checkpoint or `recfx.rows` writes to the state. On the host."""
-    counters = (t for s in state.tables for t in (s.num_rows, s.num_unique))
-    return tuple(t._version for t in (state.window.num_samples, *counters))
+    return tuple(t._version for t in (state.window.num_samples, *(s.counters for s in state.tables)))
 
 
 @contextmanager
@@ -122,8 +121,7 @@ def untouched(state: Any) -> Iterator[None]:
     An empty batch reaches no row: it has no ids, and the step is not due. What it writes beside the rows (counters,
     dense parameters, metrics) is put back. Nothing as large as a table is copied.
     """
-    of_tables = [t for s in state.tables for t in (*(t for t in tree_leaves(s) if t.dim() == 0), s.tally)]
-    written = [*of_tables, *tree_leaves(state._replace(tables=()))]
+    written = [*(s.counters for s in state.tables), *tree_leaves(state._replace(tables=()))]
     kept = [t.clone() for t in written]
     state.window.num_batches.fill_(-1)  # one more batch is still fewer than any accumulation
     try:

@@ -87,10 +87,10 @@ def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since
     if step.draws.happened:
         small |= {f"{GENERATOR}{kind}": s for kind, s in generator_states(state.step.device).items()}
     for i, table in enumerate(state.tables):
-        small |= {f"table.{i}.{name}": getattr(table, name) for name in ("num_rows", *COUNTERS)}
+        small |= {f"table.{i}.{name}": getattr(table, name).clone() for name in ("num_rows", *COUNTERS)}
         small[f"table.{i}.free_rows"] = table.free_rows[: int(table.num_free)].flip(0)
         for name in CANDIDATE_FIELDS if table.candidates.ids.numel() else ():
-            small[f"table.{i}.candidates.{name}"] = getattr(table.candidates, name)[: int(table.candidates.num)]
+            small[f"table.{i}.candidates.{name}"] = getattr(table.candidates, name)[: int(table.num_candidates)]
         tables.append(_rows(table, None if since is None else since[i]))
     manifest = {
         "format": FORMAT,

@@ -23,10 +23,9 @@ using Tensors = std::vector<Tensor>;
 extern "C" {
 bool order_ids(const int64_t* const*, const int32_t* const*, const int64_t*, int64_t, int64_t, int64_t, int64_t*,
                int32_t*);
-void find(const int64_t*, const int64_t*, const int64_t*, const int64_t*, const int64_t*, const int32_t*, int64_t,
-          const int32_t*, int64_t, int32_t*);
-void find_or_insert(int64_t*, int64_t*, int32_t*, int64_t*, int32_t*, float*, int64_t*, const int32_t*, int64_t*,
-                    int64_t*, int64_t*, int64_t*, int32_t*, int64_t*, const int64_t*, const int64_t*, const int64_t*,
+void find(const int64_t*, const int64_t*, const int64_t*, const int64_t*, const int32_t*, int64_t, const int32_t*,
+          int64_t, int32_t*);
+void find_or_insert(int64_t*, int64_t*, int32_t*, int64_t*, int32_t*, float*, const int32_t*, int32_t*, int64_t*,
                     int64_t, int64_t, int64_t, int64_t, const int64_t*, const int32_t*, int64_t, const int32_t*,
                     int64_t, const int64_t*, const float*, int64_t, const bool*, int32_t*, int32_t*);
 void pool(const float*, int64_t, int64_t, const int32_t*, const int64_t*, const int32_t*, int64_t, const int32_t*,
@@ -44,7 +43,7 @@ void select_lists(const float* const*, const int32_t* const*, int64_t, int64_t, 
 void clip_row_grads(float*, const int64_t*, int64_t, const float*, const bool*, int64_t, const int64_t*, const double*);
 void squared_norm(const float*, const int64_t*, int64_t, int64_t, double*);
 void all_finite(const float* const*, const int64_t*, const int64_t*, const int64_t*, int64_t, bool*);
-void untouch_rows(int64_t*, const int32_t*, const int32_t*, int64_t, const int64_t*, const int64_t*, const bool*);
+void untouch_rows(int64_t*, int64_t*, const int32_t*, const int32_t*, int64_t, const int64_t*, const bool*);
 void sgd_rows(const StepRows*);
 void adagrad_rows(const StepRows*);
 void rowwise_adagrad_rows(const StepRows*);
@@ -139,26 +138,22 @@ std::tuple<Tensor, Tensor> order_ids_at_op(const Tensors& values, const Tensors&
   return ordered(of_values, of_offsets, capacities, num_samples, values[0], offsets[0]);
 }
 
-Tensor find_op(const Tensor& slots, const Tensor& ids, const Tensor& num_slots, const Tensor& salt, const Tensor& id_P,
-               const Tensor& cell_P, const Tensor& vocabularies) {
+Tensor find_op(const Tensor& slots, const Tensor& ids, const Tensor& counters, const Tensor& id_P, const Tensor& cell_P,
+               const Tensor& vocabularies) {
   Tensor row_P = torch::stable::empty_like(cell_P);
-  find(flat<int64_t>(slots), flat<int64_t>(ids), flat<int64_t>(num_slots), flat<int64_t>(salt), flat<int64_t>(id_P),
-       flat<int32_t>(cell_P), cell_P.numel(), flat<int32_t>(vocabularies), vocabularies.numel(), flat<int32_t>(row_P));
+  find(flat<int64_t>(slots), flat<int64_t>(ids), flat<int64_t>(counters), flat<int64_t>(id_P), flat<int32_t>(cell_P),
+       cell_P.numel(), flat<int32_t>(vocabularies), vocabularies.numel(), flat<int32_t>(row_P));
   return row_P;
 }
 
 std::tuple<Tensor, Tensor> find_or_insert_op(
-    Tensor slots, Tensor ids, Tensor row_vocabularies, Tensor seen, Tensor born, Tensor rows, Tensor num_rows,
-    const Tensor& free_rows, Tensor num_free, Tensor num_refused, Tensor tally, Tensor num_crowded, Tensor unique_rows,
-    Tensor num_unique, const Tensor& num_slots, const Tensor& salt, const Tensor& step, const Tensor& id_P,
-    const Tensor& cell_P, const Tensor& vocabularies, const Tensor& init_keys, const Tensor& init_params,
-    std::optional<Tensor> admit_P) {
+    Tensor slots, Tensor ids, Tensor row_vocabularies, Tensor seen, Tensor born, Tensor rows,
+    const Tensor& free_rows, Tensor unique_rows, Tensor counters, const Tensor& id_P, const Tensor& cell_P,
+    const Tensor& vocabularies, const Tensor& init_keys, const Tensor& init_params, std::optional<Tensor> admit_P) {
   Tensor row_P = torch::stable::empty_like(cell_P), inverse_P = torch::stable::empty_like(cell_P);
   find_or_insert(flat<int64_t>(slots), flat<int64_t>(ids), flat<int32_t>(row_vocabularies), flat<int64_t>(seen),
-                 flat<int32_t>(born), strided<float>(rows), flat<int64_t>(num_rows), flat<int32_t>(free_rows),
-                 flat<int64_t>(num_free), flat<int64_t>(num_refused), flat<int64_t>(tally), flat<int64_t>(num_crowded),
-                 flat<int32_t>(unique_rows), flat<int64_t>(num_unique), flat<int64_t>(num_slots), flat<int64_t>(salt),
-                 flat<int64_t>(step), ids.numel(), unique_rows.numel(), rows.stride(0), rows.size(1),
+                 flat<int32_t>(born), strided<float>(rows), flat<int32_t>(free_rows),
+                 flat<int32_t>(unique_rows), flat<int64_t>(counters), ids.numel(), unique_rows.numel(), rows.stride(0), rows.size(1),
                  flat<int64_t>(id_P), flat<int32_t>(cell_P), cell_P.numel(), flat<int32_t>(vocabularies),
                  vocabularies.numel(), flat<int64_t>(init_keys), flat<float>(init_params), rows.size(2),
                  admit_P ? flat<bool>(*admit_P) : nullptr, flat<int32_t>(row_P), flat<int32_t>(inverse_P));
@@ -193,9 +188,9 @@ void add_row_grads_op(Tensor grads, const Tensor& inverse_P, const Tensor& cell_
                 weight_P ? flat<float>(*weight_P) : nullptr);
 }
 
-void adamw_rows_op(Tensor rows, Tensor grads, Tensor num_unique, const Tensor& unique_rows, const Tensor& hyper,
+void adamw_rows_op(Tensor rows, Tensor grads, Tensor counters, const Tensor& unique_rows, const Tensor& hyper,
                    const Tensor& due) {
-  adamw_rows(strided<float>(rows), strided<float>(grads), flat<int64_t>(num_unique), flat<int32_t>(unique_rows),
+  adamw_rows(strided<float>(rows), strided<float>(grads), flat<int64_t>(counters), flat<int32_t>(unique_rows),
              rows.stride(0), grads.stride(0), rows.size(2), flat<double>(hyper), flat<bool>(due), nullptr);
 }
 
@@ -256,16 +251,16 @@ Tensor select_lists_op(const Tensors& values, const Tensors& offsets, int64_t di
   return out;
 }
 
-void clip_row_grads_op(Tensor grads, const Tensor& num_unique, const Tensor& scale, const Tensor& due, const Ints& dims,
+void clip_row_grads_op(Tensor grads, const Tensor& counters, const Tensor& scale, const Tensor& due, const Ints& dims,
                        double limit, double max_norm) {
   const double limits[] = {limit, max_norm};
-  clip_row_grads(strided<float>(grads), flat<int64_t>(num_unique), grads.stride(0), flat<float>(scale), flat<bool>(due),
+  clip_row_grads(strided<float>(grads), flat<int64_t>(counters), grads.stride(0), flat<float>(scale), flat<bool>(due),
                  dims.size(), dims.data(), limits);
 }
 
-Tensor squared_norm_op(const Tensor& grads, const Tensor& num_unique) {
+Tensor squared_norm_op(const Tensor& grads, const Tensor& counters) {
   Tensor norm = torch::stable::new_empty(grads, {}, torch::headeronly::ScalarType::Double);
-  squared_norm(strided<float>(grads), flat<int64_t>(num_unique), grads.stride(0), grads.size(1), flat<double>(norm));
+  squared_norm(strided<float>(grads), flat<int64_t>(counters), grads.stride(0), grads.size(1), flat<double>(norm));
   return norm;
 }
 
@@ -291,39 +286,39 @@ struct Matrices {
   }
 };
 
-Tensor all_finite_op(const Tensors& tensors, const Tensors& grads, const Tensors& num_unique) {
+Tensor all_finite_op(const Tensors& tensors, const Tensors& grads, const Tensors& counters) {
   Tensor result =
       torch::stable::new_empty(tensors.empty() ? grads[0] : tensors[0], {}, torch::headeronly::ScalarType::Bool);
   Matrices m;
   for (const Tensor& t : tensors) m.add(t);
   for (size_t i = 0; i < grads.size(); ++i)
-    m.add(grads[i], *flat<int64_t>(num_unique[i]), grads[i].stride(0), grads[i].size(1));
+    m.add(grads[i], flat<int64_t>(counters[i])[NUM_UNIQUE], grads[i].stride(0), grads[i].size(1));
   all_finite(m.first.data(), m.num.data(), m.stride.data(), m.width.data(), m.num.size(), flat<bool>(result));
   return result;
 }
 
-Tensor adamw_rows_checked_op(Tensor rows, Tensor grads, Tensor num_unique, const Tensor& unique_rows,
+Tensor adamw_rows_checked_op(Tensor rows, Tensor grads, Tensor counters, const Tensor& unique_rows,
                              const Tensor& hyper, const Tensor& due, const Tensors& others) {
   Tensor result = torch::stable::empty_like(due);
   Matrices m;
   for (const Tensor& t : others) m.add(t);
   all_finite(m.first.data(), m.num.data(), m.stride.data(), m.width.data(), m.num.size(), flat<bool>(result));
-  adamw_rows(strided<float>(rows), strided<float>(grads), flat<int64_t>(num_unique), flat<int32_t>(unique_rows),
+  adamw_rows(strided<float>(rows), strided<float>(grads), flat<int64_t>(counters), flat<int32_t>(unique_rows),
              rows.stride(0), grads.stride(0), rows.size(2), flat<double>(hyper), flat<bool>(due), flat<bool>(result));
   return result;
 }
 
-void untouch_rows_op(Tensor seen, const Tensor& row_P, const Tensor& inverse_P, const Tensor& num_before,
-                     const Tensor& step, const Tensor& counts) {
-  untouch_rows(flat<int64_t>(seen), flat<int32_t>(row_P), flat<int32_t>(inverse_P), row_P.numel(),
-               flat<int64_t>(num_before), flat<int64_t>(step), flat<bool>(counts));
+void untouch_rows_op(Tensor seen, Tensor counters, const Tensor& row_P, const Tensor& inverse_P,
+                     const Tensor& num_before, const Tensor& counts) {
+  untouch_rows(flat<int64_t>(seen), flat<int64_t>(counters), flat<int32_t>(row_P), flat<int32_t>(inverse_P),
+               row_P.numel(), flat<int64_t>(num_before), flat<bool>(counts));
 }
 
 template <void (*update)(const StepRows*)>
-void optimizer_rows_op(Tensor rows, Tensor grads, Tensor num_unique, const Tensor& unique_rows,
+void optimizer_rows_op(Tensor rows, Tensor grads, Tensor counters, const Tensor& unique_rows,
                        const Tensor& row_vocabularies, const Tensor& hyper, const Tensor& due, const Ints& dims,
                        std::optional<Tensor> rates) {
-  const StepRows step{strided<float>(rows), strided<float>(grads), flat<int64_t>(num_unique), flat<int32_t>(unique_rows),
+  const StepRows step{strided<float>(rows), strided<float>(grads), flat<int64_t>(counters), flat<int32_t>(unique_rows),
                       flat<int32_t>(row_vocabularies), rows.stride(0), grads.stride(0), grads.size(1),
                       flat<double>(hyper), rates ? flat<float>(*rates) : nullptr, flat<bool>(due),
                       (int64_t)dims.size(), dims.data()};

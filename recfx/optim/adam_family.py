@@ -179,23 +179,19 @@ def _sparse(scalars: Scalars, lr: Rate, weight_decay: float) -> SparseOptimizer:
         if columns is not None and columns.rates is not None:
             return by_column.apply_(state, scale, due, columns, most_rows)
         hyper = _stacked(scalars, lr, weight_decay, state.step + 1, scale)
-        adamw_rows_(state.rows, state.grads, state.num_unique, state.unique_rows, hyper, due)
-        state.step.add_(due)
+        adamw_rows_(state.rows, state.grads, state.counters, state.unique_rows, hyper, due)
         return state
 
     def apply_checked_(
         state: TableState, scale: Tensor, due: Tensor, others: Sequence[Tensor]
     ) -> tuple[TableState, Tensor]:
         hyper = _stacked(scalars, lr, weight_decay, state.step + 1, scale)
-        touched = state.num_unique, state.unique_rows
-        is_finite = adamw_rows_checked_(state.rows, state.grads, *touched, hyper, due, others)
-        state.step.add_(due)
-        return state, is_finite
+        touched = state.counters, state.unique_rows
+        return state, adamw_rows_checked_(state.rows, state.grads, *touched, hyper, due, others)
 
     def sum_and_apply_(state: TableState, occurrences: Occurrences, scale: Tensor, due: Tensor) -> TableState:
         hyper = _stacked(scalars, lr, weight_decay, state.step + 1, scale)
-        sum_adamw_rows_(state.rows, state.num_unique, state.unique_rows, hyper, *occurrences)
-        state.step.add_(due)
+        sum_adamw_rows_(state.rows, state.counters, state.unique_rows, hyper, *occurrences)
         return state
 
     return by_column._replace(

@@ -168,10 +168,9 @@ def row_optimizer(
     def apply_(
         state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
     ) -> TableState:
-        touched = (state.num_unique, state.unique_rows, state.vocabularies)
+        touched = (state.counters, state.unique_rows, state.vocabularies)
         scalars, dims, rates = arguments(state, scale, columns)
         kernel.op_(state.rows, state.grads, *touched, scalars, due, dims, rates)
-        state.step.add_(due)
         return state
 
     return SparseOptimizer(slots, row_slots, update, apply_)

@@ -70,7 +70,7 @@ def clip_global_norm(max_norm: float) -> Callable[[Params, Sequence[TableState],
 
     def clip(grads: Params, tables: Sequence[TableState], scale: Tensor) -> Tensor:
         squares = [g.double().square().sum() for g in grads.values()]
-        squares += [squared_norm(t.grads, t.num_unique) for t in tables]
+        squares += [squared_norm(t.grads, t.counters) for t in tables]
         norm = torch.stack(squares).sum().sqrt() * scale
         return scale * (max_norm / (norm + 1e-6)).clamp(max=1).float()
 
@@ -85,7 +85,7 @@ def _sparse(optimizer: SparseOptimizer, limit: float, max_norm: float) -> Sparse
         state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
     ) -> TableState:
         dims = state.grads.shape[1:] if columns is None else columns.dims
-        clip_row_grads_(state.grads, state.num_unique, scale, due, dims, limit, max_norm)
+        clip_row_grads_(state.grads, state.counters, scale, due, dims, limit, max_norm)
         return optimizer.apply_(state, scale, due, columns, most_rows)
 
     return optimizer._replace(update=update, apply_=apply_)

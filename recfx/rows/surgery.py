@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from recfx.kernels.counters import NUM_CROWDED, NUM_FREE, NUM_ROWS
 from recfx.kernels.index.find_or_insert import find_or_insert_
 from recfx.kernels.op import UNKNOWN
 from recfx.rows.views import Rows, TableView, check_device, reading, rows_of, taken, view_of
@@ -82,15 +83,14 @@ def _insert_(view: TableView, seed: int, ids: Tensor) -> Tensor:
     """The row of each id; new rows have their initial values. The table must have room."""
     t, num_slots = view.table, view.table.rows.shape[2] - view.plan.width
     init = (nn.functional.pad(x, (0, num_slots)) for x in initializer_tensors(view.plan, seed))
-    tally, refused = t.tally.clone(), t.num_refused.clone()
+    before = t.counters.clone()
     row, _ = find_or_insert_(
-        t.slots, t.ids, t.vocabularies, t.seen, t.born, t.rows, t.num_rows, t.free_rows, t.num_free, t.num_refused,
-        t.tally, t.num_crowded, t.unique_rows, t.num_unique, t.num_slots, t.salt, t.step + 1, *reading(view, ids),
-        *init, None,
+        t.slots, t.ids, t.vocabularies, t.seen, t.born, t.rows, t.free_rows, t.unique_rows, t.counters,
+        *reading(view, ids), *init, None,
     )  # fmt: skip
-    t.tally.copy_(tally)  # these counters, and the step's unique rows, belong to training
-    t.num_refused.copy_(refused)
-    t.num_unique.zero_()
+    for of_rows in (NUM_ROWS, NUM_FREE, NUM_CROWDED):
+        before[of_rows] = t.counters[of_rows]
+    t.counters.copy_(before)  # the other counters, and the step's unique rows, belong to training
     return row.long()
 
 

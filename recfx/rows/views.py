@@ -62,7 +62,7 @@ def rows_of(view: TableView, ids: Tensor) -> Tensor:
         raise TypeError(f"ids: got {got}, expected torch.int64 [N]. float32 merges ids above 2**24.")
     check_device("ids", view, ids)
     t = view.table
-    return find(t.slots, t.ids, t.num_slots, t.salt, *reading(view, ids)).long()
+    return find(t.slots, t.ids, t.counters, *reading(view, ids)).long()
 
 
 def check_device(name: str, view: TableView, t: Tensor) -> None:

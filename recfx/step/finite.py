@@ -62,7 +62,7 @@ def gradients_finite(
         numbers = [*grads.values()]
     others = [g for g in numbers if g.dtype != torch.float32]
     numbers, states = [g for g in numbers if g.dtype == torch.float32], sums or []
-    found = all_finite(numbers, [s.grads for s in states], [s.num_unique for s in states])
+    found = all_finite(numbers, [s.grads for s in states], [s.counters for s in states])
     return found & are_finite(others) if others else found
 
 
@@ -78,6 +78,5 @@ def count_nonfinite_(counts: NonFinite, is_bad: Tensor, step: Tensor, batch: Ten
 
 def untouch_(s: TableState, found: Found, num_before: Tensor, counts: Tensor) -> Found:
     """Unless the batch counts, no row that it touched is among the step's, and no gradient of it reaches one."""
-    untouch_rows.untouch_rows_(s.seen, found.row, found.inverse, num_before, s.step, counts)
-    s.num_unique.copy_(torch.where(counts, s.num_unique, num_before))
+    untouch_rows.untouch_rows_(s.seen, s.counters, found.row, found.inverse, num_before, counts)
     return found._replace(inverse=torch.where(counts, found.inverse, -1))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recfx.checks import check_type
 from recfx.embeddings import TablePlan
+from recfx.kernels.counters import NUM_UNIQUE, new_counters
 from recfx.kernels.index import count_candidates, find, find_or_insert, keep_trained
 from recfx.kernels.rows import add_row_grads, count_rows
 from recfx.table import pooling
@@ -153,15 +154,12 @@ def table(
 def _init(parts: TableParts) -> TableState:
     device, max_rows, max_unique = parts.device, parts.max_rows, parts.max_unique
 
-    def counter(value: int = 0) -> Tensor:
-        return torch.tensor(value, dtype=torch.int64, device=device)
-
-    def index(max_keys: int) -> tuple[Tensor, Tensor]:
+    def index(max_keys: int) -> tuple[Tensor, int]:
         max_slots = slots_for(max_keys, 7 / 8)
         first_slots = min(FIRST_SLOTS, max_slots)
         slots = reserve((max_slots,), torch.int64, device)
         slots[:first_slots] = -1
-        return slots, counter(first_slots)
+        return slots, first_slots
 
     slots, num_slots = index(max_rows)
     candidate_slots, num_candidate_slots = index(parts.candidates)
@@ -173,26 +171,16 @@ def _init(parts: TableParts) -> TableState:
         born=reserve((max_rows,), torch.int32, device),
         counts=reserve((max_rows,), torch.int32, device),
         rows=reserve_rows((max_rows, *parts.row_shape), device, most_padding=0.25),
-        num_rows=counter(),
         free_rows=reserve((max_rows,), torch.int32, device),
-        num_free=counter(),
-        num_slots=num_slots,
-        num_crowded=counter(),
-        num_refused=counter(),
-        tally=torch.zeros(find_or_insert.TALLIES, dtype=torch.int64, device=device),
-        salt=counter(),
-        step=counter(),
         unique_rows=reserve((max_unique,), torch.int32, device),
-        num_unique=counter(),
         grads=reserve_rows((max_unique, parts.plan.width), device, most_padding=1.0),
         candidates=TableCandidates(
             slots=candidate_slots,
             ids=reserve((parts.candidates,), torch.int64, device),
             vocabularies=reserve((parts.candidates,), torch.int32, device),
             counts=reserve((parts.candidates,), torch.int32, device),
-            num=counter(),
-            num_slots=num_candidate_slots,
         ),
+        counters=new_counters(device, num_slots=num_slots, num_candidate_slots=num_candidate_slots),
     )
 
 
@@ -207,7 +195,7 @@ def _read(parts: TableParts, features: Mapping[str, Any]) -> Reading:
 
 def _find(s: TableState, reading: Reading) -> Found:
     ids = reading.id, reading.cell, reading.vocabularies
-    row = find.find(s.slots, s.ids, s.num_slots, s.salt, *ids)
+    row = find.find(s.slots, s.ids, s.counters, *ids)
     read_only = None if reading.read_only is None else _find(s, reading.read_only)
     return Found(reading, row, torch.full_like(row, -1), read_only)
 
@@ -217,14 +205,13 @@ def _insert_(parts: TableParts, s: TableState, reading: Reading) -> Found:
         return _find(s, reading)
     admits = _admitted(parts, s, reading)
     # Of another type, since an operator must not be given a tensor and its clone.
-    num_before = None if parts.trains is None else s.num_unique.int()
+    num_before = None if parts.trains is None else s.counters[NUM_UNIQUE].int()
     row, inverse = find_or_insert.find_or_insert_(
-        s.slots, s.ids, s.vocabularies, s.seen, s.born, s.rows, s.num_rows, s.free_rows, s.num_free,
-        s.num_refused, s.tally, s.num_crowded, s.unique_rows, s.num_unique, s.num_slots, s.salt, s.step + 1,
-        reading.id, reading.cell, reading.vocabularies, parts.init_keys, parts.init_params, admits,
+        s.slots, s.ids, s.vocabularies, s.seen, s.born, s.rows, s.free_rows, s.unique_rows, s.counters, reading.id,
+        reading.cell, reading.vocabularies, parts.init_keys, parts.init_params, admits,
     )  # fmt: skip
     if parts.trains is not None:
-        touched = s.seen, s.unique_rows, s.num_unique, num_before, s.step + 1
+        touched = s.seen, s.unique_rows, s.counters, num_before
         inverse = keep_trained.keep_trained_(*touched, inverse, reading.cell, parts.trains)
     read_only = None if reading.read_only is None else _find(s, reading.read_only)
     return Found(reading, row, inverse, read_only)
@@ -236,7 +223,7 @@ def _admitted(parts: TableParts, s: TableState, reading: Reading) -> Tensor | No
         return None
     id, cell, vocabularies = reading.id, reading.cell, reading.vocabularies
     if parts.candidates:
-        index = s.slots, s.ids, s.num_slots, s.salt
+        index = s.slots, s.ids, s.counters
         count = count_candidates.count_candidates_(*s.candidates, *index, id, cell, vocabularies)
     else:
         count = torch.zeros_like(cell)
@@ -259,7 +246,7 @@ def _add_grads_(parts: TableParts, s: TableState, found: Found, blocks: Blocks) 
 
 
 def _count_steps_(s: TableState, due: Tensor) -> TableState:
-    count_rows.count_rows_(s.counts, s.num_unique, s.unique_rows, due)
+    count_rows.count_rows_(s.counts, s.counters, s.unique_rows, due)
     return s
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recfx.kernels.counters import CREATED, EVICTED, LOOKED_UP, NUM_REFUSED, UNADMITTED
 from recfx.kernels.index import hashing
-from recfx.kernels.index.find_or_insert import CREATED, EVICTED, LOOKED_UP, UNADMITTED
 from recfx.kernels.op import FREED, UNKNOWN
 from recfx.table.index import rebuild_
 from recfx.table.policies import Life, RowColumns
@@ -40,11 +40,11 @@ def sweep_(state: TableState, life: Life) -> TableState:
         dead[left[_lowest(score[left], left.numel() - life.keep)]] = True
     gone = torch.nonzero(dead)[:, 0]
     delete_(state, gone)
-    state.tally[EVICTED] += gone.numel()
+    state.counters[EVICTED] += gone.numel()
     candidates = state.candidates
-    if int(candidates.num) > candidates.ids.numel() // 2:
-        candidates.num.zero_()
-        candidates.slots[: int(candidates.num_slots)] = hashing.EMPTY
+    if int(state.num_candidates) > candidates.ids.numel() // 2:
+        state.num_candidates.zero_()
+        candidates.slots[: int(state.num_candidate_slots)] = hashing.EMPTY
     return state
 
 
@@ -96,7 +96,7 @@ def _forget_(state: TableState, row: Tensor) -> None:
     c = state.candidates
     if c.ids.numel():
         key = state.vocabularies[row].long(), state.ids[row]
-        number = hashing.probe(c.slots, c.ids, c.num_slots, state.salt, *key)
+        number = hashing.probe(c.slots, c.ids, state.num_candidate_slots, state.salt, *key)
         c.counts[number[number != UNKNOWN]] = 0
 
 
@@ -125,19 +125,19 @@ def stats(state: TableState) -> Stats:
               0
     """
     size, probes = num_live(state), _probes(state)
-    tally = state.tally.tolist()
-    misses = tally[CREATED] + tally[UNADMITTED] + int(state.num_refused)
+    counters = state.counters.tolist()
+    misses = counters[CREATED] + counters[UNADMITTED] + counters[NUM_REFUSED]
     return Stats(
         size=size,
         load=size / int(state.num_slots),
         mean_probe=float(probes.double().mean()),
         max_probe=int(probes.max()) if size else 0,
-        hit_rate=1 - misses / tally[LOOKED_UP] if tally[LOOKED_UP] else float("nan"),
-        admitted=tally[CREATED],
-        refused=int(state.num_refused),
-        unadmitted=tally[UNADMITTED],
-        evicted=tally[EVICTED],
-        candidates=int(state.candidates.num),
+        hit_rate=1 - misses / counters[LOOKED_UP] if counters[LOOKED_UP] else float("nan"),
+        admitted=counters[CREATED],
+        refused=counters[NUM_REFUSED],
+        unadmitted=counters[UNADMITTED],
+        evicted=counters[EVICTED],
+        candidates=int(state.num_candidates),
     )
 
 

@@ -106,7 +106,7 @@ def test_it_waits_for_no_admission_and_counts_as_nothing():
     for _ in range(3):
         state, _ = step.update_(state, pack({"label": torch.zeros(BATCH, 1), "a": a}))
     assert rows_of(step, state).keys() == {("emb/a", 7)}
-    assert int(state.tables[0].candidates.num) <= 1
+    assert int(state.tables[0].num_candidates) <= 1
 
 
 def test_dense_ids_are_lists_without_it():

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from recfx.kernels.index import count_candidates
 from recfx.kernels.lists import cross_lists, order_ids, string_hash
 from recfx.kernels.rows import add_row_grads, optimizer_rows, sum_adamw_rows
-from recfx.table import Limits, Table, TableState, grow_, rebuild_, table
+from recfx.table import Limits, Table, TableState, copy_of, grow_, rebuild_, table
 from recfx.table.policies import Life, at_least
 from recfx.types import Ragged
 from tests.kernels.rows import test_adamw_rows, test_optimizer_rows
@@ -165,16 +165,19 @@ def test_many_crosses_candidates_and_strings_are_the_cpu_s(seed):
 
     life = Life(admit=at_least(2), candidates=2000)
     state = table(table_plan([0, 1]), optimizer_slots=2, seed=1, limits=Limits(max_rows=64), life=life).init()
-    empty = state.slots, state.ids, state.num_slots, state.salt
+    empty = state.slots, state.ids
     vocabularies = torch.tensor([0, 1], dtype=torch.int32)
-    stores = [on(device, tree_map_only(torch.Tensor, torch.clone, state.candidates)) for device in ("cpu", "cuda")]
+    stores = [on(device, copy_of(state)) for device in ("cpu", "cuda")]
     for sides in ((x, y), (y, x)):
         reading = *order_ids.order_ids([s.values for s in sides], [s.offsets for s in sides]), vocabularies
-        a = count_candidates.count_candidates_(*stores[0], *empty, *reading)
-        b = count_candidates.count_candidates_(*stores[1], *on("cuda", (*empty, *reading)))
+        a = count_candidates.count_candidates_(*stores[0].candidates, *empty, stores[0].counters, *reading)
+        b = count_candidates.count_candidates_(
+            *stores[1].candidates, *on("cuda", empty), stores[1].counters, *on("cuda", reading)
+        )
         assert torch.equal(a, b.cpu())
-    for name in ("ids", "vocabularies", "counts", "num"):
-        assert torch.equal(getattr(stores[0], name), getattr(stores[1], name).cpu())
+    for name in ("ids", "vocabularies", "counts"):
+        assert torch.equal(getattr(stores[0].candidates, name), getattr(stores[1].candidates, name).cpu())
+    assert torch.equal(stores[0].counters, stores[1].counters.cpu())
 
 
 def test_a_table_on_a_stream_of_its_own():

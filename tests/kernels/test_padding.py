@@ -59,7 +59,7 @@ def check(ops: Mapping[str, Callable], seed: int, *, samples: int = 40, max_rows
         state = table(plan, optimizer_slots=2, seed=1, limits=Limits(max_rows=max_rows), life=life).init()
         admits = torch.ones(len(reading.id), dtype=torch.bool).index_put((places,), torch.tensor(admit))
         weights = torch.full((len(reading.id),), 5.0).index_put((places,), weight)
-        index = state.slots, state.ids, state.num_slots, state.salt
+        index = state.slots, state.ids, state.counters
         counts = ops["count_candidates_"](*state.candidates, *index, *reading)
         rows = ops["find_or_insert_"](*arguments(state, reading, (keys, params), admits.tolist()))
         found = ops["find"](*index, *reading)
@@ -69,8 +69,8 @@ def check(ops: Mapping[str, Callable], seed: int, *, samples: int = 40, max_rows
         of_ids = rows[1], reading.cell, plan.firsts, plan.dims, blocks, weights
         ops["add_row_grads_"](state.grads, *of_ids)
         states.append(state)
-        fused, num = state.rows.clone(), state.num_unique.clone()
-        ops["sum_adamw_rows_"](fused, num, state.unique_rows, HYPER, *of_ids)
+        fused, counters = state.rows.clone(), state.counters.clone()
+        ops["sum_adamw_rows_"](fused, counters, state.unique_rows, HYPER, *of_ids)
         return [counts, *rows, found], pooled, [state.grads, fused]
 
     states: list = []

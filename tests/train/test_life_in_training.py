@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from recfx.capture import capture, capture_evaluation
 from recfx.checkpoint import load, save
-from recfx.kernels.index.find_or_insert import TALLIES
+from recfx.kernels.counters import NUM_COUNTERS
 from recfx.table import ROW_FIELDS, Limits, num_live, policies, stats, sweep_, table
 from recfx.table.policies import Life
 from recfx.train import TrainConfig, evaluate, train
@@ -147,10 +147,10 @@ def test_interrupted_and_resumed_life_goes_on_to_the_same_bytes(tmp_path):
     a, b = whole.tables[0], resumed.tables[0]
     equal_tables(a, b)
     assert torch.equal(a.rows, b.rows)
-    num = int(a.candidates.num)
+    num = int(a.num_candidates)
     assert num > 0
     for name in ("ids", "vocabularies", "counts"):
-        assert torch.equal(getattr(a.candidates, name)[:num], getattr(b.candidates, name)[: int(b.candidates.num)]), (
+        assert torch.equal(getattr(a.candidates, name)[:num], getattr(b.candidates, name)[: int(b.num_candidates)]), (
             name
         )
 
@@ -213,7 +213,7 @@ def test_max_bytes_is_the_most_memory_that_a_table_takes(max_unique, candidates)
     options = {"optimizer_slots": 2, "seed": 1, "life": life}
     for max_bytes in (10_000, 123_456, 10**7):
         leaves = tree_leaves(table(plan, **options, limits=Limits(max_bytes=max_bytes, max_unique=max_unique)).init())
-        taken = sum(len(t) * t.stride(0) * t.element_size() for t in leaves if t.dim()) - 8 * TALLIES
+        taken = sum(len(t) * t.stride(0) * t.element_size() for t in leaves if t.dim()) - 8 * NUM_COUNTERS
         assert taken <= max_bytes
         assert taken > 0.6 * max_bytes  # the index doubles
     with pytest.raises(ValueError, match=r"max_bytes: got 100, expected at least \d+, the bytes of one row"):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from recfx.kernels.counters import NUM_UNIQUE
 from recfx.kernels.op import define_op
 
 __all__ = ["PARTS", "all_finite", "are_finite", "finite_parts"]
@@ -22,21 +23,21 @@ def are_finite(tensors: Sequence[Tensor]) -> Tensor:
     return (largest[0] if len(largest) == 1 else torch.stack(largest).amax()) < torch.inf  # NaN is the largest of all
 
 
-def definition(tensors: Sequence[Tensor], grads: Sequence[Tensor], num_unique: Sequence[Tensor]) -> Tensor:
-    """bool []: `tensors` and the first num_unique[t] rows of each grads[t] are finite.
+def definition(tensors: Sequence[Tensor], grads: Sequence[Tensor], counters: Sequence[Tensor]) -> Tensor:
+    """bool []: `tensors` and the first NUM_UNIQUE rows of each grads[t] are finite.
 
-    Shapes:   tensors f32, of any shape; grads[t] f32 [U, W], num_unique[t] i64 []; at least one of either.
+    Shapes:   tensors f32, of any shape; grads[t] f32 [U, W], counters[t] as in `TableState`; at least one of either.
     """
-    rows = [g[: int(n)] for g, n in zip(grads, num_unique, strict=True)]
-    return are_finite([*tensors, *rows]).to(_fake(tensors, grads, num_unique).device)
+    rows = [g[: int(c[NUM_UNIQUE])] for g, c in zip(grads, counters, strict=True)]
+    return are_finite([*tensors, *rows]).to(_fake(tensors, grads, counters).device)
 
 
-def _fake(tensors: Sequence[Tensor], grads: Sequence[Tensor], num_unique: Sequence[Tensor]) -> Tensor:
+def _fake(tensors: Sequence[Tensor], grads: Sequence[Tensor], counters: Sequence[Tensor]) -> Tensor:
     return [*tensors, *grads][0].new_empty((), dtype=torch.bool)
 
 
 all_finite = define_op(
-    "all_finite(Tensor[] tensors, Tensor[] grads, Tensor[] num_unique) -> Tensor",
+    "all_finite(Tensor[] tensors, Tensor[] grads, Tensor[] counters) -> Tensor",
     definition=definition,
     fake=_fake,
 )

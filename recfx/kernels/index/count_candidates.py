@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recfx.kernels.counters import NUM_CANDIDATE_SLOTS, NUM_CANDIDATES, NUM_SLOTS, SALT
 from recfx.kernels.index import hashing
 from recfx.kernels.op import UNKNOWN, address, c_function, define_op
 
@@ -16,12 +17,9 @@ def definition(
     candidate_ids: Tensor,
     candidate_vocabularies: Tensor,
     candidate_counts: Tensor,
-    num_candidates: Tensor,
-    num_candidate_slots: Tensor,
     slots: Tensor,
     ids: Tensor,
-    num_slots: Tensor,
-    salt: Tensor,
+    counters: Tensor,
     id_P: Tensor,
     cell_P: Tensor,
     vocabularies: Tensor,
@@ -31,12 +29,14 @@ def definition(
     Returns n for each occurrence, itself included; 0 for ids that have a row and for padding. When `candidate_ids` or
     7/8 of the index is full, further ids are not counted: their every occurrence is their first.
 
-    Shapes:   candidate_slots i64 [S], candidate_ids i64 [K], candidate_vocabularies and candidate_counts i32 [K],
-              num_candidates and num_candidate_slots i64 []; the others as in `find` -> i32 [P].
-    Writes:   candidate_slots, candidate_ids, candidate_vocabularies, candidate_counts, num_candidates.
+    Shapes:   candidate_slots i64 [S], candidate_ids i64 [K], candidate_vocabularies and candidate_counts i32 [K];
+              the others as in `find` -> i32 [P].
+    Writes:   candidate_slots, candidate_ids, candidate_vocabularies, candidate_counts, the counter NUM_CANDIDATES.
     """
+    salt, num_candidates = counters[SALT], counters[NUM_CANDIDATES].clone()
+    num_candidate_slots = counters[NUM_CANDIDATE_SLOTS]
     vocabulary_P = vocabularies[cell_P % len(vocabularies)].long()
-    row_P = hashing.probe(slots, ids, num_slots, salt, vocabulary_P, id_P)
+    row_P = hashing.probe(slots, ids, counters[NUM_SLOTS], salt, vocabulary_P, id_P)
     absent = (cell_P >= 0) & (row_P == UNKNOWN)
     keys, inverse = torch.unique(torch.stack([vocabulary_P, id_P])[:, absent], dim=1, return_inverse=True)
     nth = torch.arange(inverse.numel(), device=ids.device)
@@ -54,7 +54,7 @@ def definition(
     hashing.place(candidate_slots, num_candidate_slots, salt, keys[0, is_new], keys[1, is_new], new)
     candidate_ids[new], candidate_vocabularies[new] = keys[1, is_new], keys[0, is_new].int()
     candidate_counts[new] = torch.zeros_like(new, dtype=torch.int32)
-    num_candidates += new.numel()
+    counters[NUM_CANDIDATES] += new.numel()
 
     held = number != UNKNOWN
     before = torch.where(held, candidate_counts[number.clamp(min=0)], 0)
@@ -68,19 +68,19 @@ def definition(
     return count_P
 
 
-_count_candidates = c_function("count_candidates", "p" * 6 + "i" + "pppp" + "ppi" + "pi" + "p")
+_count_candidates = c_function("count_candidates", "pppp" + "i" + "ppp" + "ppi" + "pi" + "p")
 
 
 def _cpu(  # type: ignore[no-untyped-def]
-    candidate_slots, candidate_ids, candidate_vocabularies, candidate_counts, num_candidates, num_candidate_slots,
-    slots, ids, num_slots, salt, id_P, cell_P, vocabularies,
+    candidate_slots, candidate_ids, candidate_vocabularies, candidate_counts, slots, ids, counters, id_P, cell_P,
+    vocabularies,
 ):  # fmt: skip
     count_P = torch.empty_like(cell_P)
     candidates = candidate_slots, candidate_ids, candidate_vocabularies, candidate_counts
     _count_candidates(
-        *map(address, (*candidates, num_candidates, num_candidate_slots)),
+        *map(address, candidates),
         candidate_ids.numel(),
-        *map(address, (slots, ids, num_slots, salt, id_P, cell_P)),
+        *map(address, (slots, ids, counters, id_P, cell_P)),
         cell_P.numel(),
         *(address(vocabularies), len(vocabularies)),
         address(count_P),
@@ -88,12 +88,19 @@ def _cpu(  # type: ignore[no-untyped-def]
     return count_P
 
 
+def _fake(  # type: ignore[no-untyped-def]
+    candidate_slots, candidate_ids, candidate_vocabularies, candidate_counts, slots, ids, counters, id_P, cell_P,
+    vocabularies,
+):  # fmt: skip
+    return torch.empty_like(cell_P)
+
+
 count_candidates_ = define_op(
     "count_candidates_(Tensor(a!) candidate_slots, Tensor(b!) candidate_ids, Tensor(c!) candidate_vocabularies,"
-    " Tensor(d!) candidate_counts, Tensor(e!) num_candidates, Tensor num_candidate_slots, Tensor slots, Tensor ids,"
-    " Tensor num_slots, Tensor salt, Tensor id_P, Tensor cell_P, Tensor vocabularies) -> Tensor",
+    " Tensor(d!) candidate_counts, Tensor slots, Tensor ids, Tensor(e!) counters, Tensor id_P, Tensor cell_P,"
+    " Tensor vocabularies) -> Tensor",
     definition=definition,
     cpu=_cpu,
     cuda="index.gpu.count_candidates",
-    fake=lambda *args: torch.empty_like(args[11]),
+    fake=_fake,
 )

@@ -24,28 +24,25 @@ struct alignas(64) Progress {
   int64_t num_padding = 0;
 };
 
-
-enum { LOOKED_UP, CREATED, EVICTED, UNADMITTED };
-
 EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabularies, int64_t* seen, int32_t* born,
-                           float* rows, int64_t* num_rows, const int32_t* free_rows, int64_t* num_free,
-                           int64_t* num_refused, int64_t* tally, int64_t* num_crowded, int32_t* unique_rows,
-                           int64_t* num_unique, const int64_t* num_slots, const int64_t* salt, const int64_t* step,
+                           float* rows, const int32_t* free_rows, int32_t* unique_rows, int64_t* counters,
                            int64_t max_rows, int64_t max_unique, int64_t row_stride, int64_t row_blocks,
                            const int64_t* id_P, const int32_t* cell_P, int64_t num_positions,
                            const int32_t* vocabularies, int64_t num_lookups, const int64_t* init_keys,
                            const float* init_params, int64_t width, const bool* admit_P, int32_t* row_P,
                            int32_t* inverse_P) {
   const Ids in{id_P, cell_P, num_positions, vocabularies, num_lookups};
-  const uint64_t mask = (uint64_t)*num_slots - 1;
-  const int64_t room = std::min(max_rows, *num_slots / 8 * 7), first_new = *num_rows, count = in.count;
-  const Index index{slots, ids, mask, (uint64_t)*salt};
+  const int64_t num_slots = counters[NUM_SLOTS], step = counters[STEP] + 1;
+  const uint64_t mask = (uint64_t)num_slots - 1;
+  const int64_t room = std::min(max_rows, num_slots / 8 * 7), first_new = counters[NUM_ROWS], count = in.count;
+  const Index index{slots, ids, mask, (uint64_t)counters[SALT]};
   Keys keys(count);
   const std::unique_ptr<int32_t[]> numbers(new int32_t[count]);
   const std::unique_ptr<Progress[]> progress(new Progress[omp_get_max_threads()]);
 
-  const int64_t first_free = *num_free;
-  int64_t fill = first_new, free = first_free, unique = *num_unique, unadmitted = 0, num_without = 0;
+  const int64_t first_free = counters[NUM_FREE];
+  int64_t fill = first_new, free = first_free, unique = counters[NUM_UNIQUE], crowded = 0, unadmitted = 0;
+  int64_t num_without = 0;
   const auto insert = [&](const Key& key) -> int32_t {
     uint64_t at;
     const int64_t id = id_P[key.position];
@@ -57,10 +54,10 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
     row = free ? free_rows[--free] : fill++;
     ids[row] = id;
     store_slot(slots + at, make_slot(slot_head(key.hash, key.vocabulary), row));
-    *num_crowded += is_crowded(at, key.hash, mask);
+    crowded += is_crowded(at, key.hash, mask);
     row_vocabularies[row] = key.vocabulary;
     seen[row] = -1;
-    born[row] = (int32_t)*step;
+    born[row] = (int32_t)step;
     return (int32_t)row;
   };
 
@@ -69,7 +66,7 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
     // By pointers of its own: what is captured would be read again after every store.
     int32_t *const row = keys.row.get(), *const number = numbers.get(), *const rows_in_order = unique_rows;
     int64_t* const last_seen = seen;
-    const uint64_t now = (uint64_t)*step << 32;
+    const uint64_t now = (uint64_t)step << 32;
     int64_t next = unique;
     for (int64_t j = begin; j < end; ++j) {
       if (j + AHEAD < end) __builtin_prefetch(&last_seen[std::max(row[j + AHEAD], 0)], 1);
@@ -127,18 +124,20 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
       inverse_P[k] = number[place];
     }
   }
-  *num_rows = fill;
-  *num_unique = unique;
+  counters[NUM_ROWS] = fill;
+  counters[NUM_UNIQUE] = unique;
+  counters[NUM_CROWDED] += crowded;
   int64_t num_padding = 0;
   for (int64_t t = 0; t < omp_get_max_threads(); ++t) num_padding += progress[t].num_padding;
-  if (num_without) *num_refused += std::count(inverse_P, inverse_P + count, UNKNOWN) - unadmitted - num_padding;
+  if (num_without)
+    counters[NUM_REFUSED] += std::count(inverse_P, inverse_P + count, UNKNOWN) - unadmitted - num_padding;
   std::fill(row_P + count, row_P + num_positions, UNKNOWN);
   std::fill(inverse_P + count, inverse_P + num_positions, UNKNOWN);
-  *num_free = free;
+  counters[NUM_FREE] = free;
   const int64_t reused = first_free - free, created = reused + fill - first_new;
-  tally[LOOKED_UP] += count - num_padding;
-  tally[CREATED] += created;
-  tally[UNADMITTED] += unadmitted;
+  counters[LOOKED_UP] += count - num_padding;
+  counters[CREATED] += created;
+  counters[UNADMITTED] += unadmitted;
 
   const Initializer init{init_keys, init_params, width};
 #pragma omp parallel for schedule(static) if (created > 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recfx.kernels.counters import NUM_UNIQUE, STEP
 from recfx.kernels.op import UNKNOWN, define_op
 
 __all__ = ["keep_trained_"]
@@ -15,9 +16,8 @@ NO_NUMBER = 2**32 - 1  # low half of `seen` of a row that the step touched and d
 def definition(
     seen: Tensor,
     unique_rows: Tensor,
-    num_unique: Tensor,
+    counters: Tensor,
     num_before: Tensor,
-    step: Tensor,
     inverse_P: Tensor,
     cell_P: Tensor,
     trains: Tensor,
@@ -25,10 +25,10 @@ def definition(
     """After `find_or_insert_`: of the rows that it gave numbers, those with an occurrence that trains keep their order
     and are numbered from num_before again; the others count as seen, and are no longer among the step's rows.
 
-    Shapes:   seen i64 [R], unique_rows i32 [U]; num_unique, num_before (its value before `find_or_insert_`) and step,
-              i64 or i32 []; inverse_P and cell_P i32 [P]; trains bool [L], of each cell of a sample.
+    Shapes:   seen i64 [R], unique_rows i32 [U], counters as in `TableState`, num_before i64 or i32 [] (NUM_UNIQUE
+              before `find_or_insert_`), inverse_P and cell_P i32 [P], trains bool [L], of each cell of a sample.
     Returns:  inverse_P i32 [P], -1 for occurrences that do not train.
-    Writes:   seen, unique_rows, num_unique.
+    Writes:   seen, unique_rows, the counter NUM_UNIQUE.
     Cost:     a dozen passes over the positions, 5 launches on a GPU; never syncs.
     """
     num = inverse_P.numel()
@@ -42,24 +42,24 @@ def definition(
     is_kept = torch.zeros(num + 1, dtype=torch.int64, device=seen.device).scatter(0, spare, 1)[:num]
     number = before + torch.cumsum(is_kept, 0) - 1
 
-    exists = n < num_unique - before
+    exists = n < counters[NUM_UNIQUE] - before
     row = torch.where(exists, unique_rows[(before + n).clamp(max=unique_rows.numel() - 1)].long(), 0)
-    now = (step.long() << 32) | torch.where(is_kept == 1, number, NO_NUMBER)
+    now = ((counters[STEP] + 1) << 32) | torch.where(is_kept == 1, number, NO_NUMBER)
     # Written as differences, 0 where there is nothing to write: all shapes are fixed, and no place is written twice.
     seen.index_add_(0, row, torch.where(exists, now - seen[row], 0))
     to = torch.where(is_kept == 1, number, 0)
     moved = torch.where(is_kept == 1, row.int() - unique_rows[to], 0)
     unique_rows.index_add_(0, to, moved)
-    num_unique.copy_(before + is_kept.sum())
+    counters[NUM_UNIQUE] = before + is_kept.sum()
     renumbered = torch.where(is_new, number[nth.clamp(min=0)], inverse_P.long())
     return torch.where(trained, renumbered, UNKNOWN).int()
 
 
 keep_trained_ = define_op(
-    "keep_trained_(Tensor(a!) seen, Tensor(b!) unique_rows, Tensor(c!) num_unique, Tensor num_before, Tensor step,"
+    "keep_trained_(Tensor(a!) seen, Tensor(b!) unique_rows, Tensor(c!) counters, Tensor num_before,"
     " Tensor inverse_P, Tensor cell_P, Tensor trains) -> Tensor",
     definition=definition,
     cpu=definition,
     cuda="index.gpu.keep_trained",
-    fake=lambda *args: torch.empty_like(args[5]),
+    fake=lambda seen, unique_rows, counters, num_before, inverse_P, cell_P, trains: torch.empty_like(inverse_P),
 )

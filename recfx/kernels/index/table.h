@@ -8,6 +8,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "kernels/counters.h"
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 constexpr int64_t EMPTY = -1;
@@ -196,7 +198,7 @@ struct Ids {
 struct StepRows {
   float* rows;
   float* grads_UW;
-  int64_t* num_unique;
+  int64_t* counters;
   const int32_t* unique_rows;
   const int32_t* vocabularies;  // of each row
   int64_t row_stride, grad_stride, width;

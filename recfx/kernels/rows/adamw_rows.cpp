@@ -1,13 +1,13 @@
-// The AdamW family on the rows of one step, then the step's gradients and unique count back to zero.
+// The AdamW family on the rows of one step, then the step's gradients and unique count to zero; one step more.
 #include "kernels/index/table.h"
 
-EXPORT void adamw_rows(float* rows, float* grads_UW, int64_t* num_unique, const int32_t* unique_rows, int64_t row_stride,
+EXPORT void adamw_rows(float* rows, float* grads_UW, int64_t* counters, const int32_t* unique_rows, int64_t row_stride,
                        int64_t grad_stride, int64_t width, const double* hyper, const bool* due, bool* is_finite) {
   if (!*due) return;
   uint32_t found = 0;  // a gradient that is NaN or infinite: here it costs nothing to look
   const float decay = hyper[0], b1 = hyper[1], c1 = hyper[2], b2 = hyper[3], c2 = hyper[4];
   const float alpha = hyper[5], eps = hyper[6], scale = hyper[7];
-  const int64_t num = *num_unique, ahead = rows_ahead();
+  const int64_t num = counters[NUM_UNIQUE], ahead = rows_ahead();
   with_dim(width, [=, &found](auto dim) {
 #pragma omp parallel reduction(| : found)
     {
@@ -35,6 +35,7 @@ EXPORT void adamw_rows(float* rows, float* grads_UW, int64_t* num_unique, const 
       for (int64_t c = 0; c < dim; ++c) found |= in_column[c];
     }
   });
-  *num_unique = 0;
+  counters[NUM_UNIQUE] = 0;
+  ++counters[STEP];
   if (is_finite != nullptr) *is_finite = *is_finite && !found;
 }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from recfx.kernels.counters import NUM_UNIQUE, STEP
 from recfx.kernels.dense import all_finite
 from recfx.kernels.op import define_op
 
@@ -27,47 +28,46 @@ def adamw_update(
     return decay * w - alpha * m / (v.sqrt() + eps), m, v
 
 
-def definition(
-    rows: Tensor, grads: Tensor, num_unique: Tensor, unique_rows: Tensor, hyper: Tensor, due: Tensor
-) -> None:
-    """`adamw_update` on rows[unique_rows[:num_unique]], then grads and num_unique back to zero for the next step.
+def definition(rows: Tensor, grads: Tensor, counters: Tensor, unique_rows: Tensor, hyper: Tensor, due: Tensor) -> None:
+    """`adamw_update` on rows[unique_rows[:NUM_UNIQUE]]; grads and NUM_UNIQUE are then zero, STEP is one more.
 
     Nothing happens unless `due`: a micro-batch inside a gradient accumulation window leaves the rows alone.
 
-    Shapes:   rows f32 [R, 3, W] (weight, m, v), grads f32 [U, W], unique_rows i32 [U], num_unique i64 [],
-              hyper f64 [8], the scalars of `adamw_update`, due bool [].
+    Shapes:   rows f32 [R, 3, W] (weight, m, v), grads f32 [U, W], unique_rows i32 [U], counters as in
+              `TableState`, hyper f64 [8], the scalars of `adamw_update`, due bool [].
     """
     if not due:
         return
-    num = int(num_unique)
+    num = int(counters[NUM_UNIQUE])
     row = unique_rows[:num].long()
     w, m, v = rows[row].unbind(1)
     for slot, new in enumerate(adamw_update(w, m, v, grads[:num], hyper.to(w.dtype).unbind())):
         rows[row, slot] = new
     grads[:num] = 0
-    num_unique.zero_()
+    counters[NUM_UNIQUE] = 0
+    counters[STEP] += 1
 
 
 def checked_definition(
     rows: Tensor,
     grads: Tensor,
-    num_unique: Tensor,
+    counters: Tensor,
     unique_rows: Tensor,
     hyper: Tensor,
     due: Tensor,
     others: Sequence[Tensor],
 ) -> Tensor:
-    """`adamw_rows_`; returns bool []: whether grads[:num_unique] and `others` were finite.
+    """`adamw_rows_`; returns bool []: whether grads[:NUM_UNIQUE] and `others` were finite.
 
     Shapes:   others f32, of any shape.
     """
-    found = all_finite.definition(others, [grads], [num_unique] if due else [torch.zeros_like(num_unique)])
-    definition(rows, grads, num_unique, unique_rows, hyper, due)
+    found = all_finite.definition(others, [grads], [counters if due else torch.zeros_like(counters)])
+    definition(rows, grads, counters, unique_rows, hyper, due)
     return found
 
 
 adamw_rows_ = define_op(
-    "adamw_rows_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) num_unique, Tensor unique_rows, Tensor hyper,"
+    "adamw_rows_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) counters, Tensor unique_rows, Tensor hyper,"
     " Tensor due) -> ()",
     definition=definition,
     cuda="rows.gpu.optimizer_rows",
@@ -76,8 +76,8 @@ adamw_rows_ = define_op(
 
 # On a CPU, where the rows' gradients are read for the update anyway. On others the definition reads the host.
 adamw_rows_checked_ = define_op(
-    "adamw_rows_checked_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) num_unique, Tensor unique_rows, Tensor hyper,"
+    "adamw_rows_checked_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) counters, Tensor unique_rows, Tensor hyper,"
     " Tensor due, Tensor[] others) -> Tensor",
     definition=checked_definition,
-    fake=lambda *args: torch.empty_like(args[5]),
+    fake=lambda rows, grads, counters, unique_rows, hyper, due, others: torch.empty_like(due),
 )

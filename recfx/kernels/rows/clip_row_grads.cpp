@@ -3,10 +3,10 @@
 
 #include "kernels/index/table.h"
 
-EXPORT void clip_row_grads(float* grads_UW, const int64_t* num_unique, int64_t stride, const float* scale,
+EXPORT void clip_row_grads(float* grads_UW, const int64_t* counters, int64_t stride, const float* scale,
                            const bool* due, int64_t num_tables, const int64_t* dims, const double* limits) {
   if (!*due) return;
-  const int64_t num = *num_unique;
+  const int64_t num = counters[NUM_UNIQUE];
   const float limit = limits[0] / *scale, max_norm = limits[1];
 #pragma omp parallel for schedule(static)
   for (int64_t u = 0; u < num; ++u) {
@@ -26,9 +26,9 @@ EXPORT void clip_row_grads(float* grads_UW, const int64_t* num_unique, int64_t s
 }
 
 // Summed by blocks of rows, then over the blocks in order: the same for any number of threads.
-EXPORT void squared_norm(const float* grads_UW, const int64_t* num_unique, int64_t stride, int64_t width, double* out) {
+EXPORT void squared_norm(const float* grads_UW, const int64_t* counters, int64_t stride, int64_t width, double* out) {
   constexpr int64_t BLOCK = 256;
-  const int64_t num = *num_unique, num_blocks = (num + BLOCK - 1) / BLOCK;
+  const int64_t num = counters[NUM_UNIQUE], num_blocks = (num + BLOCK - 1) / BLOCK;
   std::vector<double> sums(num_blocks, 0.0);
 #pragma omp parallel for schedule(static)
   for (int64_t b = 0; b < num_blocks; ++b) {

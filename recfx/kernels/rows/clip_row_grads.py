@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from recfx.kernels.counters import NUM_UNIQUE
 from recfx.kernels.op import define_op
 
 __all__ = ["clip_row_grads_", "clipped", "squared_norm"]
@@ -24,19 +25,19 @@ def clipped(grads: Tensor, scale: Tensor, dims: Sequence[int], limit: float, max
 
 
 def definition(
-    grads: Tensor, num_unique: Tensor, scale: Tensor, due: Tensor, dims: Sequence[int], limit: float, max_norm: float
+    grads: Tensor, counters: Tensor, scale: Tensor, due: Tensor, dims: Sequence[int], limit: float, max_norm: float
 ) -> None:
-    """`clipped` on grads[:num_unique], unless the step is not `due`.
+    """`clipped` on grads[:NUM_UNIQUE], unless the step is not `due`.
 
-    Shapes:   grads f32 [U, W], num_unique i64 [], scale f32 [], due bool [].
+    Shapes:   grads f32 [U, W], counters as in `TableState`, scale f32 [], due bool [].
     """
     if due:
-        num = int(num_unique)
+        num = int(counters[NUM_UNIQUE])
         grads[:num] = clipped(grads[:num], scale, dims, limit, max_norm)
 
 
 clip_row_grads_ = define_op(
-    "clip_row_grads_(Tensor(a!) grads, Tensor num_unique, Tensor scale, Tensor due, int[] dims, float limit,"
+    "clip_row_grads_(Tensor(a!) grads, Tensor counters, Tensor scale, Tensor due, int[] dims, float limit,"
     " float max_norm) -> ()",
     definition=definition,
     cuda="rows.gpu.clip_row_grads",
@@ -44,14 +45,14 @@ clip_row_grads_ = define_op(
 )
 
 
-def squared_norm_definition(grads: Tensor, num_unique: Tensor) -> Tensor:
-    """The sum of squares of grads[:num_unique], f64 []. Shapes: grads f32 [U, W], num_unique i64 []."""
-    return grads[: int(num_unique)].double().square().sum()
+def squared_norm_definition(grads: Tensor, counters: Tensor) -> Tensor:
+    """The sum of squares of grads[:NUM_UNIQUE], f64 []. Shapes: grads f32 [U, W], counters as in `TableState`."""
+    return grads[: int(counters[NUM_UNIQUE])].double().square().sum()
 
 
 squared_norm = define_op(
-    "squared_norm(Tensor grads, Tensor num_unique) -> Tensor",
+    "squared_norm(Tensor grads, Tensor counters) -> Tensor",
     definition=squared_norm_definition,
     cuda="rows.gpu.clip_row_grads",
-    fake=lambda grads, num_unique: grads.new_empty((), dtype=torch.float64),
+    fake=lambda grads, counters: grads.new_empty((), dtype=torch.float64),
 )

@@ -5,29 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recfx.kernels.counters import NUM_UNIQUE
 from recfx.kernels.op import address, c_function, define_op
 
 __all__ = ["count_rows_"]
 
 
-def definition(counts: Tensor, num_unique: Tensor, unique_rows: Tensor, due: Tensor) -> None:
-    """counts[unique_rows[:num_unique]] += 1, if `due`: once per optimiser step, however it was cut.
+def definition(counts: Tensor, counters: Tensor, unique_rows: Tensor, due: Tensor) -> None:
+    """counts[unique_rows[:NUM_UNIQUE]] += 1, if `due`: once per optimiser step, however it was cut.
 
-    Shapes:   counts i32 [R], num_unique i64 [], unique_rows i32 [U], due bool [].
+    Shapes:   counts i32 [R], counters as in `TableState`, unique_rows i32 [U], due bool [].
     """
-    row = unique_rows[: int(num_unique) if due else 0].long()
+    row = unique_rows[: int(counters[NUM_UNIQUE]) if due else 0].long()
     counts[row] += torch.ones_like(row, dtype=torch.int32)
 
 
 _count_rows = c_function("count_rows", "pppp")
 
 
-def _cpu(counts, num_unique, unique_rows, due):  # type: ignore[no-untyped-def]
-    _count_rows(*map(address, (counts, num_unique, unique_rows, due)))
+def _cpu(counts, counters, unique_rows, due):  # type: ignore[no-untyped-def]
+    _count_rows(*map(address, (counts, counters, unique_rows, due)))
 
 
 count_rows_ = define_op(
-    "count_rows_(Tensor(a!) counts, Tensor num_unique, Tensor unique_rows, Tensor due) -> ()",
+    "count_rows_(Tensor(a!) counts, Tensor counters, Tensor unique_rows, Tensor due) -> ()",
     definition=definition,
     cpu=_cpu,
     cuda="rows.gpu.count_rows",

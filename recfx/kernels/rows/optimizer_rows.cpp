@@ -1,4 +1,4 @@
-// Optimisers on the rows of one step, then the step's gradients and unique count back to zero. A formula says what
+// Optimisers on the rows of one step, then the step's gradients and unique count to zero; one step more. A formula says what
 // happens to one row; the walk over the rows is the same for all.
 #include <vector>
 
@@ -8,7 +8,7 @@
 template <class Formula>
 static void update_rows(const StepRows& s, Formula formula) {
   if (!*s.due) return;
-  const int64_t num = *s.num_unique, ahead = rows_ahead();
+  const int64_t num = s.counters[NUM_UNIQUE], ahead = rows_ahead();
   const float scale = s.hyper[2];
   std::vector<float> same(2 * s.width, (float)s.hyper[0]);
   std::fill(same.begin() + s.width, same.end(), (float)s.hyper[1]);
@@ -26,7 +26,8 @@ static void update_rows(const StepRows& s, Formula formula) {
       for (int64_t c = 0; c < dim; ++c) g[c] = 0.0f;
     }
   });
-  *s.num_unique = 0;
+  s.counters[NUM_UNIQUE] = 0;
+  ++s.counters[STEP];
 }
 
 EXPORT void sgd_rows(const StepRows* s) {

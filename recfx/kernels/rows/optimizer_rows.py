@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recfx.kernels.counters import NUM_UNIQUE, STEP
 from recfx.kernels.op import define_op
 from recfx.kernels.rows.adamw_rows import adamw_update
 
@@ -124,7 +125,7 @@ def _define(name: str, formula: Formula) -> RowOptimizer:
     def definition(
         rows: Tensor,
         grads: Tensor,
-        num_unique: Tensor,
+        counters: Tensor,
         unique_rows: Tensor,
         row_vocabularies: Tensor,
         hyper: Tensor,
@@ -132,24 +133,25 @@ def _define(name: str, formula: Formula) -> RowOptimizer:
         dims: Sequence[int],
         rates: Tensor | None = None,
     ) -> None:
-        """`updated_rows` for rows[unique_rows[:num_unique]], then grads and num_unique back to zero for the next step.
+        """`updated_rows` for rows[unique_rows[:NUM_UNIQUE]]; grads and NUM_UNIQUE are then zero, STEP is one more.
 
         Nothing happens unless `due`: a micro-batch inside a gradient accumulation window leaves the rows alone.
 
-        Shapes:   as in `updated_rows`, with rows of the whole table, unique_rows i32 [U], num_unique i64 [],
-                  row_vocabularies i32 [R], due bool [], and rates f32 [V, 2, W], by vocabulary.
+        Shapes:   as in `updated_rows`, with rows of the whole table, unique_rows i32 [U], counters as in
+                  `TableState`, row_vocabularies i32 [R], due bool [], and rates f32 [V, 2, W], by vocabulary.
         """
         if not due:
             return
-        num = int(num_unique)
+        num = int(counters[NUM_UNIQUE])
         row = unique_rows[:num].long()
         of_row = None if rates is None else rates[row_vocabularies[row].long()]
         rows[row] = updated_rows(formula, rows[row], grads[:num], hyper, dims, of_row)
         grads[:num] = 0
-        num_unique.zero_()
+        counters[NUM_UNIQUE] = 0
+        counters[STEP] += 1
 
     op_ = define_op(
-        f"{name}_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) num_unique, Tensor unique_rows,"
+        f"{name}_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) counters, Tensor unique_rows,"
         " Tensor row_vocabularies, Tensor hyper, Tensor due, int[] dims, Tensor? rates=None) -> ()",
         definition=definition,
         cuda="rows.gpu.optimizer_rows",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from recfx.kernels.counters import NUM_UNIQUE
 from recfx.kernels.op import define_op
 from recfx.kernels.rows import adamw_rows, add_row_grads
 
@@ -15,7 +16,7 @@ __all__ = ["sum_adamw_rows_"]
 
 def definition(
     rows: Tensor,
-    num_unique: Tensor,
+    counters: Tensor,
     unique_rows: Tensor,
     hyper: Tensor,
     inverse_P: Tensor,
@@ -25,31 +26,32 @@ def definition(
     blocks: Sequence[Tensor],
     weight_P: Tensor | None = None,
 ) -> None:
-    """`adamw_update` on rows[unique_rows[:num_unique]] with the sums of their gradients, then num_unique back to zero.
+    """`adamw_update` on rows[unique_rows[:NUM_UNIQUE]] with the sums of their gradients; NUM_UNIQUE is then zero, STEP
+    one more.
 
     The gradients never reach memory on a GPU: there this is one pass less over the step's rows, and two less over its
     gradients.
 
-    Shapes:   rows f32 [R, 3, W], num_unique i64 [], unique_rows i32 [U], hyper f64 [8] as in `adamw_rows_`; the others
-              as in `add_row_grads_`, where the slices cover all W columns. All unique rows are of this batch, so
-              num_unique is at most P.
+    Shapes:   rows f32 [R, 3, W], counters, unique_rows i32 [U] and hyper f64 [8] as in `adamw_rows_`; the others as in
+              `add_row_grads_`, where the slices cover all W columns. All unique rows are of this batch, so
+              NUM_UNIQUE is at most P.
     """
-    grads = rows.new_zeros(int(num_unique), rows.shape[2])
+    grads = rows.new_zeros(int(counters[NUM_UNIQUE]), rows.shape[2])
     add_row_grads.definition(grads, inverse_P, cell_P, firsts, dims, blocks, weight_P)
-    adamw_rows.definition(rows, grads, num_unique, unique_rows, hyper, torch.ones((), dtype=torch.bool))
+    adamw_rows.definition(rows, grads, counters, unique_rows, hyper, torch.ones((), dtype=torch.bool))
 
 
 def _cpu(  # type: ignore[no-untyped-def]
-    rows, num_unique, unique_rows, hyper, inverse_P, cell_P, firsts, dims, blocks, weight_P=None
+    rows, counters, unique_rows, hyper, inverse_P, cell_P, firsts, dims, blocks, weight_P=None
 ):  # fmt: skip
     """As two kernels: on a CPU the gradients of a step stay in the cache between them."""
-    grads = rows.new_zeros(int(num_unique), rows.shape[2])
+    grads = rows.new_zeros(int(counters[NUM_UNIQUE]), rows.shape[2])
     add_row_grads.add_row_grads_(grads, inverse_P, cell_P, firsts, dims, blocks, weight_P)
-    adamw_rows.adamw_rows_(rows, grads, num_unique, unique_rows, hyper, torch.ones((), dtype=torch.bool))
+    adamw_rows.adamw_rows_(rows, grads, counters, unique_rows, hyper, torch.ones((), dtype=torch.bool))
 
 
 sum_adamw_rows_ = define_op(
-    "sum_adamw_rows_(Tensor(a!) rows, Tensor(b!) num_unique, Tensor unique_rows, Tensor hyper, Tensor inverse_P,"
+    "sum_adamw_rows_(Tensor(a!) rows, Tensor(b!) counters, Tensor unique_rows, Tensor hyper, Tensor inverse_P,"
     " Tensor cell_P, int[] firsts, int[] dims, Tensor[] blocks, Tensor? weight_P=None) -> ()",
     definition=definition,
     cpu=_cpu,

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from recfx.kernels.counters import NUM_UNIQUE, new_counters
 from recfx.kernels.dense.all_finite import PARTS, all_finite, are_finite, definition, finite_parts
 from recfx.table.memory import reserve_rows
 from tests.reference import on_threads
@@ -10,8 +11,8 @@ from tests.reference import on_threads
 OPS = {
     "definition": definition,
     "kernel": all_finite,
-    "parts": lambda tensors, grads, num_unique: finite_parts(
-        [*tensors, *(g[:n] for g, n in zip(grads, num_unique, strict=True))]
+    "parts": lambda tensors, grads, counters: finite_parts(
+        [*tensors, *(g[: c[NUM_UNIQUE]] for g, c in zip(grads, counters, strict=True))]
     ).all(),
 }
 NONE = [], []
@@ -47,20 +48,20 @@ def test_of_gradients_the_rows_in_use_count(op, width):
     for num in (0, 1, 16, 17, 999, 1000):
         grads = rows(width=width)
         grads[num:] = math.nan
-        assert op([], [grads], [torch.tensor(num)])
+        assert op([], [grads], [new_counters(num_unique=num)])
         for row in {0, num // 2, num - 1} if num else ():
             grads = rows(width=width)
             grads[row, -1] = math.inf
             for threads in (1, 2, 3):
                 assert not on_threads(
-                    threads, op, [torch.ones(3)], [rows(), grads], [torch.tensor(0), torch.tensor(num)]
+                    threads, op, [torch.ones(3)], [rows(), grads], [new_counters(), new_counters(num_unique=num)]
                 )
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_what_lies_between_rows_does_not_count(op):
     grads = torch.full((40, 16), math.nan)[:, :9].fill_(1)
-    assert op([], [grads], [torch.tensor(40)])
+    assert op([], [grads], [new_counters(num_unique=40)])
 
 
 def test_the_largest_numbers_are_finite_and_other_types_are_refused():
@@ -76,7 +77,7 @@ def test_the_largest_numbers_are_finite_and_other_types_are_refused():
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_opcheck():
-    torch.library.opcheck(all_finite, ([torch.ones(3)], [rows(20)], [torch.tensor(7)]))
+    torch.library.opcheck(all_finite, ([torch.ones(3)], [rows(20)], [new_counters(num_unique=7)]))
     torch.library.opcheck(finite_parts, ([torch.ones(3), torch.ones(2, 1).expand(2, 3)],))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from recfx.kernels import op
+from recfx.kernels.counters import new_counters
 from recfx.kernels.index import count_candidates as cpu_candidates
 from recfx.kernels.index import rehash
 from recfx.kernels.op import gpu_function
@@ -64,13 +65,13 @@ def test_a_warp_that_probes_has_few_instructions_and_room(load, most):
     """It was 727, 1712 and 4378 instructions a key: a warp of 128 keys waited for the longest way among them, and the
     slots of a group were in four threads. 32 programs are as many as a multiprocessor holds of any."""
     ids, salt = random_ids(int(SLOTS * load), 0), torch.tensor(5)
-    num = torch.tensor(SLOTS)
+    counters = new_counters(num_slots=SLOTS, salt=5)
     slots, vocabularies = torch.full((SLOTS,), -1), torch.zeros(len(ids), dtype=torch.int32)
     rehash.rehash_(slots, torch.tensor(0), ids, vocabularies, len(ids), SLOTS, int(salt))
     asked = torch.randperm(len(ids), generator=torch.Generator().manual_seed(1))[:2048]
     cell = torch.arange(len(asked), dtype=torch.int32)
     with running(seed=1, mode="warps", resident=12) as report:
-        row = find.find(slots, ids, num, salt, ids[asked], cell, vocabularies[:1])
+        row = find.find(slots, ids, counters, ids[asked], cell, vocabularies[:1])
     assert torch.equal(row.long(), asked)
     counts = report.kernels["find_rows"]
     assert counts.executed < most * len(asked)
@@ -100,10 +101,12 @@ def test_lanes_without_a_new_candidate_do_not_queue():
         for _ in range(2)
     ]
     ids = torch.cat([random_ids(400, 2), torch.arange(50).repeat(20)])[torch.randperm(1400)]
-    index = states[0].slots, states[0].ids, states[0].num_slots, states[0].salt
+    index = states[0].slots, states[0].ids
     with running(seed=1, mode="warps", resident=12) as report:
-        count_P = count_candidates.count_candidates_(*states[0].candidates, *index, *reading(ids))
-    assert torch.equal(count_P, cpu_candidates.definition(*states[1].candidates, *index, *reading(ids)))
+        count_P = count_candidates.count_candidates_(*states[0].candidates, *index, states[0].counters, *reading(ids))
+    assert torch.equal(
+        count_P, cpu_candidates.definition(*states[1].candidates, *index, states[1].counters, *reading(ids))
+    )
     assert report.kernels["store_counts"].hottest < 50
 
 

@@ -146,9 +146,9 @@ PLANTS = {
         "ends_the_step or adamw", "AssertionError",
     ),
     "programs that end the step are counted without an atomic": (
-        "optimizer_rows.py", "    before = tl.atomic_add(num_unique, 1 << 32)\n",
-        """    before = tl.load(num_unique)
-    tl.store(num_unique, before + (1 << 32))
+        "optimizer_rows.py", "    before = tl.atomic_add(counters + NUM_UNIQUE, 1 << 32)\n",
+        """    before = tl.load(counters + NUM_UNIQUE)
+    tl.store(counters + NUM_UNIQUE, before + (1 << 32))
 """,
         "ends_the_step", "AssertionError|update_rows: (two plain writes|a plain (read|write))",
     ),

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
+from recfx.kernels.counters import new_counters
 from recfx.kernels.index import count_candidates as cpu_candidates
 from recfx.kernels.index import find as cpu_find
 from recfx.kernels.index import hashing, rehash
@@ -97,11 +98,11 @@ def test_rehash_places_every_row_but_the_freed(same_home):
     vocabularies = torch.where(torch.arange(300) % 3 == 0, -1, 0).int()
     live = torch.nonzero(vocabularies == 0)[:, 0]
     slots, crowded = torch.full((600,), 7), torch.tensor(-5)
-    on_device(gpu_rehash.rehash_)(slots, crowded, ids, vocabularies, 300, 512, -3 if not same_home else 0)
-    salt = torch.tensor(-3 if not same_home else 0)
+    salt = 0 if same_home else -3
+    on_device(gpu_rehash.rehash_)(slots, crowded, ids, vocabularies, 300, 512, salt)
     assert (slots[512:] == 7).all()
     assert torch.equal((slots[:512][slots[:512] != hashing.EMPTY] & 0xFFFFFFFF).sort().values, live)
-    found = cpu_find.find(slots, ids, torch.tensor(512), salt, *reading_of([[ids.tolist()]], [0]))
+    found = cpu_find.find(slots, ids, new_counters(num_slots=512, salt=salt), *reading_of([[ids.tolist()]], [0]))
     assert torch.equal(found[live], live.int())
     assert int(crowded) == len(live) - hashing.RUN if same_home else int(crowded) <= 3
 
@@ -201,23 +202,23 @@ def test_sums_of_hot_rows_have_the_same_bytes_however_occurrences_are_ordered(we
         cell_P[::7] = -1
     weight_P = torch.randn(len(numbers)) if weighted else None
     of_ids = cell_P, [0, 3], [3, 1], [torch.randn(len(numbers), 1, dim) for dim in (3, 1)], weight_P
-    rows, _, num_unique, unique_rows = test_adamw_rows.case(4, max(numbers) + 1, num_rows=70)
+    rows, _, counters, unique_rows = test_adamw_rows.case(4, max(numbers) + 1, num_rows=70)
     # Torch sorts by number alone: what has no cell has no number here, for rows to begin at the same places.
     numbers_P, sums, updated = torch.where(cell_P < 0, -1, inverse_P), [], []
     for by_torch in (False, True):
         sums.append(torch.zeros(80, 4)), updated.append(rows.clone())
-        of_rows = num_unique.clone(), unique_rows, test_adamw_rows.HYPER
+        of_rows = counters.clone(), unique_rows, test_adamw_rows.HYPER
         with ordered_by_torch(by_torch):
             on_device(add_row_grads.add_row_grads_)(sums[-1], inverse_P, *of_ids)
             on_device(sum_adamw_rows.sum_adamw_rows_)(updated[-1], *of_rows, numbers_P, *of_ids)
-        assert int(of_rows[0]) == 0
+        assert torch.equal(of_rows[0], new_counters(step=1))
     expected = torch.zeros(80, 4)
     cpu_add.definition(expected, inverse_P, *of_ids)
     for sum_of_rows in sums:
         torch.testing.assert_close(sum_of_rows, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(*updated)
     assert weighted or torch.equal(*sums)
-    after, *_ = test_adamw_rows.call(test_adamw_rows.OPS["definition"], rows, expected, num_unique, unique_rows)
+    after, *_ = test_adamw_rows.call(test_adamw_rows.OPS["definition"], rows, expected, counters, unique_rows)
     torch.testing.assert_close(updated[0], after, rtol=1e-4, atol=1e-4)
 
 
@@ -246,13 +247,13 @@ def test_gradients_are_read_where_they_are(layout, dims):
     inverse_P = torch.tensor(random.Random(0).choices([-1, 0, 0, 0, 1, 1, 2, 7], k=len(cell_P)), dtype=torch.int32)
     blocks = [laid_out(layout, samples, lookups, dims[0]), *(torch.randn(samples, lookups, dim) for dim in dims[1:])]
     of_ids = cell_P, [0, dims[0]][: len(dims)], list(dims)
-    rows, _, num_unique, unique_rows = test_adamw_rows.case(sum(dims), 8)
+    rows, _, counters, unique_rows = test_adamw_rows.case(sum(dims), 8)
     results = []
     for read in (blocks, [block.contiguous() for block in blocks]):
         exact, atomic, updated = torch.zeros(8, sum(dims)), torch.zeros(8, sum(dims)), rows.clone()
         on_device(add_row_grads.add_row_grads_)(exact, inverse_P, *of_ids, read)
         on_device(add_row_grads.add_row_grads_atomic_)(atomic, inverse_P, *of_ids, read)
-        of_rows = num_unique.clone(), unique_rows, test_adamw_rows.HYPER
+        of_rows = counters.clone(), unique_rows, test_adamw_rows.HYPER
         on_device(sum_adamw_rows.sum_adamw_rows_)(updated, *of_rows, inverse_P, *of_ids, read)
         results.append((exact, updated))
         torch.testing.assert_close(atomic, exact, rtol=1e-4, atol=1e-4)
@@ -283,7 +284,7 @@ def test_the_last_of_many_programs_ends_the_step(due):
     arguments = test_adamw_rows.case(300, 40, num_rows=60)  # two rows a program
     kernels = on_device(optimizer_rows.adamw_rows_), test_adamw_rows.OPS["definition"]
     a, b = (test_adamw_rows.call(op, *arguments, due=due) for op in kernels)
-    assert int(a[2]) == (0 if due else 40)
+    assert torch.equal(a[2], new_counters(step=1) if due else new_counters(num_unique=40))
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
@@ -293,9 +294,9 @@ def test_the_last_of_many_programs_ends_the_step(due):
 def test_sum_and_adamw_in_one_are_the_cpu_s(dims, lists, weighted):
     arguments = test_sum_adamw_rows.case(lists, dims, weighted=weighted)
     kernels = on_device(sum_adamw_rows.sum_adamw_rows_), test_sum_adamw_rows.OPS["kernel"]
-    (a, num), (b, _) = (test_sum_adamw_rows.call(op, *arguments) for op in kernels)
+    (a, counters), (b, _) = (test_sum_adamw_rows.call(op, *arguments) for op in kernels)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert int(num) == 0
+    assert torch.equal(counters, new_counters(step=1))
 
 
 @pytest.mark.parametrize("num", [1, 32, 33, 65, 200])
@@ -304,11 +305,11 @@ def test_sum_and_adamw_in_one_have_the_bytes_of_the_two(num):
     inverse_P = torch.tensor([1, 0, -1] * 5 + [2] * num + [0, 1], dtype=torch.int32)
     cell_P = torch.arange(len(inverse_P), dtype=torch.int32)
     block = torch.randn(len(inverse_P), 1, 3, generator=torch.Generator().manual_seed(num))
-    rows, grads, num_unique, unique_rows = test_adamw_rows.case(3, 4)
+    rows, grads, counters, unique_rows = test_adamw_rows.case(3, 4)
     of_ids, fused, hyper = (inverse_P, cell_P, [0], [3], [block]), rows.clone(), test_adamw_rows.HYPER
-    on_device(sum_adamw_rows.sum_adamw_rows_)(fused, num_unique.clone(), unique_rows, hyper, *of_ids)
+    on_device(sum_adamw_rows.sum_adamw_rows_)(fused, counters.clone(), unique_rows, hyper, *of_ids)
     on_device(add_row_grads.add_row_grads_)(grads.zero_(), *of_ids)
-    on_device(optimizer_rows.adamw_rows_)(rows, grads, num_unique, unique_rows, hyper, torch.tensor(True))
+    on_device(optimizer_rows.adamw_rows_)(rows, grads, counters, unique_rows, hyper, torch.tensor(True))
     assert torch.equal(fused, rows)
 
 
@@ -332,8 +333,8 @@ def test_rows_behind_two_to_the_31_floats():
     assert torch.equal(torch.cat(pooled, dim=2)[:, 0], before[[0, 1, 0], 0])
     blocks, hyper, due = [torch.ones(3, 1, 8), torch.ones(3, 1, 1)], test_adamw_rows.HYPER, torch.tensor(True)
     of_ids = inverse_P, reading.cell, [0, 8], [8, 1], blocks
-    sum_adamw_rows.sum_adamw_rows_(state.rows, state.num_unique, state.unique_rows, hyper, *of_ids)
-    optimizer_rows.adamw_rows_(state.rows, torch.ones(2, 9), torch.tensor(2), state.unique_rows, hyper, due)
+    sum_adamw_rows.sum_adamw_rows_(state.rows, state.counters, state.unique_rows, hyper, *of_ids)
+    optimizer_rows.adamw_rows_(state.rows, torch.ones(2, 9), new_counters(num_unique=2), state.unique_rows, hyper, due)
     assert (state.rows[last - 3 : last - 1] != before[:2]).all()
     assert torch.equal(state.rows[last - 1], before[2])
 
@@ -384,18 +385,18 @@ def spread(t, stride, device):
 @pytest.mark.parametrize(("row_stride", "grad_stride"), [(27, 9), (28, 9), (27, 12), (28, 12), (32, 16), (64, 10)])
 def test_only_what_is_the_row_s_own_is_touched_whatever_lies_between_rows(place, num_unique, row_stride, grad_stride):
     """Widths that are no multiple of 4 are read up to the next one where that is theirs; never written but to 0."""
-    rows, grads, num, unique_rows = test_adamw_rows.case(9, num_unique)
-    expected = test_adamw_rows.call(test_adamw_rows.OPS["definition"], rows, grads, num, unique_rows)
+    rows, grads, counters, unique_rows = test_adamw_rows.case(9, num_unique)
+    expected = test_adamw_rows.call(test_adamw_rows.OPS["definition"], rows, grads, counters, unique_rows)
     clipped, scale, due = grads.clone(), torch.tensor(0.5), torch.tensor(True)
-    test_clip_row_grads.OPS["definition"](clipped, num, scale, due, [8, 1], 0.3, 0.4)
+    test_clip_row_grads.OPS["definition"](clipped, counters, scale, due, [8, 1], 0.3, 0.4)
     (a, a_memory), (b, b_memory) = spread(rows, row_stride, place), spread(grads, grad_stride, place)
     c, c_memory = spread(grads, grad_stride, place)
-    num, unique_rows, scale, due = (t.to(a.device) for t in (num, unique_rows, scale, due))
-    norm = clip_row_grads.squared_norm(c, num)
+    counters, unique_rows, scale, due = (t.to(a.device) for t in (counters, unique_rows, scale, due))
+    norm = clip_row_grads.squared_norm(c, counters)
     torch.testing.assert_close(norm.cpu(), grads[:num_unique].double().square().sum())
-    clip_row_grads.clip_row_grads_(c, num, scale, due, [8, 1], 0.3, 0.4)
+    clip_row_grads.clip_row_grads_(c, counters, scale, due, [8, 1], 0.3, 0.4)
     torch.testing.assert_close(c.cpu(), clipped, rtol=1e-5, atol=1e-7)
-    optimizer_rows.adamw_rows_(a, b, num, unique_rows, test_adamw_rows.HYPER.to(a.device), due)
+    optimizer_rows.adamw_rows_(a, b, counters, unique_rows, test_adamw_rows.HYPER.to(a.device), due)
     torch.testing.assert_close(a.cpu(), expected[0], rtol=1e-6, atol=1e-7)
     assert torch.equal(b.cpu(), expected[1])
     for memory, width, covered in ((a_memory, 27, 0), (b_memory, 9, num_unique), (c_memory, 9, 0)):
@@ -418,7 +419,7 @@ def test_cover_is_the_next_multiple_of_4_where_every_row_owns_it():
 def test_steps_of_touched_rows_are_counted(num, due):
     counts, unique_rows = torch.arange(400, dtype=torch.int32), torch.randperm(400).int()
     expected = counts.clone()
-    arguments = torch.tensor(num), unique_rows, torch.tensor(due)
+    arguments = new_counters(num_unique=num), unique_rows, torch.tensor(due)
     on_device(count_rows.count_rows_)(counts, *arguments)
     cpu_count.definition(expected, *arguments)
     assert torch.equal(counts, expected)
@@ -448,22 +449,19 @@ def check_candidates(max_candidates, known, sizes, vocabularies, ids):
     stream = Stream(vocabularies, batches, 100)
     readings, plan = list(stream.readings()), test_counting.table_plan(stream.vocabularies)
     life = test_counting.Life(admit=test_counting.at_least(2), candidates=max_candidates)
-    t = test_counting.table(plan, optimizer_slots=2, seed=1, limits=test_counting.Limits(max_rows=256), life=None)
-    of_gpu = (
-        test_counting.table(plan, optimizer_slots=2, seed=1, limits=test_counting.Limits(max_rows=256), life=life)
-        .init()
-        .candidates
-    )
-    of_cpu, state = type(of_gpu)(*(c.clone() for c in of_gpu)), t.init()
+    limits = test_counting.Limits(max_rows=256)
+    t = test_counting.table(plan, optimizer_slots=2, seed=1, limits=limits, life=None)
+    empty, state = test_counting.table(plan, optimizer_slots=2, seed=1, limits=limits, life=life).init(), t.init()
     for lists in batches[:known]:
         t.insert_(state, t.read(test_counting.features_of(lists)))
-    table = state.slots, state.ids, state.num_slots, state.salt
+    of_gpu, of_cpu = (test_counting.with_candidates_of(state, empty) for _ in range(2))
     for reading in readings:
-        got = on_device(count_candidates.count_candidates_)(*of_gpu, *table, *reading)
-        assert torch.equal(got, cpu_candidates.definition(*of_cpu, *table, *reading))
-    num = int(of_cpu.num)
-    for name in ("ids", "vocabularies", "counts", "num"):
-        a, b = (getattr(c, name) for c in (of_gpu, of_cpu))
-        assert torch.equal(a[:num], b[:num]) if a.dim() else torch.equal(a, b)
-    used = of_gpu.slots[: int(of_gpu.num_slots)]
+        got = on_device(count_candidates.count_candidates_)(*test_counting.arguments(of_gpu, reading))
+        assert torch.equal(got, cpu_candidates.definition(*test_counting.arguments(of_cpu, reading)))
+    num = int(of_cpu.num_candidates)
+    assert torch.equal(of_gpu.counters, of_cpu.counters)
+    for name in ("ids", "vocabularies", "counts"):
+        a, b = (getattr(s.candidates, name) for s in (of_gpu, of_cpu))
+        assert torch.equal(a[:num], b[:num])
+    used = of_gpu.candidates.slots[: int(of_gpu.num_candidate_slots)]
     assert sorted((used[used != hashing.EMPTY] & 0xFFFFFFFF).tolist()) == list(range(num))

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
+from recfx.kernels.counters import EVICTED
 from recfx.kernels.index import find, find_or_insert, hashing
 from recfx.table import Limits, TableState, copy_of, grow_, initializer_tensors, rebuild_, table
 from tests.reference import (
@@ -33,28 +34,8 @@ def empty_table(vocabularies, *, max_rows=64, max_unique=None) -> tuple[TableSta
 
 
 def arguments(s: TableState, r: Reading, init: tuple, admit: list[bool] | None = None) -> tuple:
-    return (
-        s.slots,
-        s.ids,
-        s.vocabularies,
-        s.seen,
-        s.born,
-        s.rows,
-        s.num_rows,
-        s.free_rows,
-        s.num_free,
-        s.num_refused,
-        s.tally,
-        s.num_crowded,
-        s.unique_rows,
-        s.num_unique,
-        s.num_slots,
-        s.salt,
-        s.step + 1,
-        *r,
-        *init,
-        None if admit is None else torch.tensor(admit, dtype=torch.bool),
-    )
+    of_table = s.slots, s.ids, s.vocabularies, s.seen, s.born, s.rows, s.free_rows, s.unique_rows, s.counters
+    return *of_table, *r, *init, None if admit is None else torch.tensor(admit, dtype=torch.bool)
 
 
 def insert(op, state, reading, init, admit=None):
@@ -63,7 +44,7 @@ def insert(op, state, reading, init, admit=None):
 
 
 def find_with(op, s: TableState, r: Reading):
-    return op(s.slots, s.ids, s.num_slots, s.salt, *r).tolist()
+    return op(s.slots, s.ids, s.counters, *r).tolist()
 
 
 def finish_step(state: TableState) -> None:
@@ -79,7 +60,7 @@ def free(state: TableState, rows: list[int]) -> None:
     freed = torch.nonzero(state.vocabularies[: int(state.num_rows)] < 0)[:, 0].flip(0)
     state.free_rows[: len(freed)] = freed.int()
     state.num_free.fill_(len(freed))
-    state.tally[find_or_insert.EVICTED] += len(rows)
+    state.counters[EVICTED] += len(rows)
     rebuild_(state)
 
 
@@ -228,4 +209,4 @@ def test_opcheck():
     state, init = empty_table([0, 1], max_rows=64)
     reading = reading_of([[[1, 2], []], [[1], [3, 3]]], [0, 1], spare=1)
     torch.library.opcheck(find_or_insert.find_or_insert_, arguments(state, reading, init))
-    torch.library.opcheck(find.find, (state.slots, state.ids, state.num_slots, state.salt, *reading))
+    torch.library.opcheck(find.find, (state.slots, state.ids, state.counters, *reading))

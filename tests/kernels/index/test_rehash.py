@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recfx.kernels.counters import new_counters
 from recfx.kernels.index import find, hashing, rehash
 from tests.reference import EXTREMES, MAX_INT64, MIN_INT64, id_of_hash, on_threads, reading_of
 
@@ -19,7 +20,7 @@ def check_index(slots, num_slots, keys, salt):
     for row, (v, i) in enumerate(keys):
         reading = reading_of([[[i]]], [v])
         for op in (find.definition, find.find):
-            assert op(slots, ids, torch.tensor(num_slots), torch.tensor(salt), *reading).tolist() == [row]
+            assert op(slots, ids, new_counters(num_slots=num_slots, salt=salt), *reading).tolist() == [row]
     assert int((slots[:num_slots] != hashing.EMPTY).sum()) == len(keys)
 
 
@@ -66,7 +67,7 @@ def test_one_and_two_threads_write_the_same_bytes():
     cell = torch.arange(len(live), dtype=torch.int32)
     for v in range(3):
         mine = live[vocabularies[live] == v]
-        arguments = ids, torch.tensor(num_slots), torch.tensor(3), ids[mine], cell[: len(mine)]
+        arguments = ids, new_counters(num_slots=num_slots, salt=3), ids[mine], cell[: len(mine)]
         assert torch.equal(find.find(written[0][0], *arguments, torch.tensor([v], dtype=torch.int32)), mine.int())
 
 
@@ -81,7 +82,7 @@ def test_kernel_and_definition_leave_out_freed_rows_and_count_the_crowded(freed,
         op(slots, crowded, ids, vocabularies, 300, 512, 0)
         assert torch.equal((slots[slots != hashing.EMPTY] & 0xFFFFFFFF).sort().values, live)
         assert int(crowded) == max(len(live) - hashing.RUN, 0) if same_home else int(crowded) <= 3
-        found = find.find(slots, ids, torch.tensor(512), torch.tensor(0), *reading_of([[ids.tolist()]], [0]))
+        found = find.find(slots, ids, new_counters(num_slots=512), *reading_of([[ids.tolist()]], [0]))
         assert torch.equal(found[live], live.int())
 
 

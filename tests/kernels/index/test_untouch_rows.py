@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recfx.kernels.counters import NUM_UNIQUE, new_counters
 from recfx.kernels.index.keep_trained import NO_NUMBER
 from recfx.kernels.index.untouch_rows import definition, untouch_rows_
 
@@ -43,7 +44,9 @@ def test_only_what_the_batch_touched_newly_is_taken_back(op, case, counts):
     seen = torch.tensor(before)
     row_P = torch.tensor(positions, dtype=torch.int32)
     inverse_P = torch.tensor([inverse[p] if p >= 0 else -1 for p in positions], dtype=torch.int32)
-    op(seen, row_P, inverse_P, torch.tensor(num_before), torch.tensor(STEP), torch.tensor(counts))
+    counters = new_counters(step=STEP, num_unique=num_before + 3)
+    op(seen, counters, row_P, inverse_P, torch.tensor(num_before), torch.tensor(counts))
+    assert int(counters[NUM_UNIQUE]) == num_before + (3 if counts else 0)
     for row, (was, number) in enumerate(zip(before, inverse, strict=True)):
         newly = number >= num_before or was == (STEP + 1) << 32 | NO_NUMBER
         taken_back = not counts and row in positions and newly
@@ -53,5 +56,5 @@ def test_only_what_the_batch_touched_newly_is_taken_back(op, case, counts):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_opcheck():
     ids = torch.tensor([1, 0, -1], dtype=torch.int32), torch.tensor([1, 0, -1], dtype=torch.int32)
-    rest = torch.tensor(1), torch.tensor(STEP), torch.tensor(False)
-    torch.library.opcheck(untouch_rows_, (torch.zeros(4, dtype=torch.int64), *ids, *rest))
+    of_table = torch.zeros(4, dtype=torch.int64), new_counters(step=STEP, num_unique=2)
+    torch.library.opcheck(untouch_rows_, (*of_table, *ids, torch.tensor(1), torch.tensor(False)))

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recfx.kernels.counters import new_counters
 from recfx.kernels.rows import clip_row_grads
 from tests.reference import on_threads
 
@@ -21,7 +22,7 @@ def grads_of(num_rows, seed=0):
 
 def clip(op, grads, num, *, scale=0.5, due=True, limit=math.inf, max_norm=math.inf):
     grads = grads.clone()
-    op(grads, torch.tensor(num), torch.tensor(scale), torch.tensor(due), DIMS, limit, max_norm)
+    op(grads, new_counters(num_unique=num), torch.tensor(scale), torch.tensor(due), DIMS, limit, max_norm)
     return grads
 
 
@@ -60,14 +61,15 @@ def test_nothing_is_cut_unless_due_and_nan_stays(op):
 def test_squared_norm_is_the_sum_over_the_used_rows_on_any_number_of_threads():
     grads = grads_of(3000)
     for num in (0, 1, 256, 257, 3000):
-        one, two = (on_threads(n, clip_row_grads.squared_norm, grads, torch.tensor(num)) for n in (1, 2))
+        counters = new_counters(num_unique=num)
+        one, two = (on_threads(n, clip_row_grads.squared_norm, grads, counters) for n in (1, 2))
         assert torch.equal(one, two)
         assert float(one) == pytest.approx(sum(x * x for x in grads[:num].double().flatten().tolist()), rel=1e-12)
-        assert float(clip_row_grads.squared_norm_definition(grads, torch.tensor(num))) == pytest.approx(float(one))
+        assert float(clip_row_grads.squared_norm_definition(grads, counters)) == pytest.approx(float(one))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_opcheck():
-    counts = torch.tensor(5), torch.tensor(0.5), torch.tensor(True)
+    counts = new_counters(num_unique=5), torch.tensor(0.5), torch.tensor(True)
     torch.library.opcheck(clip_row_grads.clip_row_grads_, (grads_of(9), *counts, DIMS, 0.5, 1.0))
-    torch.library.opcheck(clip_row_grads.squared_norm, (grads_of(9), torch.tensor(5)))
+    torch.library.opcheck(clip_row_grads.squared_norm, (grads_of(9), new_counters(num_unique=5)))

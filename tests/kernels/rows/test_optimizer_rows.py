@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recfx.kernels.counters import new_counters
 from recfx.kernels.rows import adamw_rows, optimizer_rows
 from tests.reference import on_threads
 
@@ -64,7 +65,7 @@ def expected_row(name, row, g, decay, rate, own, dims):
 
 
 def case(name, dims, num_unique, *, seed=0, num_rows=12, by_column=False):
-    """rows, grads, num_unique, unique_rows, row_vocabularies, hyper, due, dims, rates."""
+    """rows, grads, counters, unique_rows, row_vocabularies, hyper, due, dims, rates."""
     slots, row_slots, hyper = KERNELS[name]
     g, width = torch.Generator().manual_seed(seed), sum(dims)
     rows = torch.randn(num_rows, 1 + slots, width + row_slots * len(dims), generator=g)
@@ -79,7 +80,7 @@ def case(name, dims, num_unique, *, seed=0, num_rows=12, by_column=False):
     return [
         rows,
         grads,
-        torch.tensor(num_unique),
+        new_counters(num_unique=num_unique),
         torch.randperm(num_rows, generator=g).int(),
         torch.randint(0, 3, (num_rows,), generator=g).int(),
         torch.tensor(hyper, dtype=torch.float64),
@@ -114,7 +115,7 @@ def test_op_and_definition_are_the_formula_on_the_unique_rows_alone(name, by_col
         assert torch.equal(new[0][untouched], rows[untouched])
         assert not new[1][:num_unique].any()
         assert torch.equal(new[1][num_unique:], grads[num_unique:])
-        assert int(new[2]) == 0
+        assert torch.equal(new[2], new_counters(step=1))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -147,9 +148,9 @@ def test_rate_zero_and_no_decay_keep_every_weight(name):
 
 def test_adamw_by_column_is_adamw_where_columns_are_alike():
     arguments = case("adamw_rows_by_column", (8, 1), 12)
-    rows, grads, num_unique, unique_rows, _, hyper, due, *_ = arguments
+    rows, grads, counters, unique_rows, _, hyper, due, *_ = arguments
     decay, rate, scale, *betas, eps = hyper.unbind()
-    plain = [rows.clone(), grads.clone(), num_unique.clone(), unique_rows]
+    plain = [rows.clone(), grads.clone(), counters.clone(), unique_rows]
     adamw_rows.adamw_rows_(*plain, torch.stack([decay, *betas, rate, eps, scale]), due)
     torch.testing.assert_close(run(optimizer_rows.adamw_rows_by_column.op_, arguments)[0], plain[0], rtol=1e-6, atol=0)
 

@@ -3,6 +3,7 @@ import random
 import pytest
 import torch
 
+from recfx.kernels.counters import NUM_UNIQUE, new_counters
 from recfx.kernels.rows import adamw_rows, add_row_grads, sum_adamw_rows
 from tests.kernels.rows import test_adamw_rows, test_add_row_grads
 from tests.reference import on_threads, random_lists
@@ -18,29 +19,29 @@ LISTS = {
 
 
 def case(lists, dims, *, weighted=False, num_unique=9, seed=0):
-    """rows, num_unique, unique_rows, hyper, and the occurrences: of some unique rows, if any, there is none."""
+    """rows, counters, unique_rows, hyper, and the occurrences: of some unique rows, if any, there is none."""
     _, inverse_P, reading, firsts, dims, blocks = test_add_row_grads.case(
         lists, [0, 1, 0], dims, seed, num_unique=num_unique
     )
     num_unique = min(num_unique, inverse_P.numel())
     inverse_P = torch.where(inverse_P < num_unique, inverse_P, -1)
-    rows, _, num, unique_rows = test_adamw_rows.case(sum(dims), num_unique, seed, num_rows=num_unique + 5)
+    rows, _, counters, unique_rows = test_adamw_rows.case(sum(dims), num_unique, seed, num_rows=num_unique + 5)
     weight_P = torch.randn(inverse_P.numel()) if weighted else None
     occurrences = inverse_P, reading.cell, list(firsts), list(dims), blocks, weight_P
-    return rows, num, unique_rows, test_adamw_rows.HYPER, *occurrences
+    return rows, counters, unique_rows, test_adamw_rows.HYPER, *occurrences
 
 
-def call(op, rows, num_unique, *rest):
-    rows, num_unique = rows.clone(), num_unique.clone()
-    op(rows, num_unique, *rest)
-    return rows, num_unique
+def call(op, rows, counters, *rest):
+    rows, counters = rows.clone(), counters.clone()
+    op(rows, counters, *rest)
+    return rows, counters
 
 
-def in_two(rows, num_unique, unique_rows, hyper, *occurrences):
+def in_two(rows, counters, unique_rows, hyper, *occurrences):
     """The two operators that it replaces."""
     grads = torch.zeros(len(rows), rows.shape[2])
     add_row_grads.add_row_grads_(grads, *occurrences)
-    adamw_rows.adamw_rows_(rows, grads, num_unique, unique_rows, hyper, DUE)
+    adamw_rows.adamw_rows_(rows, grads, counters, unique_rows, hyper, DUE)
     assert not grads.any()
 
 
@@ -50,11 +51,11 @@ def in_two(rows, num_unique, unique_rows, hyper, *occurrences):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_is_the_sum_and_then_adamw(op, dims, lists, weighted):
     arguments = case(lists, dims, weighted=weighted)
-    rows, num_unique = call(op, *arguments)
+    rows, counters = call(op, *arguments)
     expected, _ = call(in_two, *arguments)
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-6)
-    assert int(num_unique) == 0
-    untouched = arguments[2][int(arguments[1]) :].long()
+    assert torch.equal(counters, new_counters(step=1))
+    untouched = arguments[2][int(arguments[1][NUM_UNIQUE]) :].long()
     assert torch.equal(rows[untouched], arguments[0][untouched])
 
 

@@ -18,6 +18,19 @@ import triton.language as tl
 from torch import Tensor
 
 from recfx.kernels import op
+from recfx.kernels.gpu.counters import (
+    CREATED,
+    LOOKED_UP,
+    NUM_CROWDED,
+    NUM_FREE,
+    NUM_REFUSED,
+    NUM_ROWS,
+    NUM_SLOTS,
+    NUM_UNIQUE,
+    SALT,
+    STEP,
+    UNADMITTED,
+)
 from recfx.kernels.gpu.launch import BLOCK, KEYS, NUM_WARPS, TILE, columns_of, programs
 from recfx.kernels.gpu.scan import add_up, num_counters, sum_before, sum_of_all, sums_of
 from recfx.kernels.index.gpu.hashing import EMPTY, hash_id, key_at, next_run, place, probe, slot_of, swap_where
@@ -26,7 +39,6 @@ from recfx.kernels.rows.gpu.initial import initial_values
 __all__ = ["UNKNOWN", "claim", "find_or_insert_", "scratch_table"]
 
 UNKNOWN, REFUSED = tl.constexpr(op.UNKNOWN), tl.constexpr(op.REFUSED)
-LOOKED_UP, CREATED, UNADMITTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)  # of `tally`
 SCRATCH_LOAD = 3 / 4
 INSERTING, INITIALISING = 6, 10  # programs of `store_new` that a multiprocessor holds at once: 16 in all
 
@@ -39,7 +51,7 @@ def lower_to(places, at, k, mask):
 
 @triton.jit
 def claim(
-    first_H, admitted_H, place_P, id_P, cell_P, vocabularies, salt, admit_P, num_positions, num_lookups, num_places,
+    first_H, admitted_H, place_P, id_P, cell_P, vocabularies, counters, admit_P, num_positions, num_lookups, num_places,
     ADMITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """first_H[place_P[k]]: the first position of k's key; admitted_H: the first one admitted, EMPTY without."""
@@ -47,7 +59,7 @@ def claim(
     valid = tl.load(cell_P + k, mask=k < num_positions, other=-1) >= 0
     id, vocabulary = key_at(id_P, cell_P, vocabularies, num_lookups, k, valid)
     # Not from where the index would begin: ids that collide there must not collide here.
-    at = (next_run(hash_id(id, vocabulary, tl.load(salt))) & (num_places - 1).to(tl.uint64)).to(tl.int32)
+    at = (next_run(hash_id(id, vocabulary, tl.load(counters + SALT))) & (num_places - 1).to(tl.uint64)).to(tl.int32)
     active = valid
     while tl.max(active.to(tl.int32), axis=0) > 0:
         holder = tl.load(first_H + at, mask=active, other=0)
@@ -68,8 +80,8 @@ def claim(
 
 @triton.jit
 def look_up(
-    sums_P, sums, counters, first_H, admitted_H, place_P, found_P, slots, ids, seen, num_slots, salt, step, id_P,
-    cell_P, vocabularies, num_positions, num_lookups, ADMITS: tl.constexpr, BLOCK: tl.constexpr,
+    sums_P, sums, done, first_H, admitted_H, place_P, found_P, slots, ids, seen, counters, id_P, cell_P,
+    vocabularies, num_positions, num_lookups, ADMITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums_P: how many positions of its program up to each give out a number (low 16 bits), and a row (high 16)."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -80,28 +92,28 @@ def look_up(
     if ADMITS:
         begins = valid & (tl.load(admitted_H + at, mask=valid, other=0) == k)
     id, vocabulary = key_at(id_P, cell_P, vocabularies, num_lookups, k, first | begins)
-    hash = hash_id(id, vocabulary, tl.load(salt))
-    row = probe(slots, ids, (tl.load(num_slots) - 1).to(tl.uint64), hash, vocabulary, id, first | begins)
+    hash = hash_id(id, vocabulary, tl.load(counters + SALT))
+    row = probe(slots, ids, (tl.load(counters + NUM_SLOTS) - 1).to(tl.uint64), hash, vocabulary, id, first | begins)
     last = tl.load(seen + row, mask=row >= 0, other=-1)
-    number = tl.where(last >> 32 == tl.load(step), (last << 32) >> 32, UNKNOWN)
+    number = tl.where(last >> 32 == tl.load(counters + STEP) + 1, (last << 32) >> 32, UNKNOWN)
     tl.store(found_P + k, (number << 32) | (row.to(tl.int64) & 0xFFFFFFFF), mask=first)
     joins = (first & (row >= 0) & (number < 0)).to(tl.int32)
     begins = (begins & (row < 0)).to(tl.int32)
     tl.store(sums_P + k, tl.cumsum(joins + (begins << 16), axis=0), mask=k < num_positions)
-    add_up(sums, counters, tl.sum(joins.to(tl.int64) + (begins.to(tl.int64) << 32), axis=0))
+    add_up(sums, done, tl.sum(joins.to(tl.int64) + (begins.to(tl.int64) << 32), axis=0))
 
 
 @triton.jit
 def number(
     row_P, inverse_P, new_rows, totals, first_H, admitted_H, place_P, sums_P, sums, found_P, ids, row_vocabularies,
-    seen, born, num_rows, free_rows, num_free, num_refused, tally, unique_rows, num_unique, num_slots, step, id_P,
-    cell_P, vocabularies, admit_P, max_rows, max_unique, num_positions, num_lookups, num_sums, ADMITS: tl.constexpr,
-    KEYS: tl.constexpr, BLOCK: tl.constexpr,
+    seen, born, free_rows, unique_rows, counters, id_P, cell_P, vocabularies, admit_P, max_rows, max_unique,
+    num_positions, num_lookups, num_sums, ADMITS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = tl.load(cell_P + k, mask=k < num_positions, other=-1) >= 0
-    fill, free, unique, now = tl.load(num_rows), tl.load(num_free), tl.load(num_unique), tl.load(step)
-    room = tl.maximum(tl.minimum(max_rows, tl.load(num_slots) // 8 * 7) - (fill - free), 0)
+    fill, free = tl.load(counters + NUM_ROWS), tl.load(counters + NUM_FREE)
+    unique, now = tl.load(counters + NUM_UNIQUE), tl.load(counters + STEP) + 1
+    room = tl.maximum(tl.minimum(max_rows, tl.load(counters + NUM_SLOTS) // 8 * 7) - (fill - free), 0)
 
     at = tl.load(place_P + k, mask=valid, other=0)
     begin = tl.load(first_H + at, mask=valid, other=0)
@@ -140,11 +152,11 @@ def number(
         waits = tl.load(admit_P + k, mask=valid, other=0) == 0
     unadmitted = valid & (row == REFUSED) & waits
     refused = tl.sum((valid & ~numbered & ~unadmitted).to(tl.int64), axis=0)
-    tl.atomic_add(num_refused, refused, mask=refused > 0, sem="relaxed")
+    tl.atomic_add(counters + NUM_REFUSED, refused, mask=refused > 0, sem="relaxed")
     waiting = tl.sum(unadmitted.to(tl.int64), axis=0)
-    tl.atomic_add(tally + UNADMITTED, waiting, mask=waiting > 0, sem="relaxed")
+    tl.atomic_add(counters + UNADMITTED, waiting, mask=waiting > 0, sem="relaxed")
     looked_up = tl.sum(valid.to(tl.int64), axis=0)
-    tl.atomic_add(tally + LOOKED_UP, looked_up, mask=looked_up > 0, sem="relaxed")
+    tl.atomic_add(counters + LOOKED_UP, looked_up, mask=looked_up > 0, sem="relaxed")
     if tl.program_id(0) == 0:
         all_sums = sum_of_all(sums, num_sums)
         num_created = tl.minimum(all_sums >> 32, room)
@@ -155,18 +167,17 @@ def number(
 
 @triton.jit
 def insert(
-    slots, num_crowded, new_rows, num_created, ids, row_vocabularies, num_slots, salt, program, num_programs,
-    BLOCK: tl.constexpr,
+    slots, counters, new_rows, num_created, ids, row_vocabularies, program, num_programs, BLOCK: tl.constexpr
 ):  # fmt: skip
-    mask = (tl.load(num_slots) - 1).to(tl.uint64)
+    mask = (tl.load(counters + NUM_SLOTS) - 1).to(tl.uint64)
     for begin in range(program * BLOCK, num_created, num_programs * BLOCK):
         nth = begin + tl.arange(0, BLOCK)
         active = nth < num_created
         row = tl.load(new_rows + nth, mask=active, other=0)
         vocabulary = tl.load(row_vocabularies + row, mask=active, other=0)
-        hash = hash_id(tl.load(ids + row, mask=active, other=0), vocabulary, tl.load(salt))
+        hash = hash_id(tl.load(ids + row, mask=active, other=0), vocabulary, tl.load(counters + SALT))
         crowded = place(slots, mask, hash, slot_of(hash, vocabulary, row), active)
-        tl.atomic_add(num_crowded, crowded, mask=crowded > 0, sem="relaxed")
+        tl.atomic_add(counters + NUM_CROWDED, crowded, mask=crowded > 0, sem="relaxed")
 
 
 @triton.jit
@@ -192,30 +203,26 @@ def initialise(
 
 
 @triton.jit
-def end_counts(num_created, num_joined, num_rows, num_free, tally, num_unique):
-    free = tl.load(num_free)
+def end_counts(num_created, num_joined, counters):
+    free = tl.load(counters + NUM_FREE)
     reused = tl.minimum(num_created, free)
-    tl.store(num_free, free - reused)
-    tl.store(num_rows, tl.load(num_rows) + num_created - reused)
-    tl.store(num_unique, tl.load(num_unique) + num_joined)
-    tl.store(tally + CREATED, tl.load(tally + CREATED) + num_created)
+    tl.store(counters + NUM_FREE, free - reused)
+    tl.store(counters + NUM_ROWS, tl.load(counters + NUM_ROWS) + num_created - reused)
+    tl.store(counters + NUM_UNIQUE, tl.load(counters + NUM_UNIQUE) + num_joined)
+    tl.store(counters + CREATED, tl.load(counters + CREATED) + num_created)
 
 
 @triton.jit
 def store_new(
-    slots, num_crowded, rows, new_rows, totals, ids, row_vocabularies, num_rows, num_free, tally, num_unique, num_slots,
-    salt, init_keys, init_params, stride, width, size, num_inserting, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    TILES: tl.constexpr, BLOCK: tl.constexpr,
+    slots, counters, rows, new_rows, totals, ids, row_vocabularies, init_keys, init_params, stride, width, size,
+    num_inserting, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first programs wait for the index, the others write rows: neither is held up by the other."""
     program, num_created = tl.program_id(0), tl.load(totals)
     if program < num_inserting:
-        insert(
-            slots, num_crowded, new_rows, num_created, ids, row_vocabularies, num_slots, salt, program, num_inserting,
-            BLOCK,
-        )  # fmt: skip
+        insert(slots, counters, new_rows, num_created, ids, row_vocabularies, program, num_inserting, BLOCK)
         if program == 0:
-            end_counts(num_created, tl.load(totals + 1), num_rows, num_free, tally, num_unique)
+            end_counts(num_created, tl.load(totals + 1), counters)
     else:
         initialise(
             rows, new_rows, num_created, ids, row_vocabularies, init_keys, init_params, stride, width, size,
@@ -230,10 +237,9 @@ def scratch_table(cell_P: Tensor, *, num_counters: int = 0, num_tables: int = 1)
 
 
 def find_or_insert_(
-    slots: Tensor, ids: Tensor, row_vocabularies: Tensor, seen: Tensor, born: Tensor, rows: Tensor, num_rows: Tensor,
-    free_rows: Tensor, num_free: Tensor, num_refused: Tensor, tally: Tensor, num_crowded: Tensor, unique_rows: Tensor,
-    num_unique: Tensor, num_slots: Tensor, salt: Tensor, step: Tensor, id_P: Tensor, cell_P: Tensor,
-    vocabularies: Tensor, init_keys: Tensor, init_params: Tensor, admit_P: Tensor | None,
+    slots: Tensor, ids: Tensor, row_vocabularies: Tensor, seen: Tensor, born: Tensor, rows: Tensor, free_rows: Tensor,
+    unique_rows: Tensor, counters: Tensor, id_P: Tensor, cell_P: Tensor, vocabularies: Tensor, init_keys: Tensor,
+    init_params: Tensor, admit_P: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`recfx.kernels.index.find_or_insert.definition`."""
     num, num_lookups, width = cell_P.numel(), len(vocabularies), rows.shape[2]
@@ -248,31 +254,30 @@ def find_or_insert_(
         sums_of(id_P, *probing),
     )
     num_tables = 1 if admit_P is None else 2
-    *tables, counters = scratch_table(cell_P, num_counters=num_counters(*probing), num_tables=num_tables)
+    *tables, done = scratch_table(cell_P, num_counters=num_counters(*probing), num_tables=num_tables)
     first_H, admitted_H = tables[0], tables[-1]
     admit = cell_P if admit_P is None else admit_P.view(torch.uint8)
     admits = {"ADMITS": admit_P is not None, "num_warps": NUM_WARPS}
 
     claim[grid](
-        first_H, admitted_H, place_P, id_P, cell_P, vocabularies, salt, admit, num, num_lookups, first_H.numel(),
+        first_H, admitted_H, place_P, id_P, cell_P, vocabularies, counters, admit, num, num_lookups, first_H.numel(),
         BLOCK=BLOCK, **admits,
     )  # fmt: skip
     look_up[probing](
-        sums_P, sums, counters, first_H, admitted_H, place_P, found_P, slots, ids, seen, num_slots, salt, step, id_P,
-        cell_P, vocabularies, num, num_lookups, BLOCK=KEYS, **admits,
+        sums_P, sums, done, first_H, admitted_H, place_P, found_P, slots, ids, seen, counters, id_P, cell_P,
+        vocabularies, num, num_lookups, BLOCK=KEYS, **admits,
     )  # fmt: skip
     number[grid](
         row_P, inverse_P, new_rows, totals, first_H, admitted_H, place_P, sums_P, sums, found_P, ids, row_vocabularies,
-        seen, born, num_rows, free_rows, num_free, num_refused, tally, unique_rows, num_unique, num_slots, step, id_P,
-        cell_P, vocabularies, admit, ids.numel(), unique_rows.numel(), num, num_lookups, *probing,
-        KEYS=KEYS, BLOCK=BLOCK, **admits,
+        seen, born, free_rows, unique_rows, counters, id_P, cell_P, vocabularies, admit, ids.numel(),
+        unique_rows.numel(), num, num_lookups, *probing, KEYS=KEYS, BLOCK=BLOCK, **admits,
     )  # fmt: skip
     columns = min(columns_of(width), TILE // 4)  # the tile of a warp
     rows_of_warp = TILE // 4 // columns
     (inserting,), (initialising,) = programs(num, KEYS, INSERTING), programs(num, rows_of_warp, INITIALISING)
     store_new[(inserting + initialising,)](
-        slots, num_crowded, rows, new_rows, totals, ids, row_vocabularies, num_rows, num_free, tally, num_unique,
-        num_slots, salt, init_keys, init_params, rows.stride(0), width, rows.shape[1] * width, inserting,
-        ROWS=rows_of_warp, COLUMNS=columns, TILES=triton.cdiv(width, columns), BLOCK=KEYS, num_warps=NUM_WARPS,
+        slots, counters, rows, new_rows, totals, ids, row_vocabularies, init_keys, init_params, rows.stride(0), width,
+        rows.shape[1] * width, inserting, ROWS=rows_of_warp, COLUMNS=columns, TILES=triton.cdiv(width, columns),
+        BLOCK=KEYS, num_warps=NUM_WARPS,
     )  # fmt: skip
     return row_P, inverse_P

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from recfx.kernels.gpu.counters import NUM_UNIQUE, STEP
 from recfx.kernels.gpu.launch import at_once, programs, rows_of, slices
 from recfx.kernels.gpu.occurrences import in_order
 from recfx.kernels.gpu.runs import run_of
@@ -57,24 +58,25 @@ def sum_chunk(
 
 
 @triton.jit
-def take_count(count, num_unique):
-    """Moves the number of unique rows to `count`, before a launch whose programs all read it."""
+def take_count(count, counters):
+    """Moves the number of unique rows to `count`, before a launch whose programs all read it, and ends the step."""
     if tl.program_id(0) == 0:
-        num = tl.load(num_unique)
+        num = tl.load(counters + NUM_UNIQUE)
         tl.debug_barrier()  # every thread reads it, one clears it
         tl.store(count, num.to(tl.int32))
-        tl.store(num_unique, num * 0)
+        tl.store(counters + NUM_UNIQUE, num * 0)
+        tl.atomic_add(counters + STEP, num * 0 + 1)
 
 
 @triton.jit
 def sum_chunks(
-    partial, number_N, cell_N, weight_N, begins, last_number, blocks, width, count, num_unique,
+    partial, number_N, cell_N, weight_N, begins, last_number, blocks, width, count, counters,
     WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr, DIMS: tl.constexpr, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, TAKES: tl.constexpr,
 ):  # fmt: skip
     """partial[c] of the chunk that begins in the c-th CHUNK of places, if one does: there is at most one."""
     if TAKES:
-        take_count(count, num_unique)
+        take_count(count, counters)
     highest = tl.load(last_number)
     num = tl.load(begins + highest + 1, mask=highest >= 0, other=0)
     for c in range(tl.program_id(0), num // CHUNK, tl.num_programs(0)):
@@ -182,17 +184,18 @@ def places_of(blocks: Sequence[Tensor]) -> tuple[tuple[tuple[Tensor, int, int], 
 
 def chunk_sums(
     inverse_P: Tensor, cell_P: Tensor, firsts: Sequence[int], dims: Sequence[int], blocks: Sequence[Tensor],
-    weight_P: Tensor | None, width: int, most: int, num_unique: Tensor | None = None,
+    weight_P: Tensor | None, width: int, most: int, counters: Tensor | None = None,
 ) -> tuple[tuple, dict, Tensor]:  # fmt: skip
     """What `sum_of_rows` and `run_of` read, chunks of frequent rows summed beforehand: arguments from `partial` to
-    `width`, and static ones; of unique numbers less than `most`. And i32 [1], what num_unique was: it is 0 then."""
+    `width`, and static ones; of unique numbers less than `most`. And i32 [1], what NUM_UNIQUE was: it is then 0, and
+    STEP is one more."""
     num, (places, lookups) = cell_P.numel(), places_of(blocks)
     number_N, *occurrences = in_order(inverse_P, cell_P, weight_P, most)
     partial, count = blocks[0].new_empty(num // CHUNK + 1, width), number_N.new_empty(1)
     static = {"WEIGHTED": weight_P is not None, **slices(firsts, dims), "LOOKUPS": lookups, "CHUNK": CHUNK}
     sum_chunks[programs(num, CHUNK, at_once(width, SUM_CHUNKS, len(dims)))](
-        partial, number_N, *occurrences, places, width, count, count if num_unique is None else num_unique,
-        TAKES=num_unique is not None, **static,
+        partial, number_N, *occurrences, places, width, count, count if counters is None else counters,
+        TAKES=counters is not None, **static,
     )  # fmt: skip
     return (partial, *occurrences, places, width), static, count
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from recfx.kernels.gpu.counters import NUM_UNIQUE
 from recfx.kernels.gpu.launch import at_once, columns_of, cover_of, programs, rows_of
 
 __all__ = ["clip_row_grads_", "squared_norm"]
@@ -18,10 +19,10 @@ CLIP_ROWS, SUM_SQUARES = (10, 10, 6), (12, 12, 12)  # `launch.at_once`
 
 @triton.jit
 def clip_rows(
-    grads, num_unique, scale, due, stride, width, limit, max_norm, DIMS: tl.constexpr, ROWS: tl.constexpr,
+    grads, counters, scale, due, stride, width, limit, max_norm, DIMS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, COVER: tl.constexpr,
 ):  # fmt: skip
-    num = tl.where(tl.load(due), tl.load(num_unique), 0)
+    num = tl.where(tl.load(due), tl.load(counters + NUM_UNIQUE), 0)
     column = tl.arange(0, COLUMNS)[None, :]
     by = tl.load(scale)
     bound = limit / by
@@ -44,9 +45,9 @@ def clip_rows(
 
 @triton.jit
 def sum_squares(
-    sums, grads, num_unique, stride, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COVER: tl.constexpr
+    sums, grads, counters, stride, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COVER: tl.constexpr
 ):  # fmt: skip
-    num = tl.load(num_unique)
+    num = tl.load(counters + NUM_UNIQUE)
     column = tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float64)
     for first in range(tl.program_id(0) * ROWS, num, tl.num_programs(0) * ROWS):
@@ -58,23 +59,23 @@ def sum_squares(
 
 
 def clip_row_grads_(
-    grads: Tensor, num_unique: Tensor, scale: Tensor, due: Tensor, dims: Sequence[int], limit: float, max_norm: float
+    grads: Tensor, counters: Tensor, scale: Tensor, due: Tensor, dims: Sequence[int], limit: float, max_norm: float
 ) -> None:
     """`recfx.kernels.rows.clip_row_grads.definition`."""
     width = grads.shape[1]
     clip_rows[programs(grads.shape[0], rows_of(width), at_once(width, CLIP_ROWS))](
-        grads, num_unique, scale, due, grads.stride(0), width, limit, max_norm, DIMS=tuple(dims), ROWS=rows_of(width),
+        grads, counters, scale, due, grads.stride(0), width, limit, max_norm, DIMS=tuple(dims), ROWS=rows_of(width),
         COLUMNS=columns_of(width), COVER=cover_of(width, grads.stride(0)),
     )  # fmt: skip
 
 
-def squared_norm(grads: Tensor, num_unique: Tensor) -> Tensor:
+def squared_norm(grads: Tensor, counters: Tensor) -> Tensor:
     """`recfx.kernels.rows.clip_row_grads.squared_norm_definition`; the same bytes from run to run."""
     num, width = grads.shape
     grid = programs(num, rows_of(width), at_once(width, SUM_SQUARES))
     sums = grads.new_empty(grid, dtype=torch.float64)
     sum_squares[grid](
-        sums, grads, num_unique, grads.stride(0), width, ROWS=rows_of(width), COLUMNS=columns_of(width),
+        sums, grads, counters, grads.stride(0), width, ROWS=rows_of(width), COLUMNS=columns_of(width),
         COVER=cover_of(width, grads.stride(0)),
     )  # fmt: skip
     return sums.sum()

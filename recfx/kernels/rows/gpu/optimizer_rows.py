@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from recfx.kernels.gpu.counters import NUM_UNIQUE, STEP
 from recfx.kernels.gpu.launch import at_once, columns_of, cover_of, programs, rows_of
 
 __all__ = [
@@ -108,22 +109,24 @@ def ftrl(at, column, within, covers, g, decay, rate, own, width, DIMS: tl.conste
 
 
 @triton.jit
-def end_step(num_unique, is_due):
-    """num_unique to 0 where due, by the last program to come here: its upper half counts them, and is 0 then."""
-    tl.debug_barrier()  # every thread has read it
-    before = tl.atomic_add(num_unique, 1 << 32)
+def end_step(counters, is_due):
+    """Where due, NUM_UNIQUE is 0 and STEP one more, by the last program that comes here. The upper half of NUM_UNIQUE
+    counts the programs meanwhile, and is 0 afterwards."""
+    tl.debug_barrier()  # every thread has read NUM_UNIQUE
+    before = tl.atomic_add(counters + NUM_UNIQUE, 1 << 32)
     if before >> 32 == tl.num_programs(0) - 1:
-        tl.atomic_xchg(num_unique, tl.where(is_due, 0, before & 0xFFFFFFFF))
+        tl.atomic_xchg(counters + NUM_UNIQUE, tl.where(is_due, 0, before & 0xFFFFFFFF))
+        tl.atomic_add(counters + STEP, is_due.to(tl.int64))
 
 
 @triton.jit
 def update_rows(
-    rows, grads, num_unique, unique_rows, row_vocabularies, hyper, due, rates, row_stride, grad_stride, width,
+    rows, grads, counters, unique_rows, row_vocabularies, hyper, due, rates, row_stride, grad_stride, width,
     DECAY: tl.constexpr, RATE: tl.constexpr, SCALE: tl.constexpr, OWN: tl.constexpr, FORMULA: tl.constexpr,
     DIMS: tl.constexpr, HAS_RATES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COVER: tl.constexpr,
 ):  # fmt: skip
     is_due = tl.load(due)
-    num = tl.where(is_due, tl.load(num_unique, volatile=True).to(tl.int32), 0)
+    num = tl.where(is_due, tl.load(counters + NUM_UNIQUE, volatile=True).to(tl.int32), 0)
     column = tl.arange(0, COLUMNS)[None, :]
     for first in range(tl.program_id(0) * ROWS, num, tl.num_programs(0) * ROWS):
         unique = first + tl.arange(0, ROWS)[:, None]
@@ -139,7 +142,7 @@ def update_rows(
         FORMULA(rows + row.to(tl.int64) * row_stride, column, within, covers, g, decay, rate, hyper + OWN, width, DIMS)
         tl.debug_barrier()  # the threads that read a gradient need not be those that clear it
         tl.store(of_unique, tl.zeros_like(g), mask=covers)
-    end_step(num_unique, is_due)
+    end_step(counters, is_due)
 
 
 AT_ONCE = {  # `launch.at_once`
@@ -149,34 +152,32 @@ AT_ONCE = {  # `launch.at_once`
 
 
 def update(
-    formula: Callable, rows: Tensor, grads: Tensor, num_unique: Tensor, unique_rows: Tensor, row_vocabularies: Tensor,
+    formula: Callable, rows: Tensor, grads: Tensor, counters: Tensor, unique_rows: Tensor, row_vocabularies: Tensor,
     hyper: Tensor, due: Tensor, dims: Sequence[int], rates: Tensor | None, places: tuple[int, int, int, int],
 ) -> None:  # fmt: skip
     """`places`: in `hyper`, of decay, rate, scale and the formula's own scalars."""
     width = grads.shape[1]
     decay, rate, scale, own = places
     update_rows[programs(unique_rows.numel(), rows_of(width), at_once(width, AT_ONCE[formula]))](
-        rows, grads, num_unique, unique_rows, row_vocabularies, hyper, due, hyper if rates is None else rates,
+        rows, grads, counters, unique_rows, row_vocabularies, hyper, due, hyper if rates is None else rates,
         rows.stride(0), grads.stride(0), width, DECAY=decay, RATE=rate, SCALE=scale, OWN=own, FORMULA=formula,
         DIMS=tuple(dims), HAS_RATES=rates is not None, ROWS=rows_of(width), COLUMNS=columns_of(width),
         COVER=cover_of(width, rows.stride(0), grads.stride(0)),
     )  # fmt: skip
 
 
-def adamw_rows_(
-    rows: Tensor, grads: Tensor, num_unique: Tensor, unique_rows: Tensor, hyper: Tensor, due: Tensor
-) -> None:
+def adamw_rows_(rows: Tensor, grads: Tensor, counters: Tensor, unique_rows: Tensor, hyper: Tensor, due: Tensor) -> None:
     """`recfx.kernels.rows.adamw_rows.definition`."""
-    update(adamw, rows, grads, num_unique, unique_rows, unique_rows, hyper, due, (), None, (0, 5, 7, 1))
+    update(adamw, rows, grads, counters, unique_rows, unique_rows, hyper, due, (), None, (0, 5, 7, 1))
 
 
 def operator(formula: Callable) -> Callable[..., None]:
     def update_(
-        rows: Tensor, grads: Tensor, num_unique: Tensor, unique_rows: Tensor, row_vocabularies: Tensor, hyper: Tensor,
+        rows: Tensor, grads: Tensor, counters: Tensor, unique_rows: Tensor, row_vocabularies: Tensor, hyper: Tensor,
         due: Tensor, dims: Sequence[int], rates: Tensor | None = None,
     ) -> None:  # fmt: skip
         """The definition of that name in `recfx.kernels.rows.optimizer_rows`."""
-        of_rows = num_unique, unique_rows, row_vocabularies
+        of_rows = counters, unique_rows, row_vocabularies
         update(formula, rows, grads, *of_rows, hyper, due, dims, rates, (0, 1, 2, 3))
 
     return update_

@@ -35,31 +35,31 @@ def update_slice(
 
 @triton.jit
 def sum_adamw(
-    rows, num_unique, unique_rows, hyper, stride, partial, cell_N, weight_N, begins, last_number, blocks, width,
+    rows, count, unique_rows, hyper, stride, partial, cell_N, weight_N, begins, last_number, blocks, width,
     WEIGHTED: tl.constexpr, FIRSTS: tl.constexpr, DIMS: tl.constexpr, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    count = tl.load(num_unique)
-    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+    num = tl.load(count)
+    for first in range(tl.program_id(0) * ROWS, num, tl.num_programs(0) * ROWS):
         unique = first + tl.arange(0, ROWS)
         begin, end = run_of(begins, last_number, unique)
-        row = tl.load(unique_rows + unique, mask=unique < count, other=0)
+        row = tl.load(unique_rows + unique, mask=unique < num, other=0)
         at = rows + row.to(tl.int64)[:, None] * stride
         for s in tl.static_range(len(FIRSTS)):
             update_slice(
-                at, hyper, partial, blocks[s], cell_N, weight_N, width, begin, end, unique < count, WEIGHTED, FIRSTS[s],
+                at, hyper, partial, blocks[s], cell_N, weight_N, width, begin, end, unique < num, WEIGHTED, FIRSTS[s],
                 DIMS[s], LOOKUPS[s], COLUMNS[s], ROWS, CHUNK,
             )  # fmt: skip
 
 
 def sum_adamw_rows_(
-    rows: Tensor, num_unique: Tensor, unique_rows: Tensor, hyper: Tensor, inverse_P: Tensor, cell_P: Tensor,
+    rows: Tensor, counters: Tensor, unique_rows: Tensor, hyper: Tensor, inverse_P: Tensor, cell_P: Tensor,
     firsts: Sequence[int], dims: Sequence[int], blocks: Sequence[Tensor], weight_P: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`recfx.kernels.rows.sum_adamw_rows.definition`; the same bytes from run to run."""
     most, per_program = min(unique_rows.numel(), cell_P.numel()), rows_of(max(dims))
     sources, static, count = chunk_sums(
-        inverse_P, cell_P, firsts, dims, blocks, weight_P, rows.shape[2], most, num_unique
+        inverse_P, cell_P, firsts, dims, blocks, weight_P, rows.shape[2], most, counters
     )
     sum_adamw[programs(most, per_program, at_once(sum(dims), SUM_ADAMW, len(dims)))](
         rows, count, unique_rows, hyper, rows.stride(0), *sources, ROWS=per_program, **static
