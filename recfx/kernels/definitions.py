@@ -28,4 +28,4 @@ class definitions(TorchDispatchMode):  # noqa: N801 - used as a function is: `wi
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return DEFINITIONS.get(func, func)(*args, **(kwargs or {}))
+        return DEFINITIONS.get(func.name(), func)(*args, **(kwargs or {}))
