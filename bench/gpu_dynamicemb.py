@@ -57,7 +57,7 @@ class Case(NamedTuple):
         def train(ids: list[Tensor]) -> None:
             s = self.state
             sum_row_grads(s.grads, *self.table.occurrences(self.forward(ids), self.grads))
-            adamw_rows_(s.rows, s.grads, s.num_unique, s.unique_rows, self.hyper, self.due)
+            adamw_rows_(s.rows, s.grads, s.counters, s.unique_rows, self.hyper, self.due)
             s.step.add_(1)
 
         return train

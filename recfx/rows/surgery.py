@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from recfx.kernels.counters import NUM_CROWDED, NUM_FREE, NUM_ROWS
 from recfx.kernels.index.find_or_insert import find_or_insert_
 from recfx.kernels.op import UNKNOWN
-from recfx.rows.views import Rows, TableView, check_device, reading, rows_of, taken, view_of
+from recfx.rows.views import Rows, TableView, check_device, reading_of, rows_of, taken, view_of
 from recfx.step import Step, TrainState
 from recfx.table import delete_ as delete_rows_
 from recfx.table import grow_, initializer_tensors, num_live
@@ -83,10 +83,10 @@ def _insert_(view: TableView, seed: int, ids: Tensor) -> Tensor:
     """The row of each id; new rows have their initial values. The table must have room."""
     t, num_slots = view.table, view.table.rows.shape[2] - view.plan.width
     init = (nn.functional.pad(x, (0, num_slots)) for x in initializer_tensors(view.plan, seed))
-    before = t.counters.clone()
+    before, reading = t.counters.clone(), reading_of(view, ids)
     row, _ = find_or_insert_(
-        t.slots, t.ids, t.vocabularies, t.seen, t.born, t.rows, t.free_rows, t.unique_rows, t.counters,
-        *reading(view, ids), *init, None,
+        t.slots, t.ids, t.vocabularies, t.seen, t.born, t.rows, t.free_rows, t.unique_rows, t.counters, reading.id,
+        reading.cell, reading.vocabularies, *init, None,
     )  # fmt: skip
     for of_rows in (NUM_ROWS, NUM_FREE, NUM_CROWDED):
         before[of_rows] = t.counters[of_rows]

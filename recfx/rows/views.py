@@ -12,9 +12,9 @@ from recfx.kernels.index.find import find
 from recfx.kernels.op import UNKNOWN
 from recfx.run_checks import check_program
 from recfx.step import Step, TrainState
-from recfx.table import TableState
+from recfx.table import Reading, TableState
 
-__all__ = ["Rows", "TableView", "check_device", "live_rows", "reading", "rows_of", "taken", "view_of"]
+__all__ = ["Rows", "TableView", "check_device", "live_rows", "reading_of", "rows_of", "taken", "view_of"]
 
 
 class Rows(NamedTuple):
@@ -61,8 +61,8 @@ def rows_of(view: TableView, ids: Tensor) -> Tensor:
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids: got {got}, expected torch.int64 [N]. float32 merges ids above 2**24.")
     check_device("ids", view, ids)
-    t = view.table
-    return find(t.slots, t.ids, t.counters, *reading(view, ids)).long()
+    t, reading = view.table, reading_of(view, ids)
+    return find(t.slots, t.ids, t.counters, reading.id, reading.cell, reading.vocabularies).long()
 
 
 def check_device(name: str, view: TableView, t: Tensor) -> None:
@@ -72,10 +72,10 @@ def check_device(name: str, view: TableView, t: Tensor) -> None:
         raise ValueError(f"{name}: got a tensor on {t.device}, expected {expected}, where the table is. Move it there.")
 
 
-def reading(view: TableView, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, cells and vocabularies for the kernels: one lookup, each id is a sample."""
+def reading_of(view: TableView, ids: Tensor) -> Reading:
+    """The ids as a table reads them: one lookup, each id is a sample."""
     cell = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)
-    return ids.contiguous(), cell, torch.tensor([view.vocabulary], dtype=torch.int32, device=ids.device)
+    return Reading(ids.contiguous(), cell, torch.tensor([view.vocabulary], dtype=torch.int32, device=ids.device))
 
 
 def live_rows(view: TableView) -> Tensor:
