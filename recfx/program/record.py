@@ -33,7 +33,8 @@ def record_of(
     """What `run.json` holds of a run that starts now: the same values in every run of the same program.
 
     format: 1.  program: {"import": its import path} or {"file": its path, relative to the folder of `run.json`}.
-    arguments: all of them, by name.  paths: what was given to its reader, by use; relative ones as they were given.
+    arguments: all of them, by name.  paths: what was given to its reader, by use: relative ones as they were given,
+    null for what is not a path.
     sources: sha256 of its files, see `recfx.program.modules.sources`.  versions: of Python, recfx and packages.
     threads: of torch's operators.  instruction_set: of the processor, as torch's kernels use it.  device: of the state.
 
@@ -176,7 +177,8 @@ def _relative(file: Path, folder: Path) -> str:
 
 
 def _plain(given: Any) -> Any:
-    """Paths as JSON: text, or a list of text."""
-    if isinstance(given, os.PathLike):
-        return os.fspath(given)
-    return [_plain(item) for item in given] if isinstance(given, list | tuple) else given
+    """Paths as JSON: text, or a list of text; None for what is not a path."""
+    if isinstance(given, list | tuple):
+        return [_plain(item) for item in given]
+    text = os.fspath(given) if isinstance(given, os.PathLike) else given
+    return text if isinstance(text, str) else None

@@ -159,6 +159,14 @@ def test_a_record_that_cannot_be_written_is_an_error_before_the_first_step(progr
     assert saved(tmp_path / "run") == []
 
 
+def test_a_reader_may_be_given_what_is_not_a_path(tmp_path):
+    """Arrays in memory, say: the record does not hold them."""
+    program = write_program(tmp_path, program=PROGRAM.replace("reader(paths,", "reader(paths['there'],"))
+    there = write_data(tmp_path / "data")
+    train(program, {"there": there}, TrainConfig(output_dir=str(tmp_path / "run")), held_out={"there": there})
+    assert read_run(tmp_path / "run")["paths"] == {"train": None, "evaluate": None}
+
+
 # Sources.
 
 
