@@ -94,6 +94,7 @@ def test_ctrl_c_is_summed_up_too(data, tmp_path, monkeypatch):
         return run
 
     monkeypatch.setattr(program, "capture", interrupted)
+    monkeypatch.setattr(program, "capture_evaluation", lambda step, state, batch: step.evaluate_)
     program.main([f"--data_paths={data}/train", "--batch_size=100", f"--output_dir={tmp_path}/out"])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=pytest.fail)
     assert (summary["steps"], summary["samples_per_s"]) == (1, None)
