@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -56,7 +57,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """What several processes of a run need is compiled once, on all cores, before they start."""
-    if not getattr(session.config.option, "numprocesses", None) or session.config.option.collectonly:
+    option = session.config.option
+    if not getattr(option, "numprocesses", None) or option.collectonly or not shutil.which("g++"):
         return
     with ThreadPoolExecutor(2) as pool:
         for built in [pool.submit(library), pool.submit(machine_library)]:
