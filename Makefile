@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0
 
-.PHONY: demo test slow bench bench-all lint graphs docs clean
+.PHONY: demo test pytest slow bench bench-all lint graphs docs clean
 
 # torch goes in first and alone, by exact version: nothing later may pull in another build of it.
 $(VENV)/installed: pyproject.toml requirements.txt
@@ -23,9 +23,13 @@ demo: $(VENV)/installed
 	$(PY) -m recfx.examples.deepfm --batch_size 1000 --gradient_accumulation_steps 1 --thread_num 2 --prefetch 0 \
 	    --log_steps 50 --save_steps 1000 --output_dir demo/ckpt --overwrite --generated_dir demo/data
 
-# Two processes: most of the time goes into compiling, on one core.
-test: $(VENV)/installed lint
-	$(PY) -m pytest -n 2 --dist loadfile
+# Linters and type checker run next to the tests. Two processes: most of the time goes into compiling, on one core.
+# Files are taken in the order of tests/conftest.py, the longest first.
+test: $(VENV)/installed
+	$(MAKE) --jobs=2 --no-print-directory lint pytest
+
+pytest: $(VENV)/installed
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The Triton of a device's torch, for the tests that compile with both; it is not installed.
 $(VENV)/triton-3.6/installed: $(VENV)/installed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,11 +17,10 @@ from torch.utils._pytree import tree_leaves
 from recfx import kernels
 from recfx.capture import capture, capture_evaluation, capture_prediction
 from recfx.capture import passes as fx_passes
-from recfx.models import deepfm
 from recfx.step import Step
 from recfx.table import functions as table_module
 from recfx.types import COUNTS, Batch, Ragged, pack
-from tests.conftest import BATCH_SIZE, deepfm_batches, deepfm_params, deepfm_step
+from tests.conftest import BATCH_SIZE, deepfm_batches, deepfm_params, deepfm_step, linear_params, linear_step
 from tests.reference import on_threads
 from tests.step.test_step import assert_same_state
 
@@ -31,10 +31,15 @@ class Captured(NamedTuple):
     step: Step
     call: Any
     evaluate: Any
+    counted: Counter[str]  # by torch's cache of traced graphs
 
 
 def fresh(step: Step) -> Any:
     return step.init({name: p.clone() for name, p in deepfm_params().items()})
+
+
+def fresh_linear(step: Step) -> Any:
+    return step.init(linear_params())
 
 
 def leaves(state: Any) -> list[torch.Tensor]:
@@ -70,14 +75,17 @@ def _small_index(monkeypatch: pytest.MonkeyPatch) -> None:
 def one() -> Captured:
     step = deepfm_step(max_rows=BIG)
     state, batch = fresh(step), deepfm_batches(1)[0]
-    return Captured(step, capture(step, state, batch), capture_evaluation(step, state, batch))
+    counters.clear()
+    call = capture(step, state, batch)
+    counted = counters["aot_autograd"].copy()
+    return Captured(step, call, capture_evaluation(step, state, batch), counted)
 
 
 @pytest.fixture(scope="module")
 def three() -> Captured:
     step = deepfm_step(max_rows=BIG, accumulation=3)
     state, batch = fresh(step), deepfm_batches(1)[0]
-    return Captured(step, capture(step, state, batch), None)
+    return Captured(step, capture(step, state, batch), None, Counter())
 
 
 def stream() -> list:
@@ -122,27 +130,23 @@ def test_later_steps_run_the_graph_alone_with_what_it_was_given():
     def forward(params, emb, feats):
         if not torch.compiler.is_compiling():
             calls.append(1)
-        return scale * (emb["bias"].sum(1) + params["numeric_bias"].sum())
+        return scale * (emb["bias"].sum(1) + params["bias"])
 
-    step = deepfm_step(forward=forward)
+    step = linear_step(forward=forward)
     batches = deepfm_batches(4)
-    call = capture(step, fresh(step), batches[0])
-    a, _ = run(call, fresh(step), batches[:1])
+    call = capture(step, fresh_linear(step), batches[0])
+    a, _ = run(call, fresh_linear(step), batches[:1])
     with torch.compiler.set_stance("force_eager"):  # what Dynamo is asked runs as Python
         a, _ = run(call, a, batches[1:])
     assert not calls
-    b, _ = run(step.update_, step.grow_(fresh(step), (1000,)), batches)
+    b, _ = run(step.update_, step.grow_(fresh_linear(step), (1000,)), batches)
     assert_same_state(a, b)
 
 
-def test_the_next_process_need_not_trace_it():
+def test_the_next_process_need_not_trace_it(one):
     """Nothing in the graph makes torch's cache of traced graphs pass it by."""
-    counters.clear()
-    step = deepfm_step(forward=lambda params, emb, feats: 2 * deepfm.forward(params, emb, feats["numeric"]))
-    batches = deepfm_batches(2)
-    run(capture(step, fresh(step), batches[0]), fresh(step), batches)
-    assert counters["aot_autograd"]["total"] == 1
-    assert not counters["aot_autograd"]["autograd_cache_bypass"]
+    assert one.counted["total"] == 1
+    assert not one.counted["autograd_cache_bypass"]
 
 
 @pytest.mark.parametrize("change", ["", "# changed"])
@@ -159,35 +163,31 @@ def test_a_graph_is_compiled_again_when_the_python_of_an_operator_has_changed(tm
 
 def test_what_a_step_says_may_hold_tensors_that_the_graph_does_not_compute():
     constant = torch.tensor(7)
-    step = deepfm_step(features=lambda batch: {**batch, COUNTS: {"held": constant, "valid": batch["num_samples"] + 1}})
+    step = linear_step(features=lambda batch: {**batch, COUNTS: {"held": constant, "valid": batch["num_samples"] + 1}})
     batches = deepfm_batches(3)
-    call, state = capture(step, fresh(step), batches[0]), fresh(step)
+    call, state = capture(step, fresh_linear(step), batches[0]), fresh_linear(step)
     for batch in batches:
         state, aux = call(state, batch)
         assert aux.counts["held"].item() == 7
         assert aux.counts["valid"].item() == BATCH_SIZE + 1
-    assert_same_state(state, run(step.update_, step.grow_(fresh(step), (1000,)), batches)[0])
+    assert_same_state(state, run(step.update_, step.grow_(fresh_linear(step), (1000,)), batches)[0])
 
 
 def test_one_graph_for_each_layout_size_of_state_and_number_of_threads():
     """A state of another size through the same callable is compiled for, not run by a graph of other shapes; nor does a
     graph made for two threads, which asks for two, run for one."""
-
-    def forward(params, emb, feats):
-        return emb["bias"].sum(1) + params["numeric_bias"].sum()
-
     counters.clear()
-    steps = [deepfm_step(forward=forward, max_rows=max_rows) for max_rows in (512, 16)]
+    steps = [linear_step(max_rows=max_rows) for max_rows in (512, 8)]
     batches = deepfm_batches(3, short_last=True)
-    call = capture(steps[0], fresh(steps[0]), batches[0])
+    call = capture(steps[0], fresh_linear(steps[0]), batches[0])
     for num_graphs, step in enumerate(steps, start=1):
-        a, _ = run(call, fresh(step), batches)
+        a, _ = run(call, fresh_linear(step), batches)
         assert counters["stats"]["unique_graphs"] == num_graphs
-        assert_same_state(a, run(step.update_, step.grow_(fresh(step), (1000,)), batches)[0])
-    assert int(a.tables[0].num_rows) == 16
+        assert_same_state(a, run(step.update_, step.grow_(fresh_linear(step), (1000,)), batches)[0])
+    assert int(a.tables[0].num_rows) == 8
     assert int(a.tables[0].num_refused) > 0
     for _ in range(2):
-        on_threads(1, run, call, fresh(steps[1]), batches)
+        on_threads(1, run, call, fresh_linear(steps[1]), batches)
         assert counters["stats"]["unique_graphs"] == 3
     assert not counters["graph_break"]
 
@@ -209,14 +209,14 @@ def test_one_and_two_threads_agree(one):
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_capturing_changes_no_byte_of_state_batch_and_generators(backend):
     """Neither when it is called nor when a batch of another layout comes later: only the step's own writes show."""
-    step = deepfm_step(forward=lambda params, emb, feats: torch.rand_like(feats["label"]) + emb["bias"].sum(1))
-    state, batch = fresh(step), deepfm_batches(1)[0]
+    step = linear_step(forward=lambda params, emb, feats: torch.rand_like(feats["label"]) + emb["bias"].sum(1))
+    state, batch = fresh_linear(step), deepfm_batches(1)[0]
     wider = pack({**batch, "more": torch.zeros(BATCH_SIZE, 1)})
     before = [t.clone() for t in (*tree_leaves(state), batch.buffer, torch.get_rng_state())]
     call = capture(step, state, batch, backend=backend)
     after = (*tree_leaves(state), batch.buffer, torch.get_rng_state())
     assert all(map(torch.equal, before, after))
-    other = fresh(step)
+    other = fresh_linear(step)
     torch.manual_seed(0)
     state, _ = call(call(state, batch)[0], wider)
     drawn = torch.get_rng_state()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import logging
 import os
 import re
 import subprocess
@@ -40,12 +39,6 @@ TRAINING = ("order_ids", "find_or_insert_", "pool", "add_row_grads_", "adamw_row
 METRICS = ("add_predictions_",)
 DEEPCTR_FEATURES = (*["join"] * 3, *["take_lists"] * 2, "farm_hashes", "cross_lists")
 golden = functools.cache(capture)
-
-
-@pytest.fixture(autouse=True)
-def _diff_alone(caplog: pytest.LogCaptureFixture) -> None:
-    """Thousands of torch's own debug lines would follow the diff of a graph that changed."""
-    caplog.set_level(logging.WARNING, logger="torch.__trace")
 
 
 def custom_ops(graph: torch.fx.Graph) -> Counter[str]:

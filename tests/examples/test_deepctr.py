@@ -95,6 +95,7 @@ def test_ctrl_c_is_summed_up_too(data, tmp_path, monkeypatch):
         return run
 
     monkeypatch.setattr(running, "capture", interrupted)
+    monkeypatch.setattr(running, "capture_evaluation", lambda step, state, batch, *, backend: step.evaluate_)
     program.main([f"--data_paths={data}/train", "--batch_size=100", f"--output_dir={tmp_path}/out"])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=pytest.fail)
     assert (summary["steps"], summary["samples_per_s"]) == (1, None)

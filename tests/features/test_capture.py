@@ -16,7 +16,7 @@ from recfx.capture.passes import StepPasses, UnfuseBias, share_common
 from recfx.kernels.lists.order_ids import order_ids
 from recfx.types import COUNTS, Ragged, pack, unpack
 from tests.capture.test_graphs import READ_BY_THE_HOST, SHAPED_BY_DATA
-from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
+from tests.conftest import deepfm_batches, linear_params, linear_step
 from tests.reference import ragged
 from tests.reference_features import nested, strings
 
@@ -209,12 +209,12 @@ def test_counts_reach_aux_captured_or_not():
         counts = {"cross": overflow, "long": ops.check_length(batch["c"], 2)}
         return {**batch, "a": crossed, COUNTS: counts}
 
-    step, batch = deepfm_step(features=features), deepfm_batches(1)[0]
+    step, batch = linear_step(features=features), deepfm_batches(1)[0]
     expected = int(features(batch)[COUNTS]["cross"])
     assert expected > 0
-    runs = (step.update, step.update_, capture(step, step.init(deepfm_params()), batch), step.evaluate_)
+    runs = (step.update, step.update_, capture(step, step.init(linear_params()), batch), step.evaluate_)
     for run in runs:
-        counts = run(step.init(deepfm_params()), batch)[1].counts
+        counts = run(step.init(linear_params()), batch)[1].counts
         assert {name: int(count) for name, count in counts.items()} == {"cross": expected, "long": 0}
 
 
