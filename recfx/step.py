@@ -24,6 +24,7 @@ from recfx.metrics import BinaryCounts, binary_metrics
 from recfx.optim import SparseOptimizer
 from recfx.step_checks import (
     check_batch,
+    check_bound,
     check_features,
     check_functions,
     check_kinds,
@@ -209,6 +210,7 @@ def train_step(
     check_int("accumulation", accumulation, 1)
     check_choice("precision", precision, get_args(Precision))
     check_choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite))
+    check_bound(sparse_optimizer, accumulation, max_unique)
     plan = plan_tables(embeddings)
     check = functools.partial(
         check_state, kind=TrainState, plan=plan, optimizer=sparse_optimizer, accumulation=accumulation
@@ -363,7 +365,7 @@ def train_step(
                 states = [
                     one(s, t.occurrences(f, g), scale, due)
                     if (one := fused(t, s))
-                    else do.sparse(s, scale, moves, t.columns)
+                    else do.sparse(s, scale, moves, t.columns, f.inverse.numel() if accumulation == 1 else None)
                     for t, s, f, g in zip(tables, states, found, block_grads, strict=True)
                 ]
             nonfinite = state.nonfinite

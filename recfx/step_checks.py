@@ -20,6 +20,7 @@ from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
 
 __all__ = [
     "check_batch",
+    "check_bound",
     "check_features",
     "check_functions",
     "check_kinds",
@@ -67,6 +68,16 @@ def check_kinds(**parts: object) -> None:
         kind, advice = KINDS[argument]
         swapped = " Is the sparse one given as the dense one?" if is_swapped and "optimizer" in argument else ""
         check_type(argument, value, kind, advice + swapped)
+
+
+def check_bound(optimizer: SparseOptimizer, accumulation: int, max_unique: int | None) -> None:
+    """Raises ValueError when the optimiser has to know the most rows of a step, and nothing gives it."""
+    if optimizer.needs_bound and accumulation > 1 and max_unique is None:
+        raise ValueError(
+            f"max_unique: got None, expected a number with accumulation {accumulation} and an optimiser from "
+            "recfx.optim.sparse_optimizer. It computes on a block of rows whose size is fixed when the step is traced. "
+            "Give the most distinct ids of an optimiser step, such as train_step(max_unique=100_000)."
+        )
 
 
 def params_of(params: Any, devices: Iterable[torch.device | str]) -> Params:

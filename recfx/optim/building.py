@@ -65,11 +65,13 @@ class SparseOptimizer(NamedTuple):
     row_slots:  names of what is kept per row of each logical table, after the weights: [1 + slots, W + row slots].
     update:     (rows f32 [U, 1 + slots, W + row slots], grads f32 [U, W], step i64 [], scale f32 []) -> rows; pure:
                 the meaning, for rows of one logical table.
-    apply:      (TableState, scale, due bool [], Columns | None) -> TableState; pure, on the step's unique rows. Without
-                columns a row is one logical table.
+    apply:      (TableState, scale, due bool [], Columns | None, most int | None) -> TableState; pure, on the step's
+                unique rows, of which there are at most `most`. Without columns a row is one logical table.
     apply_:     the same, in place: what is captured.
     fused:      the same with the sum of the gradients, where a kernel does both.
     checked:    the same with a look whether gradients are finite, where a kernel does both.
+    needs_bound: it computes on a block of rows of fixed size: `apply_` is given the most rows of a step, and where a
+                step is several batches, `max_unique` is that number.
     """
 
     slots: tuple[str, ...]
@@ -79,6 +81,7 @@ class SparseOptimizer(NamedTuple):
     apply_: Callable[..., TableState]
     fused: Fused | None = None
     checked: Checked | None = None
+    needs_bound: bool = False
 
     def fused_for(self, columns: Columns) -> Callable[..., TableState] | None:
         """`fused.apply_` where it does to rows of these columns what `apply_` does."""
@@ -150,7 +153,9 @@ def row_optimizer(
     def update(rows: Tensor, grads: Tensor, step: Tensor, scale: Tensor) -> Tensor:
         return updated_rows(kernel.formula, rows, grads, hyper((step + 1).double(), scale), grads.shape[1:])
 
-    def apply(state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None) -> TableState:
+    def apply(
+        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most: int | None = None
+    ) -> TableState:
         num = int(state.num_unique) if due else 0
         row, new = state.unique_rows[:num].long(), copy_of(state)
         scalars, dims, rates = arguments(state, scale, columns)
@@ -159,7 +164,9 @@ def row_optimizer(
         new.grads[:num] = 0
         return new._replace(num_unique=state.num_unique * ~due, step=state.step + due)
 
-    def apply_(state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None) -> TableState:
+    def apply_(
+        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most: int | None = None
+    ) -> TableState:
         touched = (state.num_unique, state.unique_rows, state.vocabularies)
         scalars, dims, rates = arguments(state, scale, columns)
         kernel.op_(state.rows, state.grads, *touched, scalars, due, dims, rates)
