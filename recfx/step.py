@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from recfx.checks import check_choice, check_int
 from recfx.context import Context, Stats, with_context
 from recfx.describe import or_plain, state_text, step_text
-from recfx.embeddings import Embedding, Plan, Tile, plan_tables
+from recfx.embeddings import Combiner, Embedding, Plan, Tile, plan_tables
 from recfx.finite import NonFinite, clean_padding, counts_after, gradients_finite, outputs_finite, untouch_
 from recfx.generators import Draws
 from recfx.kernels.lists.order_lists import list_sums
@@ -37,6 +37,7 @@ from recfx.step_checks import (
 )
 from recfx.table import Found, Table, TableState, copy_of, ids_of, is_full, is_sweep_due, table
 from recfx.table import sweep_ as sweep_table_
+from recfx.table.combining import combined
 from recfx.table.policies import Life
 from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
 
@@ -519,15 +520,18 @@ def _groups(plan: Plan, blocks: list[list[Tensor]], found: list[Found]) -> dict[
         for c in cells:
             part = blocks[c.table][c.column][:, plan.tables[c.table].cells_of(c.lookup)]
             part = part if plan.learns(c) else part.detach()
-            padding_id = plan.tables[c.table].lookups[c.lookup].padding_id
-            divisor = _divisor(c.combiner, found[c.table].ragged[c.lookup], padding_id)
+            lookup, ids = plan.tables[c.table].lookups[c.lookup], found[c.table].ragged[c.lookup]
+            if isinstance(c.combiner, Combiner):
+                parts.append(combined(c.combiner, part, ids, lookup))
+                continue
+            divisor = _divisor(c.combiner, ids, lookup.padding_id)
             parts.append(part if divisor is None else part / divisor[:, None, None])
         same = len({part.shape[2] for part in parts}) == 1
         groups[name] = torch.cat(parts if same else [part.flatten(1) for part in parts], dim=1)
     return groups
 
 
-def _divisor(combiner: str | Tile, ids: Ragged, padding_id: int | None) -> Tensor | None:
+def _divisor(combiner: str | Tile | Combiner, ids: Ragged, padding_id: int | None) -> Tensor | None:
     """What the sum of each list's weighted rows is divided by, [B]."""
     if combiner not in ("mean", "sqrtn"):
         return None

@@ -1,6 +1,6 @@
 """Embeddings as a user declares them, how new rows are initialised, and the plan of physical tables."""
 
-from recfx.embeddings.declaration import Embedding, Tile, tile
+from recfx.embeddings.declaration import Combiner, Embedding, Tile, combine, tile
 from recfx.embeddings.initializers import (
     Initializer,
     column_key,
@@ -18,6 +18,7 @@ from recfx.embeddings.plan import Cell, Column, Lookup, Plan, TablePlan, plan_ta
 __all__ = [
     "Cell",
     "Column",
+    "Combiner",
     "Embedding",
     "Initializer",
     "Lookup",
@@ -25,6 +26,7 @@ __all__ = [
     "TablePlan",
     "Tile",
     "column_key",
+    "combine",
     "constant",
     "kaiming_normal",
     "kaiming_uniform",

@@ -171,7 +171,7 @@ def _sparse(scalars: Scalars, lr: Rate, weight_decay: float) -> SparseOptimizer:
     by_column = row_optimizer(adamw_rows_by_column, scalars, lr, weight_decay, slots=("m", "v"))
 
     def apply_(
-        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most: int | None = None
+        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
     ) -> TableState:
         if columns is not None and columns.rates is not None:
             return by_column.apply_(state, scale, due, columns)

@@ -65,8 +65,8 @@ class SparseOptimizer(NamedTuple):
     row_slots:  names of what is kept per row of each logical table, after the weights: [1 + slots, W + row slots].
     update:     (rows f32 [U, 1 + slots, W + row slots], grads f32 [U, W], step i64 [], scale f32 []) -> rows; pure:
                 the meaning, for rows of one logical table.
-    apply:      (TableState, scale, due bool [], Columns | None, most int | None) -> TableState; pure, on the step's
-                unique rows, of which there are at most `most`. Without columns a row is one logical table.
+    apply:      (TableState, scale, due bool [], Columns | None, most rows | None) -> TableState; pure, on the step's
+                unique rows, at most that many. Without columns a row is one logical table.
     apply_:     the same, in place: what is captured.
     fused:      the same with the sum of the gradients, where a kernel does both.
     checked:    the same with a look whether gradients are finite, where a kernel does both.
@@ -154,7 +154,7 @@ def row_optimizer(
         return updated_rows(kernel.formula, rows, grads, hyper((step + 1).double(), scale), grads.shape[1:])
 
     def apply(
-        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most: int | None = None
+        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
     ) -> TableState:
         num = int(state.num_unique) if due else 0
         row, new = state.unique_rows[:num].long(), copy_of(state)
@@ -165,7 +165,7 @@ def row_optimizer(
         return new._replace(num_unique=state.num_unique * ~due, step=state.step + due)
 
     def apply_(
-        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most: int | None = None
+        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
     ) -> TableState:
         touched = (state.num_unique, state.unique_rows, state.vocabularies)
         scalars, dims, rates = arguments(state, scale, columns)

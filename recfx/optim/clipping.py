@@ -85,18 +85,18 @@ def _sparse(optimizer: SparseOptimizer, limit: float, max_norm: float) -> Sparse
         return state.grads.shape[1:] if columns is None else columns.dims
 
     def apply(
-        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most: int | None = None
+        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
     ) -> TableState:
         num = int(state.num_unique) if due else 0
         grads = state.grads.clone()
         grads[:num] = clipped(grads[:num], scale, dims(state, columns), limit, max_norm)
-        return optimizer.apply(state._replace(grads=grads), scale, due, columns, most)
+        return optimizer.apply(state._replace(grads=grads), scale, due, columns, most_rows)
 
     def apply_(
-        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most: int | None = None
+        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
     ) -> TableState:
         clip_row_grads_(state.grads, state.num_unique, scale, due, dims(state, columns), limit, max_norm)
-        return optimizer.apply_(state, scale, due, columns, most)
+        return optimizer.apply_(state, scale, due, columns, most_rows)
 
     return optimizer._replace(update=update, apply=apply, apply_=apply_)
 

@@ -114,10 +114,10 @@ def sparse_optimizer(
         return new_rows(rows, grads * scale, rates, t, grads.shape[1:])
 
     def apply_(
-        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most: int | None = None
+        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
     ) -> TableState:
         dims = state.grads.shape[1:] if columns is None else columns.dims
-        num = state.unique_rows.numel() if most is None else min(max(most, 1), state.unique_rows.numel())
+        num = state.unique_rows.numel() if most_rows is None else min(max(most_rows, 1), state.unique_rows.numel())
         t = (state.step + 1).double()
         in_use, row = _places(state, due, num)
         rates = _rates(rate_at(lr, t), weight_decay, dims, columns, state.vocabularies[row].long())
@@ -131,9 +131,9 @@ def sparse_optimizer(
         return state
 
     def apply(
-        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most: int | None = None
+        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
     ) -> TableState:
-        return apply_(copy_of(state), scale, due, columns, most)
+        return apply_(copy_of(state), scale, due, columns, most_rows)
 
     return SparseOptimizer(slots, row_slots, update, apply, apply_, needs_bound=True)
 
