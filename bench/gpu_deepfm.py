@@ -24,7 +24,7 @@ from recfx.capture import capture, capture_steps
 from recfx.examples import deepfm as program
 from recfx.optim import SparseOptimizer, sparse_adamw
 from recfx.step import Step, TrainState
-from recfx.table import grow_, table
+from recfx.table import Limits, grow_, table
 from recfx.types import Batch, Ragged
 
 CHUNK = 2**20
@@ -62,7 +62,9 @@ def fill(step: Step, state: TrainState, table_rows: int, optimizer: SparseOptimi
     """Every id of a workload of so many rows gets its row."""
     (plan,), (rows,) = step.plan.tables, state.tables
     slots = {"optimizer_slots": len(optimizer.slots), "row_slots": len(optimizer.row_slots)}
-    inserter = table(plan, **slots, seed=42, max_rows=rows.ids.numel(), max_unique=rows.unique_rows.numel())
+    inserter = table(
+        plan, **slots, seed=42, limits=Limits(max_rows=rows.ids.numel(), max_unique=rows.unique_rows.numel())
+    )
     device, first = rows.ids.device, 0
     empty = Ragged(torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(2, dtype=torch.int32, device=device))
     grow_(rows, table_rows)
@@ -70,7 +72,7 @@ def fill(step: Step, state: TrainState, table_rows: int, optimizer: SparseOptimi
         for ids in torch.arange(first, first + count, device=device).split(CHUNK):
             offsets = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
             features = dict.fromkeys(CATEGORICAL, empty) | {name: Ragged(raw_ids(ids), offsets)}
-            inserter.insert_(rows, features)
+            inserter.insert_(rows, inserter.read(features))
             rows.num_unique.zero_()
             rows.step.add_(1)
         first += count

@@ -44,7 +44,7 @@ class Case(NamedTuple):
         return {f"t{i}": Ragged(x, self.offsets) for i, x in enumerate(ids)}
 
     def forward(self, ids: list[Tensor]) -> Found:
-        _, found = self.table.insert_(self.state, self.features(ids))
+        found = self.table.insert_(self.state, self.table.read(self.features(ids)))
         self.table.pool(self.state, found)
         return found
 
@@ -71,7 +71,7 @@ class Case(NamedTuple):
         fused_(self.state, occurrences, one, self.due)
 
     def evaluate(self, ids: list[Tensor]) -> list[Tensor]:
-        return self.table.pool(self.state, self.table.find(self.state, self.features(ids)))
+        return self.table.pool(self.state, self.table.find(self.state, self.table.read(self.features(ids))))
 
 
 def hyper_at(step: int) -> list[float]:

@@ -12,7 +12,7 @@ from bench.gpu_timing import DEVICE, Results, results, times_ms
 from recfx.embeddings import Embedding, plan_tables
 from recfx.kernels.index import find
 from recfx.kernels.op import UNKNOWN
-from recfx.table import Table, TableState, grow_, table
+from recfx.table import Limits, Table, TableState, grow_, table
 from recfx.types import Ragged
 
 CHUNK = 2**20
@@ -22,7 +22,7 @@ LOADS = (0.5, 0.75, 0.87)  # a table takes no more rows than 7/8 of its slots
 def make(num_tables: int, dim: int, max_rows: int, *, slots: int, device: str) -> tuple[Table, TableState]:
     (plan,) = plan_tables({"emb": [Embedding(f"t{i}", dim=dim, device=device) for i in range(num_tables)]}).tables
     max_unique = min(max_rows, num_tables * CHUNK)
-    t = table(plan, optimizer_slots=slots, seed=1, max_rows=max_rows, max_unique=max_unique)
+    t = table(plan, optimizer_slots=slots, seed=1, limits=Limits(max_rows=max_rows, max_unique=max_unique))
     state = t.init()
     return t, grow_(state, max_rows)
 
@@ -40,7 +40,7 @@ def fill(t: Table, state: TableState, num_tables: int, begin: int, end: int) -> 
     """Numbers begin to end of every table, a chunk a step."""
     for first in range(begin, end, CHUNK):
         numbers = torch.arange(first, min(first + CHUNK, end), device=state.ids.device)
-        t.insert_(state, {f"t{i}": lists_of_one(ids_of(numbers)) for i in range(num_tables)})
+        t.insert_(state, t.read({f"t{i}": lists_of_one(ids_of(numbers)) for i in range(num_tables)}))
         end_step(state)
 
 
@@ -69,7 +69,7 @@ def look_ups(to: Results, *, num_slots: int, keys: int, device: str) -> None:
             return find.find(state.slots, state.ids, state.num_slots, state.salt, ids, cell, vocabulary)
 
         def insert(ids: Tensor) -> None:
-            t.insert_(state, {"t0": Ragged(ids, offsets)})
+            t.insert_(state, t.read({"t0": Ragged(ids, offsets)}))
 
         def end_the_last(_: Tensor) -> None:
             end_step(state)

@@ -53,7 +53,7 @@ def fill(step: Step, state: TrainState, work: Workload, weights: dict[str, Tenso
             offsets = torch.tensor([0, len(ids)], dtype=torch.int32)
             features = dict.fromkeys(CATEGORICAL, empty) | {name: Ragged(ids, offsets)}
             inserter.grow_(rows, len(ids))
-            inserter.insert_(rows, features)
+            inserter.insert_(rows, inserter.read(features))
             rows.num_unique.zero_()
             rows.step.add_(1)  # each chunk as a step of its own: its unique numbers start at 0
     rows.step.zero_()

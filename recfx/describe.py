@@ -26,10 +26,14 @@ def or_plain(describe: Callable[[Any], str]) -> Callable[[Any], str]:
         try:
             return describe(value)
         except Exception:
-            fields = ", ".join(f"{name}={getattr(value, name, None)!r}" for name in getattr(value, "_fields", ()))
+            fields = ", ".join(f"{name}={getattr(value, name, None)!r}" for name in _fields_of(value))
             return f"{type(value).__name__}({fields})"
 
     return text
+
+
+def _fields_of(value: Any) -> Iterable[str]:
+    return [*getattr(value, "_fields", ()), *getattr(value, "__dataclass_fields__", ())]
 
 
 def batch_text(batch: Any) -> str:

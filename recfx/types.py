@@ -9,7 +9,7 @@ Axis letters, used as name suffixes wherever a function juggles axes:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from recfx.describe import batch_text, or_plain
 from recfx.kernels.lists import flatten_lists
 from recfx.kernels.lists.check_columns import Links, check_columns, check_num_samples, links_of, offsets_fit, table_of
 
-__all__ = ["Batch", "Field", "Layout", "Params", "Ragged", "Transform", "pack"]
+__all__ = ["Batch", "Field", "Layout", "Params", "Ragged", "pack"]
 
 Params = dict[str, Tensor]
 
@@ -342,14 +342,3 @@ def _check_fits(forms: Mapping[tuple[str, str], tuple[torch.dtype, tuple[int, ..
                 f"column '{key[0]}': got {key[1]} {dtype} {list(shape)}, expected {held} of at most {list(most)}. That "
                 "is what the layout holds. Cut the batch up, or use a layout of a larger one."
             )
-
-
-class Transform(NamedTuple):
-    """A stateful module: `update` is pure and is the specification, `update_` writes into `state` and is what runs.
-
-    Both return (state, aux). A caller uses only the state that comes back.
-    """
-
-    init: Callable[..., Any]
-    update: Callable[..., Any]
-    update_: Callable[..., Any]

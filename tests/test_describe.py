@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -78,7 +80,7 @@ def test_it_never_raises(step, becomes):
     """A tree of something else is printed as a tuple is, and what cannot be read is a question mark."""
     state, batch = fresh(step), deepfm_batches(1)[0]
     assert repr(tree_map(becomes, state)).startswith("TrainState(")
-    assert repr(step._replace(plan=becomes(torch.zeros(1)))).startswith("Step(init=")
+    assert repr(dataclasses.replace(step, plan=becomes(torch.zeros(1)))).startswith("Step(init=")
     assert repr(Batch(batch.buffer.to("meta"), batch.layout)).startswith("Batch(? of 8 samples")
     assert or_plain(lambda value: 1 / 0)(batch) == "Batch()"
 

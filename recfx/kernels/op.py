@@ -17,8 +17,9 @@ from torch.autograd.forward_ad import unpack_dual
 
 from recfx.kernels.build import library
 
-__all__ = ["address", "addresses", "c_function", "define_op", "gpu_function", "int64s"]
+__all__ = ["DEFINITIONS", "address", "addresses", "c_function", "define_op", "gpu_function", "int64s"]
 
+DEFINITIONS: dict[Any, Callable] = {}  # by overload
 _LIBRARY = torch.library.Library("recfx", "DEF")
 _GPU_MODULES: dict[str, str] = {}  # of the operators that have a Triton function
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
@@ -48,6 +49,7 @@ def define_op(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     torch.library.register_fake(f"recfx::{name}", fake)
     overload = getattr(torch.ops.recfx, name).default
+    DEFINITIONS[overload] = definition
 
     def load_or_define(*args: Any) -> Any:
         return overload(*args) if all(map(_is_plain, _tensors(args))) and library() else definition(*args)

@@ -2,6 +2,7 @@
 
 from recfx.metrics.binary import (
     BinaryCounts,
+    Metric,
     auc,
     binary_metrics,
     calibration,
@@ -13,6 +14,7 @@ from recfx.metrics.binary import (
 
 __all__ = [
     "BinaryCounts",
+    "Metric",
     "auc",
     "binary_metrics",
     "calibration",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from recfx.checks import check_type
 from recfx.kernels.dense import add_predictions
-from recfx.types import Transform
 
 __all__ = [
     "BinaryCounts",
+    "Metric",
     "auc",
     "binary_metrics",
     "calibration",
@@ -35,30 +36,35 @@ class BinaryCounts(NamedTuple):
     #               samples whose label is not in [0, 1]; [5], without the last, of a step that does not check labels
 
 
-def binary_metrics(num_bins: int = 2**16) -> Transform:
+class Metric(NamedTuple):
+    """What a step counts of its predictions, in `BinaryCounts`: what `auc`, `log_loss` and a training run read.
+
+    init:       (device="cpu") -> counts, all zero.
+    update_:    (counts, logit f32 [B, 1], label f32 [B, 1], loss f32 [B, 1], valid bool [B, 1]) -> the same counts,
+                with the valid samples added.
+    """
+
+    init: Callable[..., BinaryCounts]
+    update_: Callable[[BinaryCounts, Tensor, Tensor, Tensor, Tensor], BinaryCounts]
+
+
+def binary_metrics(num_bins: int = 2**16) -> Metric:
     """Counts of predictions over `num_bins` equal bins of the logit in (-20, 20), and the sums of loss and clicks.
 
     A logit bin is 0.0006 wide by default, so AUC from it is right at any click rate where scores spread over more than
     a few bins; counts are integers and exact up to 2**63.
-
-    `update(state, logit f32 [B, 1], label f32 [B, 1], loss f32 [B, 1], valid bool [B, 1]) -> state`.
     """
 
     def init(device: torch.device | str = "cpu") -> BinaryCounts:
         histogram = torch.zeros(2, num_bins, dtype=torch.int64, device=device)
         return BinaryCounts(histogram, torch.zeros(6, dtype=torch.float64, device=device))
 
-    def update(state: BinaryCounts, logit: Tensor, label: Tensor, loss: Tensor, valid: Tensor) -> BinaryCounts:
-        new = BinaryCounts(*(t.clone() for t in state))
-        add_predictions.definition(*new, logit.float(), label.float(), loss.float(), valid, LOGIT_RANGE)
-        return new
-
-    def update_(state: BinaryCounts, logit: Tensor, label: Tensor, loss: Tensor, valid: Tensor) -> BinaryCounts:
+    def update_(counts: BinaryCounts, logit: Tensor, label: Tensor, loss: Tensor, valid: Tensor) -> BinaryCounts:
         numbers = (t.float().contiguous() for t in (logit, label, loss))
-        add_predictions.add_predictions_(*state, *numbers, valid.contiguous(), LOGIT_RANGE)
-        return state
+        add_predictions.add_predictions_(*counts, *numbers, valid.contiguous(), LOGIT_RANGE)
+        return counts
 
-    return Transform(init, update, update_)
+    return Metric(init, update_)
 
 
 def auc(counts: BinaryCounts) -> float:

@@ -14,7 +14,7 @@ from recfx.optim.adam_family import (
     sparse_adamw_recis,
     sparse_adamw_tf,
 )
-from recfx.optim.building import Rate, Schedule, SparseOptimizer
+from recfx.optim.building import DenseOptimizer, Rate, Schedule, SparseOptimizer
 from recfx.optim.clipping import clip_global_norm, clip_value, sparse_clip_row_norm, sparse_clip_value
 from recfx.optim.from_torch import sparse_optimizer
 from recfx.optim.ftrl_proximal import sparse_ftrl
@@ -23,6 +23,7 @@ from recfx.optim.gradient_descent import SgdState, sgd, sparse_sgd
 __all__ = [
     "AdagradState",
     "AdamState",
+    "DenseOptimizer",
     "Rate",
     "Schedule",
     "SgdState",

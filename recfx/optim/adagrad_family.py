@@ -15,8 +15,17 @@ import torch
 from torch import Tensor
 
 from recfx.kernels.rows.optimizer_rows import adagrad_rows, adagrad_update, rowwise_adagrad_rows
-from recfx.optim.building import Rate, Scalars, SparseOptimizer, check_ranges, dense_optimizer, rate_at, row_optimizer
-from recfx.types import Params, Transform
+from recfx.optim.building import (
+    DenseOptimizer,
+    Rate,
+    Scalars,
+    SparseOptimizer,
+    check_ranges,
+    dense_optimizer,
+    rate_at,
+    row_optimizer,
+)
+from recfx.types import Params
 
 __all__ = ["AdagradState", "adagrad", "sparse_adagrad", "sparse_rowwise_adagrad"]
 
@@ -56,7 +65,7 @@ def sparse_rowwise_adagrad(
     return row_optimizer(rowwise_adagrad_rows, scalars, lr, weight_decay, row_slots=("sum",))
 
 
-def adagrad(lr: Rate, *, initial: float = 0.0, eps: float = 1e-10, weight_decay: float = 0.0) -> Transform:
+def adagrad(lr: Rate, *, initial: float = 0.0, eps: float = 1e-10, weight_decay: float = 0.0) -> DenseOptimizer:
     """torch.optim.Adagrad as a function of the signature of `adamw`'s. Arguments as `sparse_adagrad`."""
     scalars = _scalars(lr, initial, eps, weight_decay)
 

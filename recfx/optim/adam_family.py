@@ -25,6 +25,7 @@ from recfx.kernels.rows.optimizer_rows import adamw_rows_by_column
 from recfx.kernels.rows.sum_adamw_rows import sum_adamw_rows_
 from recfx.optim.building import (
     Checked,
+    DenseOptimizer,
     Fused,
     Rate,
     Scalars,
@@ -35,7 +36,7 @@ from recfx.optim.building import (
     row_optimizer,
 )
 from recfx.table import Columns, Occurrences, TableState
-from recfx.types import Params, Transform
+from recfx.types import Params
 
 __all__ = [
     "AdamState",
@@ -105,7 +106,9 @@ def sparse_adam_recis(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: floa
     return _sparse(_scalars(lr, b1, b2, eps, 0.0, eps_corrected=False), lr, 0.0)
 
 
-def adamw(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01) -> Transform:
+def adamw(
+    lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01
+) -> DenseOptimizer:
     """torch.optim.AdamW as a function: `update(state, params, grads, scale, due) -> (state, params)`.
 
     Gradients are multiplied by `scale` f32 []; nothing moves unless `due` bool []. None: always due, and cheaper.
@@ -115,24 +118,24 @@ def adamw(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, we
 
 def adamw_recis(
     lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01
-) -> Transform:
+) -> DenseOptimizer:
     """`adamw` with eps outside the bias correction, as RecIS computes it for rows: `sparse_adamw_recis`."""
     return _dense(_scalars(lr, b1, b2, eps, weight_decay, eps_corrected=False), lr, weight_decay)
 
 
 def adamw_tf(
     lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01
-) -> Transform:
+) -> DenseOptimizer:
     """RecIS's AdamWTF: `adamw_recis` whose decay is not scaled by lr, w <- (1 - wd) w."""
     return _dense(_scalars(lr, b1, b2, eps, weight_decay, eps_corrected=False, decay_by_lr=False), lr, weight_decay)
 
 
-def adam(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Transform:
+def adam(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> DenseOptimizer:
     """`adamw` without decay: torch.optim.Adam as a function."""
     return _dense(_scalars(lr, b1, b2, eps, 0.0), lr, 0.0)
 
 
-def adam_recis(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Transform:
+def adam_recis(lr: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> DenseOptimizer:
     """`adamw_recis` without decay: the form of `sparse_adam_recis`."""
     return _dense(_scalars(lr, b1, b2, eps, 0.0, eps_corrected=False), lr, 0.0)
 
@@ -174,7 +177,7 @@ def _sparse(scalars: Scalars, lr: Rate, weight_decay: float) -> SparseOptimizer:
         state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
     ) -> TableState:
         if columns is not None and columns.rates is not None:
-            return by_column.apply_(state, scale, due, columns)
+            return by_column.apply_(state, scale, due, columns, most_rows)
         hyper = _stacked(scalars, lr, weight_decay, state.step + 1, scale)
         adamw_rows_(state.rows, state.grads, state.num_unique, state.unique_rows, hyper, due)
         state.step.add_(due)
@@ -207,7 +210,7 @@ def _without_denormals(*tensors_and_scalars: Any) -> tuple[Tensor, Tensor, Tenso
     return w, torch.where(m.abs() < 1e-30, 0.0, m), v
 
 
-def _dense(scalars: Scalars, lr: Rate, weight_decay: float) -> Transform:
+def _dense(scalars: Scalars, lr: Rate, weight_decay: float) -> DenseOptimizer:
     return dense_optimizer(
         AdamState, _without_denormals, lambda t, scale: _stacked(scalars, lr, weight_decay, t, scale)
     )

@@ -1,4 +1,4 @@
-"""What all optimisers have in common: scalars per step, slots, and the spellings of a step."""
+"""What optimisers are, and what all have in common: slots, the scalars of a step, the walk over its rows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from recfx.checks import check_number, check_type, said
 from recfx.kernels.rows.optimizer_rows import RowOptimizer, updated_rows
-from recfx.table import Columns, TableState, copy_of
-from recfx.types import Params, Transform
+from recfx.table import Columns, Occurrences, TableState
+from recfx.types import Params
 
 __all__ = [
     "Checked",
+    "DenseOptimizer",
     "Fused",
     "Rate",
     "Scalars",
@@ -35,27 +36,41 @@ Rate = float | Tensor | Schedule
 Scalars = Callable[[Tensor, Tensor, Tensor | float], list[Tensor]]
 
 
+class DenseOptimizer(NamedTuple):
+    """An optimiser of parameters: functions of a state that holds what it keeps by parameter name.
+
+    init:       (params) -> state, a NamedTuple of which a field `step` i64 [] is the steps taken.
+    update:     (state, params, grads, scale f32 [], due bool [] | None) -> (state, params); pure: the specification.
+                Gradients are multiplied by `scale`; nothing moves unless `due`. None: always due, and cheaper.
+    update_:    the same; writes into state and params. A caller uses only what comes back.
+    """
+
+    init: Callable[[Params], Any]
+    update: Callable[[Any, Params, Params, Tensor, Tensor | None], tuple[Any, Params]]
+    update_: Callable[[Any, Params, Params, Tensor, Tensor | None], tuple[Any, Params]]
+
+
 class Fused(NamedTuple):
     """`Table.add_grads_` and an optimiser's `apply_` in one, for a step that is one batch.
 
-    of:         that `apply_`. An optimiser whose `apply_` was replaced is not this one any more, and is not fused.
-    apply_:     (TableState, Occurrences, scale, due) -> TableState; for rows without learning rates of their own.
+    of:         that `apply_`. An optimiser whose `apply_` was replaced is another one, and is not fused.
+    apply_:     (TableState, Occurrences, scale, due) -> TableState; for rows without separate learning rates.
     """
 
     of: Callable[..., TableState]
-    apply_: Callable[..., TableState]
+    apply_: Callable[[TableState, Occurrences, Tensor, Tensor], TableState]
 
 
 class Checked(NamedTuple):
-    """An optimiser's `apply_` that looks whether gradients are finite while it reads them. For tables on a CPU.
+    """An optimiser's `apply_` that also checks whether the gradients it reads are finite. For tables on a CPU.
 
     of:         that `apply_`, as of `Fused`.
-    apply_:     (TableState, scale, due, other tensors f32 to look at) -> (TableState, whether all is finite, bool []);
-                for rows without learning rates of their own.
+    apply_:     (TableState, scale, due, other tensors f32 to check) -> (TableState, whether all is finite, bool []);
+                for rows without separate learning rates.
     """
 
     of: Callable[..., TableState]
-    apply_: Callable[..., tuple[TableState, Tensor]]
+    apply_: Callable[[TableState, Tensor, Tensor, Sequence[Tensor]], tuple[TableState, Tensor]]
 
 
 class SparseOptimizer(NamedTuple):
@@ -64,20 +79,19 @@ class SparseOptimizer(NamedTuple):
     slots:      names of what is kept per weight: a row is f32 [1 + slots, W].
     row_slots:  names of what is kept per row of each logical table, after the weights: [1 + slots, W + row slots].
     update:     (rows f32 [U, 1 + slots, W + row slots], grads f32 [U, W], step i64 [], scale f32 []) -> rows; pure:
-                the meaning, for rows of one logical table.
-    apply:      (TableState, scale, due bool [], Columns | None, most rows | None) -> TableState; pure, on the step's
-                unique rows, at most that many. Without columns a row is one logical table.
-    apply_:     the same, in place: what is captured.
-    fused:      the same with the sum of the gradients, where a kernel does both.
-    checked:    the same with a look whether gradients are finite, where a kernel does both.
-    needs_bound: it computes on a block of rows of fixed size: `apply_` is given the most rows of a step, and where a
-                step is several batches, `max_unique` is that number.
+                the specification, for rows of one logical table.
+    apply_:     (TableState, scale, due bool [], Columns | None, most rows | None) -> TableState; in place, on the
+                rows of the step in progress: this is what a capture traces. Without columns a row is one logical table.
+                Most rows: an int that the step's rows do not exceed, fixed when a step is captured; None: as many as
+                the state has room for.
+    fused:      `apply_` with the sum of the gradients, where a kernel does both.
+    checked:    `apply_` with a check whether gradients are finite, where a kernel does both.
+    needs_bound: whether `apply_` makes tensors of as many rows as it is given for "most rows".
     """
 
     slots: tuple[str, ...]
     row_slots: tuple[str, ...]
     update: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    apply: Callable[..., TableState]
     apply_: Callable[..., TableState]
     fused: Fused | None = None
     checked: Checked | None = None
@@ -153,17 +167,6 @@ def row_optimizer(
     def update(rows: Tensor, grads: Tensor, step: Tensor, scale: Tensor) -> Tensor:
         return updated_rows(kernel.formula, rows, grads, hyper((step + 1).double(), scale), grads.shape[1:])
 
-    def apply(
-        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
-    ) -> TableState:
-        num = int(state.num_unique) if due else 0
-        row, new = state.unique_rows[:num].long(), copy_of(state)
-        scalars, dims, rates = arguments(state, scale, columns)
-        of_row = None if rates is None else rates[state.vocabularies[row].long()]
-        new.rows[row] = updated_rows(kernel.formula, state.rows[row], state.grads[:num], scalars, dims, of_row)
-        new.grads[:num] = 0
-        return new._replace(num_unique=state.num_unique * ~due, step=state.step + due)
-
     def apply_(
         state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
     ) -> TableState:
@@ -173,21 +176,25 @@ def row_optimizer(
         state.step.add_(due)
         return state
 
-    return SparseOptimizer(slots, row_slots, update, apply, apply_)
+    return SparseOptimizer(slots, row_slots, update, apply_)
 
 
-def dense_optimizer(state_type: Any, formula: Callable, hyper: Callable[[Tensor, Tensor], Tensor]) -> Transform:
-    """The optimiser of parameters whose state holds a dict per slot, then the steps taken.
+def dense_optimizer(state_type: Any, formula: Callable, hyper: Callable[[Tensor, Tensor], Tensor]) -> DenseOptimizer:
+    """The optimiser of parameters whose state holds a dict per slot, and the steps taken.
 
-    Args:     state_type: a NamedTuple of slots by parameter name, and `step` i64 [] at the end.
+    Args:     state_type: a NamedTuple of slots by parameter name, and of `step` i64 [].
               formula: (w, *slots, g, scalars) -> (w, *slots), elementwise.
               hyper: (t i64 [], scale of the gradients f32 []) -> f64 [n], the scalars.
     """
+    slots = [name for name in state_type._fields if name != "step"]
+
+    def slots_of(state: Any) -> list[Params]:
+        return [getattr(state, slot) for slot in slots]
 
     def init(params: Params) -> Any:
         device = next((p.device for p in params.values()), None)
-        slots = [{name: torch.zeros_like(p) for name, p in params.items()} for _ in state_type._fields[:-1]]
-        return state_type(*slots, torch.zeros((), dtype=torch.int64, device=device))
+        zeros = {slot: {name: torch.zeros_like(p) for name, p in params.items()} for slot in slots}
+        return state_type(**zeros, step=torch.zeros((), dtype=torch.int64, device=device))
 
     def update(state: Any, params: Params, grads: Params, scale: Tensor, due: Tensor | None) -> tuple[Any, Params]:
         if type(state) is not state_type:
@@ -196,19 +203,21 @@ def dense_optimizer(state_type: Any, formula: Callable, hyper: Callable[[Tensor,
                 "dense optimiser. Use the state of this step's init."
             )
         scalars = hyper(state.step + 1, scale).float().unbind()
-        new: list[Params] = [{} for _ in state]
+        held = slots_of(state)
+        new: list[Params] = [{} for _ in ("params", *slots)]
         for name, w in params.items():
-            old = (w, *(slot[name] for slot in state[:-1]))
+            old = (w, *(of_slot[name] for of_slot in held))
             for part, before, after in zip(new, old, formula(*old, grads[name], scalars), strict=True):
                 part[name] = after if due is None else torch.where(due, after, before)
-        return state_type(*new[1:], state.step + (1 if due is None else due)), new[0]
+        step = state.step + (1 if due is None else due)
+        return state_type(**dict(zip(slots, new[1:], strict=True)), step=step), new[0]
 
     def update_(state: Any, params: Params, grads: Params, scale: Tensor, due: Tensor | None) -> tuple[Any, Params]:
         new_state, new_params = update(state, params, grads, scale, due)
-        for target, source in zip((params, *state[:-1]), (new_params, *new_state[:-1]), strict=True):
+        for target, source in zip((params, *slots_of(state)), (new_params, *slots_of(new_state)), strict=True):
             for name in target:
                 target[name].copy_(source[name])
         state.step.copy_(new_state.step)
         return state, params
 
-    return Transform(init, update, update_)
+    return DenseOptimizer(init, update, update_)

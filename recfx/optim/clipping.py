@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from recfx.kernels.rows.clip_row_grads import clip_row_grads_, clipped, squared_norm
-from recfx.optim.building import SparseOptimizer
+from recfx.optim.building import DenseOptimizer, SparseOptimizer
 from recfx.table import Columns, TableState
-from recfx.types import Params, Transform
+from recfx.types import Params
 
 __all__ = ["clip_global_norm", "clip_value", "sparse_clip_row_norm", "sparse_clip_value"]
 
 
-def clip_value(optimizer: Transform, limit: float) -> Transform:
+def clip_value(optimizer: DenseOptimizer, limit: float) -> DenseOptimizer:
     """`optimizer` on gradients whose items are cut to +-limit, as torch.nn.utils.clip_grad_value_ does.
 
     Raises:   ValueError when limit is not above 0.
@@ -38,7 +38,7 @@ def clip_value(optimizer: Transform, limit: float) -> Transform:
 
         return clipping
 
-    return Transform(optimizer.init, cut(optimizer.update), cut(optimizer.update_))
+    return DenseOptimizer(optimizer.init, cut(optimizer.update), cut(optimizer.update_))
 
 
 def sparse_clip_value(optimizer: SparseOptimizer, limit: float) -> SparseOptimizer:
@@ -81,24 +81,14 @@ def _sparse(optimizer: SparseOptimizer, limit: float, max_norm: float) -> Sparse
     def update(rows: Tensor, grads: Tensor, step: Tensor, scale: Tensor) -> Tensor:
         return optimizer.update(rows, clipped(grads, scale, grads.shape[1:], limit, max_norm), step, scale)
 
-    def dims(state: TableState, columns: Columns | None) -> Sequence[int]:
-        return state.grads.shape[1:] if columns is None else columns.dims
-
-    def apply(
-        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
-    ) -> TableState:
-        num = int(state.num_unique) if due else 0
-        grads = state.grads.clone()
-        grads[:num] = clipped(grads[:num], scale, dims(state, columns), limit, max_norm)
-        return optimizer.apply(state._replace(grads=grads), scale, due, columns, most_rows)
-
     def apply_(
         state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
     ) -> TableState:
-        clip_row_grads_(state.grads, state.num_unique, scale, due, dims(state, columns), limit, max_norm)
+        dims = state.grads.shape[1:] if columns is None else columns.dims
+        clip_row_grads_(state.grads, state.num_unique, scale, due, dims, limit, max_norm)
         return optimizer.apply_(state, scale, due, columns, most_rows)
 
-    return optimizer._replace(update=update, apply=apply, apply_=apply_)
+    return optimizer._replace(update=update, apply_=apply_)
 
 
 def _check(name: str, value: float) -> None:

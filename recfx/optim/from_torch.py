@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recfx.checks import check_function, check_type, said
 from recfx.optim.building import Rate, SparseOptimizer, check_ranges, rate_at
-from recfx.table import Columns, TableState, copy_of
+from recfx.table import Columns, TableState
 
 __all__ = ["sparse_optimizer"]
 
@@ -130,12 +130,7 @@ def sparse_optimizer(
         state.step.add_(due)
         return state
 
-    def apply(
-        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
-    ) -> TableState:
-        return apply_(copy_of(state), scale, due, columns, most_rows)
-
-    return SparseOptimizer(slots, row_slots, update, apply, apply_, needs_bound=True)
+    return SparseOptimizer(slots, row_slots, update, apply_, needs_bound=True)
 
 
 def _places(state: TableState, due: Tensor, num: int) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from recfx.kernels.rows.optimizer_rows import sgd_rows, sgd_update
-from recfx.optim.building import Rate, SparseOptimizer, check_ranges, dense_optimizer, rate_at, row_optimizer
-from recfx.types import Transform
+from recfx.optim.building import (
+    DenseOptimizer,
+    Rate,
+    SparseOptimizer,
+    check_ranges,
+    dense_optimizer,
+    rate_at,
+    row_optimizer,
+)
 
 __all__ = ["SgdState", "sgd", "sparse_sgd"]
 
@@ -34,7 +41,7 @@ def sparse_sgd(lr: Rate, *, weight_decay: float = 0.0) -> SparseOptimizer:
     return row_optimizer(sgd_rows, _scalars, lr, weight_decay)
 
 
-def sgd(lr: Rate, *, weight_decay: float = 0.0) -> Transform:
+def sgd(lr: Rate, *, weight_decay: float = 0.0) -> DenseOptimizer:
     """torch.optim.SGD without momentum, as a function of the signature of `adamw`'s."""
     check_ranges(lr, weight_decay=(weight_decay, 0, math.inf))
 

@@ -4,9 +4,13 @@ The specification is a Python dict: `row = d.setdefault((vocabulary, id), len(d)
 lookup, place in the list). New ids take freed rows first, the lowest number before the others.
 """
 
-from recfx.table.functions import Columns, Found, Occurrences, Table, ids_of, initializer_tensors, table
+from recfx.table.columns import Columns, initializer_tensors
+from recfx.table.functions import Table, table
 from recfx.table.index import grow_, rebuild_, restore_
+from recfx.table.limits import Limits
 from recfx.table.memory import reserve
+from recfx.table.pooling import Occurrences, groups_of
+from recfx.table.reading import Found, Reading, ids_of
 from recfx.table.state import (
     CANDIDATE_FIELDS,
     COUNTERS,
@@ -26,7 +30,9 @@ __all__ = [
     "ROW_FIELDS",
     "Columns",
     "Found",
+    "Limits",
     "Occurrences",
+    "Reading",
     "Stats",
     "Table",
     "TableCandidates",
@@ -34,6 +40,7 @@ __all__ = [
     "columns_of",
     "copy_of",
     "delete_",
+    "groups_of",
     "grow_",
     "ids_of",
     "initializer_tensors",

@@ -140,11 +140,11 @@ def test_parameters_may_be_parts_of_one_tensor():
 
 @cases(
     ("swapped", lambda: make(sparse_optimizer=optim.adamw(0.1), dense_optimizer=optim.sparse_adamw(0.1)), TypeError,
-     r"sparse_optimizer: got recfx.types.Transform, expected .*SparseOptimizer.* Is the sparse one given as the dense"),
+     r"sparse_optimizer: got .*DenseOptimizer, expected .*SparseOptimizer.* Is the sparse one given as the dense"),
     ("torch's", lambda: make(sparse_optimizer=torch.optim.Adam), TypeError,
      r"sparse_optimizer: got the class torch.optim.adam.Adam, expected .*recfx.optim.sparse_adamw\(1e-3\)"),
     ("torch's for params", lambda: make(dense_optimizer=torch.optim.SGD([torch.zeros(1)])), TypeError,
-     r"dense_optimizer: got torch.optim.sgd.SGD, expected recfx.types.Transform. Build one: recfx.optim.adamw\(1e-3\)"),
+     r"dense_optimizer: got torch.optim.sgd.SGD, expected .*DenseOptimizer. Build one: recfx.optim.adamw\(1e-3\)"),
     ("not built", lambda: make(sparse_optimizer=optim.sparse_sgd), TypeError,
      r"sparse_optimizer: got the function sparse_sgd, expected"),
     ("given parameters", lambda: optim.adamw([torch.zeros(1)]), TypeError,
@@ -203,7 +203,7 @@ def test_embeddings(mistake, error, message):
     ("a Module", lambda: make(forward=nn.Linear(2, 1)), TypeError,
      r"forward: got .*Linear that takes \(input: torch.Tensor\) -> torch.Tensor, expected a function \(params,"),
     ("metrics not built", lambda: make(metrics=metrics.binary_metrics), TypeError,
-     r"metrics: got the function binary_metrics, expected .*Transform or None. Build them"),
+     r"metrics: got the function binary_metrics, expected recfx.metrics.Metric or None. Build them"),
     ("metrics as words", lambda: make(metrics=["auc"]), TypeError, r"metrics: got a list of str, expected"),
     ("life as a word", lambda: make(life="evict"), TypeError, r"life: got 'evict', expected recfx.table.policies.Life"),
     ("clip as a number", lambda: make(clip=1.0), TypeError, r"clip: got 1.0, expected a function \(grads, tables, s"),

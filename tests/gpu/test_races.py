@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from recfx.kernels.index import count_candidates
 from recfx.kernels.lists import cross_lists, order_ids, string_hash
 from recfx.kernels.rows import add_row_grads, optimizer_rows, sum_adamw_rows
-from recfx.table import Table, TableState, grow_, rebuild_, table
+from recfx.table import Limits, Table, TableState, grow_, rebuild_, table
 from recfx.table.policies import Life, at_least
 from recfx.types import Ragged
 from tests.kernels.rows import test_adamw_rows, test_optimizer_rows
@@ -28,7 +28,9 @@ ONE_SLOT = [id_of_hash(k << 32 | 9, 0) for k in range(200)]  # all begin to prob
 
 def tables(max_rows: int) -> tuple[Table, Table]:
     plans = [dataclasses.replace(table_plan([0, 1, 0]), device=device) for device in ("cpu", "cuda")]
-    one, other = (table(plan, optimizer_slots=2, seed=1, max_rows=max_rows, max_unique=max_rows) for plan in plans)
+    one, other = (
+        table(plan, optimizer_slots=2, seed=1, limits=Limits(max_rows=max_rows, max_unique=max_rows)) for plan in plans
+    )
     return one, other
 
 
@@ -55,15 +57,15 @@ def check(rng: random.Random, batches: list[list[int]], max_rows: int) -> TableS
     for ids in batches:
         features = draw(rng, ids)
         grow_(a, 3 * SAMPLES), grow_(b, 3 * SAMPLES)
-        a, expected = cpu.insert_(a, features)
-        b, got = gpu.insert_(b, on("cuda", features))
+        expected = cpu.insert_(a, cpu.read(features))
+        got = gpu.insert_(b, gpu.read(on("cuda", features)))
         for name in ("id", "cell", "row", "inverse"):
             assert torch.equal(getattr(expected, name), getattr(got, name).cpu()), name
         assert_same_table(a, on("cpu", b), exact_rows=False)
-        assert torch.equal(cpu.find(a, features).row, gpu.find(b, on("cuda", features)).row.cpu())
+        assert torch.equal(cpu.find(a, cpu.read(features)).row, gpu.find(b, gpu.read(on("cuda", features))).row.cpu())
         end_step(a, b)
     rebuild_(b)
-    assert torch.equal(cpu.find(a, features).row, gpu.find(b, on("cuda", features)).row.cpu())
+    assert torch.equal(cpu.find(a, cpu.read(features)).row, gpu.find(b, gpu.read(on("cuda", features))).row.cpu())
     return b
 
 
@@ -162,7 +164,7 @@ def test_many_crosses_candidates_and_strings_are_the_cpu_s(seed):
             assert torch.equal(a, b.cpu())
 
     life = Life(admit=at_least(2), candidates=2000)
-    state = table(table_plan([0, 1]), optimizer_slots=2, seed=1, max_rows=64, life=life).init()
+    state = table(table_plan([0, 1]), optimizer_slots=2, seed=1, limits=Limits(max_rows=64), life=life).init()
     empty = state.slots, state.ids, state.num_slots, state.salt
     vocabularies = torch.tensor([0, 1], dtype=torch.int32)
     stores = [on(device, tree_map_only(torch.Tensor, torch.clone, state.candidates)) for device in ("cpu", "cuda")]
@@ -186,9 +188,10 @@ def test_a_table_on_a_stream_of_its_own():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_table_on_a_device_that_is_not_the_current_one():
     plan = dataclasses.replace(table_plan([0]), device="cuda:1")
-    t = table(plan, optimizer_slots=2, seed=1, max_rows=100)
+    t = table(plan, optimizer_slots=2, seed=1, limits=Limits(max_rows=100))
     features = {"f0": on("cuda:1", ragged([[5, 6], [5]]))}
-    state, found = t.insert_(t.init(), features)
+    state = t.init()
+    found = t.insert_(state, t.read(features))
     assert torch.cuda.current_device() == 0
     assert found.row.tolist() == [0, 1, 0]
-    assert t.find(state, features).row.tolist() == [0, 1, 0]
+    assert t.find(state, t.read(features)).row.tolist() == [0, 1, 0]

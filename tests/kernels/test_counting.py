@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from recfx.kernels.index import count_candidates, hashing
 from recfx.kernels.rows import count_rows
-from recfx.table import TableState, table
+from recfx.table import Limits, TableState, table
 from recfx.table.policies import Life, at_least
 from tests.reference import DictTable, Reading, features_of, positions, streams, table_plan
 
@@ -38,11 +38,13 @@ def arguments(s: TableState, r: Reading) -> tuple:
 def test_candidates_are_counted_as_a_dict_counts(stream, known, max_candidates):
     """Ids of the first `known` batches have rows and are not counted; a full store counts further ids as seen once."""
     life = Life(admit=at_least(2), candidates=max_candidates)
-    t = table(table_plan(stream.vocabularies), optimizer_slots=2, seed=1, max_rows=256)
-    empty = table(table_plan(stream.vocabularies), optimizer_slots=2, seed=1, max_rows=256, life=life).init()
+    t = table(table_plan(stream.vocabularies), optimizer_slots=2, seed=1, limits=Limits(max_rows=256))
+    empty = table(
+        table_plan(stream.vocabularies), optimizer_slots=2, seed=1, limits=Limits(max_rows=256), life=life
+    ).init()
     oracle, state = DictTable(), t.init()
     for lists, reading in list(zip(stream.batches, stream.readings(), strict=True))[:known]:
-        state, _ = t.insert_(state, features_of(lists))
+        t.insert_(state, t.read(features_of(lists)))
         oracle.insert(reading)
     stores = {
         name: state._replace(candidates=type(empty.candidates)(*(c.clone() for c in empty.candidates)))
@@ -71,7 +73,7 @@ def test_candidates_are_counted_as_a_dict_counts(stream, known, max_candidates):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_opcheck():
     life = Life(admit=at_least(2), candidates=10)
-    state = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=16, life=life).init()
+    state = table(table_plan([0]), optimizer_slots=2, seed=1, limits=Limits(max_rows=16), life=life).init()
     reading = Reading(torch.tensor([5, 5, 0]), torch.tensor([0, 1, -1]).int(), torch.tensor([0]).int())
     torch.library.opcheck(count_candidates.count_candidates_, arguments(state, reading))
     rows = torch.zeros(4, dtype=torch.int32), torch.tensor(2), torch.tensor([3, 1, 0]).int(), torch.tensor(True)

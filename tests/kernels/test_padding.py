@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recfx.kernels.index import count_candidates, find, find_or_insert
 from recfx.kernels.rows import add_row_grads, pool, sum_adamw_rows
-from recfx.table import initializer_tensors, table
+from recfx.table import Limits, initializer_tensors, table
 from recfx.table.policies import Life, at_least
 from tests.kernels.index.test_find_or_insert import arguments
 from tests.reference import (
@@ -56,7 +56,7 @@ def check(ops: Mapping[str, Callable], seed: int, *, samples: int = 40, max_rows
 
     def run(reading: Reading, places: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Per id, per cell, and per unique row."""
-        state = table(plan, optimizer_slots=2, seed=1, max_rows=max_rows, life=life).init()
+        state = table(plan, optimizer_slots=2, seed=1, limits=Limits(max_rows=max_rows), life=life).init()
         admits = torch.ones(len(reading.id), dtype=torch.bool).index_put((places,), torch.tensor(admit))
         weights = torch.full((len(reading.id),), 5.0).index_put((places,), weight)
         index = state.slots, state.ids, state.num_slots, state.salt
@@ -105,7 +105,7 @@ def test_nothing_but_padding_is_nothing(num):
         torch.arange(num), torch.full((num,), -1, dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
     )
     for ops in (DEFINITIONS, KERNELS):
-        state = table(table_plan([0], (2,)), optimizer_slots=2, seed=1, max_rows=9).init()
+        state = table(table_plan([0], (2,)), optimizer_slots=2, seed=1, limits=Limits(max_rows=9)).init()
         init = initializer_tensors(table_plan([0], (2,)), 1)
         row, inverse = ops["find_or_insert_"](*arguments(state, reading, init))
         assert (row == -1).all()

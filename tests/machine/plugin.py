@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import recfx.layers
-import recfx.step
+import recfx.step.update
 from bench.triton_sm90 import calls
 from recfx.kernels.lists import order_ids
 from recfx.kernels.op import gpu_function, library
@@ -42,7 +42,7 @@ def kernels_on_cpu() -> Iterator[None]:
             function = gpu_function(name)
             kernels.impl(name, function, "CPU", allow_override=True)
     with (
-        mock.patch.object(recfx.step, "FUSED_ON", ("cpu", "cuda")),
+        mock.patch.object(recfx.step.update, "FUSED_ON", ("cpu", "cuda")),
         mock.patch.object(recfx.layers, "LOOPS_ON", ("cpu", "cuda")),
         mock.patch.object(order_ids, "uses_ends", uses_ends),
     ):

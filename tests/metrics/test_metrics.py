@@ -10,6 +10,7 @@ from recfx import metrics
 from recfx.losses import bce_with_logits
 from recfx.metrics import auc, binary_metrics, calibration, gauc, log_loss
 from recfx.recis import auc_200, threshold_auc
+from tests.by_definition import by_definition
 from tests.reference import exact_auc
 
 LABELS = torch.tensor([0, 0, 1, 0, 0, 0, 1, 0, 1, 1]).float()
@@ -20,7 +21,12 @@ def counts_of(logit, label, *, valid=None, state=None, metrics=None, spelling="u
     metrics = metrics or binary_metrics()
     valid = torch.ones_like(label, dtype=torch.bool) if valid is None else valid
     column = [t.reshape(-1, 1) for t in (logit, label, bce_with_logits(logit, label), valid)]
-    return getattr(metrics, spelling)(metrics.init() if state is None else state, *column)
+    update = metrics.update_ if spelling == "update_" else pure(metrics)
+    return update(metrics.init() if state is None else state, *column)
+
+
+def pure(metrics):
+    return lambda counts, *columns: by_definition(metrics.update_, counts, *columns)[0]
 
 
 def clicks(num, *, rate, spread, seed=0):
@@ -165,7 +171,7 @@ def test_padding_is_ignored(garbage):
     loss = torch.cat([bce_with_logits(logit, label), torch.full((14,), garbage)])
     valid = torch.arange(64)[:, None] < 50
     metrics = binary_metrics()
-    a = metrics.update(metrics.init(), padded[0][:, None], padded[1][:, None], loss[:, None], valid)
+    a = pure(metrics)(metrics.init(), padded[0][:, None], padded[1][:, None], loss[:, None], valid)
     b = counts_of(logit, label)
     assert torch.equal(a.histogram, b.histogram)
     torch.testing.assert_close(a.sums, b.sums)
@@ -197,7 +203,7 @@ def test_one_number_that_is_not_finite_makes_every_metric_nan_and_is_counted(bad
     counts = binary.update_(counts, logit, label, loss, valid)
     assert metrics.num_nonfinite(counts) == 0
     {"logit": logit, "loss": loss}[where][1] = bad
-    for update in (binary.update, binary.update_):
+    for update in (pure(binary), binary.update_):
         after = update(counts, logit, label, loss, valid)
         assert metrics.num_nonfinite(after) == 1
         assert all(math.isnan(f(after)) for f in values)
@@ -214,7 +220,7 @@ def test_labels_outside_0_to_1_are_counted_unless_the_count_is_left_out():
     binary, ones = metrics.binary_metrics(), torch.ones(6, 1)
     label = torch.tensor([[0.0], [1.0], [0.5], [-0.5], [math.nan], [2.0]])
     valid = torch.tensor([[True]] * 5 + [[False]])
-    for update in (binary.update, binary.update_):
+    for update in (pure(binary), binary.update_):
         counts = update(binary.init(), ones, label, ones, valid)
         assert metrics.num_bad_labels(counts) == 2
         counts = update(binary.init()._replace(sums=torch.zeros(5, dtype=torch.float64)), ones, label, ones, valid)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recfx import optim
-from recfx.table import copy_of
+from tests.by_definition import by_definition
 from tests.conftest import BATCH_SIZE, CAPACITY, FEATURES, NUM_NUMERIC, SMALL_IDS, deepfm_groups, deepfm_params
 from tests.conftest import deepfm_step as step_of
 from tests.optim.test_optim import DUE, ONE, state_of, touch
@@ -21,7 +21,7 @@ def sparse(optimizer, grads, scale):
     state = state_of(len(grads), optimizer=optimizer)
     state.rows[:, 0] = 0
     touch(state, list(range(len(grads))), grads)
-    pure = optimizer.apply(copy_of(state), scale, DUE).rows[: len(grads)]
+    pure = by_definition(optimizer.apply_, state, scale, DUE)[0].rows[: len(grads)]
     update = optimizer.update(state.rows[: len(grads)], grads, state.step, scale)
     after = optimizer.apply_(state, scale, DUE).rows[: len(grads)]
     torch.testing.assert_close(pure, after, rtol=1e-5, atol=1e-7)

@@ -5,10 +5,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from recfx import optim
-from recfx import step as step_module
 from recfx.capture import trace
 from recfx.embeddings import Embedding
 from recfx.kernels.rows.add_row_grads import add_row_grads_atomic_
+from recfx.step import update as update_module
 from recfx.table.policies import Life
 from recfx.types import Batch
 from tests.conftest import FEATURES, deepfm_batches, deepfm_groups, deepfm_step
@@ -19,7 +19,7 @@ ADAMW = optim.sparse_adamw(1e-2)
 
 @pytest.fixture(autouse=True)
 def _fused_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(step_module, "FUSED_ON", ("cpu",))
+    monkeypatch.setattr(update_module, "FUSED_ON", ("cpu",))
 
 
 def operators(**kwargs) -> set[str]:
@@ -29,7 +29,7 @@ def operators(**kwargs) -> set[str]:
 
 
 def train(monkeypatch, fused_on, **kwargs):
-    monkeypatch.setattr(step_module, "FUSED_ON", fused_on)
+    monkeypatch.setattr(update_module, "FUSED_ON", fused_on)
     step = deepfm_step(**kwargs)
     state = fresh(step)
     for number, batch in enumerate(deepfm_batches(30, short_last=True), 1):
@@ -81,8 +81,8 @@ def test_the_empty_batch_of_a_recording_reaches_no_row():
     assert all(torch.equal(a, b) for a, b in zip(before, tree_leaves(state.tables), strict=True))
 
 
-def replaced(state, scale, due, columns):
-    return ADAMW.apply_(state, scale, due, columns)
+def replaced(state, scale, due, columns, most_rows):
+    return ADAMW.apply_(state, scale, due, columns, most_rows)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_not_where_something_comes_between_or_the_optimiser_is_another(kwargs):
     assert any("add_row_grads" in name for name in got)
 
 
-def test_the_pure_step_is_not_fused_and_agrees():
+def test_the_pure_step_agrees():
     step, batches = deepfm_step(), deepfm_batches(6)
     a, b = fresh(step), fresh(step)
     for batch in batches:

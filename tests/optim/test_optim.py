@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from recfx import optim
 from recfx.optim.schedules import piecewise
-from recfx.table import Columns, TableState, copy_of, table
+from recfx.table import Columns, Limits, TableState, copy_of, table
+from tests.by_definition import by_definition
 from tests.reference import features_of, table_plan
 
 ONE, DUE, NOT_DUE = torch.tensor(1.0), torch.tensor(True), torch.tensor(False)
@@ -43,8 +44,9 @@ def state_of(
     num_rows: int, *, step: int = 0, optimizer: optim.SparseOptimizer | None = None, dims: tuple[int, ...] = (4,)
 ) -> TableState:
     slots, row_slots = (2, 0) if optimizer is None else (len(optimizer.slots), len(optimizer.row_slots))
-    t = table(table_plan([0], dims), optimizer_slots=slots, row_slots=row_slots, seed=1, max_rows=64)
-    state, _ = t.insert_(t.init(), features_of([[[i] for i in range(num_rows)]]))
+    t = table(table_plan([0], dims), optimizer_slots=slots, row_slots=row_slots, seed=1, limits=Limits(max_rows=64))
+    state = t.init()
+    t.insert_(state, t.read(features_of([[[i] for i in range(num_rows)]])))
     state.num_unique.zero_()
     state.step.fill_(step)
     return state
@@ -288,7 +290,8 @@ def test_update_is_apply(name):
     grads, scale = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(0.3)
     touch(state, [4, 0, 2], grads)
     expected = optimizer.update(state.rows[[4, 0, 2]], grads, state.step, scale)
-    assert torch.equal(optimizer.apply(state, scale, DUE).rows[[4, 0, 2]], expected)
+    applied, _ = by_definition(optimizer.apply_, state, scale, DUE)
+    assert torch.equal(applied.rows[[4, 0, 2]], expected)
 
 
 @pytest.mark.parametrize("name", TORCH)
@@ -336,7 +339,7 @@ def test_apply_is_apply_and_leaves_its_input(name, due):
         touch(pure, rows, grads)
         touch(in_place, rows, grads)
         before = copy_of(pure)
-        new = optimizer.apply(pure, scale, torch.tensor(due))
+        new, _ = by_definition(optimizer.apply_, pure, scale, torch.tensor(due))
         assert all(torch.equal(a, b) for a, b in zip(tree_leaves(before), tree_leaves(pure), strict=True))
         pure, returned = new, optimizer.apply_(in_place, scale, torch.tensor(due))
         assert returned is in_place

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch._dynamo.exc import Unsupported
 
-from recfx import step as step_module
 from recfx.capture import capture
 from recfx.embeddings import Embedding, truncated_normal
+from recfx.metrics import binary_metrics
 from recfx.models import deepfm
 from recfx.optim import adamw, sparse_adamw
 from recfx.table import TableState
@@ -191,10 +191,10 @@ def test_oracle_sees_a_dropped_decay():
 def test_oracle_sees_one_row_update_in_ten_skipped():
     optimizer = sparse_adamw(1e-2)
 
-    def apply_(state: TableState, scale, due, columns):
+    def apply_(state: TableState, scale, due, columns, most_rows):
         skipped = state.unique_rows[: int(state.num_unique)][9::10].long()
         kept = state.rows[skipped].clone()
-        state = optimizer.apply_(state, scale, due, columns)
+        state = optimizer.apply_(state, scale, due, columns, most_rows)
         state.rows[skipped] = kept
         return state
 
@@ -355,7 +355,7 @@ def test_evaluation_changes_metrics_alone_and_gives_zeros_for_unknown_ids():
         state, _ = step.update_(state, batch)
     before = [t.clone() for t in torch.utils._pytree.tree_leaves(state._replace(metrics=()))]
     samples = samples_of(6, seed=1, ids=(*SMALL_IDS, 10**6, 10**7))
-    state = state._replace(metrics=step_module.binary_metrics().init())
+    state = state._replace(metrics=binary_metrics().init())
     state, aux = step.evaluate_(state, batch_of(samples))
     after = torch.utils._pytree.tree_leaves(state._replace(metrics=()))
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))

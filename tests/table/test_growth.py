@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from recfx.kernels.index import hashing
-from recfx.table import copy_of, delete_, num_live, policies, stats, table
+from recfx.table import Limits, copy_of, delete_, num_live, policies, stats, table
 from recfx.table import functions as table_module
 from recfx.table.policies import Life
 from tests.reference import (
@@ -61,10 +61,10 @@ def probes_of(state, row):
 @given(stream=streams(3))
 @settings(max_examples=25, deadline=None)
 def test_probe_lengths_are_those_of_a_walk(stream):
-    t = table(table_plan(stream.vocabularies), optimizer_slots=1, seed=1, max_rows=200)
+    t = table(table_plan(stream.vocabularies), optimizer_slots=1, seed=1, limits=Limits(max_rows=200))
     state = t.init()
     for lists in stream.batches:
-        state, _ = t.insert_(state, features_of(lists, spare=stream.spare))
+        t.insert_(state, t.read(features_of(lists, spare=stream.spare)))
         finish_step(state)
     if num_live(state) > 2:
         delete_(state, torch.tensor([1]))
@@ -79,8 +79,9 @@ def test_probe_lengths_are_those_of_a_walk(stream):
 
 @pytest.mark.parametrize("make", [same_place, same_place_other_tag])
 def test_probe_lengths_past_the_first_run_are_those_of_a_walk(make):
-    t = table(table_plan([0]), optimizer_slots=1, seed=1, max_rows=448)
-    state, _ = t.insert_(t.init(), features_of([[[make(n) for n in range(200)]]]))
+    t = table(table_plan([0]), optimizer_slots=1, seed=1, limits=Limits(max_rows=448))
+    state = t.init()
+    t.insert_(state, t.read(features_of([[[make(n) for n in range(200)]]])))
     expected = [probes_of(state, row) for row in range(200)]
     got = stats(state)
     assert got.max_probe == max(expected) > hashing.RUN
@@ -90,17 +91,21 @@ def test_probe_lengths_past_the_first_run_are_those_of_a_walk(make):
 @pytest.mark.parametrize("make", [same_place, same_place_other_tag])
 def test_ids_that_all_hash_to_one_place_get_the_dicts_rows_under_another_salt(make, monkeypatch):
     monkeypatch.setattr(table_module, "FIRST_SLOTS", 512)
-    t, oracle, rng = table(table_plan([0]), optimizer_slots=1, seed=1, max_rows=4096), DictTable(4096), random.Random(0)
+    t, oracle, rng = (
+        table(table_plan([0]), optimizer_slots=1, seed=1, limits=Limits(max_rows=4096)),
+        DictTable(4096),
+        random.Random(0),
+    )
     state, salts = t.init(), []
     for number in range(12):
         lists = [[[make(n) for n in range(250 * number, 250 * number + 250)] + [rng.randint(0, 99)]]]
         t.grow_(state, 251)
-        state, found = t.insert_(state, features_of(lists))
+        found = t.insert_(state, t.read(features_of(lists)))
         assert (found.row.tolist(), found.inverse.tolist()) == oracle.insert(reading_of(lists, [0]))
         oracle.next_step()
         finish_step(state)
         salts.append(int(state.salt))
-        assert t.find(state, features_of(lists)).row.tolist() == found.row.tolist()
+        assert t.find(state, t.read(features_of(lists))).row.tolist() == found.row.tolist()
     assert salts[0] == 0
     assert len(set(salts[1:])) == 1, "one salt is enough: it is not made anew at every step"
     assert stats(state).mean_probe < 8
@@ -111,12 +116,12 @@ def test_candidates_are_counted_on_under_another_salt(monkeypatch):
     """Ids that collide get rows at once and bring the salt; the others wait for their third occurrence."""
     monkeypatch.setattr(table_module, "FIRST_SLOTS", 512)
     life = Life(admit=lambda count, id, vocabulary, step: (count >= 3) | (id < 0) | (id > 49), candidates=2000)
-    t = table(table_plan([0]), optimizer_slots=1, seed=1, max_rows=4096, life=life)
+    t = table(table_plan([0]), optimizer_slots=1, seed=1, limits=Limits(max_rows=4096), life=life)
     state, salts, admitted = t.init(), [], []
     for number in range(4):
         chosen = [same_place(n) for n in range(250 * number, 250 * number + 250)]
         t.grow_(state, 300)
-        state, found = t.insert_(state, features_of([[[*chosen, *range(50)]]]))
+        found = t.insert_(state, t.read(features_of([[[*chosen, *range(50)]]])))
         finish_step(state)
         salts.append(int(state.salt))
         admitted.append((found.row[250:] >= 0).tolist())
@@ -143,15 +148,15 @@ def test_no_step_takes_ten_times_as_long_when_ids_collide(make, life):
     rng = random.Random(0)
     usual_ids = [rng.randint(MIN_INT64, MAX_INT64) for _ in range(4 * BATCH)]
     chosen_ids = [make(n) for n in range(4 * BATCH)]
-    t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=2**16, life=life)
+    t = table(table_plan([0]), optimizer_slots=2, seed=1, limits=Limits(max_rows=2**16), life=life)
 
     def steps(ids):
         state, took = t.init(), []
         for begin in range(0, len(ids), BATCH):
             features = {"f0": ragged([[i] for i in ids[begin : begin + BATCH]])}
             t.grow_(state, BATCH)
-            took.append(fastest_s(lambda s, f=features: t.insert_(s, f), lambda: copy_of(state)))
-            t.insert_(state, features)
+            took.append(fastest_s(lambda s, f=features: t.insert_(s, t.read(f)), lambda: copy_of(state)))
+            t.insert_(state, t.read(features))
             finish_step(state)
             assert stats(state).max_probe <= 3 * hashing.RUN
         return took, int(state.salt)
@@ -168,12 +173,12 @@ def test_no_step_takes_ten_times_as_long_when_ids_collide(make, life):
 GROWS = """
 import json, resource, sys
 import torch
-from recfx.table import grow_, num_rows_bytes, table
+from recfx.table import Limits, grow_, num_rows_bytes, table
 from tests.reference import table_plan
 from recfx.types import Ragged
 
 num_rows, batch = 3 * 2**20, 2**16  # 2**22 slots at load 0.75
-t = table(table_plan([0], dims=(7, 1)), optimizer_slots=2, seed=1, max_rows=2**24, max_unique=batch)
+t = table(table_plan([0], dims=(7, 1)), optimizer_slots=2, seed=1, limits=Limits(max_rows=2**24, max_unique=batch))
 offsets = torch.tensor([0, batch], dtype=torch.int32)
 
 def resident():
@@ -186,7 +191,7 @@ def peak():
 
 def insert(state, first):
     t.grow_(state, batch)
-    t.insert_(state, {"f0": Ragged(torch.arange(first, first + batch) * 0x9E3779B97F4A7C15, offsets)})
+    t.insert_(state, t.read({"f0": Ragged(torch.arange(first, first + batch) * 0x9E3779B97F4A7C15, offsets)}))
     state.num_unique.zero_()
     state.step.add_(1)
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
-from recfx.table import copy_of, delete_, is_sweep_due, num_live, policies, stats, sweep_, table
+from recfx.table import Limits, copy_of, delete_, is_sweep_due, num_live, policies, stats, sweep_, table
 from recfx.table.policies import Life
+from tests.by_definition import by_definition
 from tests.reference import (
     DictTable,
     features_of,
@@ -166,10 +167,10 @@ def test_a_life_is_the_dict_with_its_rules(name, stream, ends, every, max_rows):
     """Any cut into steps and micro-batches; ends[i]: a step ends after batch i."""
     rules, same_rules = PAIRS[name]
     life, oracle = Life(**rules, every=every), DictLife(**same_rules, every=every, max_rows=max_rows)
-    t = table(table_plan(stream.vocabularies), optimizer_slots=2, seed=1, max_rows=max_rows, life=life)
+    t = table(table_plan(stream.vocabularies), optimizer_slots=2, seed=1, limits=Limits(max_rows=max_rows), life=life)
     state, number = t.init(), 0
     for lists, reading, end in zip(stream.batches, stream.readings(), ends, strict=False):
-        state, found = t.insert_(state, features_of(lists, spare=stream.spare))
+        found = t.insert_(state, t.read(features_of(lists, spare=stream.spare)))
         assert (found.row.tolist(), found.inverse.tolist()) == oracle.take(reading)
         if end:
             number += 1
@@ -181,14 +182,16 @@ def test_a_life_is_the_dict_with_its_rules(name, stream, ends, every, max_rows):
 @pytest.mark.parametrize("name", ["all", "with_probability"])
 def test_pure_is_in_place(name):
     life = Life(**PAIRS[name][0], every=1)
-    t = table(table_plan(VOCABULARIES), optimizer_slots=2, seed=1, max_rows=64, life=life)
+    t = table(table_plan(VOCABULARIES), optimizer_slots=2, seed=1, limits=Limits(max_rows=64), life=life)
     a, b = t.init(), t.init()
     rng = random.Random(0)
     for number in range(1, 6):
         lists = random_lists(rng, lookups=3, samples=5, longest=3, ids=range(12))
-        (a, x), (b, y) = t.insert(a, features_of(lists)), t.insert_(b, features_of(lists))
+        reading = t.read(features_of(lists))
+        (a, x), y = by_definition(t.insert_, a, reading), t.insert_(b, reading)
         assert torch.equal(x.row, y.row)
-        assert torch.equal(t.count_steps(a, torch.tensor(True)).counts, t.count_steps_(b, torch.tensor(True)).counts)
+        counted, _ = by_definition(t.count_steps_, a, torch.tensor(True))
+        assert torch.equal(counted.counts, t.count_steps_(b, torch.tensor(True)).counts)
         a, b = finish(t, a, life, number), b
         b.num_unique.zero_()
         b.step.add_(1)
@@ -200,13 +203,13 @@ def test_pure_is_in_place(name):
 def test_how_an_accumulation_window_is_cut_changes_no_row():
     rng = random.Random(1)
     life = Life(admit=policies.at_least(3), expire=policies.unseen_for(2), every=1)
-    t = table(table_plan(VOCABULARIES), optimizer_slots=2, seed=1, max_rows=64, life=life)
+    t = table(table_plan(VOCABULARIES), optimizer_slots=2, seed=1, limits=Limits(max_rows=64), life=life)
     whole, cut = t.init(), t.init()
     for number in range(1, 8):
         lists = random_lists(rng, lookups=3, samples=6, longest=3, ids=range(15))
-        whole, _ = t.insert_(whole, features_of(lists))
+        t.insert_(whole, t.read(features_of(lists)))
         for part in (slice(0, 1), slice(1, 4), slice(4, 6)):
-            cut, _ = t.insert_(cut, features_of([lookup[part] for lookup in lists]))
+            t.insert_(cut, t.read(features_of([lookup[part] for lookup in lists])))
         whole, cut = finish(t, whole, life, number), finish(t, cut, life, number)
         for name in ("ids", "vocabularies", "seen", "born", "counts", "rows", "free_rows", "tally"):
             assert torch.equal(getattr(whole, name), getattr(cut, name)), name
@@ -227,10 +230,10 @@ def test_how_an_accumulation_window_is_cut_changes_no_row():
 )
 def test_the_step_after_which_a_row_goes(expire, touched, every, gone_after):
     life = Life(expire=expire, every=every)
-    t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=8, life=life)
+    t = table(table_plan([0]), optimizer_slots=2, seed=1, limits=Limits(max_rows=8), life=life)
     state, there = t.init(), []
     for number in range(1, 10):
-        state, _ = t.insert_(state, features_of([[[7] if number in touched else []]]))
+        t.insert_(state, t.read(features_of([[[7] if number in touched else []]])))
         state = finish(t, state, life, number)
         there.append(num_live(state) == 1)
     assert there == [touched[0] <= number < gone_after for number in range(1, 10)]
@@ -238,11 +241,11 @@ def test_the_step_after_which_a_row_goes(expire, touched, every, gone_after):
 
 def test_an_evicted_id_waits_for_admission_again():
     life = Life(admit=policies.at_least(2), expire=policies.unseen_for(1), every=1)
-    t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=64, life=life)
+    t = table(table_plan([0]), optimizer_slots=2, seed=1, limits=Limits(max_rows=64), life=life)
     state = t.init()
     admitted = []
     for number, ids in enumerate([[5], [5], [9], [5], [5]], start=1):
-        state, found = t.insert_(state, features_of([[ids]]))
+        found = t.insert_(state, t.read(features_of([[ids]])))
         admitted.append(found.row.tolist()[0] >= 0)
         state = finish(t, state, life, number)
     assert admitted == [False, True, False, False, True]
@@ -252,10 +255,10 @@ def test_an_evicted_id_waits_for_admission_again():
 def test_what_expires_counts_among_what_goes():
     """Down to `keep` rows, no further: what `expire` deletes leaves room for the rest."""
     life = Life(expire=policies.unseen_for(2), score=policies.least_recently_used, keep=3, every=3)
-    t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=64, life=life)
+    t = table(table_plan([0]), optimizer_slots=2, seed=1, limits=Limits(max_rows=64), life=life)
     state = t.init()
     for number, ids in enumerate([[1, 2, 3], [4], [5, 6]], start=1):
-        state, _ = t.insert_(state, features_of([[ids]]))
+        t.insert_(state, t.read(features_of([[ids]])))
         state = finish(t, state, life, number)
     live = state.vocabularies[:6] >= 0
     assert state.ids[:6][live].tolist() == [4, 5, 6]
@@ -263,10 +266,10 @@ def test_what_expires_counts_among_what_goes():
 
 def test_candidates_are_forgotten_when_more_than_half_full():
     life = Life(admit=policies.at_least(2), candidates=6, every=1)
-    t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=64, life=life)
+    t = table(table_plan([0]), optimizer_slots=2, seed=1, limits=Limits(max_rows=64), life=life)
     state, held = t.init(), []
     for number, ids in enumerate([[1, 2, 3], [4], [1]], start=1):
-        state, _ = t.insert_(state, features_of([[ids]]))
+        t.insert_(state, t.read(features_of([[ids]])))
         state = finish(t, state, life, number)
         held.append(stats(state).candidates)
     assert held == [3, 0, 1]
@@ -274,8 +277,9 @@ def test_candidates_are_forgotten_when_more_than_half_full():
 
 
 def test_rows_are_deleted_only_between_steps():
-    t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=8)
-    state, _ = t.insert_(t.init(), features_of([[[1, 2]]]))
+    t = table(table_plan([0]), optimizer_slots=2, seed=1, limits=Limits(max_rows=8))
+    state = t.init()
+    t.insert_(state, t.read(features_of([[[1, 2]]])))
     with pytest.raises(ValueError, match="state: got a step in progress, expected none"):
         delete_(state, torch.tensor([0]))
 
@@ -300,8 +304,9 @@ def test_a_policy_of_the_wrong_kind_is_named(name, policy, error):
     life = Life(**{name: policy}, keep=1 if name == "score" else None)
 
     def run():
-        t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=8, life=life)
-        state, _ = t.insert_(t.init(), features_of([[[1, 2, 3] if name == "admit" else [1, 2]]]))
+        t = table(table_plan([0]), optimizer_slots=2, seed=1, limits=Limits(max_rows=8), life=life)
+        state = t.init()
+        t.insert_(state, t.read(features_of([[[1, 2, 3] if name == "admit" else [1, 2]]])))
         state.num_unique.zero_()
         sweep_(state, life)
 
@@ -313,8 +318,9 @@ def test_a_policy_of_the_wrong_kind_is_named(name, policy, error):
 def test_a_policy_that_raises_deletes_nothing(name):
     rules = {"expire": lambda columns, step: columns.id > 0, "score": policies.least_recently_used}
     life = Life(**rules | {name: lambda columns, step: columns.id[99]}, keep=1, every=1)
-    t = table(table_plan([0]), optimizer_slots=2, seed=1, max_rows=8, life=life)
-    state, _ = t.insert_(t.init(), features_of([[[1, 2, 3]]]))
+    t = table(table_plan([0]), optimizer_slots=2, seed=1, limits=Limits(max_rows=8), life=life)
+    state = t.init()
+    t.insert_(state, t.read(features_of([[[1, 2, 3]]])))
     state.num_unique.zero_()
     before = copy_of(state)
     with pytest.raises(IndexError):

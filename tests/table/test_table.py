@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from torch.utils._pytree import tree_leaves
 
-from recfx.table import copy_of, num_rows_bytes, rebuild_, reserve, table
+from recfx.table import Limits, copy_of, num_rows_bytes, rebuild_, reserve, table
 from recfx.table import functions as table_module
 from recfx.types import Ragged
+from tests.by_definition import by_definition
 from tests.reference import (
     EXTREMES,
     MAX_INT64,
@@ -28,7 +29,7 @@ VOCABULARIES = [0, 1, 0, 2]  # two lookups read one vocabulary
 
 def make(vocabularies=VOCABULARIES, *, max_rows=4096, max_unique=None, seed=1, unknown="zeros"):
     plan = table_plan(vocabularies, unknown=unknown)
-    return table(plan, optimizer_slots=2, seed=seed, max_rows=max_rows, max_unique=max_unique)
+    return table(plan, optimizer_slots=2, seed=seed, limits=Limits(max_rows=max_rows, max_unique=max_unique))
 
 
 def ids_in(lists):
@@ -57,8 +58,8 @@ def test_growth_in_mid_stream_is_a_table_that_started_large_is_a_dict(seed, monk
         reading, features = reading_of(lists, VOCABULARIES), features_of(lists)
         t.grow_(small, ids_in(lists))
         sizes.add(int(small.num_slots))
-        small, found = t.insert_(small, features)
-        large, same = t.insert_(large, features)
+        found = t.insert_(small, t.read(features))
+        same = t.insert_(large, t.read(features))
         assert (found.row.tolist(), found.inverse.tolist()) == oracle.insert(reading)
         assert torch.equal(found.row, same.row)
         assert torch.equal(found.inverse, same.inverse)
@@ -69,7 +70,7 @@ def test_growth_in_mid_stream_is_a_table_that_started_large_is_a_dict(seed, monk
     assert len(sizes) > 3
     assert int(small.num_slots) < int(large.num_slots) or int(large.num_slots) == large.slots.numel()
     assert int(small.num_refused) == 0
-    assert t.find(small, features).row.tolist() == oracle.find(reading)
+    assert t.find(small, t.read(features)).row.tolist() == oracle.find(reading)
 
 
 @given(stream=streams(3))
@@ -80,10 +81,10 @@ def test_insert_is_insert_and_leaves_its_input(stream):
     for lists in stream.batches:
         features = features_of(lists, spare=stream.spare)
         before = copy_of(pure)
-        new, a = t.insert(pure, features)
+        new, a = by_definition(t.insert_, pure, t.read(features))
         assert all(torch.equal(x, y) for x, y in zip(*map(tree_leaves, (before, pure)), strict=True))
         pure = new
-        in_place, b = t.insert_(in_place, features)
+        b = t.insert_(in_place, t.read(features))
         assert torch.equal(a.row, b.row)
         assert torch.equal(a.inverse, b.inverse)
         assert_same_table(pure, in_place, exact_rows=False)
@@ -92,11 +93,11 @@ def test_insert_is_insert_and_leaves_its_input(stream):
 def test_find_and_pool_change_no_byte():
     t = make()
     state, lists = t.init(), random_stream(0, batches=1)[0]
-    state, _ = t.insert_(state, features_of(lists))
+    t.insert_(state, t.read(features_of(lists)))
     before = copy_of(state)
     unknown = [[[10**15 + b] for b in range(20)] for _ in VOCABULARIES]
     for read in (lists, unknown):
-        blocks = t.pool(state, t.find(state, features_of(read)))
+        blocks = t.pool(state, t.find(state, t.read(features_of(read))))
     assert not any(block.any() for block in blocks)
     assert all(torch.equal(x, y) for x, y in zip(*map(tree_leaves, (before, state)), strict=True))
 
@@ -104,9 +105,10 @@ def test_find_and_pool_change_no_byte():
 def test_every_extreme_is_its_own_row_in_every_vocabulary():
     t = make([0, 1, 2])
     lists = [[list(EXTREMES)]] * 3
-    state, found = t.insert_(t.init(), features_of(lists))
+    state = t.init()
+    found = t.insert_(state, t.read(features_of(lists)))
     assert found.row.tolist() == list(range(3 * len(EXTREMES)))
-    assert t.find(state, features_of(lists)).row.tolist() == found.row.tolist()
+    assert t.find(state, t.read(features_of(lists))).row.tolist() == found.row.tolist()
     keys = zip(state.vocabularies[:30].tolist(), state.ids[:30].tolist(), strict=True)
     assert list(keys) == [(v, i) for v in range(3) for i in EXTREMES]
     weights = state.rows[: int(state.num_rows), 0]
@@ -117,9 +119,11 @@ def test_every_extreme_is_its_own_row_in_every_vocabulary():
 def test_hard_cap_refuses_and_counts_and_pools_the_unknown_value(unknown):
     capped, free = make([0], max_rows=5, unknown=unknown), make([0])
     features = features_of([[[i, i] for i in range(8)]])
-    a, found_a = capped.insert_(capped.init(), features)
+    a = capped.init()
+    found_a = capped.insert_(a, capped.read(features))
     capped.grow_(a, 100)
-    b, found_b = free.insert_(free.init(), features)
+    b = free.init()
+    found_b = free.insert_(b, free.read(features))
     assert found_a.row.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, *[-2] * 6]
     assert (int(a.num_rows), int(a.num_refused), int(a.num_unique)) == (5, 6, 5)
     for x, y in zip(capped.pool(a, found_a), free.pool(b, found_b), strict=True):
@@ -132,7 +136,8 @@ def test_hard_cap_refuses_and_counts_and_pools_the_unknown_value(unknown):
 def test_max_unique_refuses_gradients_and_counts():
     t = make([0], max_unique=3)
     features = features_of([[[i] for i in (5, 6, 5, 7, 8, 8)]])
-    state, found = t.insert_(t.init(), features)
+    state = t.init()
+    found = t.insert_(state, t.read(features))
     assert found.row.tolist() == [0, 1, 0, 2, 3, 3]
     assert found.inverse.tolist() == [0, 1, 0, 2, -1, -1]
     assert (int(state.num_rows), int(state.num_unique), int(state.num_refused)) == (4, 3, 2)
@@ -142,10 +147,11 @@ def test_max_unique_refuses_gradients_and_counts():
 @settings(max_examples=30, deadline=None)
 def test_add_grads_is_add_grads_(stream, seed):
     t = make(stream.vocabularies, max_rows=64)
-    state, found = t.insert_(t.init(), features_of(stream.batches[0], spare=stream.spare))
+    state = t.init()
+    found = t.insert_(state, t.read(features_of(stream.batches[0], spare=stream.spare)))
     g = torch.Generator().manual_seed(seed)
     blocks = [torch.randn(b.shape, generator=g) for b in t.pool(state, found)]
-    pure = t.add_grads(state, found, blocks)
+    pure, _ = by_definition(t.add_grads_, state, found, blocks)
     assert not state.grads.any()
     assert torch.equal(pure.grads, t.add_grads_(state, found, blocks).grads)
 
@@ -153,11 +159,12 @@ def test_add_grads_is_add_grads_(stream, seed):
 def test_rebuild_leaves_rows_and_answers_as_they_are():
     t = make()
     lists = random_stream(0, batches=1)[0]
-    state, found = t.insert_(t.init(), features_of(lists))
+    state = t.init()
+    found = t.insert_(state, t.read(features_of(lists)))
     before = copy_of(state)
     state.slots.fill_(12345)
     rebuild_(state)
-    assert torch.equal(t.find(state, features_of(lists)).row, found.row)
+    assert torch.equal(t.find(state, t.read(features_of(lists))).row, found.row)
     assert_same_table(before, state)
 
 
@@ -182,7 +189,8 @@ def test_a_device_without_the_memory_is_an_error_that_names_the_size(monkeypatch
 
 def test_num_rows_bytes():
     t = make([0])
-    state, _ = t.insert_(t.init(), features_of([[[i] for i in range(10)]]))
+    state = t.init()
+    t.insert_(state, t.read(features_of([[[i] for i in range(10)]])))
     assert num_rows_bytes(state) == 10 * (8 + 4 + 8 + 4 + 3 * 4 * 4) + int(state.num_slots) * 8
 
 
@@ -217,7 +225,7 @@ class TableMachine(RuleBasedStateMachine):
     @rule(lists=lists, spare=st.integers(0, 2))
     def insert(self, lists, spare):
         self.state = self.table.grow_(self.state, ids_in(lists))
-        self.state, found = self.table.insert_(self.state, features_of(lists, spare=spare))
+        found = self.table.insert_(self.state, self.table.read(features_of(lists, spare=spare)))
         expected = self.oracle.insert(reading_of(lists, self.vocabularies, spare=spare))
         assert (found.row.tolist(), found.inverse.tolist()) == expected
         assert int(self.state.num_refused) == self.oracle.num_refused
@@ -225,7 +233,7 @@ class TableMachine(RuleBasedStateMachine):
 
     @rule(lists=lists)
     def find(self, lists):
-        found = self.table.find(self.state, features_of(lists))
+        found = self.table.find(self.state, self.table.read(features_of(lists)))
         assert found.row.tolist() == self.oracle.find(reading_of(lists, self.vocabularies))
         assert (found.inverse == -1).all()
 
@@ -250,12 +258,13 @@ def test_any_order_of_operations_is_the_dict(monkeypatch):
 
 def test_ids_may_be_strided_and_wrong_dtypes_are_errors():
     plan = table_plan([0])
-    subject = table(plan, optimizer_slots=2, seed=1, max_rows=64)
+    subject = table(plan, optimizer_slots=2, seed=1, limits=Limits(max_rows=64))
     offsets = torch.arange(4, dtype=torch.int32)
     values = torch.tensor([5, 0, 6, 0, 5, 0])
-    _, found = subject.insert_(subject.init(), {"f0": Ragged(values[::2], offsets)})
+    state = subject.init()
+    found = subject.insert_(state, subject.read({"f0": Ragged(values[::2], offsets)}))
     assert found.row.tolist() == [0, 1, 0]
     with pytest.raises(TypeError, match=r"feature 'f0': got torch.int64 offsets, expected torch.int32"):
-        subject.insert_(subject.init(), {"f0": Ragged(values, offsets.long())})
+        subject.insert_(subject.init(), subject.read({"f0": Ragged(values, offsets.long())}))
     with pytest.raises(TypeError, match=r"feature 'f0': got torch.float32 ids, expected torch.int64"):
-        subject.insert_(subject.init(), {"f0": Ragged(values.float(), offsets)})
+        subject.insert_(subject.init(), subject.read({"f0": Ragged(values.float(), offsets)}))

@@ -125,11 +125,11 @@ def eager(step: Step, state: TrainState, batch: Batch) -> Callable:
 
 
 def skipping_one_row_in_ten(optimizer: SparseOptimizer) -> SparseOptimizer:
-    def apply_(state, scale, due, columns):
+    def apply_(state, scale, due, columns, most_rows):
         skipped = state.unique_rows[: int(state.num_unique)].long()
         skipped = skipped[skipped % 10 == 0]
         kept = state.rows[skipped]
-        state = optimizer.apply_(state, scale, due, columns)
+        state = optimizer.apply_(state, scale, due, columns, most_rows)
         state.rows[skipped] = kept
         return state
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from recfx.capture import capture, capture_evaluation
 from recfx.checkpoint import load, save
 from recfx.kernels.index.find_or_insert import TALLIES
-from recfx.table import ROW_FIELDS, num_live, policies, stats, sweep_, table
+from recfx.table import ROW_FIELDS, Limits, num_live, policies, stats, sweep_, table
 from recfx.table.policies import Life
 from recfx.train import TrainConfig, evaluate, train
 from tests.conftest import deepfm_batches, deepfm_params, deepfm_step
@@ -210,12 +210,12 @@ def test_a_table_cannot_evict_at_its_cap_and_keep_as_much():
 def test_max_bytes_is_the_most_memory_that_a_table_takes(max_unique, candidates):
     """All of its tensors, but for the counters."""
     plan, life = table_plan([0]), candidates and Life(admit=policies.at_least(2), candidates=candidates)
-    options = {"optimizer_slots": 2, "seed": 1, "max_unique": max_unique, "life": life}
+    options = {"optimizer_slots": 2, "seed": 1, "life": life}
     for max_bytes in (10_000, 123_456, 10**7):
-        leaves = tree_leaves(table(plan, **options, max_bytes=max_bytes).init())
+        leaves = tree_leaves(table(plan, **options, limits=Limits(max_bytes=max_bytes, max_unique=max_unique)).init())
         taken = sum(len(t) * t.stride(0) * t.element_size() for t in leaves if t.dim()) - 8 * TALLIES
         assert taken <= max_bytes
         assert taken > 0.6 * max_bytes  # the index doubles
     with pytest.raises(ValueError, match=r"max_bytes: got 100, expected at least \d+, the bytes of one row"):
-        table(plan, optimizer_slots=2, seed=1, max_bytes=100)
-    assert table(plan, optimizer_slots=2, seed=1, max_bytes=10**9, max_rows=5).init().ids.numel() == 5
+        table(plan, optimizer_slots=2, seed=1, limits=Limits(max_bytes=100))
+    assert table(plan, optimizer_slots=2, seed=1, limits=Limits(max_bytes=10**9, max_rows=5)).init().ids.numel() == 5

@@ -11,7 +11,7 @@ from recfx.kernels import op
 from recfx.kernels.index import count_candidates as cpu_candidates
 from recfx.kernels.index import rehash
 from recfx.kernels.op import gpu_function
-from recfx.table import initializer_tensors, table
+from recfx.table import Limits, initializer_tensors, table
 from recfx.table.policies import Life, at_least
 from tests.kernels.index.test_find_or_insert import arguments
 from tests.reference import Reading, table_plan
@@ -40,7 +40,7 @@ def reading(ids):
 
 def inserted(ids, *, old=0, resident=12):
     """The report of inserting ids[old:] into a table of ids[:old], and the table."""
-    state = table(table_plan([0]), optimizer_slots=0, seed=1, max_rows=SLOTS, max_unique=SLOTS).init()
+    state = table(table_plan([0]), optimizer_slots=0, seed=1, limits=Limits(max_rows=SLOTS, max_unique=SLOTS)).init()
     state.ids[:old], state.vocabularies[:old] = ids[:old], 0
     state.num_rows.fill_(old), state.num_slots.fill_(SLOTS)
     rehash.rehash_(state.slots, state.num_crowded, state.ids, state.vocabularies, old, SLOTS, int(state.salt))
@@ -95,7 +95,10 @@ def test_lanes_without_work_do_not_queue_at_a_frequent_id():
 def test_lanes_without_a_new_candidate_do_not_queue():
     """It was nearly one atomic on one address for each id that was no new candidate."""
     life = Life(admit=at_least(2), candidates=2048)
-    states = [table(table_plan([0]), optimizer_slots=0, seed=1, max_rows=64, life=life).init() for _ in range(2)]
+    states = [
+        table(table_plan([0]), optimizer_slots=0, seed=1, limits=Limits(max_rows=64), life=life).init()
+        for _ in range(2)
+    ]
     ids = torch.cat([random_ids(400, 2), torch.arange(50).repeat(20)])[torch.randperm(1400)]
     index = states[0].slots, states[0].ids, states[0].num_slots, states[0].salt
     with running(seed=1, mode="warps", resident=12) as report:

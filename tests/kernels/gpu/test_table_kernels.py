@@ -79,7 +79,7 @@ def test_new_rows_start_as_on_a_cpu_whatever_the_memory_held(init):
     plan = test_initial.one_column_plan(init)
     expected = test_initial.inserted(plan, list(EXTREMES))
     keys, params = test_initial.initializer_tensors(plan, 7)
-    state = test_initial.table(plan, optimizer_slots=2, seed=7, max_rows=16).init()
+    state = test_initial.table(plan, optimizer_slots=2, seed=7, limits=test_initial.Limits(max_rows=16)).init()
     state.rows.fill_(9.0)
     reading = reading_of([[[i] for i in EXTREMES]], [0])
     test_find_or_insert.insert(test_find_or_insert.OPS["kernel"], state, reading, (keys, params))
@@ -316,7 +316,9 @@ def test_sum_and_adamw_in_one_have_the_bytes_of_the_two(num):
 def test_rows_behind_two_to_the_31_floats():
     """Offsets in a table of 2**26 rows do not fit 32 bits: rows are created there, pooled, and updated both ways."""
     last = 2**26 + 90
-    state = test_initial.table(table_plan([0], (8, 1)), optimizer_slots=2, seed=1, max_rows=last).init()
+    state = test_initial.table(
+        table_plan([0], (8, 1)), optimizer_slots=2, seed=1, limits=test_initial.Limits(max_rows=last)
+    ).init()
     assert state.rows.stride(0) * last > 2**31
     state.num_rows.fill_(last), state.num_free.fill_(last - 9)
     state.free_rows[last - 11 : last - 9] = torch.tensor([last - 2, last - 3])
@@ -446,11 +448,15 @@ def check_candidates(max_candidates, known, sizes, vocabularies, ids):
     stream = Stream(vocabularies, batches, 100)
     readings, plan = list(stream.readings()), test_counting.table_plan(stream.vocabularies)
     life = test_counting.Life(admit=test_counting.at_least(2), candidates=max_candidates)
-    t = test_counting.table(plan, optimizer_slots=2, seed=1, max_rows=256, life=None)
-    of_gpu = test_counting.table(plan, optimizer_slots=2, seed=1, max_rows=256, life=life).init().candidates
+    t = test_counting.table(plan, optimizer_slots=2, seed=1, limits=test_counting.Limits(max_rows=256), life=None)
+    of_gpu = (
+        test_counting.table(plan, optimizer_slots=2, seed=1, limits=test_counting.Limits(max_rows=256), life=life)
+        .init()
+        .candidates
+    )
     of_cpu, state = type(of_gpu)(*(c.clone() for c in of_gpu)), t.init()
     for lists in batches[:known]:
-        state, _ = t.insert_(state, test_counting.features_of(lists))
+        t.insert_(state, t.read(test_counting.features_of(lists)))
     table = state.slots, state.ids, state.num_slots, state.salt
     for reading in readings:
         got = on_device(count_candidates.count_candidates_)(*of_gpu, *table, *reading)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
 from recfx.kernels.index import find, find_or_insert, hashing
-from recfx.table import TableState, copy_of, grow_, initializer_tensors, rebuild_, table
+from recfx.table import Limits, TableState, copy_of, grow_, initializer_tensors, rebuild_, table
 from tests.reference import (
     EXTREMES,
     DictTable,
@@ -28,7 +28,7 @@ FINDS = {"definition": find.definition, "kernel": find.find}
 
 def empty_table(vocabularies, *, max_rows=64, max_unique=None) -> tuple[TableState, tuple]:
     plan = table_plan(vocabularies)
-    state = table(plan, optimizer_slots=2, seed=1, max_rows=max_rows, max_unique=max_unique).init()
+    state = table(plan, optimizer_slots=2, seed=1, limits=Limits(max_rows=max_rows, max_unique=max_unique)).init()
     return state, initializer_tensors(plan, 1)
 
 

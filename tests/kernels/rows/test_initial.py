@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from recfx.embeddings import constant, normal, truncated_normal, uniform
 from recfx.kernels.index import hashing
 from recfx.kernels.rows.initial import initial_values
-from recfx.table import initializer_tensors, table
+from recfx.table import Limits, initializer_tensors, table
 from tests import reference
 from tests.reference import EXTREMES, MAX_INT64, MIN_INT64, features_of, table_plan
 
@@ -30,8 +30,9 @@ def one_column_plan(init, dim=8):
 
 def inserted(plan, ids, seed=7):
     """Initial rows of `ids` through the kernel, f32 [ids, W]."""
-    t = table(plan, optimizer_slots=0, seed=seed, max_rows=max(len(ids), 8))
-    state, found = t.insert_(t.init(), features_of([[[i] for i in ids]]))
+    t = table(plan, optimizer_slots=0, seed=seed, limits=Limits(max_rows=max(len(ids), 8)))
+    state = t.init()
+    found = t.insert_(state, t.read(features_of([[[i] for i in ids]])))
     return state.rows[found.row.long(), 0]
 
 

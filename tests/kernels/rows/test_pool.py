@@ -9,7 +9,7 @@ from recfx.embeddings import Embedding, plan_tables
 from recfx.kernels.lists import order_ids
 from recfx.kernels.rows import pool
 from recfx.kernels.rows.initial import initial_values
-from recfx.table import initializer_tensors, table
+from recfx.table import Limits, initializer_tensors, table
 from tests.reference import REFUSED, on_threads, positions, ragged, random_lists, reading_of, streams, table_plan
 
 DIMS = [(3, 1), (8, 1), (1,), (5,), (16, 4, 2)]
@@ -94,10 +94,13 @@ def test_a_table_pools_alike_with_and_without_the_ends_of_lists(monkeypatch):
     pooled = []
     for with_ends in (False, True):
         monkeypatch.setattr(order_ids, "uses_ends", lambda device, with_ends=with_ends: with_ends)
-        functions = table(plan, optimizer_slots=2, seed=1, max_rows=64)
-        state, found = functions.insert_(functions.init(), columns)
+        functions = table(plan, optimizer_slots=2, seed=1, limits=Limits(max_rows=64))
+        state = functions.init()
+        found = functions.insert_(state, functions.read(columns))
         assert (found.ends is not None) == with_ends == (found.read_only.ends is not None)
-        pooled.append([*functions.pool(state, found), *functions.pool(state, functions.find(state, columns))])
+        pooled.append(
+            [*functions.pool(state, found), *functions.pool(state, functions.find(state, functions.read(columns)))]
+        )
     torch.testing.assert_close(*pooled, rtol=1e-6, atol=1e-6)
 
 

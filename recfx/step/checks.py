@@ -1,4 +1,4 @@
-"""What a step asks of its arguments, its state and its batch, and of what a user's functions return.
+"""Errors for the arguments of a step, its state and its batch, and for what a user's functions return.
 
 All of it is about types, names and shapes: traced with a step, it leaves nothing in the graph.
 """
@@ -6,7 +6,7 @@ All of it is about types, names and shapes: traced with a step, it leaves nothin
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,16 @@ from torch import Tensor
 
 from recfx.checks import check_function, check_type, names, said
 from recfx.embeddings import Plan
-from recfx.optim import SparseOptimizer
+from recfx.metrics import BinaryCounts, Metric
+from recfx.optim import DenseOptimizer, SparseOptimizer
+from recfx.step.state import TrainState
 from recfx.table.policies import Life
-from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged, Transform
+from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged
 
 __all__ = [
     "check_batch",
     "check_bound",
+    "check_counts",
     "check_features",
     "check_functions",
     "check_kinds",
@@ -43,8 +46,8 @@ SIGNATURES = {
 # By argument: what it is, and how to come by one.
 KINDS: dict[str, tuple[Any, str]] = {
     "sparse_optimizer": (SparseOptimizer, "Build one: recfx.optim.sparse_adamw(1e-3)."),
-    "dense_optimizer": (Transform, "Build one: recfx.optim.adamw(1e-3)."),
-    "metrics": (Transform | None, "Build them: recfx.metrics.binary_metrics()."),
+    "dense_optimizer": (DenseOptimizer, "Build one: recfx.optim.adamw(1e-3)."),
+    "metrics": (Metric | None, "Build them: recfx.metrics.binary_metrics()."),
     "life": (Life | None, "Build one: recfx.table.policies.Life(...)."),
     "label": (str, "It is the name of a feature."),
     "sample_weight": (str | None, "It is the name of a feature."),
@@ -61,7 +64,7 @@ def check_functions(**functions: object) -> None:
 
 def check_kinds(**parts: object) -> None:
     """Raises TypeError when an argument of `train_step` is another kind of thing."""
-    is_swapped = isinstance(parts["sparse_optimizer"], Transform) or isinstance(
+    is_swapped = isinstance(parts["sparse_optimizer"], DenseOptimizer) or isinstance(
         parts["dense_optimizer"], SparseOptimizer
     )
     for argument, value in parts.items():
@@ -70,8 +73,15 @@ def check_kinds(**parts: object) -> None:
         check_type(argument, value, kind, advice + swapped)
 
 
+def check_counts(metrics: Metric) -> Metric:
+    """Raises TypeError when the metrics count in something that a training run and an evaluation cannot read."""
+    advice = "That is what recfx.train reads. Use recfx.metrics.binary_metrics(), and count others in your own loop."
+    check_type("metrics: init()", metrics.init(), BinaryCounts, advice)
+    return metrics
+
+
 def check_bound(optimizer: SparseOptimizer, accumulation: int, max_unique: int | None) -> None:
-    """Raises ValueError when the optimiser has to know the most rows of a step, and nothing gives it."""
+    """Raises ValueError when the optimiser needs to know the most rows of a step, and nothing gives that number."""
     if optimizer.needs_bound and accumulation > 1 and max_unique is None:
         raise ValueError(
             f"max_unique: got None, expected a number with accumulation {accumulation} and an optimiser from "
@@ -165,14 +175,11 @@ def _check_memory(params: Params) -> None:
                 )
 
 
-def check_state(state: Any, *, kind: type, plan: Plan, optimizer: SparseOptimizer, accumulation: int) -> None:
-    """Raises TypeError when it is not a training state, ValueError when it is another step's.
-
-    Args:     kind: `recfx.step.TrainState`.
-    """
-    pair = isinstance(state, tuple) and not isinstance(state, kind) and len(state) == 2
+def check_state(state: Any, *, plan: Plan, optimizer: SparseOptimizer, accumulation: int) -> None:
+    """Raises TypeError when it is not a training state, ValueError when it is another step's."""
+    pair = isinstance(state, tuple) and not isinstance(state, TrainState) and len(state) == 2
     advice = "Unpack what a step returns: state, aux = ..." if pair else "The order is (state, batch)."
-    check_type("state", state, kind, f"Make one by step.init(params). {advice}")
+    check_type("state", state, TrainState, f"Make one by step.init(params). {advice}")
     slots, row_slots = 1 + len(optimizer.slots), len(optimizer.row_slots)
     expected = [(slots, t.width + row_slots * len(t.dims)) for t in plan.tables]
     got = [tuple(t.rows.shape[1:]) for t in state.tables]
@@ -225,16 +232,16 @@ def check_features(feats: Any, label: str, sample_weight: str | None) -> None:
         )
 
 
-def check_logit(logit: Any, feats: Mapping[str, Any], label: str, sample_weight: str | None) -> None:
+def check_logit(logit: Any, feats: Mapping[str, Any], columns: Sequence[str]) -> None:
     """Other shapes would be broadcast against each other: a loss that is wrong by a factor of B, and no error.
 
+    Args:     columns: names of the features that are as large: the label, and the weight of a sample.
     Raises:   TypeError when `forward` returns no tensor of floats, ValueError on a shape.
     """
     if not isinstance(logit, Tensor) or not logit.is_floating_point():
         raise TypeError(f"forward: got {said(logit)} returned, expected the logit, f32 [B, 1].")
-    columns = [label] if sample_weight is None else [label, sample_weight]
     shapes = {"logit": logit.shape} | {name: feats[name].shape for name in columns}
-    if set(shapes.values()) != {(feats[label].shape[0], 1)}:
+    if set(shapes.values()) != {(feats[columns[0]].shape[0], 1)}:
         flat = [name for name, shape in shapes.items() if len(shape) == 1]
         advice = f" Add the last axis: {flat[0]}.unsqueeze(1)." if flat else ""
         raise ValueError(

@@ -1,33 +1,26 @@
-"""What a step does about NaN and infinity: it looks, counts, and leaves a batch out. `nonfinite` tells of it."""
+"""What a step does about NaN and infinity: it checks, counts, and leaves a batch out."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recfx.kernels.dense.all_finite import all_finite, are_finite, finite_parts
 from recfx.kernels.index import untouch_rows
+from recfx.step.state import NonFinite
 from recfx.table import Found, TableState
 from recfx.types import Params
 
 __all__ = [
-    "NonFinite",
     "clean_padding",
-    "counts_after",
+    "count_nonfinite_",
     "gradients_finite",
     "outputs_finite",
     "untouch_",
 ]
-
-
-class NonFinite(NamedTuple):
-    """Micro-batches whose loss, logit or gradient was NaN or infinite, since the state was made."""
-
-    first_step: Tensor  # i64 [], optimiser step of the first one, from 1; 0: there was none
-    first_batch: Tensor  # i64 [], its place among the micro-batches of that step, from 0
-    num_batches: Tensor  # i64 [], how many there were
 
 
 def clean_padding(feats: dict[str, Any], valid: Tensor) -> dict[str, Any]:
@@ -53,13 +46,16 @@ def outputs_finite(logit: Tensor, loss_B: Tensor, valid: Tensor) -> Tensor:
     return total < torch.inf
 
 
-def gradients_finite(grads: Params, block_grads: list[list[Tensor]], sums: list[TableState] | None = None) -> Tensor:
+def gradients_finite(
+    grads: Params, row_grads: Sequence[Sequence[Tensor]], sums: Sequence[TableState] | None = None
+) -> Tensor:
     """bool []: no gradient of a batch is NaN or infinite.
 
-    Args:     sums: tables that hold the sums of the block gradients, and of no other batch. On a CPU those are read
+    Args:     row_grads: of the pooled rows of each table.
+              sums: tables that hold the sums of these by row, and of no other batch. On a CPU the sums are read
               instead: they are fewer, and in the cache.
     """
-    numbers = [*grads.values(), *(g for of_table in block_grads for g in of_table)]
+    numbers = [*grads.values(), *(g for of_table in row_grads for g in of_table)]
     if numbers[0].device.type != "cpu":
         return finite_parts(numbers).all()
     if sums is not None:
@@ -70,18 +66,18 @@ def gradients_finite(grads: Params, block_grads: list[list[Tensor]], sums: list[
     return found & are_finite(others) if others else found
 
 
-def counts_after(before: NonFinite, is_bad: Tensor, step: Tensor, batch: Tensor) -> NonFinite:
-    """The counters after one more micro-batch of the optimiser step of that number."""
-    is_first = is_bad & (before.first_step == 0)
-    return NonFinite(
-        torch.where(is_first, step, before.first_step),
-        torch.where(is_first, batch, before.first_batch),
-        before.num_batches + is_bad,
-    )
+def count_nonfinite_(counts: NonFinite, is_bad: Tensor, step: Tensor, batch: Tensor) -> None:
+    """Counts a micro-batch that is bad: the one of that number in the optimiser step of that number."""
+    is_first = is_bad & (counts.first_step == 0)
+    first_step = torch.where(is_first, step, counts.first_step)
+    first_batch = torch.where(is_first, batch, counts.first_batch)
+    num_batches = counts.num_batches + is_bad
+    for target, new in zip(counts, (first_step, first_batch, num_batches), strict=True):
+        target.copy_(new)
 
 
-def untouch_(s: TableState, found: Found, num_before: Tensor, counts: Tensor) -> tuple[TableState, Found]:
+def untouch_(s: TableState, found: Found, num_before: Tensor, counts: Tensor) -> Found:
     """Unless the batch counts, no row that it touched is among the step's, and no gradient of it reaches one."""
     untouch_rows.untouch_rows_(s.seen, found.row, found.inverse, num_before, s.step, counts)
     s.num_unique.copy_(torch.where(counts, s.num_unique, num_before))
-    return s, found._replace(inverse=torch.where(counts, found.inverse, -1))
+    return found._replace(inverse=torch.where(counts, found.inverse, -1))

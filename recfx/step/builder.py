@@ -1,0 +1,193 @@
+"""`train_step`: from a user's functions to the functions of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from recfx.checks import check_choice, check_int
+from recfx.context import Stats, with_context
+from recfx.embeddings import Embedding, plan_tables
+from recfx.generators import Draws
+from recfx.kernels.rows.add_row_grads import add_row_grads_
+from recfx.layers import in_bf16
+from recfx.losses import bce_with_logits
+from recfx.metrics import Metric, binary_metrics
+from recfx.optim import DenseOptimizer, SparseOptimizer
+from recfx.step.checks import check_bound, check_counts, check_functions, check_kinds, params_of, stats_of, with_names
+from recfx.step.forward import evaluate_, ids_in, predict, read
+from recfx.step.parts import Clip, StepParts, Task
+from recfx.step.state import NonFinite, OnNonFinite, Precision, Step, TrainState, Window
+from recfx.step.update import flush_, grow_, in_graph_, update, update_
+from recfx.table import Limits, is_full, is_sweep_due, table
+from recfx.table import sweep_ as sweep_table_
+from recfx.table.policies import Life
+from recfx.types import Params
+
+__all__ = ["train_step"]
+
+
+def train_step(
+    *,
+    features: Callable[[Any], dict[str, Any]],
+    embeddings: Mapping[str, Sequence[Embedding]],
+    forward: Callable[..., Any],
+    sparse_optimizer: SparseOptimizer,
+    dense_optimizer: DenseOptimizer,
+    loss: Callable[[Tensor, Tensor], Tensor] = bce_with_logits,
+    label: str = "label",
+    sample_weight: str | None = None,
+    accumulation: int = 1,
+    max_rows: int = 2**26,
+    max_bytes: int | None = None,
+    max_unique: int | None = None,
+    life: Life | None = None,
+    seed: int = 42,
+    metrics: Metric | None = None,
+    clip: Clip | None = None,
+    sum_row_grads: Callable[..., None] = add_row_grads_,
+    precision: Precision = "fp32",
+    on_nonfinite: OnNonFinite = "stop",
+    check_labels: bool | None = None,
+) -> Step:
+    """Composes feature function, embeddings, model and optimisers into one step.
+
+    Args:     features: batch -> features by name; ids for `embeddings` as Ragged i64, whatever `forward` wants besides;
+              under `recfx.types.COUNTS` tensors by name for `aux.counts`.
+              embeddings: by group; a group reaches the model as one tensor [B, len(group), dim], a tiled embedding as
+              n of its cells, or as [B, sum of dims] where its dims differ.
+              forward: (params, embeddings by group, features) -> logit f32 [B, 1]. With a fourth parameter it is given
+              a `recfx.context.Context`: training or not, random numbers, the real samples, statistics. It may return
+              (logit, stats).
+              loss: (logit, label) -> loss per sample [B, 1]; label: name of the feature [B, 1] that holds the target.
+              sample_weight: name of a feature [B, 1] that multiplies each sample's loss. The mean stays one over the
+              number of samples, as with torch's `weight`; metrics show the weighted loss, and AUC without weights.
+              accumulation: micro-batches per optimiser step. The step equals one on their concatenation: gradients are
+              summed over valid samples and divided by their total.
+              max_rows, max_bytes, max_unique: of every physical table, see `recfx.table.Limits`.
+              seed: of the tables' initial weights and of the random numbers of `recfx.context.Context`.
+              metrics: what the step counts, such as `recfx.metrics.binary_metrics(2**10)`; None: binary_metrics().
+              life: which ids get a row and which rows are deleted, see `recfx.table.policies`. None: all, and none.
+              clip: (dense gradients, tables, scale) -> scale of all gradients, such as `recfx.optim.clip_global_norm`.
+              sum_row_grads: how the gradients of a row are summed, in f32: of 2**24 occurrences or more in a step small
+              terms may be lost. The default adds occurrences in order, the same bytes from run to run; on a GPU, where
+              nothing comes between the sum and the optimiser, the two are one kernel.
+              `recfx.kernels.rows.add_row_grads.add_row_grads_atomic_` adds them as they come on a GPU.
+              precision: of the products of matrices in `forward` and its gradients; all else is f32. "bf16": see
+              `recfx.layers.in_bf16`. "tf32": on CUDA, in captured steps, operands keep 10 bits of their mantissa.
+              on_nonfinite: what follows when a loss, a logit or a gradient is NaN or infinite. "stop": the state says
+              in which step it happened first, and `recfx.train` raises before it saves or logs. "skip": the micro-batch
+              is left out. Parameters, rows, optimiser states, statistics and metrics stay as they were, its samples
+              are not counted, and rows that it inserted keep their initial value. "ignore": nothing is looked for.
+              check_labels: whether labels of real samples that are not in [0, 1], NaN too, are counted, so that
+              `recfx.train` raises before it saves or logs, and after an evaluation. None: with the default loss, which
+              has no minimum at such a label. False accepts them; True checks them with another loss too.
+    Raises:   ValueError when accumulation is below 1, precision or on_nonfinite is not one of the words above, or a
+              table's limits or `life` do not fit; TypeError when a part is of another type, such as an optimiser of
+              `torch.optim`.
+    """
+    check_functions(features=features, forward=forward, loss=loss, clip=clip)
+    check_kinds(
+        sparse_optimizer=sparse_optimizer, dense_optimizer=dense_optimizer, metrics=metrics, life=life, label=label,
+        sample_weight=sample_weight, check_labels=check_labels,
+    )  # fmt: skip
+    check_int("accumulation", accumulation, 1)
+    check_choice("precision", precision, get_args(Precision))
+    check_choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite))
+    check_bound(sparse_optimizer, accumulation, max_unique)
+    plan = plan_tables(embeddings)
+    limits = Limits(max_rows=max_rows, max_bytes=max_bytes, max_unique=max_unique)
+    table_of = partial(
+        table, optimizer_slots=len(sparse_optimizer.slots), row_slots=len(sparse_optimizer.row_slots), seed=seed,
+        limits=limits, life=life, sum_row_grads=sum_row_grads,
+    )  # fmt: skip
+    forward = with_names("forward", with_context(forward), "params", "embeddings", "features")
+    parts = StepParts(
+        features=with_names("features", features, "columns"),
+        forward=in_bf16(forward) if precision == "bf16" else forward,
+        task=Task(
+            label=label,
+            loss=loss,
+            sample_weight=sample_weight,
+            metrics=check_counts(metrics or binary_metrics()),
+            counts_labels=loss is bce_with_logits if check_labels is None else check_labels,
+        ),
+        plan=plan,
+        tables=tuple(map(table_of, plan.tables)),
+        sparse=sparse_optimizer,
+        dense=dense_optimizer,
+        clip=clip,
+        accumulation=accumulation,
+        life=life,
+        seed=seed,
+        on_nonfinite=on_nonfinite,
+        fuses=accumulation == 1 and clip is None and sum_row_grads is add_row_grads_ and on_nonfinite != "skip",
+        draws=Draws(),
+    )
+    return _step_of(parts, precision)
+
+
+def _step_of(parts: StepParts, precision: Precision) -> Step:
+    life = parts.life
+    return Step(
+        init=partial(_init, parts),
+        update=partial(update, parts),
+        update_=partial(update_, parts),
+        in_graph_=partial(in_graph_, parts),
+        evaluate_=partial(evaluate_, parts),
+        predict=partial(predict, parts),
+        flush_=partial(flush_, parts),
+        ids_in=partial(ids_in, parts),
+        grow_=partial(grow_, parts),
+        sweep_=partial(_sweep_, parts),
+        read=partial(read, parts),
+        plan=parts.plan,
+        accumulation=parts.accumulation,
+        sweep_every=0 if life is None else life.every if life.at_cap == "refuse" else 1,
+        seed=parts.seed,
+        slots=(*parts.sparse.slots, *parts.sparse.row_slots),
+        precision=precision,
+        on_nonfinite=parts.on_nonfinite,
+        label=parts.task.label,
+        draws=parts.draws,
+    )
+
+
+def _init(parts: StepParts, params: Params, *, stats: Stats | None = None) -> TrainState:
+    params = params_of(params, [t.device for t in parts.plan.tables])
+    device = next((p.device for p in params.values()), torch.device(parts.plan.tables[0].device))
+
+    def counter() -> Tensor:
+        return torch.zeros((), dtype=torch.int64, device=device)
+
+    sums = {name: torch.zeros_like(p) for name, p in params.items()} if parts.accumulation > 1 else {}
+    return TrainState(
+        step=counter(),
+        params=params,
+        stats=stats_of({} if stats is None else stats, device),
+        dense=tree_map(lambda t: t.to(device), parts.dense.init(params)),
+        tables=tuple(t.init() for t in parts.tables),
+        metrics=parts.task.init(device),
+        window=Window(grads=sums, num_samples=counter(), num_batches=counter()),
+        nonfinite=NonFinite(first_step=counter(), first_batch=counter(), num_batches=counter()),
+    )
+
+
+def _sweep_(parts: StepParts, state: TrainState, number: int) -> TrainState:
+    life = parts.life
+    if life is None:
+        return state
+    for i, s in enumerate(state.tables):
+        if life.at_cap == "stop" and int(s.num_refused) and is_full(s):
+            raise RuntimeError(
+                f"table {i}: got {int(s.num_refused)} ids without room, expected none. Its cap is "
+                f"{s.ids.numel()} rows. They were not trained. Raise max_rows, or give a Life that evicts."
+            )
+        if is_sweep_due(s, life, number):
+            sweep_table_(s, life)
+    return state

@@ -1,0 +1,122 @@
+"""From a batch to its logit and loss; evaluation and prediction, which change no row and no parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recfx.context import Context, Stats
+from recfx.step.checks import check_batch, check_features, check_logit
+from recfx.step.parts import Features, StepParts
+from recfx.step.state import Aux, Batch, TrainState
+from recfx.table import Found, groups_of, ids_of
+from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged
+
+__all__ = [
+    "aux_of",
+    "context_of",
+    "evaluate_",
+    "ids_in",
+    "num_ids",
+    "predict",
+    "read",
+    "real_samples",
+    "total_loss",
+]
+
+
+def read(parts: StepParts, batch: Batch) -> Features:
+    """The features of a batch by name, NUM_SAMPLES among them."""
+    check_batch(batch)
+    feats = parts.features(batch)
+    check_features(feats, parts.task.label, parts.task.sample_weight)
+    return {NUM_SAMPLES: batch[NUM_SAMPLES], **feats}
+
+
+def real_samples(parts: StepParts, feats: Features) -> Tensor:
+    """bool [B, 1]: the samples that are not padding."""
+    label = feats[parts.task.label]
+    return torch.arange(label.shape[0], device=label.device)[:, None] < feats[NUM_SAMPLES]
+
+
+def context_of(parts: StepParts, state: TrainState, valid: Tensor, *, training: bool) -> Context:
+    """What `forward` is given besides parameters, embeddings and features."""
+    sample = torch.arange(len(valid), device=valid.device)
+    return Context(
+        training=training,
+        valid=valid,
+        stats=state.stats,
+        seed=parts.seed,
+        step=state.step + 1 if training else state.step,
+        sample=state.window.num_samples + sample if training else sample,
+    )
+
+
+def total_loss(
+    parts: StepParts,
+    params: Params,
+    rows: Sequence[Sequence[Tensor]],
+    found: Sequence[Found],
+    feats: Features,
+    context: Context,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Stats]]:
+    """The sum of the losses of a batch; then its logit, the loss of each sample and the new statistics.
+
+    Args:     rows: what each table pooled.
+    """
+    logit, stats = parts.forward(params, groups_of(parts.plan, rows, found), feats, context)
+    check_logit(logit, feats, parts.task.columns)
+    loss_B = parts.task.losses(logit, feats, context.valid)
+    return loss_B.sum(), (logit, loss_B, stats)
+
+
+def evaluate_(parts: StepParts, state: TrainState, batch: Batch) -> tuple[TrainState, Aux]:
+    """The loss of a batch, counted in the state's metrics."""
+    parts.check(state)
+    feats = read(parts, batch)
+    context = context_of(parts, state, real_samples(parts, feats), training=False)
+    _, (logit, loss_B, _) = total_loss(parts, state.params, *_look_up(parts, state, feats), feats, context)
+    parts.task.count_(state.metrics, logit, feats, loss_B, context.valid)
+    return state, aux_of(logit, loss_B, feats)
+
+
+def predict(parts: StepParts, state: TrainState, batch: Batch) -> Tensor:
+    """The logit of a batch, f32 [B, 1]."""
+    parts.check(state)
+    feats = read(parts, _filled(batch, parts.task.columns))
+    context = context_of(parts, state, real_samples(parts, feats), training=False)
+    logit, _ = parts.forward(state.params, groups_of(parts.plan, *_look_up(parts, state, feats)), feats, context)
+    check_logit(logit, feats, [parts.task.label])
+    return logit
+
+
+def ids_in(parts: StepParts, batch: Batch) -> tuple[int, ...]:
+    """Most ids per table that batches of this layout hold."""
+    return num_ids(parts, read(parts, _filled(batch, parts.task.columns)))
+
+
+def num_ids(parts: StepParts, feats: Features) -> tuple[int, ...]:
+    """Ids per table, with those that are padding."""
+    return tuple(sum(ids_of(feats, l.feature).values.numel() for l in t.lookups) for t in parts.plan.tables)
+
+
+def aux_of(logit: Tensor, loss_B: Tensor, feats: Features) -> Aux:
+    """What a step returns besides the state."""
+    num_samples = feats[NUM_SAMPLES]
+    return Aux(loss_B.sum() / num_samples.clamp(min=1), logit, num_samples.clone(), feats.get(COUNTS, {}))
+
+
+def _look_up(parts: StepParts, state: TrainState, feats: Features) -> tuple[list[list[Tensor]], list[Found]]:
+    found = [t.find(s, t.read(feats)) for t, s in zip(parts.tables, state.tables, strict=True)]
+    return [t.pool(s, f) for t, s, f in zip(parts.tables, state.tables, found, strict=True)], found
+
+
+def _filled(batch: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The batch with zeros f32 [B, 1] where it lacks a column of that name, as a request lacks its label."""
+    check_batch(batch)
+    column = next(column for name, column in batch.items() if name != NUM_SAMPLES)
+    num = column.num_samples if isinstance(column, Ragged) else column.shape[0]
+    return {name: torch.zeros(num, 1, device=batch[NUM_SAMPLES].device) for name in names} | {**batch}

@@ -1,0 +1,100 @@
+"""Pooling: from the rows of a table to the embeddings that a model is given, and back to the gradients of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recfx.embeddings import Combiner, Plan, Tile
+from recfx.kernels.lists.order_lists import list_sums
+from recfx.kernels.rows import pool as kernels
+from recfx.table.combining import combined
+from recfx.table.reading import Found
+from recfx.types import Ragged
+
+__all__ = ["Occurrences", "groups_of", "occurrences", "pool"]
+
+
+class Occurrences(NamedTuple):
+    """The gradients of a batch's ids, and the unique rows they are of, as the kernels take them."""
+
+    inverse: Tensor  # i32 [P]
+    cell: Tensor  # i32 [P]
+    firsts: Sequence[int]  # of each logical table in a row
+    dims: Sequence[int]
+    blocks: Sequence[Tensor]  # f32 [B, L, dim], gradients of pooled rows by logical table
+    weight: Tensor | None  # f32 [P]
+
+
+def pool(
+    rows: Tensor,
+    found: Found,
+    init_keys: Tensor,
+    unknown_params: Tensor | None,
+    firsts: Sequence[int],
+    dims: Sequence[int],
+) -> list[Tensor]:
+    """The sum of the weighted rows of each list: a block f32 [B, L, dim] per logical table, read-only cells last."""
+    reading = found.reading
+    ids, num_samples = (rows, found.row, reading.id, reading.cell), reading.lists[0].num_samples
+    rest = (reading.vocabularies, num_samples, init_keys, unknown_params, firsts, dims)
+    if reading.ends is None:
+        blocks = kernels.pool(*ids, *rest, reading.weight)
+    else:
+        blocks = kernels.pool_lists(*ids, reading.ends, *rest)
+    if found.read_only is None:
+        return blocks
+    read_only = pool(rows, found.read_only, init_keys, unknown_params, firsts, dims)
+    return [torch.cat(both, dim=1) for both in zip(blocks, read_only, strict=True)]
+
+
+def occurrences(found: Found, blocks: Sequence[Tensor], firsts: Sequence[int], dims: Sequence[int]) -> Occurrences:
+    """The gradients of `pool`'s blocks by occurrence of an id. No gradient reaches a row through a read-only cell."""
+    reading = found.reading
+    if found.read_only is not None:
+        blocks = [block[:, : len(reading.vocabularies)] for block in blocks]
+    return Occurrences(found.inverse, reading.cell, firsts, dims, blocks, reading.weight)
+
+
+def groups_of(plan: Plan, blocks: Sequence[Sequence[Tensor]], found: Sequence[Found]) -> dict[str, Tensor]:
+    """Each group's embeddings in its order, as one tensor: [B, cells, dim], or [B, sum of dims] if they differ.
+
+    Args:     blocks, found: of each physical table: what `pool` returned, and what it was given.
+    """
+    groups = {}
+    for name, cells in plan.groups.items():
+        block = blocks[cells[0].table][cells[0].column]
+        whole = [(cells[0].table, cells[0].column, l, "sum") for l in range(block.shape[1])]
+        if [tuple(c) for c in cells] == whole and all(map(plan.learns, cells)):
+            groups[name] = block
+            continue
+        parts = []
+        for c in cells:
+            part = blocks[c.table][c.column][:, plan.tables[c.table].cells_of(c.lookup)]
+            part = part if plan.learns(c) else part.detach()
+            lookup, ids = plan.tables[c.table].lookups[c.lookup], found[c.table].reading.lists[c.lookup]
+            if isinstance(c.combiner, Combiner):
+                parts.append(combined(c.combiner, part, ids, lookup))
+                continue
+            divisor = _divisor(c.combiner, ids, lookup.padding_id)
+            parts.append(part if divisor is None else part / divisor[:, None, None])
+        same = len({part.shape[2] for part in parts}) == 1
+        groups[name] = torch.cat(parts if same else [part.flatten(1) for part in parts], dim=1)
+    return groups
+
+
+def _divisor(combiner: str | Tile | Combiner, ids: Ragged, padding_id: int | None) -> Tensor | None:
+    """What the sum of each list's weighted rows is divided by, [B]. None: by nothing."""
+    if combiner not in ("mean", "sqrtn"):
+        return None
+    if ids.weights is None and padding_id is None:
+        count = ids.offsets.diff().clamp(min=1)
+        return count if combiner == "mean" else count.sqrt()
+    weights = torch.ones_like(ids.values, dtype=torch.float32) if ids.weights is None else ids.weights
+    weights = weights if padding_id is None else torch.where(ids.values == padding_id, 0.0, weights)
+    sums = list_sums(weights if combiner == "mean" else weights.square(), ids.offsets)
+    sums = sums if combiner == "mean" else sums.sqrt()
+    return torch.where(sums == 0, 1, sums)
