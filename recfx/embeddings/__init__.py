@@ -1,6 +1,6 @@
 """Embeddings as a user declares them, how new rows are initialised, and the plan of physical tables."""
 
-from recfx.embeddings.declaration import Embedding, Tile, tile
+from recfx.embeddings.declaration import Combiner, Embedding, Tile, combine, tile
 from recfx.embeddings.initializers import (
     Initializer,
     column_key,
@@ -17,6 +17,7 @@ from recfx.embeddings.plan import Cell, LogicalTable, Lookup, Plan, TablePlan, p
 
 __all__ = [
     "Cell",
+    "Combiner",
     "Embedding",
     "Initializer",
     "LogicalTable",
@@ -25,6 +26,7 @@ __all__ = [
     "TablePlan",
     "Tile",
     "column_key",
+    "combine",
     "constant",
     "kaiming_normal",
     "kaiming_uniform",

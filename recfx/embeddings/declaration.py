@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from recfx.checks import check_number, check_type, said
+from recfx.checks import check_function, check_int, check_number, check_type, said
 from recfx.embeddings.initializers import Initializer, InitializerOf, truncated_normal
 
-__all__ = ["Embedding", "ReadAs", "Tile", "tile"]
+__all__ = ["Combiner", "Embedding", "ReadAs", "Tile", "combine", "tile"]
 
 
 class Tile(NamedTuple):
@@ -30,6 +31,43 @@ def tile(length: int) -> Tile:
     return Tile(length)
 
 
+@dataclass(frozen=True, eq=False)
+class Combiner:
+    """A combiner that a user wrote. Two are equal when they are the same object."""
+
+    function: Callable[..., Any]
+    length: int
+
+    def __repr__(self) -> str:
+        return f"combine({getattr(self.function, '__name__', said(self.function))}, {self.length})"
+
+
+def combine(function: Callable[..., Any], length: int) -> Combiner:
+    """The combiner that applies `function` to a list's first `length` rows. Ids after them are not looked up.
+
+        def max_pool(rows, is_there):
+            largest = rows.masked_fill(~is_there[:, :, None], -torch.inf).amax(dim=1)
+            return torch.where(is_there.any(dim=1, keepdim=True), largest, 0.0)
+
+        Embedding("history", dim=8, combiner=combine(max_pool, 50))
+
+    Args:     function: (rows f32 [B, length, dim], is_there bool [B, length]) -> f32 [B, dim], in torch operations that
+              a graph can hold and that have gradients. Rows are already multiplied by the ids' weights. Where a list
+              has ended, and at an id that is padding, `is_there` is False and the row is zeros. An id without a row has
+              its `unknown` value, and is there.
+    Cost:     rows of all B x length places are made, as by `tile`: a kernel's sum makes B.
+    Raises:   TypeError when it is not a function of two arguments or length is not an int, ValueError when length is
+              below 1. When a step is traced: TypeError or ValueError on a result of another kind, dtype or shape.
+    Example:  >>> def first(rows, is_there):
+              ...     return rows[:, 0]
+              >>> combine(first, 3)
+              combine(first, 3)
+    """
+    check_function("function", function, "rows, is_there", "f32 [B, dim]", "It combines the rows of each list.")
+    check_int("length", length, 1)
+    return Combiner(function, length)
+
+
 ReadAs = tuple[str, bool, int, bool, int | None]
 
 
@@ -43,7 +81,8 @@ class Embedding:
               shared_name: embeddings of one shared name use one table. Default: a separate table, '<group>/<feature>'.
               combiner: how the rows of a sample's list become one; empty lists give zeros. With w the feature's
               weights, or 1: "sum" is sum(w e), "mean" sum(w e) / sum(w), "sqrtn" sum(w e) / sqrt(sum(w^2)), where a
-              divisor of 0 counts as 1; `tile(n)` keeps the first n rows w e separate, as n cells of the group.
+              divisor of 0 counts as 1; `tile(n)` keeps the first n rows w e separate, as n cells of the group;
+              `combine(function, n)` applies a user's function to the first n rows w e.
               init: distribution of a new row, which depends only on (seed, table name, id, column).
               device: where the table lives; features must be there too.
               lr_scale: factor of the sparse optimiser's learning rate for this table, >= 0.
@@ -68,7 +107,7 @@ class Embedding:
     feature: str
     dim: int = field(kw_only=True)
     shared_name: str | None = field(default=None, kw_only=True)
-    combiner: Literal["sum", "mean", "sqrtn"] | Tile = field(default="sum", kw_only=True)
+    combiner: Literal["sum", "mean", "sqrtn"] | Tile | Combiner = field(default="sum", kw_only=True)
     init: Initializer | InitializerOf = field(default=truncated_normal(0.001), kw_only=True)
     device: str = field(default="cpu", kw_only=True)
     lr_scale: float = field(default=1.0, kw_only=True)
@@ -85,9 +124,11 @@ class Embedding:
             raise TypeError(f"feature '{self.feature}': got dim {said(self.dim)}, expected an int. It is a width.")
         if self.dim < 1:
             raise ValueError(f"feature '{self.feature}': got dim {self.dim}, expected at least 1.")
-        if self.combiner not in ("sum", "mean", "sqrtn") and not isinstance(self.combiner, Tile):
+        if self.combiner not in ("sum", "mean", "sqrtn") and not isinstance(self.combiner, Tile | Combiner):
+            got = repr(self.combiner) if isinstance(self.combiner, str) else said(self.combiner)
             raise ValueError(
-                f"feature '{self.feature}': got combiner '{self.combiner}', expected 'sum', 'mean', 'sqrtn' or tile(n)."
+                f"feature '{self.feature}': got combiner {got}, expected 'sum', 'mean', 'sqrtn' or one of "
+                "recfx.embeddings: combine(function, n) or tile(n)."
             )
         if self.unknown not in ("zeros", "initial"):
             raise ValueError(
@@ -138,7 +179,7 @@ class Embedding:
     @property
     def read_as(self) -> ReadAs:
         """How ids are read: feature, read_only, number of ids per list (0: all), trainable, and padding_id."""
-        length = self.combiner.length if isinstance(self.combiner, Tile) else 0
+        length = self.combiner.length if isinstance(self.combiner, Tile | Combiner) else 0
         return self.feature, self.read_only, length, self.trainable, self.padding_id
 
     @property

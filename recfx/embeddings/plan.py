@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from recfx.checks import said
-from recfx.embeddings.declaration import Embedding, ReadAs, Tile
+from recfx.embeddings.declaration import Combiner, Embedding, ReadAs, Tile
 from recfx.embeddings.initializers import Initializer
 
 __all__ = ["Cell", "LogicalTable", "Lookup", "Plan", "TablePlan", "plan_tables"]
@@ -36,7 +36,7 @@ class Lookup(NamedTuple):
     feature: str
     vocabulary: int
     read_only: bool = False
-    length: int = 0  # of a tiled list; 0: lists are pooled
+    length: int = 0  # of a list whose rows are kept apart, by `tile` or `combine`; 0: lists are pooled
     trainable: bool = True
     padding_id: int | None = None
 
@@ -95,7 +95,7 @@ class Cell(NamedTuple):
     table: int
     column: int
     lookup: int
-    combiner: str | Tile
+    combiner: str | Tile | Combiner
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from recfx.optim.adam_family import (
 )
 from recfx.optim.building import DenseOptimizer, Rate, Schedule, SparseOptimizer
 from recfx.optim.clipping import clip_global_norm, clip_value, sparse_clip_row_norm, sparse_clip_value
+from recfx.optim.from_torch import sparse_optimizer
 from recfx.optim.ftrl_proximal import sparse_ftrl
 from recfx.optim.gradient_descent import SgdState, sgd, sparse_sgd
 
@@ -45,6 +46,7 @@ __all__ = [
     "sparse_clip_row_norm",
     "sparse_clip_value",
     "sparse_ftrl",
+    "sparse_optimizer",
     "sparse_rowwise_adagrad",
     "sparse_sgd",
 ]

@@ -86,6 +86,7 @@ class SparseOptimizer(NamedTuple):
                 the state has room for.
     fused:      `apply_` with the sum of the gradients, where a kernel does both.
     checked:    `apply_` with a check whether gradients are finite, where a kernel does both.
+    needs_bound: whether `apply_` makes tensors of as many rows as it is given for "most rows".
     """
 
     slots: tuple[str, ...]
@@ -94,6 +95,7 @@ class SparseOptimizer(NamedTuple):
     apply_: Callable[..., TableState]
     fused: Fused | None = None
     checked: Checked | None = None
+    needs_bound: bool = False
 
     def fused_for(self, columns: Columns) -> Callable[..., TableState] | None:
         """`fused.apply_` where it does to rows of these columns what `apply_` does."""

@@ -19,7 +19,7 @@ from recfx.layers import in_bf16
 from recfx.losses import bce_with_logits
 from recfx.metrics import Metric, binary_metrics
 from recfx.optim import DenseOptimizer, SparseOptimizer
-from recfx.step.checks import check_counts, check_functions, check_kinds, params_of, stats_of, with_names
+from recfx.step.checks import check_bound, check_counts, check_functions, check_kinds, params_of, stats_of, with_names
 from recfx.step.forward import evaluate_, ids_in, predict, read
 from recfx.step.parts import Clip, StepParts, Task
 from recfx.step.state import NonFinite, OnNonFinite, Precision, Step, TrainState, Window
@@ -99,6 +99,7 @@ def train_step(
     check_int("accumulation", accumulation, 1)
     check_choice("precision", precision, get_args(Precision))
     check_choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite))
+    check_bound(sparse_optimizer, accumulation, max_unique)
     plan = plan_tables(embeddings)
     limits = Limits(max_rows=max_rows, max_bytes=max_bytes, max_unique=max_unique)
     table_of = partial(

@@ -22,6 +22,7 @@ from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged
 
 __all__ = [
     "check_batch",
+    "check_bound",
     "check_counts",
     "check_features",
     "check_functions",
@@ -77,6 +78,16 @@ def check_counts(metrics: Metric) -> Metric:
     advice = "That is what recfx.train reads. Use recfx.metrics.binary_metrics(), and count others in your own loop."
     check_type("metrics.init()", metrics.init(), BinaryCounts, advice)
     return metrics
+
+
+def check_bound(optimizer: SparseOptimizer, accumulation: int, max_unique: int | None) -> None:
+    """Raises ValueError when the optimiser needs to know the most rows of a step, and nothing gives that number."""
+    if optimizer.needs_bound and accumulation > 1 and max_unique is None:
+        raise ValueError(
+            f"max_unique: got None, expected a number with accumulation {accumulation} and an optimiser from "
+            "recfx.optim.sparse_optimizer. It computes on a block of rows whose size is fixed when the step is traced. "
+            "Give the most distinct ids of an optimiser step, such as train_step(max_unique=100_000)."
+        )
 
 
 def params_of(params: Any, devices: Iterable[torch.device | str]) -> Params:

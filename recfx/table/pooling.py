@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recfx.embeddings import Plan, Tile
+from recfx.embeddings import Combiner, Plan, Tile
 from recfx.kernels.lists.order_lists import list_sums
 from recfx.kernels.rows import pool as kernels
+from recfx.table.combining import combined
 from recfx.table.reading import Found
 from recfx.types import Ragged
 
@@ -74,15 +75,18 @@ def groups_of(plan: Plan, blocks: Sequence[Sequence[Tensor]], found: Sequence[Fo
         for c in cells:
             part = blocks[c.table][c.column][:, plan.tables[c.table].cells_of(c.lookup)]
             part = part if plan.learns(c) else part.detach()
-            padding_id = plan.tables[c.table].lookups[c.lookup].padding_id
-            divisor = _divisor(c.combiner, found[c.table].reading.lists[c.lookup], padding_id)
+            lookup, ids = plan.tables[c.table].lookups[c.lookup], found[c.table].reading.lists[c.lookup]
+            if isinstance(c.combiner, Combiner):
+                parts.append(combined(c.combiner, part, ids, lookup))
+                continue
+            divisor = _divisor(c.combiner, ids, lookup.padding_id)
             parts.append(part if divisor is None else part / divisor[:, None, None])
         same = len({part.shape[2] for part in parts}) == 1
         groups[name] = torch.cat(parts if same else [part.flatten(1) for part in parts], dim=1)
     return groups
 
 
-def _divisor(combiner: str | Tile, ids: Ragged, padding_id: int | None) -> Tensor | None:
+def _divisor(combiner: str | Tile | Combiner, ids: Ragged, padding_id: int | None) -> Tensor | None:
     """What the sum of each list's weighted rows is divided by, [B]. None: by nothing."""
     if combiner not in ("mean", "sqrtn"):
         return None

@@ -37,8 +37,8 @@ class PaddedOracle(Oracle):
         return super().cells(name, e, f._replace(values=f.values[places], offsets=offsets, weights=weights), sample)
 
 
-def check(groups, weighted, **kwargs):
-    step, oracle, rng = step_of(groups, **kwargs), PaddedOracle(groups), random.Random(0)
+def check(groups, weighted, oracle=PaddedOracle, **kwargs):
+    step, oracle, rng = step_of(groups, **kwargs), oracle(groups), random.Random(0)
     state = step.init(PARAMS)
     for i in range(3):
         num_samples = BATCH - i % 2
