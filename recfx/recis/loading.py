@@ -45,7 +45,7 @@ def load_recis(
 
     Rows come in the order of the model's tables, of the checkpoint's ranks, of each rank's rows. Where two tables share
     their rows here, as embedding and bias of one feature do, an id that one of them lacks has its initial value there.
-    README.md, "Coming from RecIS", loads the seed's DeepFM.
+    docs/coming-from-recis.md loads the DeepFM of its example.
 
     What was saved must fit what is built: `sparse_adamw_recis` for SparseAdamW, `sparse_adamw_tf` for SparseAdamWTF,
     `sparse_adam_recis` for SparseAdam; of parameters `adamw` for torch's AdamW, `adamw_tf` for AdamWTF, `adam` for
