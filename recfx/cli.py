@@ -16,7 +16,7 @@ __all__ = ["main", "version"]
 
 
 class Version(argparse.Action):
-    """Prints `version()` as it is: argparse's own would join its lines, and needs them before it is asked."""
+    """Prints `version()` as it is: argparse's own action joins its lines, and needs them before it is used."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **kwargs)

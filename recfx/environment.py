@@ -13,15 +13,15 @@ from pathlib import Path
 
 __all__ = ["allowed_threads", "check_one_process", "use_threads", "wait_briefly"]
 
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what a user may have said of it
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # set by a user who chooses the policy
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 SPINS = 20_000
 
 
 def check_one_process() -> None:
-    """These programs train one model in one process: several would each train their own, and say nothing.
+    """Programs train one model in one process: several processes would each train a separate model, silently.
 
-    Raises:   ValueError when RANK or WORLD_SIZE, which torchrun sets, tells of more than one process.
+    Raises:   ValueError when RANK or WORLD_SIZE, which torchrun sets, means more than one process.
     """
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1")):
         if (word := os.environ.get(name, alone)) != alone:
@@ -45,7 +45,7 @@ def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def use_threads(num_threads: int | None) -> None:
-    """Makes torch use so many threads. None: torch's own number, or as many as `allowed_threads` says if that is less.
+    """Makes torch use so many threads. None: torch's own number, or `allowed_threads` if that is less.
 
     Where the user has set OMP_NUM_THREADS or MKL_NUM_THREADS, torch's own number is theirs and stays.
     """

@@ -86,7 +86,7 @@ CATEGORICAL = tuple(IDS)
 ID_PAIRS = (("c9", "c13"), ("c6", "c26"), ("c17", "c25"), ("c19", "c4"), ("c16", "c18"), ("c14", "c26"))
 ID_NUMBER_PAIRS = (("c13", "i2"), ("c25", "i9"), ("c9", "i13"), ("c26", "i12"))
 STD = {"ids": 0.9, "numbers": 0.5, "pairs": 0.5}  # of each part of the logit
-NUM_EFFECTS = 512  # the most frequent ids have an effect, the others none: what cannot be learnt is not asked
+NUM_EFFECTS = 512  # only the most frequent ids have an effect: rare ones could not be learnt
 NUM_FACTORS = 4
 
 

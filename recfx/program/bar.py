@@ -1,4 +1,4 @@
-"""What a person sees of a program that runs: what it does now and for how long, where training stands.
+"""What a person sees while a program runs: what it does now, for how long, and where training stands.
 
 On a terminal it is one line that is drawn again, every second while the program compiles, evaluates or saves. In a
 file, and on a terminal that cannot go back to the start of a line, it is a line for each log event and for each phase,
@@ -21,7 +21,7 @@ from recfx.train import Event, Progress
 
 __all__ = ["Bar"]
 
-WIDTH, HEIGHT = 79, 24  # of a terminal that does not say
+WIDTH, HEIGHT = 79, 24  # of a terminal of unknown size
 TICK_S = 1.0
 STARTS: dict[str, str] = {"before_epoch": "reading", "before_evaluation": "evaluating", "before_save": "saving"}
 ENDS = ("after_evaluation", "after_save")
@@ -30,7 +30,7 @@ ENDS = ("after_evaluation", "after_save")
 class Bar:
     """The line of one run. Use it as a context; give `on_event` to `recfx.train.train`.
 
-    A thread draws the seconds of a phase on a terminal; between phases there is no such thread.
+    On a terminal a thread draws the seconds of a phase. It ends with the phase.
 
     Args:     saves_in_background: training goes on while it saves.
               file: where to; None: standard error.
@@ -76,7 +76,7 @@ class Bar:
             sys.stdout.flush()
 
     def on_event(self, event: Event, progress: Progress, state: object = None) -> None:
-        """Shows what `train` tells of."""
+        """Shows an event of `train`."""
         self._trains = True
         if event in STARTS and not (event == "before_save" and self._saves_in_background):
             self._start(STARTS[event])
@@ -148,7 +148,7 @@ class Bar:
 
 
 class _Line(tqdm):
-    """A line of text, drawn when it is told to."""
+    """A line of text, drawn only on request."""
 
     monitor_interval = 0  # no thread that would draw it
 
@@ -161,7 +161,7 @@ def _line_on(file: TextIO) -> _Line | None:
         width = os.get_terminal_size(file.fileno()).columns
     except OSError:  # a notebook's
         width = 0
-    # tqdm draws nothing at all where a terminal says that it has no columns and lines.
+    # tqdm draws nothing on a terminal of 0 columns and lines.
     size: dict[str, Any] = {"dynamic_ncols": True} if width else {"ncols": WIDTH, "nrows": HEIGHT}
     return _Line(bar_format="{desc}", file=file, leave=True, mininterval=0, **size)
 

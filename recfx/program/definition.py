@@ -81,6 +81,8 @@ def _arguments_of(module: ModuleType, given: Any) -> dict[str, Any]:
     defaults = getattr(module, "ARGUMENTS", {})
     check_type("ARGUMENTS", defaults, Mapping, f"Its default by the name of each argument, in {module.__file__}.")
     chosen = _mapping_of(given)
+    for name in defaults:
+        check_type("ARGUMENTS", name, str, f"The name of each argument, in {module.__file__}.")
     if unknown := [name for name in chosen if name not in defaults]:
         raise ValueError(
             f"arguments: got {unknown[0]!r}, expected some of {names(defaults)}. The program does not use others. "

@@ -8,10 +8,11 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 from recfx.checks import said
 
@@ -78,7 +79,8 @@ def find(program: str | os.PathLike[str]) -> Found:
 def imported(found: Found) -> Iterator[ModuleType]:
     """The module. Within the context, modules next to a program's file can be imported, as in `python program.py`.
 
-    A file is executed each time; an import path is imported as Python does, once.
+    A file is executed each time. Other modules, and a program given by its import path, are imported as Python does,
+    once in a process: restart it after an edit.
 
     Raises:   ValueError when it cannot be imported, or when another module of the name of one next to it was imported
               before.
@@ -92,21 +94,29 @@ def imported(found: Found) -> Iterator[ModuleType]:
         yield module
         return
     _check_names(found)
-    spec = importlib.util.spec_from_file_location(name, found.file)
+    loader = _Uncached(name, str(found.file))
+    spec = importlib.util.spec_from_file_location(name, found.file, loader=loader)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     sys.path.insert(0, str(found.base))
     try:
         try:
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
         except (Exception, SystemExit) as error:
             del sys.modules[name]
             raise _not_imported(found, error) from error
         yield module
     finally:
-        sys.path.remove(str(found.base))
+        with suppress(ValueError):  # the program has removed it
+            sys.path.remove(str(found.base))
+
+
+class _Uncached(SourceFileLoader):
+    """Compiles the source. Python's cache of bytecode misses an edit within a second that keeps the size."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def sources(found: Found) -> dict[str, str]:
@@ -151,7 +161,7 @@ def _import_names(name: str, file: Path) -> set[str]:
     """Dotted names in the import statements of a file, with those of the packages around them."""
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError, RecursionError):  # importing it says so
+    except (SyntaxError, ValueError, RecursionError):  # the import raises it
         return set()
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     found: set[str] = set()
@@ -186,5 +196,5 @@ def _not_imported(found: Found, error: BaseException) -> ValueError:
 
 def _line(error: BaseException) -> str:
     """An error in one line."""
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

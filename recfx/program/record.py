@@ -6,10 +6,11 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 
 import recfx
@@ -24,7 +25,6 @@ KEYS = {
     "threads": int, "versions": dict,
 }  # fmt: skip
 PROGRAMS = ([("import", str)], [("file", str)])
-PACKAGES = ("numpy", "pyarrow", "torch")
 
 
 def record_of(
@@ -33,7 +33,8 @@ def record_of(
     """What `run.json` holds of a run that starts now: the same values in every run of the same program.
 
     format: 1.  program: {"import": its import path} or {"file": its path, relative to the folder of `run.json`}.
-    arguments: all of them, by name.  paths: what was given to its reader, by use; relative ones as they were given.
+    arguments: all of them, by name.  paths: what was given to its reader, by use: relative ones as they were given,
+    null for what is not a path.
     sources: sha256 of its files, see `recfx.program.modules.sources`.  versions: of Python, recfx and packages.
     threads: of torch's operators.  instruction_set: of the processor, as torch's kernels use it.  device: of the state.
 
@@ -159,7 +160,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _surroundings() -> dict[str, Any]:
-    versions = {name: metadata.version(name) for name in PACKAGES}
+    versions = {"numpy": np.__version__, "pyarrow": pa.__version__, "torch": str(torch.__version__)}
     return {
         "versions": {"python": platform.python_version(), "recfx": recfx.__version__, **versions},
         "threads": torch.get_num_threads(),
@@ -176,7 +177,8 @@ def _relative(file: Path, folder: Path) -> str:
 
 
 def _plain(given: Any) -> Any:
-    """Paths as JSON: text, or a list of text."""
-    if isinstance(given, os.PathLike):
-        return os.fspath(given)
-    return [_plain(item) for item in given] if isinstance(given, list | tuple) else given
+    """Paths as JSON: text, or a list of text; None for what is not a path."""
+    if isinstance(given, list | tuple):
+        return [_plain(item) for item in given]
+    text = os.fspath(given) if isinstance(given, os.PathLike) else given
+    return text if isinstance(text, str) else None

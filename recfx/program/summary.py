@@ -1,4 +1,4 @@
-"""What a program says at its end: numbers for people on the screen, and all digits in summary.json."""
+"""The summary of a run: rounded numbers for people on the screen, and all digits in summary.json."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LABELS = {
 def summary_of(progress: Progress, state: TrainState, planted: Mapping[str, float | None]) -> dict[str, Any]:
     """The numbers of a run, for JSON: None for NaN.
 
-    Args:     planted: what is known of generated data, by name.
+    Args:     planted: known numbers of generated data, by name.
     """
     summary = {
         "auc": progress.evaluation.get("auc", progress.auc),
@@ -105,22 +105,22 @@ def _digits(number: float) -> str:
 
 
 def run_program(run: Callable[[Any], Mapping[str, Any]], args: Any) -> None:
-    """Runs a program and prints its summary; what went wrong is one line on standard error.
+    """Runs a program and prints its summary; an error is one line on standard error.
 
     Raises:   SystemExit: 1 on an error, 130 where ctrl-C ended it before it could save, as shells have it.
     """
     try:
         summary = run(args)
     except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {_said(error)}") from error
+        raise SystemExit(f"error: {_line_of(error)}") from error
     except KeyboardInterrupt as stop:
-        said = str(stop) or "interrupted. What was trained since the last checkpoint is lost."
-        print(said, file=sys.stderr)
+        line = str(stop) or "interrupted. What was trained since the last checkpoint is lost."
+        print(line, file=sys.stderr)
         raise SystemExit(130) from stop
     print(text_of(summary))
 
 
-def _said(error: Exception) -> str:
-    """An error of the system without its number where a message of ours follows."""
+def _line_of(error: Exception) -> str:
+    """The message of an error; without the number of a system error where the message is ours."""
     ours = isinstance(error, OSError) and error.filename is None and error.strerror
     return str(error.strerror) if ours else str(error)  # type: ignore[attr-defined]

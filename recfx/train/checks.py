@@ -42,8 +42,8 @@ def check_reader(reader: object) -> None:
     """Raises TypeError when it has no epochs that can be entered anywhere."""
     if not all(callable(getattr(reader, name, None)) for name in ("epoch", "start_at")):
         raise TypeError(
-            f"reader: got {said(reader)}, expected one with the methods `epoch` and `start_at`. A run is resumed where "
-            "it stopped. Use recfx.data.reading(...)."
+            f"reader: got {said(reader)}, expected one with the methods `epoch` and `start_at`. A run resumes where it "
+            "stopped. Use recfx.data.reading(...)."
         )
 
 
@@ -59,7 +59,7 @@ def check_new(state: TrainState, found: Path) -> None:
 
 
 def described_by(thing: object) -> str | None:
-    """What a reader, or an iterator of one, says of itself in errors: those of `recfx.data` do."""
+    """How errors describe a reader, or an iterator of one: its `described`, which those of `recfx.data` have."""
     described = getattr(thing, "described", None)
     return described if isinstance(described, str) else None
 
@@ -82,7 +82,7 @@ def place_of(position: dict | None, epoch: int, described: str | None) -> str:
 
 
 def without_warning(batches: object) -> None:
-    """For a caller that raises where there is no batch: an iterator of `recfx.data` would warn of it too."""
+    """Turns off the warning of an iterator of `recfx.data` without a batch: the caller raises an error instead."""
     if hasattr(batches, "warns"):
         batches.warns = False
 

@@ -27,7 +27,7 @@ def evaluate(
 
     Args:     run: `step.evaluate_` or its capture.  eval_steps: batches to read; None: all.
     Raises:   ValueError when there is no batch, eval_steps is below 1, or a label is outside [0, 1] and the step is one
-              that checks labels: it says in which batch, which is read again where `batches` can be.
+              that checks labels: the error names its batch, which is read again where `batches` can be.
     """
     if eval_steps is not None:
         check_int("eval_steps", eval_steps, 1)

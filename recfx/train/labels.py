@@ -1,4 +1,4 @@
-"""What is said of a run or an evaluation that met labels outside [0, 1]: how many, in which steps, and one of them."""
+"""The errors on labels outside [0, 1], in training and evaluation: how many, in which steps, and one of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_labels(step: Step, state: TrainState, *, where: str | Callable[[], str
     Call it before each save, where a loop logs, and before the metrics are reset: they hold the count.
     `recfx.train.check_finite` calls it too.
 
-    Args:     where: what to say of the steps and of one such label, or what makes it.
+    Args:     where: the part of the error on the steps and on one such label, or a function that makes it.
     Cost:     one host read.
     Raises:   ValueError naming the feature, how many labels there were and what to do.
     """
@@ -41,7 +41,7 @@ def check_labels(step: Step, state: TrainState, *, where: str | Callable[[], str
 
 
 def find_bad_label(step: Step, state: TrainState, batches: Any, num: int, position: dict | None, epoch: int) -> str:
-    """The first label outside [0, 1] in the next `num` batches and its place, for an error; "" where there is none.
+    """The first label outside [0, 1] in the next `num` batches and its place, for an error; "" without one.
 
     Args:     batches: what a reader's `epoch` or `start_at` returned.  position: where it begins, None at the start.
               epoch: its number, from 0.
@@ -63,10 +63,10 @@ def find_bad_label(step: Step, state: TrainState, batches: Any, num: int, positi
 def check_held_out_labels(
     count: int, run: Callable[[TrainState, Batch], Any], state: TrainState, batches: Iterable[Batch], num: int
 ) -> None:
-    """Raises what `evaluate` raises of held-out batches. The metrics of the state are then overwritten.
+    """Raises the error of `evaluate` on labels of held-out batches. It overwrites the metrics of the state.
 
-    Args:     count: of labels outside [0, 1].  run: as of `evaluate`.
-              batches: run again one by one until there is such a label; an iterator is spent already.
+    Args:     count: of labels outside [0, 1].  run: as in `evaluate`.
+              batches: run again one by one until there is such a label; an iterator cannot be.
               num: how many of them were run.
     Raises:   ValueError when count is not 0.
     """
@@ -83,10 +83,9 @@ def check_held_out_labels(
 
 
 def _place(run: Callable[[TrainState, Batch], Any], state: TrainState, stream: Iterator[Batch], num: int) -> str:
-    """Which batch has the first one.
+    """The first batch with such a label, for an error.
 
-    What the feature function makes of a label is not known here: a column is named where it alone has as many such
-    values.
+    The feature function may compute the label from columns. A column is named when no other has as many such values.
     """
     for number in range(1, num + 1):
         described = described_by(stream)

@@ -1,4 +1,4 @@
-"""What is said of a run that met NaN or infinity: the step, the batch, the features, ids and parameters."""
+"""The error on NaN or infinity in training: the step, the batch, the features, ids and parameters."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def check_finite(step: Step, state: TrainState, *, batch: Batch | None = None, w
     Call it before each save and where a loop logs: the state remembers the first optimiser step that met one. Call it
     before metrics are reset, too: they hold the count of such labels.
 
-    Args:     batch: that of the first one, if it is at hand: its features are looked through, and only its ids.
-              where: what to say of where the batch was read.
+    Args:     batch: the first one that was not finite, if it is known: its features are searched, and only its ids.
+              where: the part of the error on where the batch was read.
     Cost:     two host reads; when it raises, a pass over the tables.
     Raises:   FloatingPointError naming the step, its micro-batch, and the features, ids and parameters with values that
               are not finite; ValueError of labels.
@@ -59,7 +59,7 @@ def check_finite(step: Step, state: TrainState, *, batch: Batch | None = None, w
 def find_nonfinite(
     step: Step, state: TrainState, reader: Any, epoch: int, looked: int, position: dict | None
 ) -> tuple[Batch | None, str]:
-    """The first batch that was not finite, read again from where all still was, and what to say of its place.
+    """The first batch that was not finite, read again from where all was finite, and its place for the error.
 
     Args:     reader: see `recfx.train.Reader`.  epoch: in progress, from 0.
               looked: optimiser step after which all was finite.  position: of the reader then, None at the start.

@@ -27,7 +27,7 @@ EvaluateWith = Callable[[TrainState], dict[str, float]]
 
 
 class Loop:
-    """One call of `train`: its arguments, where it stands, and its pieces.
+    """One call of `train`: its arguments, where training stands, and the pieces of the loop.
 
     state, progress: what `train` returns.
     position: of the reader within the epoch; None: at its start.

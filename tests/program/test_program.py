@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import sys
@@ -158,6 +159,14 @@ def test_a_record_that_cannot_be_written_is_an_error_before_the_first_step(progr
     assert saved(tmp_path / "run") == []
 
 
+def test_a_reader_may_be_given_what_is_not_a_path(tmp_path):
+    """Arrays in memory, say: the record does not hold them."""
+    program = write_program(tmp_path, program=PROGRAM.replace("reader(paths,", "reader(paths['there'],"))
+    there = write_data(tmp_path / "data")
+    train(program, {"there": there}, TrainConfig(output_dir=str(tmp_path / "run")), held_out={"there": there})
+    assert read_run(tmp_path / "run")["paths"] == {"train": None, "evaluate": None}
+
+
 # Sources.
 
 
@@ -262,6 +271,18 @@ def test_a_relative_path_is_that_of_the_working_folder(program, data, tmp_path, 
     assert isinstance(load("code/out"), Program)
 
 
+def test_an_edit_within_a_second_that_keeps_the_size_is_executed(tmp_path):
+    """As Python's cache of bytecode would miss."""
+    plain = PROGRAM.replace("from helpers import features", "features = dict")
+    program = write_program(tmp_path, program=plain)
+    build(program, {"lr": 1.0})
+    times = program.stat()
+    program.write_text(plain.replace('"lr"', '"LR"').replace("args.lr", "args.LR"))
+    os.utime(program, ns=(times.st_atime_ns, times.st_mtime_ns))
+    build(program, {"LR": 1.0})
+    assert not (tmp_path / "__pycache__").exists()
+
+
 # Arguments.
 
 
@@ -327,6 +348,7 @@ def test_arguments_are_values_by_name(program):
             r"build: got the function build that takes \(\), expected a",
         ),
         ("def build(args): pass", TypeError, r"build: got None, expected .*Program.*Return recfx.program.Program"),
+        ("ARGUMENTS = {3: 1}\ndef build(args): pass", TypeError, "ARGUMENTS: got 3, expected str"),
         ("ARGUMENTS = [1]\ndef build(args): pass", TypeError, "ARGUMENTS: got a list of int, expected a dict"),
         (
             "ARGUMENTS = {'x': {1}}\ndef build(args): pass",
