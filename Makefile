@@ -55,7 +55,7 @@ lint: $(VENV)/installed
 
 # Accepts the captured graphs as they are now; review the diff of graphs/.
 graphs: $(VENV)/installed
-	$(PY) -m pytest tests/test_graphs.py tests/test_cuda_code.py --accept-graphs
+	$(PY) -m pytest tests/capture/test_graphs.py tests/capture/test_cuda_code.py --accept-graphs
 
 $(VENV)/docs-installed: $(VENV)/installed requirements-docs.txt
 	$(PIP) -r requirements-docs.txt

@@ -262,6 +262,12 @@ def test_what_make_installs_is_pinned_and_torch_comes_first():
     assert "setuptools" in {line.split("==")[0] for line in lines}  # of the build that is not isolated
 
 
+def test_scripts_that_make_runs_exist():
+    scripts = re.findall(r"(?:bench|tests)/[\w/]+\.py", (ROOT / "Makefile").read_text())
+    assert scripts
+    assert not [script for script in scripts if not (ROOT / script).exists()]
+
+
 def test_ci_runs_the_readmes_test_command_on_the_sample():
     script = (ROOT / ".ci" / "run").read_text()
     assert os.access(ROOT / ".ci" / "run", os.X_OK)

@@ -31,7 +31,7 @@ from recfx.capture import trace
 from recfx.embeddings import Embedding
 from tests.conftest import DIM, deepfm_batches, deepfm_groups, deepfm_params, deepfm_step
 
-ACCEPT = "python -m pytest tests/test_graphs.py tests/test_cuda_code.py --accept-graphs"
+ACCEPT = "python -m pytest tests/capture/test_graphs.py tests/capture/test_cuda_code.py --accept-graphs"
 MAX_DIFF_LINES = 60  # per file
 READ_BY_THE_HOST = ("_local_scalar_dense", "item", "is_nonzero", "equal")
 SHAPED_BY_DATA = ("nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount")
