@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch  # first, so that the kernels share torch's OpenMP runtime
 
-__all__ = ["build_ahead", "has_compiler", "library"]
+__all__ = ["build_ahead", "build_standalone", "has_compiler", "library"]
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC")
 PACKAGE = Path(__file__).parent.parent
@@ -65,9 +65,21 @@ def build_ahead() -> None:
     threading.Thread(target=build, name="recfx-build", daemon=True).start()
 
 
+def build_standalone(path: Path) -> None:
+    """Compiles the kernels to `path` as a library that defines its operators when it is loaded, for programs without
+    Python. It is for processors with the instruction set of this one, and must not be loaded next to recfx itself.
+
+    Raises:   RuntimeError when there is no C++ compiler, or with the compiler's words when it fails.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        raise RuntimeError("compiler: got none, expected c++, g++ or clang++ in PATH. Install one.")
+    _compile(compiler, _sources(), path, NUM_CORES, ("-DRECFX_STANDALONE",))
+
+
 @functools.cache
 def has_compiler() -> bool:
-    """Whether there is one, asked once: what does as well without the library need not warn of it."""
+    """Whether there is a compiler, looked up once: what works as well without the library need not warn."""
     return _compiler() is not None
 
 
@@ -85,13 +97,17 @@ def _built(num_processes: int) -> Path | None:
     with _one_build:
         if not os.path.lexists(path):
             try:
-                _compile(compiler, sorted(PACKAGE.rglob("*.cpp")), path, num_processes)
+                _compile(compiler, _sources(), path, num_processes)
             except OSError as error:
                 raise RuntimeError(
                     f"{folder}: {error}, expected a folder with room for the compiled kernels. {ELSEWHERE}"
                 ) from error
         _check_own(path, stat.S_ISREG, "file")
     return path
+
+
+def _sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.cpp"))
 
 
 def _name_of(compiler: str) -> str:
@@ -139,13 +155,13 @@ def _check_own(path: Path, is_kind: Callable[[int], bool], kind: str) -> None:
     )
 
 
-def _compile(compiler: str, sources: list[Path], path: Path, num_processes: int) -> None:
+def _compile(compiler: str, sources: list[Path], path: Path, num_processes: int, defines: tuple[str, ...] = ()) -> None:
     """Writes under another name and renames, so that two processes building at once are both right."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         objects = [Path(scratch) / f"{n}_{source.stem}.o" for n, source in enumerate(sources)]
         include = ("-I", str(PACKAGE), "-I", str(TORCH / "include"))
         commands = [
-            [compiler, *FLAGS, *include, "-c", str(source), "-o", str(o)]
+            [compiler, *FLAGS, *defines, *include, "-c", str(source), "-o", str(o)]
             for source, o in zip(sources, objects, strict=True)
         ]
         with ThreadPoolExecutor(num_processes) as pool:

@@ -1,4 +1,5 @@
-"""How a kernel becomes a torch operator: one schema, a definition for every device, a fast CPU kernel, a fake."""
+"""How a kernel becomes a torch operator: a schema in schemas.h, a definition for every device, a CPU kernel in C++, a
+Triton kernel, a fake."""
 
 from __future__ import annotations
 
@@ -7,22 +8,33 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from recfx.kernels.build import library
+from recfx.kernels.build import PACKAGE, library
 
-__all__ = ["DEFINITIONS", "address", "addresses", "c_function", "define_op", "gpu_function", "int64s"]
+__all__ = ["DEFINITIONS", "SCHEMAS", "address", "c_function", "define_op", "gpu_function", "has_cpu_kernel", "int64s"]
 
+
+def _schemas() -> dict[str, str]:
+    """The schemas of schemas.h by name. An array of strings: a comma ends one, adjacent literals are joined."""
+    text = Path(__file__).with_name("schemas.h").read_text()
+    array = re.sub("//.*", "", text[text.index("{") : text.index("};")])
+    schemas = ("".join(re.findall('"([^"]*)"', item)) for item in re.split('(?<="),', array))
+    return {schema[: schema.index("(")]: schema for schema in schemas if schema}
+
+
+SCHEMAS = _schemas()
+_LIBRARY = torch.library.Library("recfx", "FRAGMENT")
 DEFINITIONS: dict[str, Callable] = {}  # by the name of the operator, recfx::name
-_LIBRARY = torch.library.Library("recfx", "DEF")
 _GPU_MODULES: dict[str, str] = {}  # of the operators that have a Triton function
-_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
 _STRIDED = {"rows", "grads", "blocks"}  # arguments whose strides the kernels know; all others are read as contiguous
 
 UNKNOWN = -1  # row of an id that is not in the table, and of padding
@@ -31,28 +43,37 @@ FREED = -1  # vocabulary of a row that is not in use
 
 
 def define_op(
-    schema: str, *, definition: Callable, fake: Callable, cpu: Callable | None = None, cuda: str | None = None
+    name: str, *, definition: Callable, fake: Callable, cuda: str | None = None, on_cpu: bool = True
 ) -> Callable:
-    """Registers `recfx::<schema>` and returns the overload to call.
+    """Registers the operator `recfx::<name>` and returns the overload to call.
 
-    Args:     definition: plain torch, any device; the specification. It runs where no faster kernel is registered.
+    Args:     name: of a schema in schemas.h. It is not defined again where a C++ library has defined it.
+              definition: plain torch, any device; the specification. It runs where no faster kernel is registered.
               fake: shapes and dtypes of the results.
-              cpu: the same through the C++ library; None: ops.cpp registers it when the library is loaded, which the
-              first call on CPU tensors does. Either falls back to the definition where there is no compiler.
               cuda: module below recfx.kernels that has the same in Triton under the operator's name. It is imported at
-              the first call on CUDA tensors, and gives way to the definition where there is no triton.
+              the first call on CUDA tensors; without triton the definition runs.
+              on_cpu: whether an ops.cpp implements it for CPU tensors. The library is compiled and loaded by the first
+              call on such tensors; without a compiler the definition runs. False: the definition runs on a CPU.
     Raises:   NotImplementedError, when called: an argument requires a gradient, which no operator here has. torch alone
               would go on, and take it for 0. What the operator writes to or returns decides: where it returns no
-              tensor, its inputs may require one.
+              tensor, its inputs may require one. Or no ops.cpp implements it for CPU tensors, and `on_cpu` is true.
     """
-    name = schema[: schema.index("(")]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    if not hasattr(torch.ops.recfx, name):
+        tags = torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides
+        _LIBRARY.define(SCHEMAS[name], tags=tags)
     torch.library.register_fake(f"recfx::{name}", fake)
     overload = getattr(torch.ops.recfx, name).default
     DEFINITIONS[f"recfx::{name}"] = definition
 
     def load_or_define(*args: Any) -> Any:
-        return overload(*args) if all(map(_is_plain, _tensors(args))) and library() else definition(*args)
+        if not all(map(_is_plain, _tensors(args))) or not library():
+            return definition(*args)
+        if not has_cpu_kernel(name):  # the call would come back here for ever
+            raise NotImplementedError(
+                f"{name}: got CPU tensors, expected a kernel for them in the library. No ops.cpp registers one. Add it "
+                "there, or define the operator with on_cpu=False."
+            )
+        return overload(*args)
 
     read_flat = [argument.name not in _STRIDED for argument in overload._schema.arguments]
 
@@ -62,9 +83,7 @@ def define_op(
         with torch.cuda.device(next(_tensors(args)).device):  # Triton launches on the current one, wherever tensors are
             return (gpu_function(name) or definition)(*args)
 
-    _LIBRARY.impl(name, definition if cpu else load_or_define, "CompositeExplicitAutograd")
-    if cpu:
-        _LIBRARY.impl(name, lambda *args: (cpu if library() else definition)(*args), "CPU")
+    _LIBRARY.impl(name, load_or_define if on_cpu else definition, "CompositeExplicitAutograd")
     if cuda:
         _GPU_MODULES[name] = f"recfx.kernels.{cuda}"
         _LIBRARY.impl(name, launch, "CUDA")
@@ -72,11 +91,16 @@ def define_op(
     return overload
 
 
+def has_cpu_kernel(name: str) -> bool:
+    """Whether a loaded library implements the operator for CPU tensors."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"recfx::{name}", "CPU")
+
+
 def _refuse_gradients(name: str, overload: Any) -> None:
     """Makes the overload look at its arguments where gradients are recorded.
 
-    An Autograd kernel would say the same, and cost each call of a captured step, which records none, 5 us: it would be
-    Python between the graph and the kernel. This is called by the graph too, and asks for the mode alone.
+    An Autograd kernel would raise the same, and cost each call of a captured step, which records no gradients, 5 us: it
+    would be Python between the graph and the kernel. The graph calls this too, and only the mode is read then.
     """
     schema, call = overload._schema, overload._op
     gives_tensors = any("Tensor" in str(r.type) for r in schema.returns)
@@ -121,8 +145,11 @@ def gpu_function(name: str) -> Callable | None:
     return getattr(importlib.import_module(_GPU_MODULES[name]), name)
 
 
-def c_function(name: str, kinds: str) -> Callable[..., None]:
-    """A C++ kernel by name, resolved at its first call; `kinds` is a letter per argument: p pointer, i int64."""
+def c_function(name: str) -> Callable[..., None]:
+    """A function of the C++ library that is not an operator, by name. It is resolved at its first call.
+
+    Pointers are addresses or ctypes arrays, all else is int64: as its definition in the sources has them.
+    """
     resolved: list[Callable[..., None]] = []
 
     def call(*args: int | ctypes.Array | None) -> None:
@@ -130,22 +157,26 @@ def c_function(name: str, kinds: str) -> Callable[..., None]:
             loaded = library()
             assert loaded is not None
             function = getattr(loaded, name)
-            function.argtypes, function.restype = [_KINDS[k] for k in kinds], None
+            function.argtypes, function.restype = _types_of(name), None
             resolved.append(function)
         resolved[0](*args)
 
     return call
 
 
+def _types_of(name: str) -> list[type]:
+    """The ctypes of the parameters of `void name(...) {` in one of the sources."""
+    found = (re.search(rf"\bvoid {name}\(([^)]*)\) {{", path.read_text()) for path in PACKAGE.rglob("*.cpp"))
+    (parameters,) = (match[1].split(",") for match in found if match)
+    for parameter in parameters:
+        assert "*" in parameter or parameter.split()[0] == "int64_t", f"{name}: {parameter}"
+    return [ctypes.c_void_p if "*" in parameter else ctypes.c_int64 for parameter in parameters]
+
+
 def address(t: Tensor) -> int:
     """Address of a contiguous tensor's first item."""
     assert t.is_contiguous()
     return t.data_ptr()
-
-
-def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
-    """A C array of the addresses of contiguous tensors."""
-    return (ctypes.c_void_p * len(tensors))(*[address(t) for t in tensors])
 
 
 def int64s(values: Sequence[int]) -> ctypes.Array:

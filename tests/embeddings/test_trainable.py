@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from recfx.embeddings import Embedding, normal, plan_tables, tile
+from recfx.kernels.counters import new_counters
 from recfx.kernels.index import keep_trained
 from recfx.optim import sgd, sparse_adamw
 from recfx.table.policies import Life, at_least
@@ -151,12 +152,12 @@ def test_rows_without_a_training_occurrence_lose_their_number(num_before):
         for n in numbers:
             seen[rows[n]] = (7 << 32) | n
         kept = [n for n in numbers if n < num_before or n in trained]
-        num_unique = torch.tensor(len(numbers))
+        counters = new_counters(num_unique=len(numbers), step=6)
         out = keep_trained.keep_trained_(
-            seen, unique_rows, num_unique, torch.tensor(num_before).int(), torch.tensor(7),
-            torch.tensor(inverse).int(), torch.tensor(cell).int(), torch.tensor(trains),
+            seen, unique_rows, counters, torch.tensor(num_before).int(), torch.tensor(inverse).int(),
+            torch.tensor(cell).int(), torch.tensor(trains),
         )  # fmt: skip
-        assert int(num_unique) == len(kept)
+        assert torch.equal(counters, new_counters(num_unique=len(kept), step=6))
         assert unique_rows[: len(kept)].tolist() == [rows[n] for n in kept]
         expected = [
             kept.index(i) if i >= 0 and c >= 0 and trains[c % 3] else -1 for i, c in zip(inverse, cell, strict=True)
@@ -169,5 +170,10 @@ def test_rows_without_a_training_occurrence_lose_their_number(num_before):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_opcheck():
     ids = torch.tensor([0, 1, -1]).int(), torch.tensor([0, 1, -1]).int()
-    arguments = torch.zeros(9, dtype=torch.int64), torch.arange(4).int(), torch.tensor(2), torch.tensor(0).int()
-    torch.library.opcheck(keep_trained.keep_trained_, (*arguments, torch.tensor(1), *ids, torch.tensor([True, False])))
+    arguments = (
+        torch.zeros(9, dtype=torch.int64),
+        torch.arange(4).int(),
+        new_counters(num_unique=2),
+        torch.tensor(0).int(),
+    )
+    torch.library.opcheck(keep_trained.keep_trained_, (*arguments, *ids, torch.tensor([True, False])))

@@ -89,7 +89,7 @@ def test_a_change_of_any_source_of_the_kernels_changes_the_keys_of_both_caches(t
     sources = [p for p in sorted(package.rglob("*")) if p.suffix in (".py", ".cpp", ".h")]
     of_library = [p for p in sources if p.suffix != ".py"]
     of_graphs = [p for p in sources if package / "kernels" in p.parents]
-    assert {"find.h", "pack.h", "ops.cpp"} <= {p.name for p in of_library}
+    assert {"find.h", "pack.h", "ops.cpp", "schemas.h"} <= {p.name for p in of_library}
     assert {"find.py", "find.cpp", "launch.py"} <= {p.name for p in of_graphs}
     library, graphs = keys()
     for path in {*of_library, *of_graphs}:

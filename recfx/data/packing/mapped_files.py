@@ -16,9 +16,9 @@ from recfx.kernels.op import c_function
 
 __all__ = ["MappedFile", "replaced"]
 
-_watch = c_function("recfx_watch", "pip")
-_replaced = c_function("recfx_replaced", "ip")
-_unwatch = c_function("recfx_unwatch", "i")
+_watch = c_function("recfx_watch")
+_replaced = c_function("recfx_replaced")
+_unwatch = c_function("recfx_unwatch")
 _one_thread = threading.Lock()
 
 

@@ -19,8 +19,8 @@ __all__ = [
     "pack_columns_reference",
 ]  # fmt: skip
 
-_count_items = c_function("recfx_count_items", "pi" + "pi" + "p")
-_pack_columns = c_function("recfx_pack_columns", "ppi" + "pi" + "pp" + "ii")
+_count_items = c_function("recfx_count_items")
+_pack_columns = c_function("recfx_pack_columns")
 
 
 class PackedColumn(NamedTuple):

@@ -24,9 +24,9 @@ from recfx.kernels.op import c_function
 
 __all__ = ["Records", "pack_records", "pack_records_reference", "write_records", "write_records_reference"]
 
-_record_starts = c_function("recfx_record_starts", "ppii" + "p")
-_write_records = c_function("recfx_write_records", "ppii" + "pp")
-_pack_records = c_function("recfx_pack_records", "ppii" + "pi" + "ppp" + "ii")
+_record_starts = c_function("recfx_record_starts")
+_write_records = c_function("recfx_write_records")
+_pack_records = c_function("recfx_pack_records")
 
 SLACK = b"\0" * 8  # after the last record: the kernel always reads one item, also of an empty list
 

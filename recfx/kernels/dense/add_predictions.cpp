@@ -2,7 +2,7 @@
 // finite and, where `sums` has a sixth number, how many labels are not in [0, 1].
 #include <vector>
 
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 constexpr int64_t CHUNK = 512;  // samples summed before their sums are added: the same for any number of threads
 

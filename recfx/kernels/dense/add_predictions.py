@@ -34,8 +34,7 @@ def definition(
 
 
 add_predictions_ = define_op(
-    "add_predictions_(Tensor(a!) histogram, Tensor(b!) sums, Tensor logit, Tensor label, Tensor loss, Tensor valid,"
-    " float logit_range) -> ()",
+    "add_predictions_",
     definition=definition,
     cuda="dense.gpu.add_predictions",
     fake=lambda *_: None,

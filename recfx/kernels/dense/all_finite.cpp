@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 static bool has_nonfinite(const float* x, int64_t n) {
   uint32_t found = 0;

@@ -37,7 +37,7 @@ def _fake(tensors: Sequence[Tensor], grads: Sequence[Tensor], counters: Sequence
 
 
 all_finite = define_op(
-    "all_finite(Tensor[] tensors, Tensor[] grads, Tensor[] counters) -> Tensor",
+    "all_finite",
     definition=definition,
     fake=_fake,
 )
@@ -59,9 +59,9 @@ def finite_parts_fake(grads: Sequence[Tensor]) -> Tensor:
 
 
 finite_parts = define_op(
-    "finite_parts(Tensor[] grads) -> Tensor",
+    "finite_parts",
     definition=finite_parts_definition,
-    cpu=finite_parts_definition,
+    on_cpu=False,
     cuda="dense.gpu.all_finite",
     fake=finite_parts_fake,
 )

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "kernels/index/find.h"
+#include "kernels/kernels.h"
 
 EXPORT void count_candidates(int64_t* candidate_slots, int64_t* candidate_ids, int32_t* candidate_vocabularies,
                              int32_t* candidate_counts, int64_t max_candidates, const int64_t* slots,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from recfx.kernels.counters import NUM_CANDIDATE_SLOTS, NUM_CANDIDATES, NUM_SLOTS, SALT
 from recfx.kernels.index import hashing
-from recfx.kernels.op import UNKNOWN, address, c_function, define_op
+from recfx.kernels.op import UNKNOWN, define_op
 
 __all__ = ["count_candidates_"]
 
@@ -68,26 +68,6 @@ def definition(
     return count_P
 
 
-_count_candidates = c_function("count_candidates", "pppp" + "i" + "ppp" + "ppi" + "pi" + "p")
-
-
-def _cpu(  # type: ignore[no-untyped-def]
-    candidate_slots, candidate_ids, candidate_vocabularies, candidate_counts, slots, ids, counters, id_P, cell_P,
-    vocabularies,
-):  # fmt: skip
-    count_P = torch.empty_like(cell_P)
-    candidates = candidate_slots, candidate_ids, candidate_vocabularies, candidate_counts
-    _count_candidates(
-        *map(address, candidates),
-        candidate_ids.numel(),
-        *map(address, (slots, ids, counters, id_P, cell_P)),
-        cell_P.numel(),
-        *(address(vocabularies), len(vocabularies)),
-        address(count_P),
-    )
-    return count_P
-
-
 def _fake(  # type: ignore[no-untyped-def]
     candidate_slots, candidate_ids, candidate_vocabularies, candidate_counts, slots, ids, counters, id_P, cell_P,
     vocabularies,
@@ -96,11 +76,8 @@ def _fake(  # type: ignore[no-untyped-def]
 
 
 count_candidates_ = define_op(
-    "count_candidates_(Tensor(a!) candidate_slots, Tensor(b!) candidate_ids, Tensor(c!) candidate_vocabularies,"
-    " Tensor(d!) candidate_counts, Tensor slots, Tensor ids, Tensor(e!) counters, Tensor id_P, Tensor cell_P,"
-    " Tensor vocabularies) -> Tensor",
+    "count_candidates_",
     definition=definition,
-    cpu=_cpu,
     cuda="index.gpu.count_candidates",
     fake=_fake,
 )

@@ -34,7 +34,7 @@ def definition(
 
 
 find = define_op(
-    "find(Tensor slots, Tensor ids, Tensor counters, Tensor id_P, Tensor cell_P, Tensor vocabularies) -> Tensor",
+    "find",
     definition=definition,
     cuda="index.gpu.find",
     fake=lambda slots, ids, counters, id_P, cell_P, vocabularies: torch.empty_like(cell_P),

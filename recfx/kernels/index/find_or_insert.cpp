@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "kernels/index/find.h"
+#include "kernels/kernels.h"
 
 // The ids of each thread: equal work, where the first one also numbers all keys, at a fifth of the time of finding.
 static int64_t first_of_share(int64_t count, int64_t thread, int64_t threads) {

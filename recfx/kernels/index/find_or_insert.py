@@ -119,9 +119,7 @@ def _fake(  # type: ignore[no-untyped-def]
 
 
 find_or_insert_ = define_op(
-    "find_or_insert_(Tensor(a!) slots, Tensor(b!) ids, Tensor(c!) row_vocabularies, Tensor(d!) seen, Tensor(e!) born,"
-    " Tensor(f!) rows, Tensor free_rows, Tensor(g!) unique_rows, Tensor(h!) counters, Tensor id_P, Tensor cell_P,"
-    " Tensor vocabularies, Tensor init_keys, Tensor init_params, Tensor? admit_P) -> (Tensor, Tensor)",
+    "find_or_insert_",
     definition=definition,
     cuda="index.gpu.find_or_insert",
     fake=_fake,

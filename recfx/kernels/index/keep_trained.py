@@ -29,7 +29,7 @@ def definition(
               before `find_or_insert_`), inverse_P and cell_P i32 [P], trains bool [L], of each cell of a sample.
     Returns:  inverse_P i32 [P], -1 for occurrences that do not train.
     Writes:   seen, unique_rows, the counter NUM_UNIQUE.
-    Cost:     a dozen passes over the positions, 5 launches on a GPU; never syncs.
+    Cost:     a few passes over the positions, 5 launches on a GPU; never syncs.
     """
     num = inverse_P.numel()
     if num == 0:
@@ -56,10 +56,8 @@ def definition(
 
 
 keep_trained_ = define_op(
-    "keep_trained_(Tensor(a!) seen, Tensor(b!) unique_rows, Tensor(c!) counters, Tensor num_before,"
-    " Tensor inverse_P, Tensor cell_P, Tensor trains) -> Tensor",
+    "keep_trained_",
     definition=definition,
-    cpu=definition,
     cuda="index.gpu.keep_trained",
     fake=lambda seen, unique_rows, counters, num_before, inverse_P, cell_P, trains: torch.empty_like(inverse_P),
 )

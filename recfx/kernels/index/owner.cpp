@@ -1,5 +1,5 @@
 // Which rank holds each (vocabulary, id). The caller has threads of its own.
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 EXPORT void owner(const int64_t* ids, const int32_t* vocabularies, int64_t num, int64_t world_size, int64_t* ranks) {
   constexpr uint64_t SALT = 0x9e3779b97f4a7c15ULL;

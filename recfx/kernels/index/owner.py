@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recfx.kernels.index.hashing import GOLDEN, hash_id, shift_right
-from recfx.kernels.op import address, c_function, define_op
+from recfx.kernels.op import define_op
 
 __all__ = ["owner"]
 
@@ -19,21 +19,8 @@ def definition(ids: Tensor, vocabularies: Tensor, world_size: int) -> Tensor:
     return shift_right(hash_id(ids, vocabularies, torch.tensor(GOLDEN, device=ids.device)), 33) % world_size
 
 
-_owner = c_function("owner", "ppiip")
-
-
-def _cpu(ids, vocabularies, world_size):  # type: ignore[no-untyped-def]
-    assert (ids.dtype, vocabularies.dtype, ids.shape) == (torch.int64, torch.int32, vocabularies.shape)
-    if world_size < 1:
-        raise ValueError(f"world_size: got {world_size}, expected at least 1 rank.")
-    ranks = torch.empty_like(ids)
-    _owner(address(ids), address(vocabularies), len(ids), world_size, address(ranks))
-    return ranks
-
-
 owner = define_op(
-    "owner(Tensor ids, Tensor vocabularies, int world_size) -> Tensor",
+    "owner",
     definition=definition,
-    cpu=_cpu,
     fake=lambda ids, vocabularies, world_size: torch.empty_like(ids),
 )

@@ -4,7 +4,7 @@
 // What runs over a part's end is placed afterwards, in order: the same bytes whatever the number of threads.
 #include <vector>
 
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 namespace {
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recfx.kernels.index import hashing
-from recfx.kernels.op import FREED, address, c_function, define_op
+from recfx.kernels.op import FREED, define_op
 
 __all__ = ["rehash_"]
 
@@ -25,18 +25,9 @@ def definition(
     num_crowded.fill_(hashing.place(slots, size, seed, row_vocabularies[row], ids[row], row))
 
 
-_rehash = c_function("rehash", "ppppiii")
-
-
-def _cpu(slots, num_crowded, ids, row_vocabularies, num_rows, num_slots, salt):  # type: ignore[no-untyped-def]
-    _rehash(*map(address, (slots, num_crowded, ids, row_vocabularies)), num_rows, num_slots, salt)
-
-
 rehash_ = define_op(
-    "rehash_(Tensor(a!) slots, Tensor(b!) num_crowded, Tensor ids, Tensor row_vocabularies, int num_rows,"
-    " int num_slots, int salt) -> ()",
+    "rehash_",
     definition=definition,
-    cpu=_cpu,
     cuda="index.gpu.rehash",
     fake=lambda *_: None,
 )

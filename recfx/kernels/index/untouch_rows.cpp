@@ -1,5 +1,5 @@
 // Takes back that a batch which does not count has touched rows.
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 EXPORT void untouch_rows(int64_t* seen, int64_t* counters, const int32_t* row_P, const int32_t* inverse_P,
                          int64_t num_positions, const int64_t* num_before, const bool* counts) {

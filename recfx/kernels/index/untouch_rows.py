@@ -33,8 +33,7 @@ def definition(
 
 
 untouch_rows_ = define_op(
-    "untouch_rows_(Tensor(a!) seen, Tensor(b!) counters, Tensor row_P, Tensor inverse_P, Tensor num_before,"
-    " Tensor counts) -> ()",
+    "untouch_rows_",
     definition=definition,
     cuda="index.gpu.keep_trained",
     fake=lambda *_: None,

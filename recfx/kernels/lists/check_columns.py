@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from recfx.kernels.build import has_compiler, library
 from recfx.kernels.op import address, c_function, int64s
 
 __all__ = [
-    "Links", "check_columns", "check_forms", "check_num_samples", "check_unfit", "links_of", "offsets_fit", "table_of",
+    "Links", "check_columns", "check_forms", "check_num_samples", "links_of", "offsets_fit", "table_of",
 ]  # fmt: skip
 
 Key = tuple[str, str]  # column, and its part: "dense", or "values", "offsets", "weights", "outer0" and so on
@@ -34,7 +34,7 @@ class Links(NamedTuple):
     weights: list[tuple[Key, Key]]  # and the values
 
 
-_offsets_fit = c_function("offsets_fit", "ipip")
+_offsets_fit = c_function("offsets_fit")
 
 
 def links_of(forms: Mapping[Key, Form], first_bytes: Mapping[Key, int]) -> Links:
@@ -145,13 +145,6 @@ def check_forms(forms: Mapping[Key, Form]) -> None:
             num_samples[name] = shape[0] - is_level
     if len(set(num_samples.values())) > 1:
         raise ValueError(f"columns: got {num_samples} samples, expected one number. A batch is cut by sample.")
-
-
-def check_unfit(column: int, values: Sequence[Tensor], offsets: Sequence[Tensor]) -> None:
-    """Raises ValueError where a kernel found that the offsets of a column, one of several, do not fit; -1: of none."""
-    if column >= 0:
-        fault = _fault(offsets[column].tolist(), len(values[column]), "values")
-        raise ValueError(f"column {column} of {len(values)}: got offsets {fault}.")
 
 
 def _check_plain(name: str, part: str, t: Any) -> None:

@@ -1,6 +1,7 @@
 // The pairs of distinct ids of two ragged features, hashed.
 #include <vector>
 
+#include "kernels/kernels.h"
 #include "kernels/lists/lists.h"
 #include "kernels/lists/string_hash.h"
 

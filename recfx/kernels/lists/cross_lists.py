@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recfx.kernels.lists.check_columns import check_unfit
 from recfx.kernels.lists.string_hash import MURMUR, murmur_end, murmur_word
 from recfx.kernels.lists.take_lists import list_of
-from recfx.kernels.op import address, c_function, define_op, int64s
+from recfx.kernels.op import define_op
 
 __all__ = ["cross_lists", "hash_pair"]
 
@@ -71,34 +70,14 @@ def _distinct(values: Tensor, offsets: Tensor, weights: Tensor | None) -> tuple[
     return distinct[:capacity], kept[:capacity], before.diff(), before[:-1]
 
 
-_cross_lists = c_function("cross_lists", "ppp" + "ppp" + "ii" + "ppp" + "pppp" + "iip")
-
-
 def _fake(x, x_offsets, x_weights, y, y_offsets, y_weights, capacity):  # type: ignore[no-untyped-def]
     weights = x.new_empty(capacity, dtype=torch.float32)
     return x.new_empty(capacity), weights, torch.empty_like(x_offsets), x.new_empty(())
 
 
-def _cpu(x, x_offsets, x_weights, y, y_offsets, y_weights, capacity):  # type: ignore[no-untyped-def]
-    out, bad = _fake(x, x_offsets, x_weights, y, y_offsets, y_weights, capacity), int64s([-1])
-    scratch = x_offsets.new_empty(x.numel()), x_offsets.new_empty(y.numel()), x_offsets.new_empty(len(x_offsets), 2)
-    _cross_lists(
-        *(address(x), address(x_offsets), None if x_weights is None else address(x_weights)),
-        *(address(y), address(y_offsets), None if y_weights is None else address(y_weights)),
-        *(x_offsets.numel() - 1, capacity),
-        *map(address, scratch),
-        *map(address, out),
-        *(x.numel(), y.numel(), bad),
-    )
-    check_unfit(bad[0], (x, y), (x_offsets, y_offsets))
-    return out
-
-
 cross_lists = define_op(
-    "cross_lists(Tensor x, Tensor x_offsets, Tensor? x_weights, Tensor y, Tensor y_offsets, Tensor? y_weights,"
-    " int capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+    "cross_lists",
     definition=definition,
-    cpu=_cpu,
     cuda="lists.gpu.cross_lists",
     fake=_fake,
 )

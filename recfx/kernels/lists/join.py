@@ -24,7 +24,7 @@ def _fake(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].new_empty(sum(part.numel() for part in parts))
 
 
-join = define_op("join(Tensor[] parts) -> Tensor", definition=definition, cpu=definition, fake=_fake)
+join = define_op("join", definition=definition, fake=_fake)
 
 
 def split(joined: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 // The ids of all lookups, transposed into the table's order: sample, lookup, place in the list.
 #include <omp.h>
 
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 // Whether lists [first, last) of a lookup, and those before them as a whole, are in its `capacity` values.
 static bool are_inside(const int32_t* offsets, int64_t first, int64_t last, int64_t capacity) {

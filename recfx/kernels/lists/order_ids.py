@@ -64,7 +64,7 @@ def _fake(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Tensor, 
 
 
 order_ids = define_op(
-    "order_ids(Tensor[] values, Tensor[] offsets) -> (Tensor, Tensor)",
+    "order_ids",
     definition=definition,
     fake=_fake,
     cuda="lists.gpu.order_lists",
@@ -88,9 +88,9 @@ def _ends_fake(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Ten
 
 
 order_ids_ends = define_op(
-    "order_ids_ends(Tensor[] values, Tensor[] offsets) -> (Tensor, Tensor, Tensor)",
+    "order_ids_ends",
     definition=ends_definition,
-    cpu=ends_definition,
+    on_cpu=False,
     fake=_ends_fake,
     cuda="lists.gpu.order_lists",
 )
@@ -121,7 +121,7 @@ def _at_fake(
 
 
 order_ids_at = define_op(
-    "order_ids_at(Tensor[] values, Tensor[] offsets, int[] places, int num_samples) -> (Tensor, Tensor)",
+    "order_ids_at",
     definition=_at_definition,
     fake=_at_fake,
 )

@@ -1,7 +1,7 @@
 // As order_ids, for lists that are tiled or weighted; and the sum of each list's weights.
 #include <omp.h>
 
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 EXPORT void order_lists(const int64_t* const* values, const int32_t* const* offsets, const float* const* weights,
                         const int64_t* lengths, int64_t num_lookups, int64_t batch_size, int64_t num_positions,

@@ -60,7 +60,7 @@ def _fake(values, offsets, weights, lengths):  # type: ignore[no-untyped-def]
 
 
 order_lists = define_op(
-    "order_lists(Tensor[] values, Tensor[] offsets, Tensor?[] weights, int[] lengths) -> (Tensor, Tensor, Tensor)",
+    "order_lists",
     definition=definition,
     cuda="lists.gpu.order_lists",
     fake=_fake,
@@ -82,7 +82,7 @@ def _list_sums_fake(values, offsets):  # type: ignore[no-untyped-def]
 
 
 list_sums = define_op(
-    "list_sums(Tensor values, Tensor offsets) -> Tensor",
+    "list_sums",
     definition=list_sums_definition,
     cuda="lists.gpu.order_lists",
     fake=_list_sums_fake,

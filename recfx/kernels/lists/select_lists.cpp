@@ -1,5 +1,5 @@
 // The first numbers of each list of many columns, as one matrix.
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 EXPORT void select_lists(const float* const* values, const int32_t* const* offsets, int64_t num_columns,
                          int64_t num_lists, int64_t dim, const float* fill, float* out) {

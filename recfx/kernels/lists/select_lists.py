@@ -31,7 +31,7 @@ def _fake(values: Sequence[Tensor], offsets: Sequence[Tensor], dim: int, fill: f
 
 
 select_lists = define_op(
-    "select_lists(Tensor[] values, Tensor[] offsets, int dim, float fill) -> Tensor",
+    "select_lists",
     definition=definition,
     cuda="lists.gpu.select_lists",
     fake=_fake,

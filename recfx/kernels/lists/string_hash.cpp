@@ -1,4 +1,5 @@
 // 64-bit hashes of strings that lie end to end, straight from Arrow's buffers.
+#include "kernels/kernels.h"
 #include "kernels/lists/lists.h"
 #include "kernels/lists/string_hash.h"
 

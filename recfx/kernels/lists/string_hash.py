@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from recfx.kernels.index.hashing import shift_right, signed
-from recfx.kernels.lists.check_columns import check_unfit
-from recfx.kernels.op import addresses, c_function, define_op, int64s
+from recfx.kernels.op import define_op
 
 __all__ = ["MURMUR", "farm_hashes", "murmur_end", "murmur_hashes", "murmur_word"]
 
@@ -169,28 +168,15 @@ def _fake(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> list[Tensor]:
     return [o.new_empty(o.shape[0] - 1, dtype=torch.int64) for o in offsets]
 
 
-def _cpu(kernel: Callable[..., None]) -> Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]:
-    def run(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> list[Tensor]:
-        out, bad = _fake(values, offsets), int64s([-1])
-        sizes = int64s([t.numel() for t in values]), int64s([t.numel() for t in out])
-        kernel(addresses(values), sizes[0], addresses(offsets), sizes[1], len(out), addresses(out), bad)
-        check_unfit(bad[0], values, offsets)
-        return out
-
-    return run
-
-
 farm_hashes = define_op(
-    "farm_hashes(Tensor[] values, Tensor[] offsets) -> Tensor[]",
+    "farm_hashes",
     definition=farm_definition,
-    cpu=_cpu(c_function("farm_hashes", "ppppipp")),
     cuda="lists.gpu.string_hash",
     fake=_fake,
 )
 murmur_hashes = define_op(
-    "murmur_hashes(Tensor[] values, Tensor[] offsets) -> Tensor[]",
+    "murmur_hashes",
     definition=murmur_definition,
-    cpu=_cpu(c_function("murmur_hashes", "ppppipp")),
     cuda="lists.gpu.string_hash",
     fake=_fake,
 )

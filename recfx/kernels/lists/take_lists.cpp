@@ -1,5 +1,5 @@
 // Part of each list, copied end to end.
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 template <class Item>
 static void take(const void* values, const int32_t* first, const int32_t* length, int64_t num_lists, int64_t capacity,

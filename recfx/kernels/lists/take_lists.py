@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recfx.kernels.op import addresses, c_function, define_op, int64s
+from recfx.kernels.op import define_op
 
 __all__ = ["list_of", "take_lists"]
 
@@ -42,31 +42,14 @@ def definition(
     return out
 
 
-_take_lists = c_function("take_lists", "pppppppppip")
-
-
 def _fake(values, first, length, capacity):  # type: ignore[no-untyped-def]
     pairs = zip(values, first, capacity, strict=True)
     return [t for v, f, size in pairs for t in (v.new_empty(size), f.new_empty(f.shape[0] + 1))]
 
 
-def _cpu(values, first, length, capacity):  # type: ignore[no-untyped-def]
-    out, bad = _fake(values, first, length, capacity), int64s([-1])
-    numbers = ([v.numel() for v in values], [v.element_size() for v in values], [len(f) for f in first], capacity)
-    inputs = addresses(values), addresses(first), addresses(length)
-    _take_lists(*inputs, *map(int64s, numbers), addresses(out[::2]), addresses(out[1::2]), len(values), bad)
-    if (c := bad[0]) >= 0:
-        raise ValueError(
-            f"column {c} of {len(values)}: got lists from {first[c].tolist()[:8]} of {length[c].tolist()[:8]} values, "
-            f"expected them within {values[c].numel()}. The first eight are shown."
-        )
-    return out
-
-
 take_lists = define_op(
-    "take_lists(Tensor[] values, Tensor[] first, Tensor[] length, int[] capacity) -> Tensor[]",
+    "take_lists",
     definition=definition,
-    cpu=_cpu,
     cuda="lists.gpu.take_lists",
     fake=_fake,
 )

@@ -1,5 +1,5 @@
 // The AdamW family on the rows of one step, then the step's gradients and unique count to zero; one step more.
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 EXPORT void adamw_rows(float* rows, float* grads_UW, int64_t* counters, const int32_t* unique_rows, int64_t row_stride,
                        int64_t grad_stride, int64_t width, const double* hyper, const bool* due, bool* is_finite) {

@@ -67,8 +67,7 @@ def checked_definition(
 
 
 adamw_rows_ = define_op(
-    "adamw_rows_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) counters, Tensor unique_rows, Tensor hyper,"
-    " Tensor due) -> ()",
+    "adamw_rows_",
     definition=definition,
     cuda="rows.gpu.optimizer_rows",
     fake=lambda *_: None,
@@ -76,8 +75,7 @@ adamw_rows_ = define_op(
 
 # On a CPU, where the rows' gradients are read for the update anyway. On others the definition reads the host.
 adamw_rows_checked_ = define_op(
-    "adamw_rows_checked_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) counters, Tensor unique_rows, Tensor hyper,"
-    " Tensor due, Tensor[] others) -> Tensor",
+    "adamw_rows_checked_",
     definition=checked_definition,
     fake=lambda rows, grads, counters, unique_rows, hyper, due, others: torch.empty_like(due),
 )

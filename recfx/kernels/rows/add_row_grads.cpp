@@ -1,7 +1,7 @@
 // Adds each id's gradient, times its weight, to its unique row's, occurrences in order: the sums do not depend on the threads.
 #include <omp.h>
 
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 EXPORT void add_row_grads(float* grads_UW, int64_t stride, const int32_t* inverse_P, const int32_t* cell_P,
                           int64_t num_positions, int64_t num_slices, const int64_t* firsts, const int64_t* dims,

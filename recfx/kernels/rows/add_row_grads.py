@@ -36,8 +36,7 @@ def definition(
 
 
 add_row_grads_ = define_op(
-    "add_row_grads_(Tensor(a!) grads, Tensor inverse_P, Tensor cell_P, int[] firsts, int[] dims, Tensor[] blocks,"
-    " Tensor? weight_P=None) -> ()",
+    "add_row_grads_",
     definition=definition,
     cuda="rows.gpu.add_row_grads",
     fake=lambda *_: None,
@@ -45,10 +44,9 @@ add_row_grads_ = define_op(
 
 # The same with sums in whatever order a GPU's adders come: a little faster, and not the same bytes from run to run.
 add_row_grads_atomic_ = define_op(
-    "add_row_grads_atomic_(Tensor(a!) grads, Tensor inverse_P, Tensor cell_P, int[] firsts, int[] dims,"
-    " Tensor[] blocks, Tensor? weight_P=None) -> ()",
+    "add_row_grads_atomic_",
     definition=definition,
-    cpu=lambda *args: add_row_grads_(*args),
+    on_cpu=False,
     cuda="rows.gpu.add_row_grads",
     fake=lambda *_: None,
 )

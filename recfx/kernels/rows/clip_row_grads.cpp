@@ -1,7 +1,7 @@
 // The gradients of one step's rows: clipped in place, and the sum of their squares.
 #include <vector>
 
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 EXPORT void clip_row_grads(float* grads_UW, const int64_t* counters, int64_t stride, const float* scale,
                            const bool* due, int64_t num_tables, const int64_t* dims, const double* limits) {

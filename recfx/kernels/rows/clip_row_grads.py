@@ -37,8 +37,7 @@ def definition(
 
 
 clip_row_grads_ = define_op(
-    "clip_row_grads_(Tensor(a!) grads, Tensor counters, Tensor scale, Tensor due, int[] dims, float limit,"
-    " float max_norm) -> ()",
+    "clip_row_grads_",
     definition=definition,
     cuda="rows.gpu.clip_row_grads",
     fake=lambda *_: None,
@@ -51,7 +50,7 @@ def squared_norm_definition(grads: Tensor, counters: Tensor) -> Tensor:
 
 
 squared_norm = define_op(
-    "squared_norm(Tensor grads, Tensor counters) -> Tensor",
+    "squared_norm",
     definition=squared_norm_definition,
     cuda="rows.gpu.clip_row_grads",
     fake=lambda grads, counters: grads.new_empty((), dtype=torch.float64),

@@ -1,5 +1,5 @@
 // One more step for each row that the step touched.
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 EXPORT void count_rows(int32_t* counts, const int64_t* counters, const int32_t* unique_rows, const bool* due) {
   constexpr int64_t AHEAD = 16;

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recfx.kernels.counters import NUM_UNIQUE
-from recfx.kernels.op import address, c_function, define_op
+from recfx.kernels.op import define_op
 
 __all__ = ["count_rows_"]
 
@@ -20,17 +20,9 @@ def definition(counts: Tensor, counters: Tensor, unique_rows: Tensor, due: Tenso
     counts[row] += torch.ones_like(row, dtype=torch.int32)
 
 
-_count_rows = c_function("count_rows", "pppp")
-
-
-def _cpu(counts, counters, unique_rows, due):  # type: ignore[no-untyped-def]
-    _count_rows(*map(address, (counts, counters, unique_rows, due)))
-
-
 count_rows_ = define_op(
-    "count_rows_(Tensor(a!) counts, Tensor counters, Tensor unique_rows, Tensor due) -> ()",
+    "count_rows_",
     definition=definition,
-    cpu=_cpu,
     cuda="rows.gpu.count_rows",
     fake=lambda *_: None,
 )

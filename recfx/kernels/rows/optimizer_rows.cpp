@@ -2,7 +2,7 @@
 // happens to one row; the walk over the rows is the same for all.
 #include <vector>
 
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 // Calls formula(w, g, decay, rate, dim) per row: its first weight, its scaled gradients, decay and rate per weight.
 template <class Formula>

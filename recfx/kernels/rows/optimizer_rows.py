@@ -151,8 +151,7 @@ def _define(name: str, formula: Formula) -> RowOptimizer:
         counters[STEP] += 1
 
     op_ = define_op(
-        f"{name}_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) counters, Tensor unique_rows,"
-        " Tensor row_vocabularies, Tensor hyper, Tensor due, int[] dims, Tensor? rates=None) -> ()",
+        f"{name}_",
         definition=definition,
         cuda="rows.gpu.optimizer_rows",
         fake=lambda *_: None,

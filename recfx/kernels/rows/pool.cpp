@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels/index/table.h"
+#include "kernels/kernels.h"
 
 // Rare, so kept out of the loop that it would slow.
 static __attribute__((noinline)) void add_initial_values(const Initializer& init, uint64_t vocabulary, int64_t id,

@@ -59,8 +59,7 @@ def _fake(rows, row_P, id_P, cell_P, vocabularies, batch_size, init_keys, unknow
 
 
 pool = define_op(
-    "pool(Tensor rows, Tensor row_P, Tensor id_P, Tensor cell_P, Tensor vocabularies, int batch_size,"
-    " Tensor init_keys, Tensor? unknown_params, int[] firsts, int[] dims, Tensor? weight_P=None) -> Tensor[]",
+    "pool",
     definition=definition,
     cuda="rows.gpu.pool",
     fake=_fake,
@@ -92,10 +91,9 @@ def _lists_fake(rows, row_P, id_P, cell_P, ends, vocabularies, batch_size, init_
 
 
 pool_lists = define_op(
-    "pool_lists(Tensor rows, Tensor row_P, Tensor id_P, Tensor cell_P, Tensor ends, Tensor vocabularies,"
-    " int batch_size, Tensor init_keys, Tensor? unknown_params, int[] firsts, int[] dims) -> Tensor[]",
+    "pool_lists",
     definition=lists_definition,
-    cpu=lists_definition,
+    on_cpu=False,
     cuda="rows.gpu.pool",
     fake=_lists_fake,
 )

@@ -41,20 +41,9 @@ def definition(
     adamw_rows.definition(rows, grads, counters, unique_rows, hyper, torch.ones((), dtype=torch.bool))
 
 
-def _cpu(  # type: ignore[no-untyped-def]
-    rows, counters, unique_rows, hyper, inverse_P, cell_P, firsts, dims, blocks, weight_P=None
-):  # fmt: skip
-    """As two kernels: on a CPU the gradients of a step stay in the cache between them."""
-    grads = rows.new_zeros(int(counters[NUM_UNIQUE]), rows.shape[2])
-    add_row_grads.add_row_grads_(grads, inverse_P, cell_P, firsts, dims, blocks, weight_P)
-    adamw_rows.adamw_rows_(rows, grads, counters, unique_rows, hyper, torch.ones((), dtype=torch.bool))
-
-
 sum_adamw_rows_ = define_op(
-    "sum_adamw_rows_(Tensor(a!) rows, Tensor(b!) counters, Tensor unique_rows, Tensor hyper, Tensor inverse_P,"
-    " Tensor cell_P, int[] firsts, int[] dims, Tensor[] blocks, Tensor? weight_P=None) -> ()",
+    "sum_adamw_rows_",
     definition=definition,
-    cpu=_cpu,
     cuda="rows.gpu.sum_adamw_rows",
     fake=lambda *_: None,
 )

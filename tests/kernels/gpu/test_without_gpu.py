@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from recfx.kernels import op
+from recfx.kernels.counters import new_counters
 from recfx.kernels.dense import add_predictions, all_finite
 from recfx.kernels.index import count_candidates, find, find_or_insert, keep_trained, owner, rehash, untouch_rows
 from recfx.kernels.lists import cross_lists, join, order_ids, order_lists, select_lists, string_hash, take_lists
@@ -157,7 +158,9 @@ def test_no_operator_reads_the_host_on_cuda():
         join.definition([column, column])
         owner.definition(torch.arange(5), torch.zeros(5).int(), 3)
     with pytest.raises(AssertionError, match="reads the host"), bench.NoHostReads():
-        count_rows.definition(torch.zeros(4).int(), torch.tensor(1), torch.zeros(4).int(), torch.tensor(True))
+        count_rows.definition(
+            torch.zeros(4).int(), new_counters(num_unique=1), torch.zeros(4).int(), torch.tensor(True)
+        )
 
 
 @pytest.mark.parametrize(("module", "name"), DEFINITIONS, ids=str)
@@ -177,6 +180,7 @@ real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "triton" else real(name, *a)
 import recfx.step, recfx.optim
 from recfx.kernels.index import find
+from recfx.kernels.counters import new_counters
 from recfx.kernels.op import gpu_function
 assert not any(name.startswith("recfx.kernels.") and ".gpu" in name for name in sys.modules)
 with warnings.catch_warnings(record=True) as said:

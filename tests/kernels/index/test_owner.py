@@ -47,7 +47,7 @@ def test_the_owner_of_an_id_is_even_and_fixed():
 
 @pytest.mark.parametrize("world_size", [0, -1])
 def test_no_ranks(world_size):
-    with pytest.raises(ValueError, match=f"world_size: got {world_size}, expected at least 1 rank"):
+    with pytest.raises(RuntimeError, match=f"world_size: got {world_size}, expected at least 1 rank"):
         owner(torch.arange(4), torch.zeros(4).int(), world_size)
 
 
