@@ -59,7 +59,7 @@ def stages_of(flow: Flow) -> dict[Node, str]:
     sparse, dense, metrics     ops that end in a write to that part of the state
     finite      ops that check whether losses, logits and gradients are finite
     """
-    ends, sources = _ends(flow), _sources(flow)
+    ends, sources, reads = _ends(flow), _sources(flow), _reads(flow)
     stages: dict[Node, str] = {}
     for node in flow.nodes:
         before = {stages.get(p) for p in flow.producers(node)}
@@ -78,6 +78,7 @@ def stages_of(flow: Flow) -> dict[Node, str]:
             stages[node] = "features" if sources[node] == {"sections"} else own
         elif (
             before & {"lookup", "forward", "backward"}
+            and reads[node] != {"tables"}  # such as a counter that the lookup has written to as well
             and not sources[node] & {"window", "dense"}
             and (
                 ends[node] & {"sparse", "dense", "window"} and not any(_part(s) in COMPLETES for s in flow.writes[node])
@@ -174,6 +175,15 @@ def _sources(flow: Flow) -> dict[Node, set[str]]:
         own = {_part(node)} if node.op == "placeholder" else set()
         sources[node] = own.union(*(sources[p] for p in flow.producers(node)))
     return sources
+
+
+def _reads(flow: Flow) -> dict[Node, set[str]]:
+    """The parts of state and batch that a node's arguments come from, whatever has written to them before."""
+    reads: dict[Node, set[str]] = {}
+    for node in flow.nodes:
+        own = {_part(node)} if node.op == "placeholder" else set()
+        reads[node] = own.union(*(reads[i] for i in node.all_input_nodes))
+    return reads
 
 
 def _part(node: Node) -> str:

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+from recfx.kernels.counters import NUM_UNIQUE, new_counters
 from recfx.kernels.dense import add_predictions
 from recfx.kernels.index import keep_trained, untouch_rows
 from recfx.kernels.lists import order_lists
@@ -395,7 +396,7 @@ def touched(seed, *, positions, num_before, num_new):
     inverse = inverse[torch.randperm(positions, generator=g)]
     row = torch.where(inverse >= 0, unique_rows[inverse.long()], -1)
     cell = torch.where((inverse >= 0) | (torch.rand(positions, generator=g) < 0.5), torch.arange(positions).int(), -1)
-    return seen, unique_rows, torch.tensor(num), row, inverse, cell
+    return seen, unique_rows, new_counters(num_unique=num, step=6), row, inverse, cell
 
 
 @pytest.mark.parametrize(
@@ -406,12 +407,12 @@ def test_rows_that_nothing_trains_leave_the_step_as_by_the_definition(positions,
     for trains in ([True, False, False], [False] * 3, [True]):
         results = []
         for op in ops:
-            seen, unique_rows, num, _, inverse, cell = touched(
+            seen, unique_rows, counters, _, inverse, cell = touched(
                 1, positions=positions, num_before=num_before, num_new=num_new
             )
-            before, step = torch.tensor(num_before).int(), torch.tensor(7)
-            out = op(seen, unique_rows, num, before, step, inverse, cell, torch.tensor(trains))
-            results.append((out, seen, unique_rows[: int(num)], num))
+            before = torch.tensor(num_before).int()
+            out = op(seen, unique_rows, counters, before, inverse, cell, torch.tensor(trains))
+            results.append((out, seen, unique_rows[: int(counters[NUM_UNIQUE])], counters))
         assert all(map(torch.equal, *results))
 
 
@@ -420,11 +421,12 @@ def test_rows_that_nothing_trains_leave_the_step_as_by_the_definition(positions,
 def test_a_batch_that_does_not_count_is_taken_back_as_by_the_definition(positions, num_before, num_new, counts):
     results = []
     for op in (on_device(gpu_trained.untouch_rows_), untouch_rows.definition):
-        seen, unique_rows, _, row, inverse, _ = touched(2, positions=positions, num_before=num_before, num_new=num_new)
+        batch = touched(2, positions=positions, num_before=num_before, num_new=num_new)
+        seen, unique_rows, counters, row, inverse, _ = batch
         read = unique_rows[num_before : num_before + num_new : 3].long()  # rows that nothing trains
         seen[read] = (7 << 32) | keep_trained.NO_NUMBER
         inverse = torch.where(torch.isin(row, read), -1, inverse)
-        op(seen, row, inverse, torch.tensor(num_before), torch.tensor(6), torch.tensor(counts))
-        results.append(seen)
-    assert torch.equal(*results)
-    assert bool((results[0] == 6 << 32).any()) == (not counts and num_new > 0)
+        op(seen, counters, row, inverse, torch.tensor(num_before), torch.tensor(counts))
+        results.append((seen, counters))
+    assert all(map(torch.equal, *results))
+    assert bool((results[0][0] == 6 << 32).any()) == (not counts and num_new > 0)
