@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import numbers
 import sys
@@ -29,6 +30,8 @@ def said(value: Any) -> str:
     if type(value) in (list, tuple):
         kinds = dict.fromkeys(_name(type(item)) for item in value)
         return f"{'a list' if type(value) is list else 'a tuple'} of {', '.join(kinds) or 'nothing'}"
+    if isinstance(value, functools.partial):  # the functions of a step
+        return said(value.func)
     if inspect.isroutine(value):
         return f"the function {value.__name__}"
     if value is None or isinstance(value, str | int | float):

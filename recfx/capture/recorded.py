@@ -81,7 +81,7 @@ class Replays:
             state = self._grow_(state, self._left[1:])
         self._left = [l - n for l, n in zip(self._left, needed, strict=True)]
         aux = self.prepare(state, batches[0].layout, num, function)([batch.buffer for batch in batches])
-        increment_version(state.window.num_samples)  # a replay is a write that autograd does not see
+        increment_version(state.step)  # a replay is a write that autograd does not see
         self._known = places, _versions(state)
         return state, [*aux]  # a list of the caller's own: that one is the recording's
 
@@ -112,7 +112,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 def _versions(state: Any) -> tuple[int, ...]:
     """Rise whenever a step, a replay, a checkpoint or `recfx.rows` writes to the state. On the host."""
     counters = (t for s in state.tables for t in (s.num_rows, s.num_unique))
-    return tuple(t._version for t in (state.window.num_samples, *counters))
+    return tuple(t._version for t in (state.step, *counters))
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def record(function: Function, state: Any, layout: Layout, num: int, *, pool: An
               stream: on the state's device, to record on. The allocator gives memory of a pool back to the stream that
               it was taken on alone: recordings that share the pool share this too.
     """
-    device = state.window.num_samples.device
+    device = state.step.device
     static = torch.zeros(num, layout.num_bytes, dtype=torch.uint8, device=device)
     batches = [Batch(buffer, layout) for buffer in static]
     current, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()

@@ -19,7 +19,8 @@ class definitions(TorchDispatchMode):  # noqa: N801 - used as a function is: `wi
     The pure `update` of a step is `update_` on a copy of the state in this context.
 
     Cost:     a call of Python per operator of torch: for tests and small tables.
-    Example:  >>> from recfx.kernels.lists.order_lists import list_sums
+    Example:  >>> import torch
+              >>> from recfx.kernels.lists.order_lists import list_sums
               >>> with definitions():
               ...     list_sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 3], dtype=torch.int32))
               tensor([3., 4.])
@@ -28,4 +29,4 @@ class definitions(TorchDispatchMode):  # noqa: N801 - used as a function is: `wi
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return DEFINITIONS.get(func, func)(*args, **(kwargs or {}))
+        return DEFINITIONS.get(func.name(), func)(*args, **(kwargs or {}))

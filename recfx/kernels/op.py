@@ -19,7 +19,7 @@ from recfx.kernels.build import library
 
 __all__ = ["DEFINITIONS", "address", "addresses", "c_function", "define_op", "gpu_function", "int64s"]
 
-DEFINITIONS: dict[Any, Callable] = {}  # by overload
+DEFINITIONS: dict[str, Callable] = {}  # by the name of the operator, recfx::name
 _LIBRARY = torch.library.Library("recfx", "DEF")
 _GPU_MODULES: dict[str, str] = {}  # of the operators that have a Triton function
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
@@ -49,7 +49,7 @@ def define_op(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     torch.library.register_fake(f"recfx::{name}", fake)
     overload = getattr(torch.ops.recfx, name).default
-    DEFINITIONS[overload] = definition
+    DEFINITIONS[f"recfx::{name}"] = definition
 
     def load_or_define(*args: Any) -> Any:
         return overload(*args) if all(map(_is_plain, _tensors(args))) and library() else definition(*args)

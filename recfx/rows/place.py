@@ -12,9 +12,9 @@ from recfx.kernels.index.find import find
 from recfx.kernels.op import UNKNOWN
 from recfx.run_checks import check_program
 from recfx.step import Step, TrainState
-from recfx.table import TableState
+from recfx.table import Reading, TableState
 
-__all__ = ["Place", "Rows", "check_device", "live_rows", "place_of", "reading", "rows_of", "taken"]
+__all__ = ["Place", "Rows", "check_device", "live_rows", "place_of", "reading_of", "rows_of", "taken"]
 
 
 class Rows(NamedTuple):
@@ -62,7 +62,8 @@ def rows_of(place: Place, ids: Tensor) -> Tensor:
         raise TypeError(f"ids: got {got}, expected torch.int64 [N]. float32 merges ids above 2**24.")
     check_device("ids", place, ids)
     t = place.table
-    return find(t.slots, t.ids, t.num_slots, t.salt, *reading(place, ids)).long()
+    reading = reading_of(place, ids)
+    return find(t.slots, t.ids, t.num_slots, t.salt, reading.id, reading.cell, reading.vocabularies).long()
 
 
 def check_device(name: str, place: Place, t: Tensor) -> None:
@@ -72,10 +73,10 @@ def check_device(name: str, place: Place, t: Tensor) -> None:
         raise ValueError(f"{name}: got a tensor on {t.device}, expected {expected}, where the table is. Move it there.")
 
 
-def reading(place: Place, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, cells and vocabularies as the kernels want them: one lookup, each id a sample."""
+def reading_of(place: Place, ids: Tensor) -> Reading:
+    """The ids as a table reads them: one lookup, each id a sample."""
     cell = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)
-    return ids.contiguous(), cell, torch.tensor([place.vocabulary], dtype=torch.int32, device=ids.device)
+    return Reading(ids.contiguous(), cell, torch.tensor([place.vocabulary], dtype=torch.int32, device=ids.device))
 
 
 def live_rows(place: Place) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recfx.kernels.index.find_or_insert import find_or_insert_
 from recfx.kernels.op import UNKNOWN
-from recfx.rows.place import Place, Rows, check_device, place_of, reading, rows_of, taken
+from recfx.rows.place import Place, Rows, check_device, place_of, reading_of, rows_of, taken
 from recfx.step import Step, TrainState
 from recfx.table import delete_ as delete_rows_
 from recfx.table import grow_, initializer_tensors, num_live
@@ -82,11 +82,11 @@ def _insert_(place: Place, seed: int, ids: Tensor) -> Tensor:
     """Row of each id; new ones with their initial values. Room has been made."""
     t, behind = place.table, place.table.rows.shape[2] - place.plan.width
     init = (nn.functional.pad(x, (0, behind)) for x in initializer_tensors(place.plan, seed))
-    tally, refused = t.tally.clone(), t.num_refused.clone()
+    tally, refused, reading = t.tally.clone(), t.num_refused.clone(), reading_of(place, ids)
     row, _ = find_or_insert_(
         t.slots, t.ids, t.vocabularies, t.seen, t.born, t.rows, t.num_rows, t.free_rows, t.num_free, t.num_refused,
-        t.tally, t.num_crowded, t.unique_rows, t.num_unique, t.num_slots, t.salt, t.step + 1, *reading(place, ids),
-        *init, None,
+        t.tally, t.num_crowded, t.unique_rows, t.num_unique, t.num_slots, t.salt, t.step + 1,
+        reading.id, reading.cell, reading.vocabularies, *init, None,
     )  # fmt: skip
     t.tally.copy_(tally)  # these counters, and the step's unique rows, are of training
     t.num_refused.copy_(refused)

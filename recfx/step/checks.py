@@ -76,7 +76,7 @@ def check_kinds(**parts: object) -> None:
 def check_counts(metrics: Metric) -> Metric:
     """Raises TypeError when the metrics count in something that a training run and an evaluation cannot read."""
     advice = "That is what recfx.train reads. Use recfx.metrics.binary_metrics(), and count others in your own loop."
-    check_type("metrics: init()", metrics.init(), BinaryCounts, advice)
+    check_type("metrics.init()", metrics.init(), BinaryCounts, advice)
     return metrics
 
 

@@ -118,10 +118,10 @@ class Stats(NamedTuple):
 def stats(state: TableState) -> Stats:
     """Reads a table's counters and measures its index. Syncs, and takes a pass over the index: for now and then.
 
-    Example:  >>> from recfx.table import table
+    Example:  >>> from recfx.table import Limits, table
               >>> from recfx.embeddings import Embedding, plan_tables
               >>> plan = plan_tables({"emb": [Embedding("item", dim=8)]}).tables[0]
-              >>> stats(table(plan, optimizer_slots=2, seed=0, max_rows=100).init()).size
+              >>> stats(table(plan, optimizer_slots=2, seed=0, limits=Limits(max_rows=100)).init()).size
               0
     """
     size, probes = num_live(state), _probes(state)

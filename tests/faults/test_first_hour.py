@@ -204,6 +204,8 @@ def test_embeddings(mistake, error, message):
      r"forward: got .*Linear that takes \(input: torch.Tensor\) -> torch.Tensor, expected a function \(params,"),
     ("metrics not built", lambda: make(metrics=metrics.binary_metrics), TypeError,
      r"metrics: got the function binary_metrics, expected recfx.metrics.Metric or None. Build them"),
+    ("metrics of another kind", lambda: make(metrics=metrics.Metric(dict, lambda *_: {})), TypeError,
+     r"metrics.init\(\): got a dict of .*, expected recfx.metrics.BinaryCounts. That is what recfx.train reads"),
     ("metrics as words", lambda: make(metrics=["auc"]), TypeError, r"metrics: got a list of str, expected"),
     ("life as a word", lambda: make(life="evict"), TypeError, r"life: got 'evict', expected recfx.table.policies.Life"),
     ("clip as a number", lambda: make(clip=1.0), TypeError, r"clip: got 1.0, expected a function \(grads, tables, s"),

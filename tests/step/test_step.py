@@ -202,6 +202,25 @@ def test_oracle_sees_one_row_update_in_ten_skipped():
         train_against_oracle(deepfm_step(sparse_optimizer=optimizer._replace(apply_=apply_)), deepfm_groups(), FEATURES)
 
 
+@pytest.mark.parametrize(("kwargs", "most"), [({}, 3 * CAPACITY), ({"max_unique": 5}, 5), ({"accumulation": 2}, 7)])
+def test_the_row_optimiser_is_given_a_bound_on_the_rows_of_a_step(kwargs, most):
+    """The positions of the batch where it is the whole step; otherwise what the state has room for."""
+    optimizer, given = sparse_adamw(1e-2), []
+
+    def apply_(state: TableState, scale, due, columns, most_rows):
+        given.append(most_rows)
+        return optimizer.apply_(state, scale, due, columns, most_rows)
+
+    step = deepfm_step(
+        sparse_optimizer=optimizer._replace(apply_=apply_),
+        **{"max_unique": 7 if "accumulation" in kwargs else 500} | kwargs,
+    )
+    state, _ = step.update_(fresh(step), deepfm_batches(1)[0])
+    step.flush_(state)
+    assert given == [most] * len(given)
+    assert given
+
+
 def test_row_gradient_is_the_sum_over_occurrences():
     """With accumulation 2 the first micro-batch leaves its row gradients where they can be read."""
     step = deepfm_step(accumulation=2)
