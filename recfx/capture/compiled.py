@@ -86,8 +86,6 @@ def options_for(device: str) -> dict[str, Any]:
         "post_grad_custom_pre_pass": StepPasses(),
         "post_grad_custom_post_pass": UnfuseBias(),
         "size_asserts": False,
-        # Inductor would move a read of the row gradients after the operator that changes them, and copy all of them.
-        "reorder_for_locality": False,
         "triton.cudagraphs": False,  # `cuda_graph` records the whole step itself
         "fallback_random": True,  # torch's random functions draw what they draw uncompiled
     }

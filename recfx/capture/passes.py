@@ -14,9 +14,10 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from recfx import kernels
+from recfx.kernels.dense.all_finite import all_finite, finite_parts
 from recfx.kernels.lists.order_ids import order_ids, order_ids_at
 
-__all__ = ["StepPasses", "UnfuseBias", "join_small", "name_places", "share_common"]
+__all__ = ["StepPasses", "UnfuseBias", "check_early", "join_small", "name_places", "share_common"]
 
 aten = torch.ops.aten
 KERNELS = Path(kernels.__path__[0])
@@ -42,6 +43,7 @@ class StepPasses(_Pass):
         share_common(graph)
         name_places(graph)
         join_small(graph)
+        check_early(graph)
 
 
 class UnfuseBias(_Pass):
@@ -126,6 +128,19 @@ def join_small(graph: Graph) -> None:
             total = functools.reduce(lambda a, b: _call(graph, aten.add.Tensor, a, b), terms)
         node.replace_all_uses_with(total)
         graph.erase_node(node)
+
+
+def check_early(graph: Graph) -> None:
+    """Checks gradients for NaN directly after they are computed.
+
+    Inductor moves a node to its first user. For these it comes after the optimiser, which then would work on a copy of
+    all row gradients that the table has reserved.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    last_placeholder = graph.find_nodes(op="placeholder")[-1]
+    for target in (all_finite, finite_parts):
+        for node in graph.find_nodes(op="call_function", target=target):
+            max([last_placeholder, *node.all_input_nodes], key=order.__getitem__).append(node)
 
 
 def _call(graph: Graph, op: OpOverload, *args: Any) -> Node:
