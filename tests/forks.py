@@ -68,7 +68,11 @@ class Forks:
         if self._process.stdin is not None and self._process.stdout is not None:
             self._process.stdin.close()
             self._process.stdout.close()
-        self._process.wait(timeout=10)
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # its exit waits for the compiler's threads
+            self._process.kill()
+            self._process.wait()
         self._folder.cleanup()
 
     def _answer(self) -> int | str | None:
