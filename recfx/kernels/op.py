@@ -66,7 +66,8 @@ def define_op(
     DEFINITIONS[f"recfx::{name}"] = definition
 
     def load_or_define(*args: Any) -> Any:
-        if not all(map(_is_plain, _tensors(args))) or not library():
+        tensors = [*_tensors(args)]  # none where every list is empty: torch then picks no device
+        if not tensors or not all(map(_is_plain, tensors)) or not library():
             return definition(*args)
         if not has_cpu_kernel(name):  # the call would come back here for ever
             raise NotImplementedError(

@@ -15,7 +15,7 @@ from recfx import kernels
 from recfx.kernels import build, op
 from recfx.kernels.counters import new_counters
 from recfx.kernels.op import SCHEMAS, has_cpu_kernel
-from recfx.table import table
+from recfx.table import Limits, table
 from recfx.table.policies import Life, at_least
 from tests.kernels import test_counting
 from tests.kernels.index import test_find_or_insert
@@ -56,7 +56,7 @@ def calls() -> dict[str, tuple]:
     state, init = test_find_or_insert.empty_table([0, 1])
     reading = reading_of(lists, [0, 1], spare=1)
     counting = Life(admit=at_least(2), candidates=20)
-    candidates = table(table_plan([0, 1]), optimizer_slots=2, seed=1, max_rows=64, life=counting).init()
+    candidates = table(table_plan([0, 1]), optimizer_slots=2, seed=1, limits=Limits(max_rows=64), life=counting).init()
     columns = [ragged(column) for column in lists]
     values, offsets = [c.values for c in columns], [c.offsets for c in columns]
     weights = [torch.rand(len(v)) for v in values]

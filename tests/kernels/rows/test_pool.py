@@ -97,7 +97,7 @@ def test_a_table_pools_alike_with_and_without_the_ends_of_lists(monkeypatch):
         functions = table(plan, optimizer_slots=2, seed=1, limits=Limits(max_rows=64))
         state = functions.init()
         found = functions.insert_(state, functions.read(columns))
-        assert (found.ends is not None) == with_ends == (found.read_only.ends is not None)
+        assert (found.reading.ends is not None) == with_ends == (found.read_only.reading.ends is not None)
         pooled.append(
             [*functions.pool(state, found), *functions.pool(state, functions.find(state, functions.read(columns)))]
         )
