@@ -25,6 +25,9 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+import recfx.features
+import recfx.optim
+import recfx.step  # noqa: F401 - the operators of all three are registered
 from recfx.kernels.counters import new_counters
 from recfx.kernels.op import gpu_function
 

@@ -370,7 +370,7 @@ def test_clipping_is_the_definition(limit, max_norm):
     kernels = on_device(clip_row_grads.clip_row_grads_), test_clip_row_grads.OPS["definition"]
     a, b = (test_clip_row_grads.clip(op, grads, 7, limit=limit, max_norm=max_norm) for op in kernels)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-    norm = on_device(clip_row_grads.squared_norm)(grads, torch.tensor(7))
+    norm = on_device(clip_row_grads.squared_norm)(grads, new_counters(num_unique=7))
     torch.testing.assert_close(norm, grads[:7].double().square().sum())
 
 

@@ -127,17 +127,16 @@ def test_cuda_launches_are_on_the_device_of_the_tensors_which_are_contiguous(mon
     monkeypatch.setattr(op, "gpu_function", lambda name: lambda *args: (name, len(args)))
     monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)
     op.define_op(
-        "find(Tensor slots, Tensor ids, Tensor num_slots, Tensor salt, Tensor id_P, Tensor cell_P, Tensor vocabularies)"
-        " -> Tensor",
+        "find",
         definition=find.definition,
         fake=find.definition,
         cuda="index.gpu.find",
     )
-    tensors = [torch.zeros(2, dtype=torch.int64)] * 7
-    assert registered["CUDA"](*tensors) == ("find", 7)
+    tensors = [torch.zeros(2, dtype=torch.int64)] * 6
+    assert registered["CUDA"](*tensors) == ("find", 6)
     assert current == [torch.device("cpu")]
     with pytest.raises(AssertionError, match=r"find: got strides \(2,\) of \[2\], expected contiguous"):
-        registered["CUDA"](*tensors[:6], torch.zeros(4)[::2])
+        registered["CUDA"](*tensors[:5], torch.zeros(4)[::2])
 
 
 def test_no_operator_reads_the_host_on_cuda():

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from recfx.kernels.counters import PLACES
 from recfx.kernels.gpu.counters import NUM_CANDIDATE_SLOTS, NUM_CANDIDATES, NUM_SLOTS, SALT
 from recfx.kernels.gpu.launch import BLOCK, KEYS, NUM_WARPS
 from recfx.kernels.gpu.occurrences import in_order
@@ -138,7 +139,7 @@ def count_candidates_(
         first_H,
         place_P,
         *keys,
-        counters,
+        counters[PLACES["SALT"] :],
         cell_P,
         num,
         num_lookups,

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from recfx.kernels import op
+from recfx.kernels.counters import PLACES
 from recfx.kernels.gpu.counters import (
     CREATED,
     LOOKED_UP,
@@ -51,7 +52,7 @@ def lower_to(places, at, k, mask):
 
 @triton.jit
 def claim(
-    first_H, admitted_H, place_P, id_P, cell_P, vocabularies, counters, admit_P, num_positions, num_lookups, num_places,
+    first_H, admitted_H, place_P, id_P, cell_P, vocabularies, salt, admit_P, num_positions, num_lookups, num_places,
     ADMITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """first_H[place_P[k]]: the first position of k's key; admitted_H: the first one admitted, EMPTY without."""
@@ -59,7 +60,7 @@ def claim(
     valid = tl.load(cell_P + k, mask=k < num_positions, other=-1) >= 0
     id, vocabulary = key_at(id_P, cell_P, vocabularies, num_lookups, k, valid)
     # Not from where the index would begin: ids that collide there must not collide here.
-    at = (next_run(hash_id(id, vocabulary, tl.load(counters + SALT))) & (num_places - 1).to(tl.uint64)).to(tl.int32)
+    at = (next_run(hash_id(id, vocabulary, tl.load(salt))) & (num_places - 1).to(tl.uint64)).to(tl.int32)
     active = valid
     while tl.max(active.to(tl.int32), axis=0) > 0:
         holder = tl.load(first_H + at, mask=active, other=0)
@@ -260,8 +261,8 @@ def find_or_insert_(
     admits = {"ADMITS": admit_P is not None, "num_warps": NUM_WARPS}
 
     claim[grid](
-        first_H, admitted_H, place_P, id_P, cell_P, vocabularies, counters, admit, num, num_lookups, first_H.numel(),
-        BLOCK=BLOCK, **admits,
+        first_H, admitted_H, place_P, id_P, cell_P, vocabularies, counters[PLACES["SALT"] :], admit, num, num_lookups,
+        first_H.numel(), BLOCK=BLOCK, **admits,
     )  # fmt: skip
     look_up[probing](
         sums_P, sums, done, first_H, admitted_H, place_P, found_P, slots, ids, seen, counters, id_P, cell_P,
