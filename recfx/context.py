@@ -98,7 +98,7 @@ Forward = Callable[[Params, Any, Any, Context], tuple[Tensor, Stats]]
 def with_context(forward: Callable[..., Any]) -> Forward:
     """`forward` as a function of (params, embeddings, features, context) that returns (logit, stats).
 
-    `Context` says when `forward` is given the context.
+    See `Context` for when `forward` is given one.
 
     Raises:   TypeError when a parameter for the context is not the fourth, and so would never be given one.
     """

@@ -114,7 +114,7 @@ def capture_prediction(
 ) -> Captured[Batch, Tensor]:
     """`step.predict` compiled as one graph: (state, batch) -> logit f32 [B, 1], valid until the next call.
 
-    The batch needs no label where that is a column of the name that `train_step(label=)` says; a feature function that
+    The batch needs no label where that is the column `train_step(label=)`; a feature function that
     makes it of other columns needs those. torch.sigmoid of the logit is the click rate. The state is only read, so it
     may go on being trained between calls. Requests of any size share one graph when they are packed to one layout, see
     `recfx.types.pack`.
@@ -146,7 +146,7 @@ def capture_steps(
     when first needed; on a CPU every call runs its steps one after another. Accumulation windows may begin and end
     anywhere.
 
-    Every aux is valid until the next call. Rows are not swept in the midst of a call, so none may go past a step after
+    Every aux is valid until the next call. Rows are not swept in the middle of a call, so none may go past a step after
     which `step.sweep_` has work: those that `step.sweep_every` divides. `recfx.train.train` cuts there by itself, and
     where it logs, saves or stops.
     Args:     steps_per_replay: most batches of a call. Each has a static buffer, and twice a stage.
@@ -362,7 +362,7 @@ def _recorder(precision: str) -> Callable[..., Any]:
 
 @contextmanager
 def _f32_products(precision: str) -> Iterator[None]:
-    """Lets cuBLAS use tf32 where a step asks for it. Inductor reads this when it compiles and cuBLAS when it is called,
+    """Lets cuBLAS use tf32 where a step wants it. Inductor reads this when it compiles and cuBLAS when it is called,
     so a recording keeps what held while it was made.
 
     torch has two ways to say so. Each raises after the other alone was used, and Inductor reads both, so both are set;
@@ -375,7 +375,7 @@ def _f32_products(precision: str) -> Iterator[None]:
     levels = [backends, backends.cudnn, backends.cuda.matmul, backends.mkldnn.matmul]
     new, old = list[str](), None
     try:  # what was changed before an error is put back too
-        for level in levels:  # from the outside: one that says nothing itself repeats what is around it
+        for level in levels:  # from the outside: one that is not set repeats the level around it
             new.append(level.fp32_precision)
             level.fp32_precision = "none"
         old = torch.get_float32_matmul_precision()  # which now nothing contradicts

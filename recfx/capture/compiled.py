@@ -21,7 +21,7 @@ from recfx.kernels.build import build_ahead, library
 
 __all__ = ["compiled", "options_for"]
 
-CAT_PARTS = 32  # a kernel asks of each item which part it is from
+CAT_PARTS = 32  # a kernel finds out for each item which part it is from
 
 Function = Callable[[Any, list[Tensor]], Any]  # (state, sections of the batch) -> aux
 
@@ -80,7 +80,7 @@ def options_for(device: str) -> dict[str, Any]:
 
     On CUDA launches are what a small batch waits for: independent kernels become one, and so does a `cat` of up to
     CAT_PARTS, at which Inductor would make a kernel of each part above 8. Padding of products is left out, which it
-    would decide by timing them: it adds launches. Older versions of torch lack some names, and join a little less.
+    would decide by timing them: it adds launches. Older versions of torch lack some names, and join fewer kernels.
     """
     options: dict[str, Any] = {
         "post_grad_custom_pre_pass": StepPasses(),

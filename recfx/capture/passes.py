@@ -90,7 +90,7 @@ def _is_pure(node: Node) -> bool:
 
 
 def name_places(graph: Graph) -> None:
-    """On a CPU, reads ids where they lie in the packed batch, without a view of each column's values and offsets."""
+    """On a CPU, reads ids where they are in the packed batch, without a view of each column's values and offsets."""
     for node in graph.find_nodes(op="call_function", target=order_ids):
         columns: list[tuple[Node, Node]] = list(zip(*node.args, strict=True))  # type: ignore[arg-type]
         if _tensor(columns[0][0]).device.type != "cpu":

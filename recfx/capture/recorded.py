@@ -66,7 +66,7 @@ class Replays:
     ) -> tuple[Any, list[Any]]:
         """(state, aux of each batch). Batches are of one layout, `function` and the most ids per table of one batch.
 
-        Raises:   ValueError when a sweep would come in the midst of the batches.
+        Raises:   ValueError when a sweep would come in the middle of the batches.
         """
         num, places = len(batches), _places(state)
         needed = [num, *(num * n for n in ids)]
@@ -87,7 +87,7 @@ class Replays:
 
 
 def check_sweep(num: int, most: int) -> None:
-    """Raises where a sweep would come in the midst of `num` batches."""
+    """Raises where a sweep would come in the middle of `num` batches."""
     if num > most:
         raise ValueError(
             f"batches: got {num}, expected at most {most}. After those rows are swept, which must not wait for the "
@@ -118,7 +118,7 @@ def _versions(state: Any) -> tuple[int, ...]:
 def untouched(state: Any) -> Iterator[None]:
     """Runs of `update_` or `evaluate_` on an empty batch leave no trace in the state.
 
-    An empty batch reaches no row: it has no ids, and the step is not due. What it writes beside the rows (counters,
+    An empty batch reaches no row: it has no ids, and the step is not due. What else it writes (counters,
     dense parameters, metrics) is put back. Nothing as large as a table is copied.
     """
     written = [*(s.counters for s in state.tables), *tree_leaves(state._replace(tables=()))]
@@ -183,11 +183,11 @@ class _Stage:
 class Feed:
     """Brings batches into static buffers on the device, those from the host through two stages in turns.
 
-    While the steps read the static buffers, the next batches are copied to a stage on a stream of its own. From the
+    While the steps read the static buffers, the next batches are copied to a stage on a separate stream. From the
     stage to the static buffers it is one copy within the device, in order with the steps. What only batches from the
     host or from pageable memory need is made when the first one comes.
 
-    Args:     static: u8 [batches, bytes].  cuda: torch.cuda, or what stands in for it in a test.
+    Args:     static: u8 [batches, bytes].  cuda: torch.cuda, or its replacement in a test.
     """
 
     def __init__(self, static: Tensor, cuda: Any = torch.cuda) -> None:

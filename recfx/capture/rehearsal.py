@@ -1,4 +1,4 @@
-"""What is wrong with a function that torch.compile has refused, as Python says it."""
+"""What is wrong with a function that torch.compile rejects, as an error of Python."""
 
 from __future__ import annotations
 

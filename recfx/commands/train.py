@@ -46,7 +46,7 @@ def add_evaluate_to(commands: argparse._SubParsersAction) -> None:
     add("run", help="output folder of the run")
     add("paths", nargs="+", help=f"{PATHS} to evaluate on")
     add("--checkpoint", help="folder of the checkpoint, step-...; None: the newest one of the run")
-    add("--program", metavar="FILE.py|MODULE", help="where the program is now; None: where run.json says")
+    add("--program", metavar="FILE.py|MODULE", help="where the program is now; None: the path in run.json")
     add("--allow_changes", action="store_true", help="go on where the program's source has changed since")
     add("--eval_steps", type=int, help="batches to read; None: all")
     _add_backend(parser)

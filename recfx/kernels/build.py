@@ -26,7 +26,7 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-
 PACKAGE = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
 NUM_CORES = os.cpu_count() or 1
-ELSEWHERE = "Set TMPDIR to a folder of yours."
+ELSEWHERE = "Set TMPDIR to a private folder."
 _one_build = threading.Lock()
 
 
@@ -173,7 +173,7 @@ def _compile(compiler: str, sources: list[Path], path: Path, num_processes: int,
 
 
 def _run(command: list[str]) -> str:
-    """What it says."""
+    """Its standard output."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         hint = f"{ELSEWHERE}\n" if "No space left" in done.stderr else ""

@@ -1,4 +1,4 @@
-"""Plain stochastic gradient descent: w <- w - lr (g + wd w). It keeps nothing beside the weights."""
+"""Plain stochastic gradient descent: w <- w - lr (g + wd w). It keeps nothing but the weights."""
 
 from __future__ import annotations
 

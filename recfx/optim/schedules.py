@@ -74,7 +74,7 @@ def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
 
 
 def warm_up(lr: Rate, num_steps: int) -> Schedule:
-    """Linear from lr / num_steps at the first step to lr; what `lr` says after that begins when the warm-up ends.
+    """Linear from lr / num_steps at the first step to lr; after it, `lr` counts from the end of the warm-up.
 
     Example:  >>> warm_up(linear(1.0, 0.0, 2), 4)(torch.arange(6.0)).tolist()
               [0.25, 0.5, 0.75, 1.0, 1.0, 0.5]

@@ -15,7 +15,7 @@ A program is a module with a function `build`, and `ARGUMENTS`, the defaults of 
 
 `train` runs it and writes `run.json` next to the checkpoints. A checkpoint does not contain the feature function or the
 model; `load` rebuilds them from `run.json` and the program, and rejects a program whose source has changed. `evaluate`
-and whatever else reads a run start from there. A loop of your own needs none of this: `recfx.train.train` and
+and whatever else reads a run start from there. A separate loop does not need this: `recfx.train.train` and
 `recfx.train.evaluate` take a step, a state and a reader.
 """
 

@@ -89,7 +89,7 @@ def load(
     `differences`.
 
     Args:     run: the output folder, or its `run.json`.
-              program: where the program is now, if it has been moved; None: where `run.json` says.
+              program: where the program is now, if it has been moved; None: the path in `run.json`.
               allow_changes: build it although its sources have changed.
     Raises:   ValueError when there is no such record, it is damaged or of a newer recfx, the program is not found, or
               its sources have changed; what `build` raises.

@@ -32,6 +32,7 @@ from recfx.types import Params
 __all__ = ["train_step"]
 
 
+# long: its arguments, and the Step by keyword
 def train_step(
     *,
     features: Callable[[Any], dict[str, Any]],
@@ -80,7 +81,7 @@ def train_step(
               `recfx.kernels.rows.add_row_grads.add_row_grads_atomic_` adds them as they come on a GPU.
               precision: of the products of matrices in `forward` and its gradients; all else is f32. "bf16": see
               `recfx.layers.in_bf16`. "tf32": on CUDA, in captured steps, operands keep 10 bits of their mantissa.
-              on_nonfinite: what follows when a loss, a logit or a gradient is NaN or infinite. "stop": the state says
+              on_nonfinite: what follows when a loss, a logit or a gradient is NaN or infinite. "stop": the state shows
               in which step it happened first, and `recfx.train` raises before it saves or logs. "skip": the micro-batch
               is left out. Parameters, rows, optimiser states, statistics and metrics stay as they were, its samples
               are not counted, and rows that it inserted keep their initial value. "ignore": nothing is looked for.

@@ -161,7 +161,7 @@ def _check_memory(params: Params) -> None:
                 f"params '{name}': got an expanded tensor {list(p.shape)}, expected memory for each item. It is "
                 "updated in place. Give its .clone()."
             )
-        if not p.is_contiguous() or p.numel() == 0:  # columns of one matrix lie between each other
+        if not p.is_contiguous() or p.numel() == 0:  # columns of one matrix are interleaved
             continue
         first = int(p.storage_offset()) * p.element_size()
         place = first, first + p.numel() * p.element_size(), name

@@ -56,7 +56,7 @@ class TrainState(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What a step says of its batch. Valid until the next call of the captured step."""
+    """What a step returns about its batch. Valid until the next call of the captured step."""
 
     loss: Tensor  # f32 [], mean over the batch's samples, nats
     logit: Tensor  # f32 [B, 1]
@@ -83,7 +83,7 @@ class Step:
     flush_:     (state) -> state; applies an incomplete accumulation window with its true count.
     ids_in:     (batch) -> most ids per table that batches of this layout hold.
     grow_:      (state, ids) -> state; makes room for that many new ids per table. Runs between steps, on the host.
-    sweep_:     (state, number) -> state; deletes rows where the step's `Life` says so after step `number`. Call it
+    sweep_:     (state, number) -> state; deletes rows that the step's `Life` expires after step `number`. Call it
                 after every optimiser step, with the steps taken so far.
     read:       (batch) -> features by name, `recfx.types.NUM_SAMPLES` among them.
     plan:       the physical tables, one per entry of TrainState.tables.

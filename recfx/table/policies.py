@@ -65,11 +65,11 @@ class Life:
               score, keep: of what is left, rows are deleted by rising score, then by row number, down to `keep` rows.
               every: optimiser steps between sweeps; a sweep runs after each step number that it divides.
               at_cap: what to do when a table has `max_rows` rows: "refuse" new ids and count them, "evict" by a sweep
-              at the end of the step that filled it (of that step's ids those that came too late are refused), or
-              "stop" with an error at the end of the step that had to refuse one.
+              at the end of the step that filled it (of that step's ids those that came too late get no row), or
+              "stop" with an error at the end of the step that had no room for one.
     Cost:     4 bytes a row and one pass over a step's rows for `num_steps`; a sweep reads every row's columns.
     Raises:   ValueError on a number out of range, when only one of `score` and `keep` is given, or neither to evict by;
-              TypeError on what is no int or no function.
+              TypeError on what is not an int or not a function.
     Example:  >>> Life(expire=unseen_for(10_000), score=least_recently_used, keep=900_000).every
               1000
     """
@@ -98,7 +98,7 @@ class Life:
         if self.at_cap not in ("refuse", "evict", "stop"):
             raise ValueError(f"at_cap: got '{self.at_cap}', expected 'refuse', 'evict' or 'stop'.")
         if self.at_cap == "evict" and self.score is None:
-            raise ValueError("score: got None with at_cap='evict', expected a function. It says which rows go.")
+            raise ValueError("score: got None with at_cap='evict', expected a function. It specifies which rows go.")
 
 
 # Admission.
@@ -107,7 +107,7 @@ class Life:
 def at_least(n: int) -> Admit:
     """A row is created at an id's n-th occurrence.
 
-    Raises:   TypeError when n is no int, ValueError when it is below 1.
+    Raises:   TypeError when n is not an int, ValueError when it is below 1.
     Example:  >>> at_least(3)(torch.tensor([1, 2, 3, 4]), None, None, None).tolist()
               [False, False, True, True]
     """
@@ -118,7 +118,7 @@ def at_least(n: int) -> Admit:
 def with_probability(p: float, *, seed: int) -> Admit:
     """Each occurrence of an id without a row creates one with probability p, drawn from (seed, vocabulary, id, count).
 
-    Raises:   TypeError when p is no number or seed no int; ValueError when p is not 0 to 1, or seed has over 64 bits.
+    Raises:   TypeError when p is not a number or seed not an int; ValueError when p is not 0 to 1, or seed over 64 bits.
     Example:  >>> with_probability(1.0, seed=0)(torch.tensor([1]), torch.tensor([7]), torch.tensor([0]), None).tolist()
               [True]
     """
@@ -148,7 +148,7 @@ def read_only(count: Tensor, id: Tensor, vocabulary: Tensor, step: Tensor) -> Te
 def unseen_for(steps: int) -> Expire:
     """A row last seen at step s is deleted at the check after step t if t - s >= steps.
 
-    Raises:   TypeError when steps is no int, ValueError when it is below 1.
+    Raises:   TypeError when steps is not an int, ValueError when it is below 1.
     Example:  >>> rows = RowColumns(None, None, torch.tensor([1, 5, 6]), None, None, None)
               >>> unseen_for(5)(rows, 10).tolist()
               [True, True, False]
@@ -160,7 +160,7 @@ def unseen_for(steps: int) -> Expire:
 def created_before(steps: int) -> Expire:
     """Time to live: a row created at step s is deleted at the check after step t if t - s >= steps, seen or not.
 
-    Raises:   TypeError when steps is no int, ValueError when it is below 1.
+    Raises:   TypeError when steps is not an int, ValueError when it is below 1.
     Example:  >>> rows = RowColumns(None, None, None, torch.tensor([1, 5, 6], dtype=torch.int32), None, None)
               >>> created_before(5)(rows, 10).tolist()
               [True, True, False]

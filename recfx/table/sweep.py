@@ -23,7 +23,7 @@ def is_sweep_due(state: TableState, life: Life, number: int) -> bool:
 
 
 def sweep_(state: TableState, life: Life) -> TableState:
-    """Deletes what `life` says should go; afterwards forgets the candidates if they are more than half full.
+    """Deletes the rows that `life` expires; afterwards forgets the candidates if they are more than half full.
 
     Cost:     one pass over the columns that the policies read, and a rehash when a row was deleted; host syncs.
     Raises:   ValueError inside a step; TypeError when a policy returns something else than it should.

@@ -43,7 +43,7 @@ def train(
               on_event: called with every event.
     Returns:  the state after the last step, and where training stands.
     Raises:   ValueError when steps_per_replay is below 1, there is nothing to train on, output_dir holds checkpoints
-              and neither resume, overwrite nor a state loaded from there says what to do, or it holds some to resume
+              and neither resume, overwrite nor a state loaded from there decides what to do, or it holds some to resume
               from and the state is loaded or trained already, or the newest one was saved in the middle of other data,
               or when labels were outside [0, 1], before or in this call, see `check_labels`; FloatingPointError when
               the step met NaN or infinity, before or in this call, and is to stop, see `check_finite`; OSError when

@@ -14,7 +14,7 @@ import pytest
 from recfx.kernels import build
 from tests.faults.children import folder_for_all, in_child
 
-ELSEWHERE = "Set TMPDIR to a folder of yours"
+ELSEWHERE = "Set TMPDIR to a private folder"
 
 
 @pytest.fixture

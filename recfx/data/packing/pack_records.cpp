@@ -216,7 +216,7 @@ constexpr int64_t MAX_PREFETCHED = 1024;  // bytes of a record; what follows com
 
 extern "C" {
 
-// starts[r] = byte at which row r's record begins, starts[num_rows] = number of bytes, 8 of them behind the last record.
+// starts[r] = byte at which row r's record begins, starts[num_rows] = number of bytes, 8 of them after the last record.
 void recfx_record_starts(const int64_t* sources, const Target* targets, int64_t num_columns, int64_t num_rows,
                          int64_t* starts) {
     std::fill(starts, starts + num_rows + 1, int64_t{0});

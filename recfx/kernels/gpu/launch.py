@@ -60,7 +60,7 @@ def columns_of(width: int) -> int:
 
 
 def cover_of(width: int, *strides: int) -> int:
-    """Columns up to a multiple of 4, if those behind `width` are every row's own: 16 bytes then need one mask alone."""
+    """Columns up to a multiple of 4, if those after `width` belong to the same row: 16 bytes then need one mask."""
     cover = -(-width // 4) * 4
     return cover if all(stride % 4 == 0 and stride >= cover for stride in strides) else width
 

@@ -4,7 +4,7 @@ Up to MERGED positions take two launches, where torch's sort takes 13:
 
     sort_block     a block of positions by (unique number, position), in registers
     merge_blocks   an item's place is the number of items before it: in its own block its place there, in each other
-                   block found by bisection. The item before it in that order says where a row begins.
+                   block found by bisection. The item before it in that order shows where a row begins.
 
 Comparisons grow with the square of the number of blocks, so more positions than that are sorted by torch, and one
 launch, `take_sorted`, reads what comes out.

@@ -1,11 +1,11 @@
 """Sums over all programs of a launch, made by that launch: no program waits for another, and none is run for it.
 
 Each program adds up its own items and hands in the total. The last one to do so of every PART programs turns the totals
-of its part into sums of those before; the last part's does the same for the parts. A launch behind it then reads
+of its part into sums of those before; the last part's does the same for the parts. The next launch then reads
 
     sum up to item i  =  items of i's program up to i  +  sum_before(i's program)
 
-Sums are of integers and by place, so they do not depend on who is last. What programs hand to each other goes by
+Sums are of integers and by place, so they do not depend on who is last. What programs hand to each other passes through
 atomics, never by plain loads, which may show what memory held before.
 """
 

@@ -1,4 +1,4 @@
-"""count_candidates_: how often ids that have no row have occurred, counted exactly in an index of their own."""
+"""count_candidates_: how often ids that have no row have occurred, counted exactly in a separate index."""
 
 from __future__ import annotations
 

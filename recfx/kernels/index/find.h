@@ -35,7 +35,7 @@ class Finder {
   int64_t num_padding = 0;  // among the ids of the share: places are -1 there
 
   // place_P[k] of the ids [begin, end): where `keys` has the key and the row of id k. Whenever more is known,
-  // `found(place)` is told that all rows of the share before `place` are.
+  // `found(place)` is called when all rows of the share before `place` are.
   template <class F>
   void find(int64_t begin, int64_t end, int32_t* place_P, F found) {
     for (met_bits = 4; met_bits < MET_BITS && (1 << met_bits) < end - begin;) ++met_bits;

@@ -2,7 +2,7 @@
 //
 // 1. in parallel, each thread makes the ids of its share into keys, equal ones into one, and reads the index for them:
 //    this is where the cache misses are.
-// 2. behind that, the first thread walks the keys in order: new rows, unique numbers, last-seen step. Keys that are not
+// 2. during that, the first thread walks the keys in order: new rows, unique numbers, last-seen step. Keys that are not
 //    yet found may then be found in slots that it fills, as they would be later.
 // 3. in parallel, every id gets what its key got, and new rows get their initial values.
 #include <atomic>
@@ -64,7 +64,7 @@ EXPORT void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabulari
 
   constexpr int64_t AHEAD = 32;  // `seen` is fetched by the thread that writes it: another's core would keep the line
   const auto number_keys = [&](int64_t begin, int64_t end) {
-    // By pointers of its own: what is captured would be read again after every store.
+    // By local pointers: what is captured would be read again after every store.
     int32_t *const row = keys.row.get(), *const number = numbers.get(), *const rows_in_order = unique_rows;
     int64_t* const last_seen = seen;
     const uint64_t now = (uint64_t)step << 32;

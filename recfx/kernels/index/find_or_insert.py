@@ -25,6 +25,7 @@ from recfx.kernels.rows.initial import initial_values
 __all__ = ["find_or_insert_"]
 
 
+# long: the specification of the table, read from top to bottom
 def definition(
     slots: Tensor,
     ids: Tensor,

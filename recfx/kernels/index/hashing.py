@@ -1,4 +1,4 @@
-"""The index's hash and probe in plain torch: what table.h says, on any device."""
+"""The index's hash and probe in plain torch: the same as table.h, on any device."""
 
 from __future__ import annotations
 

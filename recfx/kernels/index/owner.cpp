@@ -1,4 +1,4 @@
-// Which rank holds each (vocabulary, id). The caller has threads of its own.
+// Which rank holds each (vocabulary, id). The caller has its threads.
 #include "kernels/kernels.h"
 
 EXPORT void owner(const int64_t* ids, const int32_t* vocabularies, int64_t num, int64_t world_size, int64_t* ranks) {

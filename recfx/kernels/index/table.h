@@ -1,4 +1,4 @@
-// What the table kernels share. The torch definitions beside them say the same in numbers.
+// What the table kernels share. The torch definitions compute the same.
 #pragma once
 #include <omp.h>
 
@@ -140,7 +140,7 @@ static inline int64_t quotient(int32_t cell, int64_t divisor) {
   return divisor == 1 ? cell : (int64_t)((unsigned __int128)reciprocal * (uint64_t)cell >> 64);
 }
 
-// One past the last id: all that comes after is padding, and padding may stand between the ids too.
+// One past the last id: all that comes after is padding, and padding may occur between ids too.
 static inline int64_t count_ids(const int32_t* cell, int64_t num_positions) {
   constexpr int64_t BLOCK = 64;
   const auto are_all_padding = [cell](int64_t end) {

@@ -77,7 +77,7 @@ def table_of(links: Links, forms: Mapping[Key, Form]) -> ctypes.Array | None:
 
 def offsets_fit(base: int, table: ctypes.Array | None) -> bool:
     """Whether all offsets begin with 0, never fall, and end within what they count. False as well without a
-    compiler: `check_columns` then looks again, and says what is not right.
+    compiler: `check_columns` then looks again, and names what is wrong.
 
     Args:     base, table: an address, and for each tensor of offsets its first byte from there, its lists, and the
               items that they count.

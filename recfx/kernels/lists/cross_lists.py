@@ -33,7 +33,7 @@ def definition(
 
     Shapes:   x i64 [any], x_offsets i32 [B + 1], x_weights f32 [any]; y the same with the same B.
     Returns:  values i64 [capacity], weights f32 [capacity], offsets i32 [B + 1], overflow i64 []: how many pairs found
-              no room. The pairs kept are the first ones in order; 0 stands behind the last.
+              no room. The pairs kept are the first ones in order; 0 follows the last.
     """
     x, x_weights, num_x, x_first = _distinct(x, x_offsets, x_weights)
     y, y_weights, num_y, y_first = _distinct(y, y_offsets, y_weights)

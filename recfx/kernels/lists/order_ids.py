@@ -39,7 +39,7 @@ def definition(values: Sequence[Tensor], offsets: Sequence[Tensor]) -> tuple[Ten
 
     Shapes:   values[l] i64 [capacity of lookup l], offsets[l] i32 [B + 1]
               -> id_P i64 [P], cell_P i32 [P], P the sum of capacities; cell = sample * L + lookup.
-              Behind the last id comes padding: id 0, cell -1.
+              Padding follows the last id: id 0, cell -1.
     Raises:   RuntimeError when offsets fall, begin below 0 or end beyond the values; on a GPU, where a kernel cannot
               raise, those ids are padding.
     """

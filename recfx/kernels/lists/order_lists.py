@@ -24,7 +24,7 @@ def definition(
 
     Shapes:   values[l] i64 [capacity of lookup l], offsets[l] i32 [B + 1], weights[l] f32 like values[l] or None
               -> id_P i64 [P], cell_P i32 [P], weight_P f32 [P], P the sum of capacities; a weight is 1 without weights.
-              Behind the last id comes padding: id 0, cell -1, weight 0.
+              Padding follows the last id: id 0, cell -1, weight 0.
     Raises:   as `order_ids`; RuntimeError when a lookup has not one weight for each id.
     """
     check_offsets(values, offsets)

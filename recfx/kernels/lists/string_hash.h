@@ -22,7 +22,7 @@ static inline uint64_t murmur_word(uint64_t hash, uint64_t word) {
 }
 static inline uint64_t murmur_end(uint64_t hash) { return fold(fold(hash) * MURMUR); }
 
-// The last n < 8 bytes as a little-endian number; `before` says how many bytes in front of them may be read.
+// The last n < 8 bytes as a little-endian number; `before`: how many bytes in front of them may be read.
 static inline uint64_t tail_of(const uint8_t* s, int64_t n, bool before) {
   if (before) return load64(s + n - 8) >> (64 - 8 * n);
   if (n >= 4) return load32(s) | load32(s + n - 4) << 8 * (n - 4);
@@ -80,7 +80,7 @@ struct FarmState {
     *second = b + rotate(a, 44) + before;
   }
 
-  // One block of 64 bytes. The last block has multipliers of its own, nine times heavier on w1 and v0.
+  // One block of 64 bytes. The last block has separate multipliers, nine times heavier on w1 and v0.
   void block(const uint8_t* s, uint64_t multiplier, uint64_t weight) {
     x = rotate(x + y + v0 + load64(s + 8), 37) * multiplier ^ w1 * weight;
     y = rotate(y + v1 + load64(s + 48), 42) * multiplier + v0 * weight + load64(s + 40);

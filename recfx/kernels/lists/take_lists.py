@@ -13,7 +13,7 @@ __all__ = ["list_of", "take_lists"]
 
 
 def list_of(offsets: Tensor, capacity: int) -> Tensor:
-    """i64 [capacity]: the list that each place belongs to; number of lists behind the last one."""
+    """i64 [capacity]: the list that each place belongs to; number of lists after the last one."""
     place = torch.arange(capacity, dtype=torch.int32, device=offsets.device)
     return torch.searchsorted(offsets[1:].contiguous(), place, right=True)
 
@@ -23,8 +23,8 @@ def definition(
 ) -> list[Tensor]:
     """List l of column c becomes values[c][first[c][l] : first[c][l] + length[c][l]].
 
-    Shapes:   values[c] [any], first[c] and length[c] i32 [lists]. Lists may overlap and stand in any order.
-    Returns:  for each column values [capacity[c]], 0 behind the last list, and offsets i32 [lists + 1]. Lists
+    Shapes:   values[c] [any], first[c] and length[c] i32 [lists]. Lists may overlap and be in any order.
+    Returns:  for each column values [capacity[c]], 0 after the last list, and offsets i32 [lists + 1]. Lists
               beyond the capacity are cut: the caller knows that there are none.
     """
     out = []

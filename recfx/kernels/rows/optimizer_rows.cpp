@@ -1,4 +1,4 @@
-// Optimisers on the rows of one step, then the step's gradients and unique count to zero; one step more. A formula says what
+// Optimisers on the rows of one step, then the step's gradients and unique count to zero; one step more. A formula defines what
 // happens to one row; the walk over the rows is the same for all.
 #include <vector>
 

@@ -68,7 +68,7 @@ def _adagrad(rows: Tensor, g: Tensor, decay: Tensor, rate: Tensor, own: Own, dim
 
 
 def _rowwise_adagrad(rows: Tensor, g: Tensor, decay: Tensor, rate: Tensor, own: Own, dims: Widths) -> Tensor:
-    """Behind the weights stands one sum per logical table, of the mean of its squared gradients."""
+    """After the weights there is one sum per logical table, of the mean of its squared gradients."""
     initial, eps = own
     w, sum = rows[:, 0].split([g.shape[1], len(dims)], dim=1)
     g = g + decay * w

@@ -79,7 +79,7 @@ def lists_definition(
     firsts: Sequence[int],
     dims: Sequence[int],
 ) -> list[Tensor]:
-    """`pool` where `order_ids_ends` says at which position each list ends, i32 [B * L]: on a GPU one launch, not three.
+    """`pool` where `order_ids_ends` gives the position at which each list ends, i32 [B * L]: one launch on a GPU.
 
     Cells are those of `order_ids_ends`, or -1 for an id that is padding.
     """

@@ -21,7 +21,7 @@ ROWS = 128  # programs that are added up at once
 @triton.jit
 def count_bins(histogram, num_bins, logit, label, valid, logit_range):
     """Adds one for each valid sample. Those of the first and the last place of a program, which are all of them where
-    a model says the same of every sample, are added at once: adds to one address wait for each other."""
+    a model predicts the same for every sample, are added at once: adds to one address wait for each other."""
     bin = tl.div_rn(logit + logit_range, logit_range * 2) * num_bins
     bin = tl.where(bin >= 0, tl.minimum(bin, num_bins - 1), 0.0)  # NaN: the lowest
     place = tl.where(label > 0.5, num_bins, 0) + bin.to(tl.int32)

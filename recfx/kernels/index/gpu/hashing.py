@@ -1,4 +1,4 @@
-"""The index's hash and probe, as `table.h` has them for a CPU and `kernels/hashing.py` says in torch."""
+"""The index's hash and probe, as in `table.h` for a CPU and in `index/hashing.py` in torch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def swap_where(active, places, num_places, at, expected, value):
     """What places[at] held; `value` is there now if that was `expected`. Only for active lanes.
 
     tl.atomic_cas has no mask. An idle lane compares with what no place holds, and does so at an address that it shares
-    with as few others as there can be: aimed at one, such as place 0, they would queue behind each other, launch-wide.
+    with as few others as there can be: aimed at one, such as place 0, they would wait for each other, launch-wide.
     num_places: a power of two.
     """
     lane = tl.program_id(0) * active.shape[0] + tl.arange(0, active.shape[0])
@@ -125,7 +125,7 @@ def next_empty(slots, mask, start, k, active):
 def place(slots, mask, hash, slot, active):
     """Puts the slots of distinct, absent keys in the first empty places of their ways; how many are crowded, i64.
 
-    Whatever the order in which lanes win a place, every key stands in its way with no empty slot before it: slots only
+    Whatever the order in which lanes win a place, every key is on its path with no empty slot before it: slots only
     fill, so what a lane read as full is full, and what it read as empty is won or lost by compare-and-swap. Lanes look
     for a place until all have one, and then swap at once: lanes that wait swap too (`swap_where`).
     """

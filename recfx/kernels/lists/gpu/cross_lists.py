@@ -1,6 +1,6 @@
 """cross_lists on a GPU: distinct ids by the scratch table of find_or_insert_, whatever the lists' lengths.
 
-key_lists     ids of both features end to end, each with the number of its list, those of y behind those of x
+key_lists     ids of both features end to end, each with the number of its list, those of y after those of x
 claim         every (list, id) claims a place, which ends with its first occurrence
 flag_firsts   first occurrences are summed up (`scan.py`), which ranks them
 count_pairs   first occurrences by rank; distinct x times distinct y of each sample, summed up

@@ -1,7 +1,7 @@
 """add_row_grads_ on a GPU: positions in the order of their unique numbers, then a program per few unique rows.
 
 A row with up to CHUNK occurrences has them added one by one, in order, as a CPU does. Of a row with more, all but the
-last few are summed beforehand by programs of their own, a chunk at a time, in a fixed tree; the chunks are added in
+last few are summed beforehand by separate programs, a chunk at a time, in a fixed tree; the chunks are added in
 order, then the rest. Chunks begin where the row begins: a sum depends on the row's own occurrences, and on no race.
 
 The atomic form needs no order; its sums differ from run to run in the last bits.

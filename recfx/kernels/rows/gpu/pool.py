@@ -1,6 +1,6 @@
 """pool and pool_lists on a GPU: one launch for all slices of the columns, each output written once.
 
-`pool_lists` is told where each list ends. `pool` marks the first and the last place of each cell before, for lists that
+`pool_lists` is given where each list ends. `pool` marks the first and the last place of each cell, for lists that
 are cut or weighted.
 
 Where ids without a row have their initial value, a second kernel adds it: it takes many registers to compute, and more
