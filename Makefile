@@ -5,6 +5,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0
 
+# Rewritten tests and compiled modules are kept in __pycache__: the tests start many processes that import the same.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test pytest slow bench bench-all lint graphs docs clean
 
 # torch goes in first and alone, by exact version: nothing later may pull in another build of it.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recfx.checks import check_type, signature_of
 from recfx.kernels.index.hashing import GOLDEN, mix, shift_right
+from recfx.kernels.op import constant_result
 from recfx.types import Params
 
 __all__ = ["Context", "Stats", "with_context"]
@@ -85,7 +86,7 @@ class Context:
         return torch.where(self.uniform(name, *x.shape[1:]) >= p, x / (1 - p), 0.0)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _key_of(seed: int, name: str) -> int:
     """Signed 64-bit key of a name: the same on every machine and in every process."""
     digest = hashlib.blake2b(f"{seed}/random/{name}".encode(), digest_size=8).digest()

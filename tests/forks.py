@@ -7,6 +7,7 @@ fork is a process as the script would have it: its own working folder, arguments
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -105,6 +106,8 @@ def warm() -> None:
     torch.compile(lambda x: (x.exp() + 1).sum(), dynamic=False)(torch.ones(8))
     torch.compiler.reset()
     tqdm.monitor_interval = interval
+    gc.collect()
+    gc.freeze()  # a fork that ends does not search what it has from here
     threads = [Path(f"/proc/self/task/{n}/comm").read_text().strip() for n in os.listdir("/proc/self/task")]
     assert len(threads) == 1, f"the warm process has threads: {threads}"
     assert not any(name.split(".")[0] == "recfx" for name in sys.modules)

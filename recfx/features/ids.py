@@ -13,6 +13,7 @@ from torch import Tensor
 from recfx.features.columns import ColumnT, expect_ragged, of_one_or_many, on_values
 from recfx.kernels.lists.cross_lists import cross_lists
 from recfx.kernels.lists.string_hash import farm_hashes, murmur_hashes
+from recfx.kernels.op import constant_result
 from recfx.types import Ragged
 
 __all__ = ["cross", "farm_hash", "mod", "multi_hash", "murmur_hash"]
@@ -109,7 +110,7 @@ def multi_hash(ids: ColumnT, num_buckets: Sequence[int]) -> list[ColumnT]:
     return [into(m, _largest_prime(c * b), b) for m, c, b in numbers]
 
 
-@torch.compiler.assume_constant_result  # the search for a prime is not part of a graph
+@constant_result  # the search for a prime is not part of a graph
 def _largest_prime(most: int) -> int:
     return _search_prime(most)
 

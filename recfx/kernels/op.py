@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,12 @@ from torch.autograd.forward_ad import unpack_dual
 
 from recfx.kernels.build import PACKAGE, library
 
-__all__ = ["DEFINITIONS", "SCHEMAS", "address", "c_function", "define_op", "gpu_function", "has_cpu_kernel", "int64s"]
+__all__ = [
+    "DEFINITIONS", "SCHEMAS", "address", "c_function", "constant_result", "define_op", "gpu_function", "has_cpu_kernel",
+    "int64s",
+]  # fmt: skip
+
+Result = TypeVar("Result")
 
 
 def _schemas() -> dict[str, str]:
@@ -40,6 +45,15 @@ _STRIDED = {"rows", "grads", "blocks"}  # arguments whose strides the kernels kn
 UNKNOWN = -1  # row of an id that is not in the table, and of padding
 REFUSED = -2  # row of an id that was to get one and did not: no room, or not admitted
 FREED = -1  # vocabulary of a row that is not in use
+
+
+def constant_result(function: Callable[..., Result]) -> Callable[..., Result]:
+    """What torch.compiler.assume_constant_result does: a graph holds the result, and not how it is computed.
+
+    That function imports Dynamo and Triton, 1.5 s of each process, and sets only this mark.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
 
 
 def define_op(
