@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from recfx import checkpoint, metrics, optim
 from recfx.capture import capture, capture_evaluation, capture_prediction, capture_steps
 from recfx.data import fixedlen, hashed, reader, varlen
-from recfx.embeddings import Embedding
+from recfx.embeddings import Embedding, tile
 from recfx.step import Step, TrainState, train_step
 from recfx.train import TrainConfig, evaluate, train
 from recfx.types import Batch, Ragged, pack
