@@ -111,7 +111,7 @@ def _like(default: Any, name: str, value: Any) -> Any:
             return float(value)
         except OverflowError as error:
             raise ValueError(
-                f"arguments: got {name}={said(value)}, expected a float. It is too large for one."
+                f"arguments: got {name}={said(value)}, expected a float. It is too large for one. Give a smaller one."
             ) from error
     if default is not None and type(value) is not type(default):
         raise ValueError(

@@ -92,8 +92,8 @@ def ids_of(features: Mapping[str, Any], name: str) -> Ragged:
         raise TypeError(f"feature '{name}': got {_said(value)}, expected Ragged i64 ids, or a dense [B, n] of them.")
     if value.outer:
         raise ValueError(
-            f"feature '{name}': got lists nested {len(value.outer) + 1} levels, expected one list of ids a sample. An "
-            "embedding combines the ids of a list. Give it recfx.features.flatten(column), which removes a level."
+            f"feature '{name}': got lists nested {len(value.outer) + 1} levels, expected one list of ids for each "
+            "sample. An embedding combines the ids of a list. Give it recfx.features.flatten(column)."
         )
     if value.values.dtype != torch.int64:
         raise TypeError(

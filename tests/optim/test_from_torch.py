@@ -409,12 +409,12 @@ def test_errors(make, error, message):
         (
             lambda w, m, g, *_: (w.to("meta"), m),
             ValueError,
-            r"got w torch.strided on meta returned, expected .* on cpu",
+            r"got w torch.strided on meta returned, exp.* on cpu",
         ),
         (
             lambda w, m, g, *_: (w, m.to_sparse()),
             ValueError,
-            r"got m torch.sparse_coo on cpu returned, expected torch.s",
+            r"got m torch.sparse_coo on cpu returned, expected",
         ),
         (lambda w, m, g, *_: (w, m.mean()), ValueError, r"formula: got m torch.float32 \[\] returned, expected"),
     ],

@@ -84,6 +84,15 @@ def test_a_mask_that_is_dropped_is_seen(monkeypatch):
         check(groups_of(max_pool), (), oracle=OwnOracle)
 
 
+def test_a_combiner_may_write_into_what_it_is_given():
+    batch, logits = batch_of(random.Random(0), ()), []
+    for function in (lambda rows, is_there: (rows * 2).sum(1), lambda rows, is_there: rows.mul_(2).sum(1)):
+        step = step_of({"emb": [Embedding("a", dim=2, combiner=combine(function, 3), init=INIT)]})
+        state, _ = step.update_(step.init(PARAMS), batch)
+        logits.append(step.predict(state, batch))
+    assert torch.equal(*logits)
+
+
 def test_gradients_are_those_of_an_nn_embedding():
     """Rows, outputs and one step of plain gradient descent."""
     ids = [[3, 1, 4], [1], [5, 5], [], [2, 1]]
