@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 # Read when torch is imported. A thread that waits for another one sleeps: by default it spins, and as many threads as
 # the tests' processes have together take most of their time so. And no pool of processes is started that would compile
-# Triton kernels for a GPU.
+# Triton kernels for a GPU. What the processor has is read from its flags; by default the compiler is tried ten times.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import pytest
 import torch
