@@ -35,7 +35,10 @@ def said(value: Any) -> str:
     if inspect.isroutine(value):
         return f"the function {value.__name__}"
     if value is None or isinstance(value, str | int | float):
-        text = repr(value)
+        try:
+            text = repr(value)
+        except ValueError:  # Python prints no longer ones
+            return f"an int of {value.bit_length()} bits"  # type: ignore[union-attr]
         return text if len(text) <= 80 else f"{text[:77]}..."
     return _name(type(value))
 

@@ -22,12 +22,11 @@ class Tile(NamedTuple):
 def tile(length: int) -> Tile:
     """The combiner that keeps a list's first `length` rows separate: [B, length, dim]. Later ids are not looked up.
 
-    Raises:   ValueError when length is below 1.
+    Raises:   TypeError when length is not an int, ValueError when it is below 1.
     Example:  >>> Embedding("history", dim=8, combiner=tile(50)).combiner
               Tile(length=50)
     """
-    if length < 1:
-        raise ValueError(f"length: got {length}, expected at least 1.")
+    check_int("length", length, 1)
     return Tile(length)
 
 

@@ -185,4 +185,9 @@ def _checked(made: Any, old: dict[str, Tensor]) -> list[Tensor]:
                 f"formula: got {name} {part.dtype} {list(part.shape)} returned, expected {before.dtype} "
                 f"{list(before.shape)}. It replaces what the row holds."
             )
+        if part.device != before.device or part.layout != before.layout:
+            raise ValueError(
+                f"formula: got {name} {part.layout} on {part.device} returned, expected {before.layout} on "
+                f"{before.device}. It replaces what the row holds."
+            )
     return list(parts)

@@ -107,7 +107,12 @@ def _like(default: Any, name: str, value: Any) -> Any:
     """A value, of the type of its default; a default of None takes any."""
     value = _through_json(name, value)
     if type(default) is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError(
+                f"arguments: got {name}={said(value)}, expected a float. It is too large for one."
+            ) from error
     if default is not None and type(value) is not type(default):
         raise ValueError(
             f"arguments: got {name}={said(value)}, expected one of type {type(default).__name__}. Its default is "

@@ -50,8 +50,8 @@ def find(program: str | os.PathLike[str]) -> Found:
     text = os.fspath(program)
     if text.endswith(".py") or not isinstance(program, str):
         file = Path(text).absolute()
-        if "\0" in text or not file.is_file():
-            raise ValueError(f"program: got {text!r}, expected the path of a .py file. There is no such file.")
+        if not _is_file(file):
+            raise ValueError(f"program: got {said(text)}, expected the path of a .py file. There is no such file.")
         file = file.resolve()
         return Found("", file, file.parent)
     parts = text.split(".")
@@ -73,6 +73,13 @@ def find(program: str | os.PathLike[str]) -> Found:
         )
     file = Path(origin).absolute()
     return Found(text, file, file.parents[len(parts) - (file.name != "__init__.py")])
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return "\0" not in str(path) and path.is_file()
+    except OSError:  # too long, or in a folder that may not be read
+        return False
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from recfx import checkpoint as checkpoints
 from recfx import train as loop
 from recfx.capture import capture, capture_evaluation, capture_steps
 from recfx.capture.captured import Backend
+from recfx.checks import check_type
 from recfx.program.bar import Bar
 from recfx.program.definition import Program, build_found
 from recfx.program.modules import find
@@ -52,6 +53,7 @@ def train(
     Raises:   what `build`, the program, `recfx.capture.capture`, `recfx.train.train` and `evaluate` raise; OSError when
               run.json cannot be written.
     """
+    check_type("config", config, TrainConfig)
     found = find(program)
     built, chosen = build_found(found, arguments)
     step, batches, evaluate_with = built.step, built.reader(paths, "train"), None
@@ -116,6 +118,7 @@ def restore(
     Args:     checkpoint: its folder; None: the newest one next to `run.json`.  program, allow_changes: see `load`.
     Raises:   ValueError when there is no checkpoint, or it does not fit the program; what `load` raises.
     """
+    check_type("checkpoint", checkpoint, str | os.PathLike | None, "It is the folder of a checkpoint.")
     built = load(run, program=program, allow_changes=allow_changes)
     folder = place_of(run).parent
     found = checkpoints.latest(folder) if checkpoint is None else Path(checkpoint)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from recfx.context import Context, Stats
+from recfx.embeddings import Lookup
 from recfx.step.checks import check_batch, check_features, check_logit
 from recfx.step.parts import Features, StepParts
 from recfx.step.state import Aux, Batch, TrainState
-from recfx.table import Found, groups_of, ids_of
+from recfx.table import Found, check_num_samples, groups_of, ids_of
 from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged
 
 __all__ = [
@@ -103,6 +104,11 @@ def num_ids(parts: StepParts, feats: Features) -> tuple[int, ...]:
     return tuple(sum(ids_of(feats, l.feature).values.numel() for l in t.lookups) for t in parts.plan.tables)
 
 
+def lookups_of(parts: StepParts) -> list[Lookup]:
+    """Those of all tables."""
+    return [lookup for table in parts.plan.tables for lookup in table.lookups]
+
+
 def aux_of(logit: Tensor, loss_B: Tensor, feats: Features) -> Aux:
     """What a step returns besides the state."""
     num_samples = feats[NUM_SAMPLES]
@@ -110,6 +116,7 @@ def aux_of(logit: Tensor, loss_B: Tensor, feats: Features) -> Aux:
 
 
 def _look_up(parts: StepParts, state: TrainState, feats: Features) -> tuple[list[list[Tensor]], list[Found]]:
+    check_num_samples(feats, lookups_of(parts))
     found = [t.find(s, t.read(feats)) for t, s in zip(parts.tables, state.tables, strict=True)]
     return [t.pool(s, f) for t, s, f in zip(parts.tables, state.tables, found, strict=True)], found
 

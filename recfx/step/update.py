@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_map
 from recfx.context import Stats
 from recfx.kernels.definitions import definitions
 from recfx.step.finite import clean_padding, count_nonfinite_, gradients_finite, outputs_finite, untouch_
-from recfx.step.forward import aux_of, context_of, num_ids, read, real_samples, total_loss
+from recfx.step.forward import aux_of, context_of, lookups_of, num_ids, read, real_samples, total_loss
 from recfx.step.parts import Features, StepParts
 from recfx.step.state import Aux, Batch, TrainState, Window
-from recfx.table import Found, Table, TableState
+from recfx.table import Found, Table, TableState, check_num_samples
 from recfx.types import NUM_SAMPLES, Params
 
 __all__ = ["flush_", "grow_", "in_graph_", "update", "update_"]
@@ -89,6 +89,7 @@ def _learn_(parts: StepParts, state: TrainState, feats: Features) -> tuple[Train
     context = context_of(parts, state, valid, training=True)
     touched = [s.num_unique.clone() for s in state.tables] if parts.skips else []
 
+    check_num_samples(feats, lookups_of(parts))
     found = [t.insert_(s, t.read(feats)) for t, s in zip(parts.tables, state.tables, strict=True)]
     rows = [t.pool(s, f) for t, s, f in zip(parts.tables, state.tables, found, strict=True)]
     (grads, row_grads), (logit, loss_B, stats) = gradients(parts, state.params, rows, found, feats, context)

@@ -10,7 +10,7 @@ from recfx.table.index import grow_, rebuild_, restore_
 from recfx.table.limits import Limits
 from recfx.table.memory import reserve
 from recfx.table.pooling import Occurrences, groups_of
-from recfx.table.reading import Found, Reading, ids_of
+from recfx.table.reading import Found, Reading, check_num_samples, ids_of
 from recfx.table.state import (
     CANDIDATE_FIELDS,
     COUNTERS,
@@ -37,6 +37,7 @@ __all__ = [
     "TableCandidates",
     "TableState",
     "TableStats",
+    "check_num_samples",
     "columns_of",
     "copy_of",
     "delete_",

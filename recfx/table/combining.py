@@ -18,7 +18,8 @@ def combined(combiner: Combiner, rows: Tensor, ids: Ragged, lookup: Lookup) -> T
     Shapes:   rows f32 [B, length, D] -> f32 [B, 1, D].
     Raises:   TypeError when it returns something that is not a tensor, ValueError on another dtype or shape.
     """
-    made = combiner.function(rows, _is_there(ids, combiner.length, lookup.padding_id))
+    # A combiner may write into what it is given; a graph drops the copy.
+    made = combiner.function(rows.clone(), _is_there(ids, combiner.length, lookup.padding_id))
     expected = rows.dtype, [rows.shape[0], rows.shape[2]]
     if not isinstance(made, Tensor) or (made.dtype, list(made.shape)) != expected:
         error = ValueError if isinstance(made, Tensor) else TypeError

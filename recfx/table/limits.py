@@ -33,6 +33,9 @@ class Limits:
     max_unique: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("max_rows", "max_bytes", "max_unique"):
+            if isinstance(getattr(self, name), bool):  # an int for Python
+                raise TypeError(f"{name}: got {getattr(self, name)}, expected int. It is a number.")
         check_type("max_rows", self.max_rows, int, WHOLE)
         check_type("max_bytes", self.max_bytes, int | None, WHOLE)
         check_type("max_unique", self.max_unique, int | None, WHOLE)

@@ -118,7 +118,7 @@ def at_least(n: int) -> Admit:
 def with_probability(p: float, *, seed: int) -> Admit:
     """Each occurrence of an id without a row creates one with probability p, drawn from (seed, vocabulary, id, count).
 
-    Raises:   TypeError when p is not a number or seed not an int; ValueError when p is not 0 to 1, or seed > 64 bits.
+    Raises:   TypeError when p is not a number or seed not an int; ValueError when p is not in [0, 1], or seed too long.
     Example:  >>> with_probability(1.0, seed=0)(torch.tensor([1]), torch.tensor([7]), torch.tensor([0]), None).tolist()
               [True]
     """

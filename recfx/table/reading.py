@@ -13,7 +13,7 @@ from recfx.embeddings import Lookup
 from recfx.kernels.lists import order_ids, order_lists
 from recfx.types import NUM_SAMPLES, Ragged
 
-__all__ = ["Cells", "Found", "Reading", "cells_of", "ids_of", "in_order"]
+__all__ = ["Cells", "Found", "Reading", "cells_of", "check_num_samples", "ids_of", "in_order"]
 
 
 class Reading(NamedTuple):
@@ -77,7 +77,7 @@ def in_order(lists: Sequence[Ragged], cells: Cells) -> Reading:
 def ids_of(features: Mapping[str, Any], name: str) -> Ragged:
     """The ids of a feature as lists: those of a dense [B, n] are lists of n, empty after the last real sample.
 
-    Raises:   ValueError when there is no such feature, TypeError when it holds no ids.
+    Raises:   ValueError when there is no such feature or its lists are nested, TypeError when it holds no ids.
     """
     value = features.get(name)
     if value is None:
@@ -90,6 +90,11 @@ def ids_of(features: Mapping[str, Any], name: str) -> Ragged:
         value = Ragged(value.reshape(-1), ends * length)
     if not isinstance(value, Ragged):
         raise TypeError(f"feature '{name}': got {_said(value)}, expected Ragged i64 ids, or a dense [B, n] of them.")
+    if value.outer:
+        raise ValueError(
+            f"feature '{name}': got lists nested {len(value.outer) + 1} levels, expected one list of ids a sample. An "
+            "embedding combines the ids of a list. Give it recfx.features.flatten(column), which removes a level."
+        )
     if value.values.dtype != torch.int64:
         raise TypeError(
             f"feature '{name}': got {value.values.dtype} ids, expected torch.int64. float32 merges ids above 2**24. "
@@ -100,6 +105,24 @@ def ids_of(features: Mapping[str, Any], name: str) -> Ragged:
     if value.weights is not None and value.weights.dtype != torch.float32:
         raise TypeError(f"feature '{name}': got {value.weights.dtype} weights, expected torch.float32.")
     return value
+
+
+def check_num_samples(features: Mapping[str, Any], lookups: Sequence[Lookup]) -> None:
+    """Raises ValueError, naming two features, when they have different numbers of samples."""
+    numbers: dict[str, int] = {}
+    for lookup in lookups:
+        value = features.get(lookup.feature)
+        if isinstance(value, Ragged):
+            numbers[lookup.feature] = value.num_samples
+        elif isinstance(value, Tensor) and value.dim():
+            numbers[lookup.feature] = value.shape[0]
+    for name, num in numbers.items():
+        first, expected = next(iter(numbers.items()))
+        if num != expected:
+            raise ValueError(
+                f"feature '{name}': got {num} samples, expected {expected}, as many as feature '{first}' has. A "
+                "feature has one list for each sample of the batch."
+            )
 
 
 def _said(value: object) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recfx.capture import trace
-from recfx.embeddings import Embedding, truncated_normal
+from recfx.embeddings import Embedding, tile, truncated_normal
 from recfx.models import deepfm
 from recfx.optim import sgd, sparse_adagrad, sparse_adamw, sparse_sgd
 from recfx.table import copy_of
@@ -92,6 +92,28 @@ def test_dense_ids_are_lists_of_equal_length():
     assert step.ids_in(rest | ids) == (len(FEATURES) * 2 * BATCH_SIZE,)
     with pytest.raises(TypeError, match=r"feature 'b': got Tensor of shape \[8, 2, 1\], expected Ragged i64 ids, or a"):
         step.update_(a, rest | ids | {"b": ids["b"][:, :, None]})
+
+
+@pytest.mark.parametrize("combiner", ["sum", "mean", tile(2)])
+def test_nested_lists_are_an_error(combiner):
+    step = deepfm_step(embeddings=deepfm_groups(combiner=combiner))
+    nested = dict(deepfm_batches(1)[0]) | {"b": Ragged.from_lists([[[1, 2], [3]]] * BATCH_SIZE)}
+    with pytest.raises(ValueError, match=r"feature 'b': got lists nested 2 levels, expected one list .*flatten"):
+        step.update_(fresh(step), nested)
+
+
+@pytest.mark.parametrize("dim", [DIM, DIM + 1])
+def test_features_with_other_numbers_of_samples_are_named(dim):
+    """In one physical table, and in two."""
+    embeddings = [Embedding("a", dim=DIM), Embedding("b", dim=dim)]
+    step = deepfm_step(embeddings={"emb": embeddings}, forward=lambda params, emb, feats: emb["emb"])
+    state = fresh(step)
+    batch = dict(deepfm_batches(1)[0]) | {"b": Ragged.from_lists([[1]] * (BATCH_SIZE + 1))}
+    message = rf"feature 'b': got {BATCH_SIZE + 1} samples, expected {BATCH_SIZE}, as many as feature 'a' has"
+    for call in (step.update_, step.evaluate_, step.predict):
+        with pytest.raises(ValueError, match=message):
+            call(state, batch)
+    assert not state.tables[0].num_rows
 
 
 def test_a_group_of_several_dims_is_their_concatenation():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from recfx import checkpoint, metrics, optim
 from recfx.capture import capture, capture_evaluation, capture_prediction, capture_steps
 from recfx.data import fixedlen, hashed, reader, varlen
-from recfx.embeddings import Embedding
+from recfx.embeddings import Embedding, tile
 from recfx.step import Step, TrainState, train_step
 from recfx.train import TrainConfig, evaluate, train
 from recfx.types import Batch, Ragged, pack
@@ -182,6 +182,9 @@ def test_optimizers(mistake, error, message):
     ("rate as text", lambda: Embedding("item", dim=8, lr_scale="1"), TypeError,
      r"feature 'item', lr_scale: got '1', expected a number"),
     ("max_rows", lambda: make(max_rows=1e3), TypeError, r"max_rows: got 1000.0, expected int. 1e3 is a float: write 1"),
+    ("max_rows", lambda: make(max_rows=True), TypeError, r"max_rows: got True, expected int. It is a number"),
+    ("max_bytes", lambda: make(max_bytes=True), TypeError, r"max_bytes: got True, expected int. It is a number"),
+    ("tile", lambda: tile("2"), TypeError, r"length: got '2', expected an int"),
     ("max_unique", lambda: make(max_unique=1e3), TypeError, r"max_unique: got 1000.0, expected int or None"),
     ("max_bytes", lambda: make(max_bytes="1G"), TypeError, r"max_bytes: got '1G', expected int or None"),
     ("seed", lambda: make(seed="42"), TypeError, r"seed: got '42', expected int"),

@@ -406,6 +406,16 @@ def test_errors(make, error, message):
             ValueError,
             r"formula: got w torch.float64 \[\d+, 4\] returned, expected torch.float32 \[\d+, 4\]",
         ),
+        (
+            lambda w, m, g, *_: (w.to("meta"), m),
+            ValueError,
+            r"got w torch.strided on meta returned, expected .* on cpu",
+        ),
+        (
+            lambda w, m, g, *_: (w, m.to_sparse()),
+            ValueError,
+            r"got m torch.sparse_coo on cpu returned, expected torch.s",
+        ),
         (lambda w, m, g, *_: (w, m.mean()), ValueError, r"formula: got m torch.float32 \[\] returned, expected"),
     ],
 )

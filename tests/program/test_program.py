@@ -312,6 +312,8 @@ def test_arguments_are_the_defaults_or_those_given_as_json_reads_them(tmp_path):
         ({"batch_size": True}, "got batch_size=True, expected one of type int"),
         ({"lr": None}, "got lr=None, expected one of type float"),
         ({"lr": float("nan")}, "got lr=nan, expected a value that JSON can hold"),
+        ({"lr": 10**400}, r"got lr=1000.*, expected a float\. It is too large"),
+        ({"name": 10**5000}, "got name=an int of 16610 bits, expected a value that JSON can hold"),
         ({"name": {1, 2}}, "got name=set, expected a value that JSON can hold"),
     ],
 )
@@ -376,6 +378,7 @@ def test_modules_that_are_no_programs(tmp_path, text, kind, message):
         ("data/clicks", r"program: got 'data/clicks', expected an import path such as 'package.module'"),
         ("", r"program: got '', expected an import path"),
         ("\0.py", r"program: got .*, expected the path of a .py file"),
+        ("x" * 5000 + ".py", r"program: got 'xxx.*, expected the path of a .py file. There is no such file"),
         ("json", r"build: got None, expected a function"),
     ],
 )
@@ -471,6 +474,13 @@ def test_other_threads_and_processors_are_differences_and_no_warning(run):
         "threads: got 1, expected 64 as in the run",
         f"instruction set: got {torch.backends.cpu.get_cpu_capability()}, expected SSE9 as in the run",
     ]
+
+
+def test_what_is_no_configuration_and_no_checkpoint(run, program, data):
+    with pytest.raises(TypeError, match=r"config: got None, expected recfx.train.TrainConfig"):
+        train(program, data, None)
+    with pytest.raises(TypeError, match=r"checkpoint: got 3, expected str or os.PathLike or None"):
+        restore(run, checkpoint=3)
 
 
 def test_a_run_without_a_checkpoint(run):
