@@ -5,12 +5,12 @@ from __future__ import annotations
 from recfx.checks import check_type
 from recfx.step import Step, TrainState
 
-__all__ = ["OF_INIT", "check_program"]
+__all__ = ["OF_INIT", "check_step_and_state"]
 
 OF_INIT = "Make one by step.init(params)."
 
 
-def check_program(step: object, state: object, advice: str) -> None:
+def check_step_and_state(step: object, state: object, advice: str) -> None:
     """Raises TypeError when they are not a step and its state, ValueError when the state is another step's.
 
     Args:     advice: the order of the arguments, a sentence.

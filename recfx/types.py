@@ -3,7 +3,7 @@
 Axis letters, used as name suffixes in functions with several axes:
 
     B batch   F sparse fields   N numeric fields   D width   U unique ids   C capacity   H hidden
-    L lookups of one physical table   P positions (ids of one batch, padding included)   V vocabularies
+    L cells of a sample in one table   P positions (ids of one batch, padding included)   V vocabularies
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 60  # of a function, its docstring not counted
 REASON = re.compile(r"#\s*long:\s*\w+")
+CODE = re.compile(r"^( *)```.*?^\1```|`[^`\n]*`", re.MULTILINE | re.DOTALL)  # of a page
 
 WORDS = {  # what does not occur in docstrings, comments, errors and pages, and what to write instead
     r"\banew\b": "again, or a verb with re-: rebuild, renumber",
@@ -63,7 +64,7 @@ def long_functions(source: str) -> Iterator[tuple[int, str, int]]:
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and text of the comments and strings of a source file, or of all lines of a page."""
+    """Line and text of the comments and strings of a source file, or text of a page without its code."""
     source = path.read_text()
     if path.suffix == ".py":
         kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
@@ -71,7 +72,7 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
             if token.type in kinds:
                 yield token.start[0], token.string
     elif path.suffix == ".md":
-        yield 1, source
+        yield 1, CODE.sub(lambda code: re.sub(r"[^\n]+", "x", code[0]), source)
     else:
         for number, line in enumerate(source.splitlines(), 1):
             if "//" in line:

@@ -23,7 +23,7 @@ from recfx.capture.compiled import compiled
 from recfx.capture.recorded import Replays, check_sweep, record
 from recfx.checks import check_choice, check_type
 from recfx.generators import check_graph, frozen, kept_generators
-from recfx.run_checks import check_program
+from recfx.run_checks import check_step_and_state
 from recfx.step import Aux, Step, TrainState
 from recfx.types import Batch, Layout, unpack
 
@@ -94,7 +94,7 @@ def capture(
     Raises:   TypeError when the batch is not packed; torch's error where a feature op or a model cannot be captured;
               ValueError where it draws from a random generator whose numbers the graph would freeze.
     """
-    check_program(step, state, ORDER)
+    check_step_and_state(step, state, ORDER)
     captured = _Captured(step, step.in_graph_, step.update_, step.grow_, state, batch, new_layout, backend)
     return Captured(captured, captured.one)
 
@@ -103,7 +103,7 @@ def capture_evaluation(
     step: Step, state: TrainState, batch: Batch, *, new_layout: NewLayout = "capture", backend: Backend = "inductor"
 ) -> Captured[Batch, tuple[TrainState, Aux]]:
     """The evaluation step compiled as one graph: changes the state's metrics alone. Otherwise as `capture`."""
-    check_program(step, state, ORDER)
+    check_step_and_state(step, state, ORDER)
     functions = step.evaluate_, step.evaluate_, lambda s, ids: s
     captured = _Captured(step, *functions, state, batch, new_layout, backend)
     return Captured(captured, captured.one)
@@ -121,7 +121,7 @@ def capture_prediction(
     Args, Raises: as of `capture`.
     """
 
-    check_program(step, state, ORDER)
+    check_step_and_state(step, state, ORDER)
 
     def predict_(state: Any, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
         return state, step.predict(state, batch)
@@ -157,7 +157,7 @@ def capture_steps(
     """
     if type(steps_per_replay) is not int or steps_per_replay < 1:
         raise ValueError(f"steps_per_replay: got {steps_per_replay!r}, expected at least 1, an int.")
-    check_program(step, state, ORDER)
+    check_step_and_state(step, state, ORDER)
     knobs: dict[str, Any] = {"to_sweep": functools.partial(_batches_to_sweep, step), "most": steps_per_replay}
     functions = step.in_graph_, step.update_, step.grow_
     captured = _Captured(step, *functions, state, batch, new_layout, backend, **knobs)

@@ -22,7 +22,7 @@ from recfx.embeddings import TablePlan
 from recfx.generators import set_generator_states
 from recfx.kernels.index.owner import owner
 from recfx.kernels.rows.initial import initial_values
-from recfx.run_checks import check_program
+from recfx.run_checks import check_step_and_state
 from recfx.step import Step, TrainState
 from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState, initializer_tensors, restore_
 
@@ -65,7 +65,7 @@ def load(
     many = path if isinstance(path, Sequence) and not isinstance(path, str) else [path]
     for one in many:
         check_type("path", one, str | Path, "`latest` returns None where it finds no checkpoint.")
-    check_program(step, state, "The order is (path, step, state).")
+    check_step_and_state(step, state, "The order is (path, step, state).")
     paths = [Path(p) for p in many]
     check_arguments(paths, state, rank, world_size)
     sources, names = [OpenCheckpoint.open(p) for p in paths], dict(names or {})

@@ -11,7 +11,7 @@ from recfx.checkpoint.background import Job
 from recfx.checkpoint.contents import Contents, contents_of, write
 from recfx.checkpoint.folders import MANIFEST, FolderLock, clear_unfinished, delete, finished, hide, name_of
 from recfx.checks import check_int, check_type
-from recfx.run_checks import check_program
+from recfx.run_checks import check_step_and_state
 from recfx.step import Step, TrainState
 
 __all__ = ["Saver", "save"]
@@ -125,7 +125,7 @@ class Saver:
         self.close()
 
     def _prepare(self, state: TrainState, number: int, loop: dict[str, Any]) -> tuple[Contents, Path | None]:
-        check_program(self._step, state, "Save the state that a step returned.")
+        check_step_and_state(self._step, state, "Save the state that a step returned.")
         self.finish()
         clear_unfinished(self._folder)
         last = self._last if self._num_saved % self._full_every else None

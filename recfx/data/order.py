@@ -37,7 +37,7 @@ class ChunkStart(NamedTuple):
     file: int = 0  # in the epoch's order of files
     unit: int = 0  # in the epoch's order of the file's units
     row: int = 0  # of the rows that are left of the unit; always 0 without shuffling
-    window: int = 0  # number of the shuffled window in the epoch
+    window: int = 0  # number of the shuffle block in the epoch
     num_bad: int = 0  # rows skipped before the unit
 
 
@@ -131,7 +131,7 @@ class ReadPlan:
         return self._shuffled(units, epoch, 1, file)
 
     def window(self, epoch: int, number: int, batches: Sequence[pa.RecordBatch]) -> Records:
-        """The rows of a window in its random order."""
+        """The rows of a shuffle block in its random order."""
         records = records_of(batches)
         np.random.default_rng([self.seed, epoch, 2, number]).shuffle(records.addresses)
         return records
@@ -168,7 +168,7 @@ def _whole_units(plan: ReadPlan, start: ChunkStart, units: Iterator[_Unit | None
 
 
 def _windows(plan: ReadPlan, start: ChunkStart, units: Iterator[_Unit | None]) -> Iterator[Chunk | None]:
-    """Windows of `shuffle_rows` rows, each in a random order. A window is known by its first place and its number, so
+    """Blocks of `shuffle_rows` rows, each in a random order. A block is known by its first place and its number, so
     resuming is cheap."""
     held: list[pa.RecordBatch] = []
     row, number, num_bad, place = start.row, start.window, start.num_bad, start

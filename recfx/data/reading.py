@@ -100,7 +100,7 @@ def reader(
               filesystem, format: of the files. Default: as the paths, extensions and first bytes of files specify.
               pin_memory: put batches into pinned memory, from which a captured step on a GPU copies them without
                   another copy on the host. Torch reuses such memory after the copies from it have ended.
-    Cost:     memory of threads * (prefetch + 1) decoded units, and of two windows of shuffle_rows where they are not
+    Cost:     memory of threads * (prefetch + 1) decoded units, and of two blocks of shuffle_rows where they are not
                   mapped; one pass over the values to pack a batch, and one before to shuffle or cache them.
     Raises:   ValueError when paths match nothing or an argument is out of range; from the iterator when a file cannot
                   be read, has another schema, or holds a bad row. A pass without a batch is a UserWarning with the

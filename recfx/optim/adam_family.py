@@ -35,7 +35,7 @@ from recfx.optim.building import (
     rate_at,
     row_optimizer,
 )
-from recfx.table import Columns, Occurrences, TableState
+from recfx.table import Occurrences, RowLayout, TableState
 from recfx.types import Params
 
 __all__ = [
@@ -174,7 +174,7 @@ def _sparse(scalars: Scalars, lr: Rate, weight_decay: float) -> SparseOptimizer:
     by_column = row_optimizer(adamw_rows_by_column, scalars, lr, weight_decay, slots=("m", "v"))
 
     def apply_(
-        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
+        state: TableState, scale: Tensor, due: Tensor, columns: RowLayout | None = None, most_rows: int | None = None
     ) -> TableState:
         if columns is not None and columns.rates is not None:
             return by_column.apply_(state, scale, due, columns, most_rows)

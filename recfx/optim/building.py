@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from recfx.checks import check_number, check_type, said
 from recfx.kernels.rows.optimizer_rows import RowOptimizer, updated_rows
-from recfx.table import Columns, Occurrences, TableState
+from recfx.table import Occurrences, RowLayout, TableState
 from recfx.types import Params
 
 __all__ = [
@@ -80,7 +80,7 @@ class SparseOptimizer(NamedTuple):
     row_slots:  names of what is kept per row of each logical table, after the weights: [1 + slots, W + row slots].
     update:     (rows f32 [U, 1 + slots, W + row slots], grads f32 [U, W], step i64 [], scale f32 []) -> rows; pure:
                 the specification, for rows of one logical table.
-    apply_:     (TableState, scale, due bool [], Columns | None, most rows | None) -> TableState; in place, on the
+    apply_:     (TableState, scale, due bool [], RowLayout | None, most rows | None) -> TableState; in place, on the
                 rows of the step in progress: this is what a capture traces. Without columns a row is one logical table.
                 Most rows: an int that the step's rows do not exceed, fixed when a step is captured; None: as many as
                 the state has room for.
@@ -97,13 +97,13 @@ class SparseOptimizer(NamedTuple):
     checked: Checked | None = None
     needs_bound: bool = False
 
-    def fused_for(self, columns: Columns) -> Callable[..., TableState] | None:
+    def fused_for(self, columns: RowLayout) -> Callable[..., TableState] | None:
         """`fused.apply_` where it does to rows of these columns what `apply_` does."""
         if self.fused is None or self.fused.of is not self.apply_ or columns.rates is not None:
             return None
         return self.fused.apply_
 
-    def checked_for(self, columns: Columns) -> Callable[..., tuple[TableState, Tensor]] | None:
+    def checked_for(self, columns: RowLayout) -> Callable[..., tuple[TableState, Tensor]] | None:
         """`checked.apply_` where it does to rows of these columns what `apply_` does."""
         if self.checked is None or self.checked.of is not self.apply_ or columns.rates is not None:
             return None
@@ -155,7 +155,9 @@ def row_optimizer(
         decay, rate, *own = scalars(t, rate_at(lr, t), weight_decay)
         return torch.stack([decay, rate, scale.double(), *own])
 
-    def arguments(s: TableState, scale: Tensor, columns: Columns | None) -> tuple[Tensor, Sequence[int], Tensor | None]:
+    def arguments(
+        s: TableState, scale: Tensor, columns: RowLayout | None
+    ) -> tuple[Tensor, Sequence[int], Tensor | None]:
         t = (s.step + 1).double()
         if columns is None or columns.rates is None:
             return hyper(t, scale), s.grads.shape[1:] if columns is None else columns.dims, None
@@ -168,7 +170,7 @@ def row_optimizer(
         return updated_rows(kernel.formula, rows, grads, hyper((step + 1).double(), scale), grads.shape[1:])
 
     def apply_(
-        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
+        state: TableState, scale: Tensor, due: Tensor, columns: RowLayout | None = None, most_rows: int | None = None
     ) -> TableState:
         touched = (state.counters, state.unique_rows, state.vocabularies)
         scalars, dims, rates = arguments(state, scale, columns)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recfx.kernels.rows.clip_row_grads import clip_row_grads_, clipped, squared_norm
 from recfx.optim.building import DenseOptimizer, SparseOptimizer
-from recfx.table import Columns, TableState
+from recfx.table import RowLayout, TableState
 from recfx.types import Params
 
 __all__ = ["clip_global_norm", "clip_value", "sparse_clip_row_norm", "sparse_clip_value"]
@@ -82,7 +82,7 @@ def _sparse(optimizer: SparseOptimizer, limit: float, max_norm: float) -> Sparse
         return optimizer.update(rows, clipped(grads, scale, grads.shape[1:], limit, max_norm), step, scale)
 
     def apply_(
-        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
+        state: TableState, scale: Tensor, due: Tensor, columns: RowLayout | None = None, most_rows: int | None = None
     ) -> TableState:
         dims = state.grads.shape[1:] if columns is None else columns.dims
         clip_row_grads_(state.grads, state.counters, scale, due, dims, limit, max_norm)

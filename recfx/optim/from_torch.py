@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recfx.checks import check_function, check_type, said
 from recfx.optim.building import Rate, SparseOptimizer, check_ranges, rate_at
-from recfx.table import Columns, TableState
+from recfx.table import RowLayout, TableState
 
 __all__ = ["sparse_optimizer"]
 
@@ -114,7 +114,7 @@ def sparse_optimizer(
         return new_rows(rows, grads * scale, rates, t, grads.shape[1:])
 
     def apply_(
-        state: TableState, scale: Tensor, due: Tensor, columns: Columns | None = None, most_rows: int | None = None
+        state: TableState, scale: Tensor, due: Tensor, columns: RowLayout | None = None, most_rows: int | None = None
     ) -> TableState:
         dims = state.grads.shape[1:] if columns is None else columns.dims
         num = state.unique_rows.numel() if most_rows is None else min(max(most_rows, 1), state.unique_rows.numel())
@@ -143,7 +143,7 @@ def _places(state: TableState, due: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 
 def _rates(
-    rate: Tensor, weight_decay: float, dims: Sequence[int], columns: Columns | None, vocabulary: Tensor
+    rate: Tensor, weight_decay: float, dims: Sequence[int], columns: RowLayout | None, vocabulary: Tensor
 ) -> list[_Rates]:
     """By logical table, for the rows of these vocabularies i64 [U]."""
     if columns is None or columns.rates is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from recfx.embeddings import TablePlan
 from recfx.kernels.index.find import find
 from recfx.kernels.op import UNKNOWN
-from recfx.run_checks import check_program
+from recfx.run_checks import check_step_and_state
 from recfx.step import Step, TrainState
 from recfx.table import Reading, TableState
 
@@ -40,7 +40,7 @@ class TableView(NamedTuple):
 
 def view_of(step: Step, state: TrainState, table: str) -> TableView:
     """The view of a logical table. Raises: ValueError on an unknown table, or a state of another step."""
-    check_program(step, state, "The order is (step, state).")
+    check_step_and_state(step, state, "The order is (step, state).")
     names = []
     for plan, t in zip(step.plan.tables, state.tables, strict=True):
         for v, columns in enumerate(plan.vocabularies):

@@ -4,7 +4,7 @@ The specification is a Python dict: `row = d.setdefault((vocabulary, id), len(d)
 lookup, place in the list). New ids take freed rows first, the lowest number before the others.
 """
 
-from recfx.table.columns import Columns, initializer_tensors
+from recfx.table.columns import RowLayout, initializer_tensors
 from recfx.table.functions import Table, table
 from recfx.table.index import grow_, rebuild_, restore_
 from recfx.table.limits import Limits
@@ -22,21 +22,21 @@ from recfx.table.state import (
     num_live,
     num_rows_bytes,
 )
-from recfx.table.sweep import Stats, columns_of, delete_, is_sweep_due, stats, sweep_
+from recfx.table.sweep import TableStats, columns_of, delete_, is_sweep_due, stats, sweep_
 
 __all__ = [
     "CANDIDATE_FIELDS",
     "COUNTERS",
     "ROW_FIELDS",
-    "Columns",
     "Found",
     "Limits",
     "Occurrences",
     "Reading",
-    "Stats",
+    "RowLayout",
     "Table",
     "TableCandidates",
     "TableState",
+    "TableStats",
     "check_num_samples",
     "columns_of",
     "copy_of",

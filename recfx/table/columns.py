@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from recfx.embeddings import TablePlan, column_key
 
-__all__ = ["Columns", "columns_for", "initializer_tensors", "unknown_params"]
+__all__ = ["RowLayout", "columns_for", "initializer_tensors", "unknown_params"]
 
 
-class Columns(NamedTuple):
+class RowLayout(NamedTuple):
     """The logical tables side by side in a row, as an optimiser sees them. Without rates all are alike."""
 
     dims: tuple[int, ...]  # their widths, W in sum
     rates: Tensor | None  # f64 [V, 2, W]: factor of the learning rate, weight decay (NaN: the optimiser's)
 
 
-def columns_for(plan: TablePlan) -> Columns:
+def columns_for(plan: TablePlan) -> RowLayout:
     """The logical tables of a physical one."""
     if all(c.lr_scale == 1 and c.weight_decay is None for columns in plan.vocabularies for c in columns):
-        return Columns(plan.dims, None)
+        return RowLayout(plan.dims, None)
     rates = [
         [
             [c.lr_scale for c in columns for _ in range(c.dim)],
@@ -31,7 +31,7 @@ def columns_for(plan: TablePlan) -> Columns:
         ]
         for columns in plan.vocabularies
     ]
-    return Columns(plan.dims, torch.tensor(rates, dtype=torch.float64, device=plan.device))
+    return RowLayout(plan.dims, torch.tensor(rates, dtype=torch.float64, device=plan.device))
 
 
 def initializer_tensors(plan: TablePlan, seed: int) -> tuple[Tensor, Tensor]:

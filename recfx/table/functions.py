@@ -16,7 +16,7 @@ from recfx.kernels.counters import NUM_UNIQUE, new_counters
 from recfx.kernels.index import count_candidates, find, find_or_insert, keep_trained
 from recfx.kernels.rows import add_row_grads, count_rows
 from recfx.table import pooling
-from recfx.table.columns import Columns, columns_for, initializer_tensors, unknown_params
+from recfx.table.columns import RowLayout, columns_for, initializer_tensors, unknown_params
 from recfx.table.index import grow_, slots_for
 from recfx.table.limits import Limits
 from recfx.table.memory import reserve, reserve_rows
@@ -30,7 +30,7 @@ __all__ = ["Table", "table"]
 
 FIRST_SLOTS = 2**16
 
-Blocks = Sequence[Tensor]
+Pooled = Sequence[Tensor]
 
 
 class Table(NamedTuple):
@@ -43,21 +43,21 @@ class Table(NamedTuple):
     read:        (features by name) -> the ids of its lookups.
     find:        (state, reading) -> where they are. An id without a row stays without.
     insert_:     (state, reading) -> where they are. New ids get a row and all join the step, but for read-only lookups.
-    pool:        (state, found) -> pooled rows, a block f32 [B, L, dim] per logical table.
-    occurrences: (found, gradients of the blocks) -> these as the kernels take them.
-    add_grads_:  (state, found, gradients of the blocks) -> state; sums them by row.
+    pool:        (state, found) -> pooled rows, f32 [B, L, dim] per logical table.
+    occurrences: (found, gradients of the pooled rows) -> these as the kernels take them.
+    add_grads_:  (state, found, gradients of the pooled rows) -> state; sums them by row.
     count_steps_: (state, due bool []) -> state; for a `Life`: one more step for each row that the step touched.
     grow_:       (state, number of ids) -> state; room for that many new ids. Between steps, on the host.
     """
 
-    columns: Columns
+    columns: RowLayout
     init: Callable[[], TableState]
     read: Callable[[Mapping[str, Any]], Reading]
     find: Callable[[TableState, Reading], Found]
     insert_: Callable[[TableState, Reading], Found]
     pool: Callable[[TableState, Found], list[Tensor]]
-    occurrences: Callable[[Found, Blocks], Occurrences]
-    add_grads_: Callable[[TableState, Found, Blocks], TableState]
+    occurrences: Callable[[Found, Pooled], Occurrences]
+    add_grads_: Callable[[TableState, Found, Pooled], TableState]
     count_steps_: Callable[[TableState, Tensor], TableState]
     grow_: Callable[[TableState, int], TableState]
 
@@ -236,12 +236,12 @@ def _pool(parts: TableParts, s: TableState, found: Found) -> list[Tensor]:
     return pooling.pool(s.rows, found, parts.init_keys, parts.unknown_params, plan.firsts, plan.dims)
 
 
-def _occurrences(parts: TableParts, found: Found, blocks: Blocks) -> Occurrences:
-    return pooling.occurrences(found, blocks, parts.plan.firsts, parts.plan.dims)
+def _occurrences(parts: TableParts, found: Found, grads: Pooled) -> Occurrences:
+    return pooling.occurrences(found, grads, parts.plan.firsts, parts.plan.dims)
 
 
-def _add_grads_(parts: TableParts, s: TableState, found: Found, blocks: Blocks) -> TableState:
-    parts.sum_row_grads(s.grads, *_occurrences(parts, found, blocks))
+def _add_grads_(parts: TableParts, s: TableState, found: Found, grads: Pooled) -> TableState:
+    parts.sum_row_grads(s.grads, *_occurrences(parts, found, grads))
     return s
 
 

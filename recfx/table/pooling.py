@@ -25,7 +25,7 @@ class Occurrences(NamedTuple):
     cell: Tensor  # i32 [P]
     firsts: Sequence[int]  # of each logical table in a row
     dims: Sequence[int]
-    blocks: Sequence[Tensor]  # f32 [B, L, dim], gradients of pooled rows by logical table
+    grads: Sequence[Tensor]  # f32 [B, L, dim], gradients of pooled rows by logical table
     weight: Tensor | None  # f32 [P]
 
 
@@ -37,43 +37,43 @@ def pool(
     firsts: Sequence[int],
     dims: Sequence[int],
 ) -> list[Tensor]:
-    """The sum of the weighted rows of each list: a block f32 [B, L, dim] per logical table, read-only cells last."""
+    """The sum of the weighted rows of each list: f32 [B, L, dim] per logical table, read-only cells last."""
     reading = found.reading
     ids, num_samples = (rows, found.row, reading.id, reading.cell), reading.lists[0].num_samples
     rest = (reading.vocabularies, num_samples, init_keys, unknown_params, firsts, dims)
     if reading.ends is None:
-        blocks = kernels.pool(*ids, *rest, reading.weight)
+        pooled = kernels.pool(*ids, *rest, reading.weight)
     else:
-        blocks = kernels.pool_lists(*ids, reading.ends, *rest)
+        pooled = kernels.pool_lists(*ids, reading.ends, *rest)
     if found.read_only is None:
-        return blocks
+        return pooled
     read_only = pool(rows, found.read_only, init_keys, unknown_params, firsts, dims)
-    return [torch.cat(both, dim=1) for both in zip(blocks, read_only, strict=True)]
+    return [torch.cat(both, dim=1) for both in zip(pooled, read_only, strict=True)]
 
 
-def occurrences(found: Found, blocks: Sequence[Tensor], firsts: Sequence[int], dims: Sequence[int]) -> Occurrences:
-    """The gradients of `pool`'s blocks by occurrence of an id. No gradient reaches a row through a read-only cell."""
+def occurrences(found: Found, grads: Sequence[Tensor], firsts: Sequence[int], dims: Sequence[int]) -> Occurrences:
+    """The gradients of pooled rows by occurrence of an id. No gradient reaches a row through a read-only cell."""
     reading = found.reading
     if found.read_only is not None:
-        blocks = [block[:, : len(reading.vocabularies)] for block in blocks]
-    return Occurrences(found.inverse, reading.cell, firsts, dims, blocks, reading.weight)
+        grads = [grad[:, : len(reading.vocabularies)] for grad in grads]
+    return Occurrences(found.inverse, reading.cell, firsts, dims, grads, reading.weight)
 
 
-def groups_of(plan: Plan, blocks: Sequence[Sequence[Tensor]], found: Sequence[Found]) -> dict[str, Tensor]:
+def groups_of(plan: Plan, pooled: Sequence[Sequence[Tensor]], found: Sequence[Found]) -> dict[str, Tensor]:
     """Each group's embeddings in its order, as one tensor: [B, cells, dim], or [B, sum of dims] if they differ.
 
-    Args:     blocks, found: of each physical table: what `pool` returned, and what it was given.
+    Args:     pooled, found: of each physical table: what `pool` returned, and what it was given.
     """
     groups = {}
     for name, cells in plan.groups.items():
-        block = blocks[cells[0].table][cells[0].column]
-        whole = [(cells[0].table, cells[0].column, l, "sum") for l in range(block.shape[1])]
+        rows = pooled[cells[0].table][cells[0].column]
+        whole = [(cells[0].table, cells[0].column, l, "sum") for l in range(rows.shape[1])]
         if [tuple(c) for c in cells] == whole and all(map(plan.learns, cells)):
-            groups[name] = block
+            groups[name] = rows
             continue
         parts = []
         for c in cells:
-            part = blocks[c.table][c.column][:, plan.tables[c.table].cells_of(c.lookup)]
+            part = pooled[c.table][c.column][:, plan.tables[c.table].cells_of(c.lookup)]
             part = part if plan.learns(c) else part.detach()
             lookup, ids = plan.tables[c.table].lookups[c.lookup], found[c.table].reading.lists[c.lookup]
             if isinstance(c.combiner, Combiner):

@@ -14,7 +14,7 @@ from recfx.table.index import rebuild_
 from recfx.table.policies import Life, RowColumns
 from recfx.table.state import TableState, is_full, num_live
 
-__all__ = ["Stats", "checked", "columns_of", "delete_", "is_sweep_due", "stats", "sweep_"]
+__all__ = ["TableStats", "checked", "columns_of", "delete_", "is_sweep_due", "stats", "sweep_"]
 
 
 def is_sweep_due(state: TableState, life: Life, number: int) -> bool:
@@ -100,7 +100,7 @@ def _forget_(state: TableState, row: Tensor) -> None:
         c.counts[number[number != UNKNOWN]] = 0
 
 
-class Stats(NamedTuple):
+class TableStats(NamedTuple):
     """A table on the host. Counts of ids and rows are of training and its sweeps, from the table's beginning."""
 
     size: int  # rows in use
@@ -115,7 +115,7 @@ class Stats(NamedTuple):
     candidates: int  # ids whose occurrences are being counted
 
 
-def stats(state: TableState) -> Stats:
+def stats(state: TableState) -> TableStats:
     """Reads a table's counters and measures its index. Syncs, and takes a pass over the index: for now and then.
 
     Example:  >>> from recfx.table import Limits, table
@@ -127,7 +127,7 @@ def stats(state: TableState) -> Stats:
     size, probes = num_live(state), _probes(state)
     counters = state.counters.tolist()
     misses = counters[CREATED] + counters[UNADMITTED] + counters[NUM_REFUSED]
-    return Stats(
+    return TableStats(
         size=size,
         load=size / int(state.num_slots),
         mean_probe=float(probes.double().mean()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from recfx import checkpoint
 from recfx.checks import check_type
-from recfx.run_checks import check_program
+from recfx.run_checks import check_step_and_state
 from recfx.step import Step, TrainState
 from recfx.train.checks import Run, RunSteps, check_reader, check_run
 from recfx.train.output import check_output
@@ -52,7 +52,7 @@ def train(
     """
     if type(steps_per_replay) is not int or steps_per_replay < 1:
         raise ValueError(f"steps_per_replay: got {steps_per_replay!r}, expected at least 1, an int.")
-    check_program(step, state, "The order is (step, run, state, reader, config).")
+    check_step_and_state(step, state, "The order is (step, run, state, reader, config).")
     check_run(run, state, "step.update_")
     check_reader(reader)
     check_type("config", config, TrainConfig)

@@ -18,7 +18,7 @@ from recfx.capture import capture
 from recfx.capture import trace as trace_step
 from recfx.embeddings import Embedding
 from recfx.optim import from_torch, schedules
-from recfx.table import Columns, policies
+from recfx.table import RowLayout, policies
 from recfx.table.policies import Life
 from recfx.types import Batch, pack
 from tests.capture.test_capture import largest_allocation
@@ -202,7 +202,7 @@ def test_slots_and_row_slots_together_against_a_loop():
     for touched in ([4, 1, 2], [1], [5, 4, 0, 1]):
         grads = torch.randn(len(touched), 5, generator=g)
         touch(state, touched, grads)
-        state = optimizer.apply_(state, 0.5 * ONE, DUE, Columns((3, 2), None), 5)
+        state = optimizer.apply_(state, 0.5 * ONE, DUE, RowLayout((3, 2), None), 5)
         for row, grad in zip(touched, grads, strict=True):
             for k, part in enumerate(grad.split([3, 2])):
                 old = [x[None] for x in expected[row, k]]

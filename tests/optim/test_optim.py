@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from recfx import optim
 from recfx.optim.schedules import piecewise
-from recfx.table import Columns, Limits, TableState, copy_of, table
+from recfx.table import Limits, RowLayout, TableState, copy_of, table
 from tests.by_definition import by_definition
 from tests.reference import features_of, table_plan
 
@@ -221,7 +221,7 @@ def test_initial_of_adagrad_is_torch_s_though_it_is_not_stored():
 
 def test_rowwise_adagrad_keeps_one_float_per_row_of_each_logical_table():
     """Written out as fbgemm and torchrec define it, for an embedding of 3 and a bias of 1 in one row."""
-    optimizer, columns = optim.sparse_rowwise_adagrad(0.1, eps=1e-6, weight_decay=0.02), Columns((3, 1), None)
+    optimizer, columns = optim.sparse_rowwise_adagrad(0.1, eps=1e-6, weight_decay=0.02), RowLayout((3, 1), None)
     state = state_of(3, optimizer=optimizer, dims=(3, 1))
     assert state.rows.shape[1:] == (1, 4 + 2)
     rows = state.rows[:3, 0].double().tolist()

@@ -17,7 +17,7 @@ from recfx.data.files import File
 from recfx.data.open_file import OpenFile
 from recfx.data.schema import column_at, is_list, item_type, path_to
 from recfx.data.text.json_types import guess, overridden, with_columns
-from recfx.data.text.json_values import Columns, WrongValueError, as_parsed, parse
+from recfx.data.text.json_values import ColumnBuilder, WrongValueError, as_parsed, parse
 from recfx.data.text.lines import InBlocks, Lines, is_utf8
 from recfx.data.unit_rows import MOST_SHOWN, BadRow, UnitRows
 
@@ -194,7 +194,7 @@ def _is_exact(array: pa.Array, most: float) -> bool:
 
 def _by_line(lines: Sequence[bytes], schema: pa.Schema, rounded: Collection[str]) -> UnitRows:
     """The rows one by one, without the bad ones. A line that either parser can read is a row."""
-    columns = Columns({field.name: field.type for field in schema}, rounded)
+    columns = ColumnBuilder({field.name: field.type for field in schema}, rounded)
     bad = []
     for number, line in enumerate(lines):
         try:

@@ -15,7 +15,7 @@ from recfx.data.exact_numbers import DIGITS, INT64_END, UINT64_END
 from recfx.data.schema import is_list, is_text, item_type
 from recfx.data.unit_rows import MOST_SHOWN, BadRow, UnitRows
 
-__all__ = ["Columns", "Fraction", "WrongValueError", "as_parsed", "integer", "parse"]
+__all__ = ["ColumnBuilder", "Fraction", "WrongValueError", "as_parsed", "integer", "parse"]
 
 Objects = tuple[tuple[str, Any], ...]
 Convert = Callable[[Any], Any]
@@ -71,7 +71,7 @@ def as_parsed(value: Any) -> Any:
     return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
 
 
-class Columns:
+class ColumnBuilder:
     """Collects rows column by column, with each value converted to its column's type.
 
     Args:     rounded: columns in which a double may round a whole number.
