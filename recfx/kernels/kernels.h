@@ -54,11 +54,6 @@ void clip_row_grads(float* grads_UW, const int64_t* counters, int64_t stride, co
                     int64_t num_tables, const int64_t* dims, const double* limits);
 void squared_norm(const float* grads_UW, const int64_t* counters, int64_t stride, int64_t width, double* out);
 void count_rows(int32_t* counts, const int64_t* counters, const int32_t* unique_rows, const bool* due);
-void sgd_rows(const StepRows* s);
-void adagrad_rows(const StepRows* s);
-void rowwise_adagrad_rows(const StepRows* s);
-void adamw_rows_by_column(const StepRows* s);
-void ftrl_rows(const StepRows* s);
 void pool(const float* rows, int64_t stride, int64_t width, const int32_t* row_P, const int64_t* id_P,
           const int32_t* cell_P, int64_t num_positions, const int32_t* vocabularies, int64_t num_lookups,
           int64_t batch_size, const int64_t* init_keys, const float* unknown_params, int64_t num_slices,

@@ -29,10 +29,16 @@ Result = TypeVar("Result")
 
 
 def _schemas() -> dict[str, str]:
-    """The schemas of schemas.h by name. An array of strings: a comma ends one, adjacent literals are joined."""
-    text = Path(__file__).with_name("schemas.h").read_text()
-    array = re.sub("//.*", "", text[text.index("{") : text.index("};")])
-    schemas = ("".join(re.findall('"([^"]*)"', item)) for item in re.split('(?<="),', array))
+    """The schemas of schemas.h by name, that of the row optimisers once for each.
+
+    An array of strings: a comma ends one, adjacent literals are joined.
+    """
+    here = Path(__file__).parent
+    text, optimizers = ((here / name).read_text() for name in ("schemas.h", "rows/optimizer_rows.cpp"))
+    array, of_rows = re.sub("//.*", "", text[text.index("{") :]).split("};")
+    formulas = re.findall(r"FORMULA\((\w+)\)", optimizers)
+    schemas = ["".join(re.findall('"([^"]*)"', item)) for item in re.split('(?<="),', array)]
+    schemas += [f"{name}_" + "".join(re.findall('"([^"]*)"', of_rows)) for name in formulas]
     return {schema[: schema.index("(")]: schema for schema in schemas if schema}
 
 

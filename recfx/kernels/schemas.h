@@ -46,16 +46,6 @@ constexpr const char* SCHEMAS[] = {
     "max_norm) -> ()",
     "squared_norm(Tensor grads, Tensor counters) -> Tensor",
     "count_rows_(Tensor(a!) counts, Tensor counters, Tensor unique_rows, Tensor due) -> ()",
-    "sgd_rows_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) counters, Tensor unique_rows, Tensor row_vocabularies, "
-    "Tensor hyper, Tensor due, int[] dims, Tensor? rates=None) -> ()",
-    "adagrad_rows_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) counters, Tensor unique_rows, Tensor "
-    "row_vocabularies, Tensor hyper, Tensor due, int[] dims, Tensor? rates=None) -> ()",
-    "rowwise_adagrad_rows_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) counters, Tensor unique_rows, Tensor "
-    "row_vocabularies, Tensor hyper, Tensor due, int[] dims, Tensor? rates=None) -> ()",
-    "adamw_rows_by_column_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) counters, Tensor unique_rows, Tensor "
-    "row_vocabularies, Tensor hyper, Tensor due, int[] dims, Tensor? rates=None) -> ()",
-    "ftrl_rows_(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) counters, Tensor unique_rows, Tensor row_vocabularies, "
-    "Tensor hyper, Tensor due, int[] dims, Tensor? rates=None) -> ()",
     "pool(Tensor rows, Tensor row_P, Tensor id_P, Tensor cell_P, Tensor vocabularies, int batch_size, Tensor "
     "init_keys, Tensor? unknown_params, int[] firsts, int[] dims, Tensor? weight_P=None) -> Tensor[]",
     "pool_lists(Tensor rows, Tensor row_P, Tensor id_P, Tensor cell_P, Tensor ends, Tensor vocabularies, int "
@@ -68,3 +58,8 @@ constexpr const char* SCHEMAS[] = {
     "all_finite(Tensor[] tensors, Tensor[] grads, Tensor[] counters) -> Tensor",
     "finite_parts(Tensor[] grads) -> Tensor",
 };
+
+// What each of the ROW_OPTIMIZERS in rows/optimizer_rows.cpp takes.
+constexpr const char* ROW_OPTIMIZER =
+    "(Tensor(a!) rows, Tensor(b!) grads, Tensor(c!) counters, Tensor unique_rows, Tensor row_vocabularies, Tensor "
+    "hyper, Tensor due, int[] dims, Tensor? rates=None) -> ()";

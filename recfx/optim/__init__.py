@@ -1,52 +1,19 @@
 """Optimisers as functions: of dense parameters (`adamw`), and of the rows that a step touched (`sparse_adamw`)."""
 
-from recfx.optim.adagrad_family import AdagradState, adagrad, sparse_adagrad, sparse_rowwise_adagrad
-from recfx.optim.adam_family import (
-    AdamState,
-    adam,
-    adam_recis,
-    adamw,
-    adamw_recis,
-    adamw_tf,
-    sparse_adam,
-    sparse_adam_recis,
-    sparse_adamw,
-    sparse_adamw_recis,
-    sparse_adamw_tf,
-)
+# Each module's __all__ is public here: a new optimiser is named in its own file only.
+from recfx.optim import adagrad_family, adam_family, clipping, from_torch, ftrl_proximal, gradient_descent
+from recfx.optim.adagrad_family import *  # noqa: F403
+from recfx.optim.adam_family import *  # noqa: F403
 from recfx.optim.building import DenseOptimizer, Rate, Schedule, SparseOptimizer
-from recfx.optim.clipping import clip_global_norm, clip_value, sparse_clip_row_norm, sparse_clip_value
-from recfx.optim.from_torch import sparse_optimizer
-from recfx.optim.ftrl_proximal import sparse_ftrl
-from recfx.optim.gradient_descent import SgdState, sgd, sparse_sgd
+from recfx.optim.clipping import *  # noqa: F403
+from recfx.optim.from_torch import *  # noqa: F403
+from recfx.optim.ftrl_proximal import *  # noqa: F403
+from recfx.optim.gradient_descent import *  # noqa: F403
 
-__all__ = [
-    "AdagradState",
-    "AdamState",
-    "DenseOptimizer",
-    "Rate",
-    "Schedule",
-    "SgdState",
-    "SparseOptimizer",
-    "adagrad",
-    "adam",
-    "adam_recis",
-    "adamw",
-    "adamw_recis",
-    "adamw_tf",
-    "clip_global_norm",
-    "clip_value",
-    "sgd",
-    "sparse_adagrad",
-    "sparse_adam",
-    "sparse_adam_recis",
-    "sparse_adamw",
-    "sparse_adamw_recis",
-    "sparse_adamw_tf",
-    "sparse_clip_row_norm",
-    "sparse_clip_value",
-    "sparse_ftrl",
-    "sparse_optimizer",
-    "sparse_rowwise_adagrad",
-    "sparse_sgd",
-]
+__all__ = ["DenseOptimizer", "Rate", "Schedule", "SparseOptimizer"]
+__all__ += adagrad_family.__all__
+__all__ += adam_family.__all__
+__all__ += clipping.__all__
+__all__ += from_torch.__all__
+__all__ += ftrl_proximal.__all__
+__all__ += gradient_descent.__all__

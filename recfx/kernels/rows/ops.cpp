@@ -80,31 +80,15 @@ Tensor adamw_rows_checked_op(Tensor rows, Tensor grads, Tensor counters, const T
   return result;
 }
 
-template <void (*update)(const StepRows*)>
-void optimizer_rows_op(Tensor rows, Tensor grads, Tensor counters, const Tensor& unique_rows,
-                       const Tensor& row_vocabularies, const Tensor& hyper, const Tensor& due, const Ints& dims,
-                       std::optional<Tensor> rates) {
-  const StepRows step{strided<float>(rows), strided<float>(grads), flat<int64_t>(counters), flat<int32_t>(unique_rows),
-                      flat<int32_t>(row_vocabularies), rows.stride(0), grads.stride(0), grads.size(1),
-                      flat<double>(hyper), flat<float>(rates), flat<bool>(due),
-                      (int64_t)dims.size(), dims.data()};
-  update(&step);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(recfx, CPU, library) {
-  library.impl("adagrad_rows_", TORCH_BOX(&optimizer_rows_op<adagrad_rows>));
   library.impl("adamw_rows_", TORCH_BOX(&adamw_rows_op));
-  library.impl("adamw_rows_by_column_", TORCH_BOX(&optimizer_rows_op<adamw_rows_by_column>));
   library.impl("adamw_rows_checked_", TORCH_BOX(&adamw_rows_checked_op));
   library.impl("add_row_grads_", TORCH_BOX(&add_row_grads_op));
   library.impl("clip_row_grads_", TORCH_BOX(&clip_row_grads_op));
   library.impl("count_rows_", TORCH_BOX(&count_rows_op));
-  library.impl("ftrl_rows_", TORCH_BOX(&optimizer_rows_op<ftrl_rows>));
   library.impl("pool", TORCH_BOX(&pool_op));
-  library.impl("rowwise_adagrad_rows_", TORCH_BOX(&optimizer_rows_op<rowwise_adagrad_rows>));
-  library.impl("sgd_rows_", TORCH_BOX(&optimizer_rows_op<sgd_rows>));
   library.impl("squared_norm", TORCH_BOX(&squared_norm_op));
   library.impl("sum_adamw_rows_", TORCH_BOX(&sum_adamw_rows_op));
 }

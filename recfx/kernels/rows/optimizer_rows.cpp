@@ -1,8 +1,17 @@
-// Optimisers on the rows of one step, then the step's gradients and unique count to zero; one step more. A formula defines what
-// happens to one row; the walk over the rows is the same for all.
+// Optimisers on the rows of one step. Afterwards the step's gradients and its number of unique rows are zero, and the
+// table has taken one step more. A formula defines what happens to one row; the walk over the rows is the same for all.
 #include <vector>
 
-#include "kernels/kernels.h"
+#include "kernels/index/table.h"
+#include "kernels/tensors.h"
+
+// The formulas below; operator NAME_ of each: recfx/kernels/op.py reads the names from this list, too.
+#define ROW_OPTIMIZERS(FORMULA) \
+  FORMULA(sgd_rows)             \
+  FORMULA(adagrad_rows)         \
+  FORMULA(rowwise_adagrad_rows) \
+  FORMULA(adamw_rows_by_column) \
+  FORMULA(ftrl_rows)
 
 // Calls formula(w, g, decay, rate, dim) per row: its first weight, its scaled gradients, decay and rate per weight.
 template <class Formula>
@@ -30,14 +39,14 @@ static void update_rows(const StepRows& s, Formula formula) {
   ++s.counters[STEP];
 }
 
-EXPORT void sgd_rows(const StepRows* s) {
+static void sgd_rows(const StepRows* s) {
   update_rows(*s, [](float* __restrict w, const float* g, const float* decay, const float* rate, auto dim) {
 #pragma omp simd
     for (int64_t c = 0; c < dim; ++c) w[c] = decay[c] * w[c] - rate[c] * g[c];
   });
 }
 
-EXPORT void adagrad_rows(const StepRows* s) {
+static void adagrad_rows(const StepRows* s) {
   const float initial = s->hyper[3], eps = s->hyper[4];
   update_rows(*s, [=](float* __restrict w, const float* g, const float* decay, const float* rate, auto dim) {
     float* __restrict sum = w + dim;
@@ -50,7 +59,7 @@ EXPORT void adagrad_rows(const StepRows* s) {
   });
 }
 
-EXPORT void rowwise_adagrad_rows(const StepRows* s) {
+static void rowwise_adagrad_rows(const StepRows* s) {
   const float initial = s->hyper[3], eps = s->hyper[4];
   update_rows(*s, [=](float* w, float* g, const float* decay, const float* rate, auto width) {
     float* sum = w + width;
@@ -71,7 +80,7 @@ EXPORT void rowwise_adagrad_rows(const StepRows* s) {
   });
 }
 
-EXPORT void adamw_rows_by_column(const StepRows* s) {
+static void adamw_rows_by_column(const StepRows* s) {
   const float b1 = s->hyper[3], c1 = s->hyper[4], b2 = s->hyper[5], c2 = s->hyper[6], eps = s->hyper[7];
   update_rows(*s, [=](float* __restrict w, const float* g, const float* decay, const float* rate, auto dim) {
     float* __restrict m = w + dim;
@@ -85,7 +94,7 @@ EXPORT void adamw_rows_by_column(const StepRows* s) {
   });
 }
 
-EXPORT void ftrl_rows(const StepRows* s) {
+static void ftrl_rows(const StepRows* s) {
   const float beta = s->hyper[3], l1 = s->hyper[4];
   update_rows(*s, [=](float* __restrict w, const float* g, const float* decay, const float* rate, auto dim) {
     float* __restrict z = w + dim;
@@ -102,4 +111,24 @@ EXPORT void ftrl_rows(const StepRows* s) {
       n[c] = sum;
     }
   });
+}
+
+template <void (*update)(const StepRows*)>
+static void optimizer_rows_op(Tensor rows, Tensor grads, Tensor counters, const Tensor& unique_rows,
+                              const Tensor& row_vocabularies, const Tensor& hyper, const Tensor& due, const Ints& dims,
+                              std::optional<Tensor> rates) {
+  const StepRows step{strided<float>(rows), strided<float>(grads), flat<int64_t>(counters), flat<int32_t>(unique_rows),
+                      flat<int32_t>(row_vocabularies), rows.stride(0), grads.stride(0), grads.size(1),
+                      flat<double>(hyper), flat<float>(rates), flat<bool>(due),
+                      (int64_t)dims.size(), dims.data()};
+  update(&step);
+}
+
+#define NAME(formula) #formula,
+extern const char* const ROW_OPTIMIZER_NAMES[];  // for define.cpp
+const char* const ROW_OPTIMIZER_NAMES[] = {ROW_OPTIMIZERS(NAME) nullptr};
+
+STABLE_TORCH_LIBRARY_IMPL(recfx, CPU, library) {
+#define REGISTER(formula) library.impl(#formula "_", TORCH_BOX(&optimizer_rows_op<formula>));
+  ROW_OPTIMIZERS(REGISTER)
 }
