@@ -56,8 +56,20 @@ def source_of(module: str) -> Path | None:
 def names_of(module: str) -> tuple[str, list[Name]]:
     """A module's docstring, and the names in its `__all__`, wherever in recfx they are defined."""
     tree, _ = _parsed(module)
-    public = ast.literal_eval(next(n.value for n in tree.body if _targets(n) == ["__all__"]))
-    return ast.get_docstring(tree) or "", [_described(name, *_definition(module, name)) for name in public]
+    names = sorted(_public(module))
+    return ast.get_docstring(tree) or "", [_described(name, *_definition(module, name)) for name in names]
+
+
+def _public(module: str) -> list[str]:
+    """The names in a module's `__all__`, with those that `__all__ += part.__all__` adds of the modules below it."""
+    tree, _ = _parsed(module)
+    names = list[str]()
+    for node in tree.body:
+        if _targets(node) == ["__all__"]:
+            names += ast.literal_eval(node.value)  # type: ignore[attr-defined]
+        elif isinstance(node, ast.AugAssign) and ast.unparse(node.target) == "__all__":
+            names += _public(f"{module}.{ast.unparse(node.value).removesuffix('.__all__')}")
+    return names
 
 
 @functools.cache
@@ -77,8 +89,9 @@ def _definition(module: str, name: str) -> tuple[ast.stmt, list[str]]:
             return node, lines
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("recfx."):
             for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    return _definition(str(node.module).removeprefix("recfx."), alias.name)
+                source = str(node.module).removeprefix("recfx.")
+                if (alias.asname or alias.name) == name or (alias.name == "*" and name in _public(source)):
+                    return _definition(source, name if alias.name == "*" else alias.name)
     raise ValueError(f"{module}: got {name} in __all__, expected a name that is defined or imported there.")
 
 

@@ -51,13 +51,13 @@ def find(program: str | os.PathLike[str]) -> Found:
     if text.endswith(".py") or not isinstance(program, str):
         file = Path(text).absolute()
         if not _is_file(file):
-            raise ValueError(f"program: got {said(text)}, expected the path of a .py file. There is no such file.")
+            raise ValueError(f"program: got {text!r}, expected the path of a .py file. There is no such file.")
         file = file.resolve()
         return Found("", file, file.parent)
     parts = text.split(".")
     if not all(part.isidentifier() for part in parts):
         raise ValueError(
-            f"program: got {said(text)}, expected an import path such as 'package.module', or the path of a .py file."
+            f"program: got {text!r}, expected an import path such as 'package.module', or the path of a .py file."
         )
     try:
         spec = importlib.util.find_spec(text)

@@ -93,7 +93,7 @@ class Loop:
         if self.should_stop() or self.is_last_epoch_over():
             if progress.stopped != "interrupted":
                 warnings.warn(
-                    f"recfx: nothing is left to train: {found} has reached the end of this run. Give other "
+                    f"recfx: nothing is left to train: {found} has come to the end of this run. Give other "
                     "data, more epochs or more steps.",
                     stacklevel=3,
                 )
