@@ -26,13 +26,13 @@ demo: $(VENV)/installed
 	$(PY) -m recfx.examples.deepfm --batch_size 1000 --gradient_accumulation_steps 1 --thread_num 2 --prefetch 0 \
 	    --log_steps 50 --save_steps 1000 --output_dir demo/ckpt --overwrite --generated_dir demo/data
 
-# Linters and type checker run next to the tests. Two processes: most of the time goes into compiling, on one core.
+# Linters and type checker run next to the tests. Three processes on two cores: some tests wait for a disk or a clock.
 # Files are taken in the order of tests/conftest.py, the longest first.
 test: $(VENV)/installed
 	$(MAKE) --jobs=2 --no-print-directory lint pytest
 
 pytest: $(VENV)/installed
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The Triton of a device's torch, for the tests that compile with both; it is not installed.
 $(VENV)/triton-3.6/installed: $(VENV)/installed
