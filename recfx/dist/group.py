@@ -55,6 +55,11 @@ class Group:
         return -(-self.streams // self.world_size)
 
     @property
+    def rounds(self) -> int:
+        """Calls of a step for one whole batch: a deterministic rank trains its streams one after another."""
+        return self.streams_per_rank if self.deterministic else 1
+
+    @property
     def own_streams(self) -> range:
         """Numbers of this rank's streams: a contiguous run, or every world_size-th one in a deterministic group.
 
