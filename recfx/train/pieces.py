@@ -6,6 +6,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from recfx.train.evaluation import read_metrics, reset_metrics_
 from recfx.train.labels import check_labels, find_bad_label
 from recfx.train.nonfinite import check_finite, find_nonfinite, is_stopped
 from recfx.train.progress import Event, Progress, Reader, TrainConfig
-from recfx.train.ranks import group_of
+from recfx.train.ranks import exchanging, group_of
 from recfx.types import NUM_SAMPLES, Batch
 
 __all__ = ["EvaluateWith", "Loop", "OnEvent"]
@@ -211,7 +212,8 @@ class Loop:
             self.saver.delete_all()
         if self.window == 0 or self.window + len(batches) > accumulation:
             self.tell("before_step")
-        self.state, _ = self.run_batches(self.state, batches)  # type: ignore[arg-type]
+        with nullcontext() if self.group.world_size == 1 else exchanging():
+            self.state, _ = self.run_batches(self.state, batches)  # type: ignore[arg-type]
         self.count(batches)
         num_steps, self.window = divmod(self.window + len(batches), accumulation)
         return num_steps
@@ -284,8 +286,9 @@ class Loop:
         write = self.saver.save_in_background if self.config.save_in_background else self.saver.save
         of_reader = {"position": self.position, "reader": self.identity, "data": self.described}
         of_run = {"epoch": self.progress.epoch, "began": self.began, "ended": is_end}
-        if self.group.streams > 1 or self.group.deterministic:
-            of_run |= {"streams": self.group.streams, "deterministic": self.group.deterministic}
+        dealt = getattr(self.reader, "group", None) or self.group
+        if dealt.streams > 1 or dealt.deterministic:
+            of_run |= {"streams": dealt.streams, "deterministic": dealt.deterministic}
         write(self.state, number=self.progress.step, loop=of_reader | of_run)
         self.saving = True
         self.report_saved()
