@@ -64,7 +64,7 @@ def record_of(
 
 
 def ranks_of(group: Group) -> dict[str, Any]:
-    """What `run.json` holds of the ranks, under "ranks": how many, their streams, deterministic. Nothing of one alone."""
+    """What `run.json` holds of the ranks, under "ranks": how many, streams, deterministic. Nothing of one alone."""
     names = ("world_size", "streams", "deterministic")
     is_alone = group.world_size == 1 and group.streams == 1 and not group.deterministic
     return {} if is_alone else {"ranks": {name: getattr(group, name) for name in names}}
