@@ -88,6 +88,16 @@ class Group:
                 tensor.copy_(on_host)
         return tensor
 
+    def from_first_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Gives the tensors the values that rank 0 has."""
+        if self.host is None:
+            return
+        for tensor in tensors:
+            on_host = tensor.detach().cpu()
+            with named_errors():
+                distributed.broadcast(on_host, group=self.host, group_src=0)
+            tensor.detach().copy_(on_host)
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, by rank, on each of them. They are pickled."""
         if self.host is None:
@@ -185,7 +195,8 @@ def _join_others(world_size: int, streams: int, deterministic: bool, device: tor
     with named_errors():
         exchange = distributed.new_group(backend=backend, timeout=timeout)
         host = distributed.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(exchange, distributed.ProcessGroup) and isinstance(host, distributed.ProcessGroup)
+    assert isinstance(exchange, distributed.ProcessGroup)
+    assert isinstance(host, distributed.ProcessGroup)
     return Group(
         rank=distributed.get_rank(),
         world_size=world_size,

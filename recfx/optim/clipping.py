@@ -59,7 +59,7 @@ def sparse_clip_row_norm(optimizer: SparseOptimizer, max_norm: float) -> SparseO
     return _sparse(optimizer, math.inf, max_norm)
 
 
-def clip_global_norm(max_norm: float) -> Callable[[Params, Sequence[TableState], Tensor], Tensor]:
+def clip_global_norm(max_norm: float) -> Callable[..., Tensor]:
     """For `train_step(clip=...)`: all gradients, dense and of rows, shortened together to `max_norm`.
 
     scale <- scale min(1, max_norm / (norm + 1e-6)), torch.nn.utils.clip_grad_norm_ over parameters and touched rows.
@@ -68,9 +68,13 @@ def clip_global_norm(max_norm: float) -> Callable[[Params, Sequence[TableState],
     """
     _check("max_norm", max_norm)
 
-    def clip(grads: Params, tables: Sequence[TableState], scale: Tensor) -> Tensor:
+    def clip(
+        grads: Params, tables: Sequence[TableState], scale: Tensor, *, total: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """As any `clip`. total: sums a number f64 [] over the ranks, each of which has its own rows."""
         squares = [g.double().square().sum() for g in grads.values()]
-        squares += [squared_norm(t.grads, t.counters) for t in tables]
+        of_rows = [squared_norm(t.grads, t.counters) for t in tables]
+        squares += of_rows if total is None else [total(torch.stack(of_rows).sum())]
         norm = torch.stack(squares).sum().sqrt() * scale
         return scale * (max_norm / (norm + 1e-6)).clamp(max=1).float()
 

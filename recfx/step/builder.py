@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, get_args
 
 import torch
@@ -12,6 +13,8 @@ from torch.utils._pytree import tree_map
 
 from recfx.checks import check_choice, check_int
 from recfx.context import Stats, with_context
+from recfx.dist import Group, current
+from recfx.dist.exchange import Exchange
 from recfx.embeddings import Embedding, plan_tables
 from recfx.generators import Draws
 from recfx.kernels.rows.add_row_grads import add_row_grads_
@@ -23,7 +26,7 @@ from recfx.step.checks import check_bound, check_counts, check_functions, check_
 from recfx.step.forward import evaluate_, ids_in, predict, read
 from recfx.step.parts import Clip, StepParts, Task
 from recfx.step.state import NonFinite, OnNonFinite, Precision, Step, TrainState, Window
-from recfx.step.update import flush_, grow_, in_graph_, update, update_
+from recfx.step.update import flush_, grow_, in_graph_, is_void_, update, update_
 from recfx.table import Limits, is_full, is_sweep_due, table
 from recfx.table import sweep_ as sweep_table_
 from recfx.table.policies import Life
@@ -55,6 +58,7 @@ def train_step(
     precision: Precision = "fp32",
     on_nonfinite: OnNonFinite = "stop",
     check_labels: bool | None = None,
+    group: Group | None = None,
 ) -> Step:
     """Composes feature function, embeddings, model and optimisers into one step.
 
@@ -88,6 +92,8 @@ def train_step(
               check_labels: whether labels of real samples that are not in [0, 1], NaN too, are counted, so that
               `recfx.train` raises before it saves or logs, and after an evaluation. None: with the default loss, which
               has no minimum at such a label. False accepts them; True checks them with another loss too.
+              group: the ranks that train this model together, see `recfx.dist`. None: the group that this process has
+              joined, or one process.
     Raises:   ValueError when accumulation is below 1, precision or on_nonfinite is not one of the words above, or a
               table's limits or `life` do not fit; TypeError when a part is of another type, such as an optimiser of
               `torch.optim`.
@@ -108,6 +114,14 @@ def train_step(
         limits=limits, life=life, sum_row_grads=sum_row_grads,
     )  # fmt: skip
     forward = with_names("forward", with_context(forward), "params", "embeddings", "features")
+    group = current() if group is None else group
+    tables = tuple(map(table_of, plan.tables))
+    exchange = None
+    if group is not None and (group.world_size > 1 or group.deterministic):
+        counting = life is not None and life.admit is not None and life.candidates > 0
+        exchange = Exchange(group, plan.tables, tables, sum_row_grads, distinct=not counting)
+        accumulation *= group.rounds
+        clip = _clip_of_all(clip, exchange)
     parts = StepParts(
         features=with_names("features", features, "columns"),
         forward=in_bf16(forward) if precision == "bf16" else forward,
@@ -117,9 +131,10 @@ def train_step(
             sample_weight=sample_weight,
             metrics=check_counts(metrics or binary_metrics()),
             counts_labels=loss is bce_with_logits if check_labels is None else check_labels,
+            sums_exactly=exchange is not None and exchange.group.deterministic,
         ),
         plan=plan,
-        tables=tuple(map(table_of, plan.tables)),
+        tables=tables,
         sparse=sparse_optimizer,
         dense=dense_optimizer,
         clip=clip,
@@ -127,8 +142,13 @@ def train_step(
         life=life,
         seed=seed,
         on_nonfinite=on_nonfinite,
-        fuses=accumulation == 1 and clip is None and sum_row_grads is add_row_grads_ and on_nonfinite != "skip",
+        fuses=accumulation == 1
+        and clip is None
+        and sum_row_grads is add_row_grads_
+        and on_nonfinite != "skip"
+        and exchange is None,
         draws=Draws(),
+        exchange=exchange,
     )
     return _step_of(parts, precision)
 
@@ -140,8 +160,8 @@ def _step_of(parts: StepParts, precision: Precision) -> Step:
         update=partial(update, parts),
         update_=partial(update_, parts),
         in_graph_=partial(in_graph_, parts),
-        evaluate_=partial(evaluate_, parts),
-        predict=partial(predict, parts),
+        evaluate_=_repeating(parts, evaluate_),
+        predict=_repeating(parts, predict),
         flush_=partial(flush_, parts),
         ids_in=partial(ids_in, parts),
         grow_=partial(grow_, parts),
@@ -156,11 +176,58 @@ def _step_of(parts: StepParts, precision: Precision) -> Step:
         on_nonfinite=parts.on_nonfinite,
         label=parts.task.label,
         draws=parts.draws,
+        evaluate_in_graph_=partial(evaluate_, parts),
+        predict_in_graph=partial(predict, parts),
+        exchange=parts.exchange,
     )
+
+
+def _repeating(parts: StepParts, function: Callable) -> Callable:
+    """`function` of a state and a batch, run again where ranks have found a bucket too small."""
+    if parts.exchange is None:
+        return partial(function, parts)
+
+    def run(state: TrainState, batch: Any) -> Any:
+        while True:
+            ids_in(parts, batch)  # sets the capacities
+            result = function(parts, state, batch)
+            if not is_void_(parts, state):
+                return result
+
+    return run
+
+
+def _clip_of_all(clip: Clip | None, exchange: Exchange) -> Clip | None:
+    """`clip` over the gradients of all ranks, each of which has the rows that it owns."""
+    if clip is None or exchange.group.world_size == 1:
+        return clip
+    if "total" not in signature(clip).parameters:
+        raise ValueError(
+            "clip: got a function without a parameter 'total', expected one on several ranks. Each rank has the "
+            "gradients of its own rows only. Take `total`, a function that sums a number f64 [] over all ranks, as "
+            "recfx.optim.clip_global_norm does."
+        )
+    return partial(clip, total=exchange.total)
+
+
+def _as_on_first(parts: StepParts, params: Params, stats: Stats) -> tuple[Params, Stats]:
+    """Rank 0's parameters and statistics. Raises ValueError when the ranks have built different steps."""
+    assert parts.exchange is not None
+    group = parts.exchange.group
+    shapes = {name: tuple(t.shape) for name, t in {**params, **stats}.items()}
+    same = {"seed": parts.seed, "accumulation": parts.accumulation, "embeddings": parts.plan.widths}
+    for what, value in {**same, "parameters": shapes}.items():
+        group.check_same(what, value)
+    if group.world_size > 1:
+        params, stats = ({name: t.detach().clone() for name, t in ts.items()} for ts in (params, stats))
+        group.from_first_([*params.values(), *stats.values()])
+    return params, stats
 
 
 def _init(parts: StepParts, params: Params, *, stats: Stats | None = None) -> TrainState:
     params = params_of(params, [t.device for t in parts.plan.tables])
+    if parts.exchange is not None:
+        params, stats = _as_on_first(parts, params, {} if stats is None else stats)
     device = next((p.device for p in params.values()), torch.device(parts.plan.tables[0].device))
 
     def counter() -> Tensor:
@@ -176,6 +243,7 @@ def _init(parts: StepParts, params: Params, *, stats: Stats | None = None) -> Tr
         metrics=parts.task.init(device),
         window=Window(grads=sums, num_samples=counter(), num_batches=counter()),
         nonfinite=NonFinite(first_step=counter(), first_batch=counter(), num_batches=counter()),
+        exchange=() if parts.exchange is None else parts.exchange.init(),
     )
 
 

@@ -78,5 +78,7 @@ def count_nonfinite_(counts: NonFinite, is_bad: Tensor, step: Tensor, batch: Ten
 
 def untouch_(s: TableState, found: Found, num_before: Tensor, counts: Tensor) -> Found:
     """Unless the batch counts, no row that it touched is among the step's, and no gradient of it reaches one."""
-    untouch_rows.untouch_rows_(s.seen, s.counters, found.row, found.inverse, num_before, counts)
-    return found._replace(inverse=torch.where(counts, found.inverse, -1))
+    own = found.own
+    untouch_rows.untouch_rows_(s.seen, s.counters, own.row, own.inverse, num_before, counts)
+    own = own._replace(inverse=torch.where(counts, own.inverse, -1))
+    return own if found.asked is None else found._replace(asked=own)

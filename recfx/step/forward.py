@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recfx.context import Context, Stats
+from recfx.dist.exchange import Asked, note_
 from recfx.embeddings import Lookup
 from recfx.step.checks import check_batch, check_features, check_logit
 from recfx.step.parts import Features, StepParts
@@ -21,6 +22,7 @@ __all__ = [
     "context_of",
     "evaluate_",
     "ids_in",
+    "look_up",
     "num_ids",
     "predict",
     "read",
@@ -43,9 +45,12 @@ def real_samples(parts: StepParts, feats: Features) -> Tensor:
     return torch.arange(label.shape[0], device=label.device)[:, None] < feats[NUM_SAMPLES]
 
 
-def context_of(parts: StepParts, state: TrainState, valid: Tensor, *, training: bool) -> Context:
+def context_of(
+    parts: StepParts, state: TrainState, valid: Tensor, *, training: bool, asked: Asked | None = None
+) -> Context:
     """What `forward` is given besides parameters, embeddings and features."""
     sample = torch.arange(len(valid), device=valid.device)
+    sample = sample if asked is None else sample + asked.first_sample
     return Context(
         training=training,
         valid=valid,
@@ -79,8 +84,10 @@ def evaluate_(parts: StepParts, state: TrainState, batch: Batch) -> tuple[TrainS
     parts.check(state)
     feats = read(parts, batch)
     context = context_of(parts, state, real_samples(parts, feats), training=False)
-    _, (logit, loss_B, _) = total_loss(parts, state.params, *_look_up(parts, state, feats), feats, context)
-    parts.task.count_(state.metrics, logit, feats, loss_B, context.valid)
+    rows, found, asked = look_up(parts, state, feats, inserts=False)
+    _, (logit, loss_B, _) = total_loss(parts, state.params, rows, found, feats, context)
+    valid = context.valid if asked is None else context.valid & asked.counts
+    parts.task.count_(state.metrics, logit, feats, loss_B, valid)
     return state, aux_of(logit, loss_B, feats)
 
 
@@ -89,7 +96,8 @@ def predict(parts: StepParts, state: TrainState, batch: Batch) -> Tensor:
     parts.check(state)
     feats = read(parts, _filled(batch, parts.task.columns))
     context = context_of(parts, state, real_samples(parts, feats), training=False)
-    logit, _ = parts.forward(state.params, groups_of(parts.plan, *_look_up(parts, state, feats)), feats, context)
+    rows, found, _ = look_up(parts, state, feats, inserts=False)
+    logit, _ = parts.forward(state.params, groups_of(parts.plan, rows, found), feats, context)
     check_logit(logit, feats, [parts.task.label])
     return logit
 
@@ -100,7 +108,9 @@ def ids_in(parts: StepParts, batch: Batch) -> tuple[int, ...]:
 
 
 def num_ids(parts: StepParts, feats: Features) -> tuple[int, ...]:
-    """Ids per table, with those that are padding."""
+    """Ids per table, with those that are padding; where ranks share tables, ids that this one may insert."""
+    if parts.exchange is not None:
+        return parts.exchange.fit([t.read(feats) for t in parts.tables])
     return tuple(sum(ids_of(feats, l.feature).values.numel() for l in t.lookups) for t in parts.plan.tables)
 
 
@@ -109,16 +119,34 @@ def lookups_of(parts: StepParts) -> list[Lookup]:
     return [lookup for table in parts.plan.tables for lookup in table.lookups]
 
 
-def aux_of(logit: Tensor, loss_B: Tensor, feats: Features) -> Aux:
-    """What a step returns besides the state."""
+def aux_of(logit: Tensor, loss_B: Tensor, feats: Features, mean_loss: Tensor | None = None) -> Aux:
+    """What a step returns besides the state.
+
+    Args:     mean_loss: over the samples of all ranks; None: of this process.
+    """
     num_samples = feats[NUM_SAMPLES]
-    return Aux(loss_B.sum() / num_samples.clamp(min=1), logit, num_samples.clone(), feats.get(COUNTS, {}))
+    mean_loss = loss_B.sum() / num_samples.clamp(min=1) if mean_loss is None else mean_loss
+    return Aux(mean_loss, logit, num_samples.clone(), feats.get(COUNTS, {}))
 
 
-def _look_up(parts: StepParts, state: TrainState, feats: Features) -> tuple[list[list[Tensor]], list[Found]]:
+def look_up(
+    parts: StepParts, state: TrainState, feats: Features, *, inserts: bool
+) -> tuple[list[list[Tensor]], list[Found], Asked | None]:
+    """The pooled rows of each table, where they were found, and what ranks asked each other for; None: one process.
+
+    Args:     inserts: new ids get rows, and all join the step.
+    """
     check_num_samples(feats, lookups_of(parts))
-    found = [t.find(s, t.read(feats)) for t, s in zip(parts.tables, state.tables, strict=True)]
-    return [t.pool(s, f) for t, s, f in zip(parts.tables, state.tables, found, strict=True)], found
+    pairs, asked = list(zip(parts.tables, state.tables, strict=True)), None
+    if parts.exchange is None:
+        found = [(t.insert_ if inserts else t.find)(s, t.read(feats)) for t, s in pairs]
+    else:
+        readings = [t.read(feats) for t in parts.tables]
+        asked = parts.exchange.ask(readings, feats[NUM_SAMPLES])
+        own = (parts.exchange.insert_ if inserts else parts.exchange.find)(state.tables, asked)
+        found = parts.exchange.answer(readings, state.tables, asked, own)
+        note_(state.exchange, asked)
+    return [t.pool(s, f) for (t, s), f in zip(pairs, found, strict=True)], found, asked
 
 
 def _filled(batch: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recfx.context import Forward
+from recfx.dist.exchange import Exchange
 from recfx.embeddings import Plan
 from recfx.generators import Draws
 from recfx.metrics import BinaryCounts, Metric
@@ -35,6 +36,8 @@ class Task:
               sample_weight: name of the feature [B, 1] that multiplies each sample's loss. None: all are 1.
               metrics: what is counted.
               counts_labels: whether labels outside [0, 1] are counted too.
+              sums_exactly: whether sums of a batch are rounded to multiples of 2**-20, which f64 adds exactly: sums of
+              many batches are then the same in any order.
     """
 
     label: str
@@ -42,6 +45,7 @@ class Task:
     sample_weight: str | None
     metrics: Metric
     counts_labels: bool
+    sums_exactly: bool = False
 
     @property
     def columns(self) -> list[str]:
@@ -65,7 +69,12 @@ class Task:
         self, counts: BinaryCounts, logit: Tensor, feats: Mapping[str, Any], loss_B: Tensor, valid: Tensor
     ) -> BinaryCounts:
         """Adds the valid samples to the counts."""
-        return self.metrics.update_(counts, logit, feats[self.label], loss_B, valid)
+        args = logit, feats[self.label], loss_B, valid
+        if not self.sums_exactly:
+            return self.metrics.update_(counts, *args)
+        new = self.metrics.update_(counts._replace(sums=torch.zeros_like(counts.sums)), *args)
+        counts.sums.add_((new.sums * 2**20).round() * 2**-20)
+        return counts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,6 +95,7 @@ class StepParts:
     on_nonfinite: OnNonFinite
     fuses: bool  # whether nothing comes between the sums of row gradients and the sparse optimiser
     draws: Draws
+    exchange: Exchange | None  # where ranks share tables
 
     @property
     def skips(self) -> bool:

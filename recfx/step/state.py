@@ -10,6 +10,8 @@ from torch import Tensor
 
 from recfx.context import Stats
 from recfx.describe import or_plain, state_text, step_text
+from recfx.dist import Group
+from recfx.dist.exchange import Exchange, ExchangeState
 from recfx.embeddings import Plan
 from recfx.generators import Draws
 from recfx.metrics import BinaryCounts
@@ -50,6 +52,7 @@ class TrainState(NamedTuple):
     metrics: BinaryCounts
     window: Window
     nonfinite: NonFinite
+    exchange: ExchangeState | tuple[()] = ()  # between ranks; () in one process
 
     def __repr__(self) -> str:
         return or_plain(state_text)(self)
@@ -58,7 +61,7 @@ class TrainState(NamedTuple):
 class Aux(NamedTuple):
     """What a step returns about its batch. Valid until the next call of the captured step."""
 
-    loss: Tensor  # f32 [], mean over the batch's samples, nats
+    loss: Tensor  # f32 [], mean over the batch's samples, of training on many ranks over those of all ranks; nats
     logit: Tensor  # f32 [B, 1]
     num_samples: Tensor  # i32 []
     counts: dict[str, Tensor]  # what the feature function put under `recfx.types.COUNTS`
@@ -96,6 +99,9 @@ class Step:
     on_nonfinite: what a micro-batch with NaN or infinity leads to, see `train_step`.
     label:      name of the feature that holds the target.
     draws:      whether the step draws from torch's generators.
+    evaluate_in_graph_, predict_in_graph: what a capture traces of `evaluate_` and `predict`. In one process they are
+                the same functions; where ranks share tables, those repeat a batch for which a bucket was too small.
+    exchange:   what ranks exchange within the step; None: one process.
     """
 
     init: Callable[..., TrainState]
@@ -118,6 +124,14 @@ class Step:
     on_nonfinite: OnNonFinite
     label: str
     draws: Draws
+    evaluate_in_graph_: Trains
+    predict_in_graph: Callable[[TrainState, Batch], Tensor]
+    exchange: Exchange | None
+
+    @property
+    def group(self) -> Group | None:
+        """The ranks that share the tables; None: one process."""
+        return None if self.exchange is None else self.exchange.group
 
     def __repr__(self) -> str:
         return or_plain(step_text)(self)

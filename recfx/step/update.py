@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from recfx.context import Stats
+from recfx.dist.exchange import Asked
 from recfx.kernels.definitions import definitions
 from recfx.step.finite import clean_padding, count_nonfinite_, gradients_finite, outputs_finite, untouch_
-from recfx.step.forward import aux_of, context_of, lookups_of, num_ids, read, real_samples, total_loss
+from recfx.step.forward import aux_of, context_of, look_up, num_ids, read, real_samples, total_loss
 from recfx.step.parts import Features, StepParts
 from recfx.step.state import Aux, Batch, TrainState, Window
-from recfx.table import Found, Table, TableState, check_num_samples
+from recfx.table import Found, Table, TableState
 from recfx.types import NUM_SAMPLES, Params
 
-__all__ = ["flush_", "grow_", "in_graph_", "update", "update_"]
+__all__ = ["flush_", "grow_", "in_graph_", "is_void_", "update", "update_"]
 
 FUSED_ON = ("cuda",)  # devices on which `SparseOptimizer.fused` is faster than the two kernels it replaces
 
@@ -32,13 +33,15 @@ class Pass(NamedTuple):
     """What the forward and backward pass of one micro-batch gave."""
 
     found: Sequence[Found]  # by table
-    grads: Params  # of the parameters, summed over the samples
+    grads: list[Params]  # of the parameters, summed over the samples; of each rank or of all, to be added in this order
     row_grads: Sequence[Sequence[Tensor]]  # of the pooled rows, by table
     logit: Tensor  # f32 [B, 1]
     losses: Tensor  # f32 [B, 1], of the samples
     stats: Stats
-    num_samples: Tensor  # i32 []
+    num_samples: Tensor  # i32 [], of all ranks i64 []
     valid: Tensor  # bool [B, 1], samples that count
+    counts: Tensor | None  # bool [], whether the micro-batch counts; None: it does
+    loss: Tensor | None  # f32 [], sum over the samples of all ranks; None: one process
     is_good: Tensor | None  # bool [], whether all of this is finite; None: not checked so far
 
 
@@ -57,16 +60,23 @@ def update(parts: StepParts, state: TrainState, batch: Batch) -> tuple[TrainStat
     """The specification: `update_` on a copy of the state, every operator of recfx in plain torch."""
     parts.check(state)
     with definitions():
-        feats = read(parts, batch)
-        return _learn_(parts, grow_(parts, tree_map(Tensor.clone, state), num_ids(parts, feats)), feats)
+        while True:
+            feats = read(parts, batch)
+            new = grow_(parts, tree_map(Tensor.clone, state), num_ids(parts, feats))
+            new, aux = _learn_(parts, new, feats)
+            if not is_void_(parts, new):
+                return new, aux
 
 
 def update_(parts: StepParts, state: TrainState, batch: Batch) -> tuple[TrainState, Aux]:
     """Makes room for the batch's ids, then `in_graph_`."""
     parts.check(state)
     with torch.no_grad(), parts.draws.watched(state.step.device):
-        feats = read(parts, batch)
-        return _learn_(parts, grow_(parts, state, num_ids(parts, feats)), feats)
+        while True:
+            feats = read(parts, batch)
+            state, aux = _learn_(parts, grow_(parts, state, num_ids(parts, feats)), feats)
+            if not is_void_(parts, state):
+                return state, aux
 
 
 def in_graph_(parts: StepParts, state: TrainState, batch: Batch) -> tuple[TrainState, Aux]:
@@ -86,33 +96,39 @@ def _learn_(parts: StepParts, state: TrainState, feats: Features) -> tuple[Train
     """One micro-batch, and an optimiser step where it is the last of its window. Writes into the state."""
     valid = real_samples(parts, feats)
     feats = clean_padding(feats, valid)
-    context = context_of(parts, state, valid, training=True)
     touched = [s.num_unique.clone() for s in state.tables] if parts.skips else []
 
-    check_num_samples(feats, lookups_of(parts))
-    found = [t.insert_(s, t.read(feats)) for t, s in zip(parts.tables, state.tables, strict=True)]
-    rows = [t.pool(s, f) for t, s, f in zip(parts.tables, state.tables, found, strict=True)]
+    rows, found, asked = look_up(parts, state, feats, inserts=True)
+    context = context_of(parts, state, valid, training=True, asked=asked)
     (grads, row_grads), (logit, loss_B, stats) = gradients(parts, state.params, rows, found, feats, context)
-    got = Pass(found, grads, row_grads, logit, loss_B, stats, feats[NUM_SAMPLES], valid, is_good=None)
+    got = Pass(found, [grads], row_grads, logit, loss_B, stats, feats[NUM_SAMPLES], valid, None, None, None)
     got = _checked_early(parts, got)
+    got = got if asked is None else _of_all_ranks(parts, state, got, asked)
     got = _left_out_(got, state, touched) if parts.skips else got
 
     fused = [_fused_for(parts, t, s) for t, s in zip(parts.tables, state.tables, strict=True)]
     _add_grads_(parts, state, got, fused)
     move = _move_of(parts, state, got)
-    due = None if parts.accumulation == 1 and not parts.skips else move.due
+    due = None if parts.accumulation == 1 and not parts.skips and asked is None else move.due
     dense, params = parts.dense.update_(state.dense, state.params, move.grads, move.scale, due)
     _next_window_(state.window, move)
     _count_steps_(parts, state, move)
     tables, is_good = _update_rows_(parts, state, got, move, fused)
 
+    mean_loss = None if got.loss is None else got.loss / got.num_samples.clamp(min=1)
     if is_good is not None:
-        count_nonfinite_(state.nonfinite, ~is_good, state.step + 1, move.num_batches - 1)
+        is_bad = ~is_good if got.counts is None else ~is_good & got.counts
+        count_nonfinite_(state.nonfinite, is_bad, state.step + 1, move.num_batches - 1)
     parts.task.count_(state.metrics, logit, feats, loss_B, got.valid)
     for name, new in got.stats.items():
         state.stats[name].copy_(new)
     state.step.copy_(state.step + move.is_last)
-    return state._replace(params=params, dense=dense, tables=tables), aux_of(logit, loss_B, feats)
+    return state._replace(params=params, dense=dense, tables=tables), aux_of(logit, loss_B, feats, mean_loss)
+
+
+def is_void_(parts: StepParts, state: TrainState) -> bool:
+    """Whether the last step changed nothing, and has to be repeated, see `recfx.dist.exchange`."""
+    return parts.exchange is not None and parts.exchange.look_(state.exchange)
 
 
 def flush_(parts: StepParts, state: TrainState) -> TrainState:
@@ -138,10 +154,34 @@ def flush_(parts: StepParts, state: TrainState) -> TrainState:
 
 def _checked_early(parts: StepParts, got: Pass) -> Pass:
     """With the verdict on the micro-batch, where it is needed before its gradients are summed with others."""
-    if parts.skips or (parts.on_nonfinite == "stop" and parts.accumulation > 1):
-        is_good = outputs_finite(got.logit, got.losses, got.valid) & gradients_finite(got.grads, got.row_grads)
+    is_early = parts.accumulation > 1 or parts.exchange is not None
+    if parts.skips or (parts.on_nonfinite == "stop" and is_early):
+        is_good = outputs_finite(got.logit, got.losses, got.valid) & gradients_finite(got.grads[0], got.row_grads)
         return got._replace(is_good=is_good)
     return got
+
+
+def _of_all_ranks(parts: StepParts, state: TrainState, got: Pass, asked: Asked) -> Pass:
+    """The pass with the dense gradients, numbers and statistics of all ranks; none where it does not count."""
+    assert parts.exchange is not None
+    agreed = parts.exchange.agree(
+        got.grads[0],
+        num_samples=got.num_samples,
+        loss=got.losses.sum(),
+        is_good=got.is_good,
+        counts=asked.counts,
+        stats=got.stats,
+        old_stats=state.stats,
+    )
+    return got._replace(
+        grads=agreed.grads,
+        stats=agreed.stats,
+        num_samples=agreed.num_samples,
+        loss=agreed.loss,
+        is_good=None if got.is_good is None else agreed.is_good,
+        counts=asked.counts,
+        valid=got.valid & asked.counts,
+    )
 
 
 def _left_out_(got: Pass, state: TrainState, touched: Sequence[Tensor]) -> Pass:
@@ -152,7 +192,7 @@ def _left_out_(got: Pass, state: TrainState, touched: Sequence[Tensor]) -> Pass:
     good = got.is_good
     assert good is not None
     return got._replace(
-        grads={name: torch.where(good, g, 0.0) for name, g in got.grads.items()},
+        grads=[{name: torch.where(good, g, 0.0) for name, g in grads.items()} for grads in got.grads],
         stats={name: torch.where(good, new, state.stats[name]) for name, new in got.stats.items()},
         found=[untouch_(s, f, n, good) for s, f, n in zip(state.tables, got.found, touched, strict=True)],
         num_samples=got.num_samples * good,
@@ -168,6 +208,9 @@ def _fused_for(parts: StepParts, t: Table, s: TableState) -> Callable[..., Table
 
 def _add_grads_(parts: StepParts, state: TrainState, got: Pass, fused: Sequence[Callable | None]) -> None:
     """Sums the row gradients by row, where no kernel does it together with the optimiser."""
+    if parts.exchange is not None:
+        parts.exchange.add_grads_(state.tables, got.found, got.row_grads)
+        return
     for t, s, f, g, one in zip(parts.tables, state.tables, got.found, got.row_grads, fused, strict=True):
         if one is None:
             t.add_grads_(s, f, g)
@@ -175,15 +218,18 @@ def _add_grads_(parts: StepParts, state: TrainState, got: Pass, fused: Sequence[
 
 def _move_of(parts: StepParts, state: TrainState, got: Pass) -> Move:
     """The window with this micro-batch, and what the optimisers do about it."""
-    window, grads = state.window, got.grads
-    num_samples, num_batches = window.num_samples + got.num_samples, window.num_batches + 1
+    window = state.window
+    num_samples = window.num_samples + got.num_samples
+    num_batches = window.num_batches + (1 if got.counts is None else got.counts)
     is_last = num_batches >= parts.accumulation
+    is_last = is_last if got.counts is None else is_last & got.counts
     due = is_last
     if parts.skips and got.is_good is not None:  # a window of micro-batches that were all left out moves nothing
         due = is_last & (got.is_good | (num_samples > 0))
     scale = 1.0 / num_samples.clamp(min=1).float()
-    if parts.accumulation > 1:
-        grads = {name: window.grads[name] + g for name, g in grads.items()}
+    grads, *others = [window.grads, *got.grads] if parts.accumulation > 1 else got.grads
+    for more in others:
+        grads = {name: grads[name] + g for name, g in more.items()}
     scale = scale if parts.clip is None else parts.clip(grads, state.tables, scale)
     return Move(grads, num_samples, num_batches, is_last, due, scale)
 
@@ -211,16 +257,16 @@ def _update_rows_(
     """
     is_good = got.is_good
     if parts.on_nonfinite == "stop" and is_good is None:
-        if not any(fused) and (checking := _checking(parts, state, got.grads)):
+        if not any(fused) and (checking := _checking(parts, state, got.grads[0])):
             return _update_and_check_rows_(state, got, move, checking)
-        is_good = gradients_finite(got.grads, got.row_grads, None if any(fused) else state.tables)
+        is_good = gradients_finite(got.grads[0], got.row_grads, None if any(fused) else state.tables)
         is_good = is_good & outputs_finite(got.logit, got.losses, got.valid)
     tables = []
     for t, s, f, g, one in zip(parts.tables, state.tables, got.found, got.row_grads, fused, strict=True):
         if one is not None:
             tables.append(one(s, t.occurrences(f, g), move.scale, move.due))
         else:
-            most = min(f.row.numel(), s.unique_rows.numel()) if parts.accumulation == 1 else s.unique_rows.numel()
+            most = min(f.own.row.numel(), s.unique_rows.numel()) if parts.accumulation == 1 else s.unique_rows.numel()
             tables.append(parts.sparse.apply_(s, move.scale, move.due, t.columns, most))
     return tuple(tables), is_good
 
@@ -236,7 +282,7 @@ def _checking(parts: StepParts, state: TrainState, grads: Params) -> list[Callab
 def _update_and_check_rows_(
     state: TrainState, got: Pass, move: Move, checking: Sequence[Callable]
 ) -> tuple[tuple[TableState, ...], Tensor]:
-    others = [[*got.grads.values()], *([] for _ in checking[1:])]  # the first also checks the dense gradients
+    others = [[*got.grads[0].values()], *([] for _ in checking[1:])]  # the first also checks the dense gradients
     both = [c(s, move.scale, move.due, o) for c, s, o in zip(checking, state.tables, others, strict=True)]
     is_good = functools.reduce(Tensor.logical_and, [ok for _, ok in both])
     return tuple(s for s, _ in both), is_good & outputs_finite(got.logit, got.losses, got.valid)

@@ -75,7 +75,6 @@ class TableParts:
     main: Cells  # of the lookups that insert; of all where none does
     read_only: Cells
     inserts: bool  # whether any lookup does
-    trains: Tensor | None  # bool [L], which cells of `main` train rows; None: all
     init_keys: Tensor  # i64 [V, W]
     init_params: Tensor  # f32 [V, 3, W]
     unknown_params: Tensor | None  # f32 [V, 3, W], of ids without a row
@@ -119,7 +118,6 @@ def table(
         _check_life(life, max_rows, device)
     inserting = [lookup for lookup in plan.lookups if not lookup.read_only]  # these come first
     main = cells_of(inserting or plan.lookups, device)
-    trains = [lookup.trainable for lookup in inserting for _ in range(lookup.num_cells)]
     keys, params = (nn.functional.pad(t, (0, num_extra)) for t in initializer_tensors(plan, seed))
     parts = TableParts(
         plan=plan,
@@ -131,7 +129,6 @@ def table(
         main=main,
         read_only=cells_of(plan.lookups[len(main.lookups) :], device),
         inserts=bool(inserting),
-        trains=None if all(trains) else torch.tensor(trains, device=device),
         init_keys=keys,
         init_params=params,
         unknown_params=unknown_params(plan, params),
@@ -205,14 +202,14 @@ def _insert_(parts: TableParts, s: TableState, reading: Reading) -> Found:
         return _find(s, reading)
     admits = _admitted(parts, s, reading)
     # Of another type, since an operator must not be given a tensor and its clone.
-    num_before = None if parts.trains is None else s.counters[NUM_UNIQUE].int()
+    num_before = None if reading.trains is None else s.counters[NUM_UNIQUE].int()
     row, inverse = find_or_insert.find_or_insert_(
         s.slots, s.ids, s.vocabularies, s.seen, s.born, s.rows, s.free_rows, s.unique_rows, s.counters, reading.id,
         reading.cell, reading.vocabularies, parts.init_keys, parts.init_params, admits,
     )  # fmt: skip
-    if parts.trains is not None:
+    if reading.trains is not None:
         touched = s.seen, s.unique_rows, s.counters, num_before
-        inverse = keep_trained.keep_trained_(*touched, inverse, reading.cell, parts.trains)
+        inverse = keep_trained.keep_trained_(*touched, inverse, reading.cell, reading.trains)
     read_only = None if reading.read_only is None else _find(s, reading.read_only)
     return Found(reading, row, inverse, read_only)
 

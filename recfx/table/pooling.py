@@ -39,6 +39,7 @@ def pool(
 ) -> list[Tensor]:
     """The sum of the weighted rows of each list: f32 [B, L, dim] per logical table, read-only cells last."""
     reading = found.reading
+    table_rows, rows = rows, rows if found.rows is None else found.rows
     ids, num_samples = (rows, found.row, reading.id, reading.cell), reading.lists[0].num_samples
     rest = (reading.vocabularies, num_samples, init_keys, unknown_params, firsts, dims)
     if reading.ends is None:
@@ -47,7 +48,7 @@ def pool(
         pooled = kernels.pool_lists(*ids, reading.ends, *rest)
     if found.read_only is None:
         return pooled
-    read_only = pool(rows, found.read_only, init_keys, unknown_params, firsts, dims)
+    read_only = pool(table_rows, found.read_only, init_keys, unknown_params, firsts, dims)
     return [torch.cat(both, dim=1) for both in zip(pooled, read_only, strict=True)]
 
 

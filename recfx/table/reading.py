@@ -26,15 +26,26 @@ class Reading(NamedTuple):
     ends: Tensor | None = None  # i32 [B * L], the position at which each cell's ids end, where `pool_lists` is used
     lists: Sequence[Ragged] = ()  # the feature of each lookup, the read-only ones last
     read_only: Reading | None = None  # of the read-only lookups, where the table has others too
+    trains: Tensor | None = None  # bool [L], which cells train rows; None: all
 
 
 class Found(NamedTuple):
-    """Where the ids of a reading are. Valid inside one step."""
+    """Where the ids of a reading are. Valid inside one step.
+
+    Where several ranks share a table, rows are fetched from the ranks that own them: see `recfx.dist.exchange`.
+    """
 
     reading: Reading
     row: Tensor  # i32 [P], -1 unknown or padding, -2 rejected
     inverse: Tensor  # i32 [P], unique number in this step, -1 without
     read_only: Found | None = None  # of `reading.read_only`
+    rows: Tensor | None = None  # f32 [R, 1, W], what `row` counts, fetched; None: the table's own rows
+    asked: Found | None = None  # what other ranks have asked this one for; None: one process
+
+    @property
+    def own(self) -> Found:
+        """Where ids are in this process's table: what was asked for, or the batch's own."""
+        return self if self.asked is None else self.asked
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +54,7 @@ class Cells:
 
     lookups: Sequence[Lookup]
     vocabularies: Tensor  # i32 [L], of each cell
+    trains: Tensor | None  # bool [L], which cells train rows; None: all
     padding: tuple[Tensor, Tensor] | None  # i64 [L], an id that is not counted, and bool [L], whether there is one
 
 
@@ -53,7 +65,10 @@ def cells_of(lookups: Sequence[Lookup], device: torch.device) -> Cells:
     has_one = [l.padding_id is not None for l in of_cells]
     ids = torch.tensor([l.padding_id or 0 for l in of_cells], dtype=torch.int64, device=device)
     padding = (ids, torch.tensor(has_one, device=device)) if any(has_one) else None
-    return Cells(lookups=lookups, vocabularies=vocabularies, padding=padding)
+    trains = (
+        None if all(l.trainable for l in of_cells) else torch.tensor([l.trainable for l in of_cells], device=device)
+    )
+    return Cells(lookups=lookups, vocabularies=vocabularies, trains=trains, padding=padding)
 
 
 def in_order(lists: Sequence[Ragged], cells: Cells) -> Reading:
@@ -71,7 +86,7 @@ def in_order(lists: Sequence[Ragged], cells: Cells) -> Reading:
     if cells.padding is not None:
         padding_id, has_one = (t[cell % len(t)] for t in cells.padding)
         cell = torch.where(has_one & (id == padding_id), -1, cell)
-    return Reading(id, cell, cells.vocabularies, weight, ends, lists)
+    return Reading(id, cell, cells.vocabularies, weight, ends, lists, trains=cells.trains)
 
 
 def ids_of(features: Mapping[str, Any], name: str) -> Ragged:
