@@ -268,10 +268,10 @@ class Loop:
             self.after_steps(1)
         self.check()
         self.add_samples()
-        self.hear_all()
         progress.epoch, self.position = progress.epoch + 1, None
         self.checked = progress.step, None
         self.tell("after_epoch")
+        self.hear_all()
         goes_on = not self.is_last_epoch_over()
         stops = bool(goes_on or self.window) and self.should_stop()  # a window that was flushed may be the last step
         if goes_on and not stops and progress.step % self.config.save_steps == 0:
