@@ -166,7 +166,7 @@ def _train(args: argparse.Namespace) -> int:
 
     wait_briefly()
     from recfx.program.bar import Bar
-    from recfx.program.ranks import is_first_process
+    from recfx.program.ranks import end_ranks, is_first_process
     from recfx.program.summary import text_of
 
     check_options(args)
@@ -176,6 +176,7 @@ def _train(args: argparse.Namespace) -> int:
         summary = train_from(args, args.program, **given, bar=bar)
     if is_first_process():
         print(text_of(summary))
+    end_ranks()
     return 0
 
 
@@ -185,7 +186,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     wait_briefly()
     from recfx import program as programs
     from recfx.program.bar import Bar
-    from recfx.program.ranks import is_first_process
+    from recfx.program.ranks import end_ranks, is_first_process
     from recfx.program.summary import text_of
 
     use_threads(None)
@@ -202,9 +203,9 @@ def _evaluate(args: argparse.Namespace) -> int:
             deterministic=args.deterministic,
             bar=bar,
         )
-    if not is_first_process():
-        return 0
-    print(text_of({name: int(value) if name.startswith("num_") else value for name, value in values.items()}))
+    if is_first_process():
+        print(text_of({name: int(value) if name.startswith("num_") else value for name, value in values.items()}))
+    end_ranks()
     return 0
 
 

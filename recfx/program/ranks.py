@@ -8,11 +8,13 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from recfx import checkpoint as checkpoints
-from recfx.dist import Group, current, join
+from recfx.dist import Group, current, join, leave
 from recfx.program.record import write_text
 
-__all__ = ["deal_to", "is_first_process", "is_restarted", "join_ranks", "mark_launch", "rank_prefix"]
+__all__ = ["deal_to", "end_ranks", "is_first_process", "is_restarted", "join_ranks", "mark_launch", "rank_prefix"]
 
 LAUNCH = ".launch"  # in output_dir: which launch of torchrun has trained there last
 
@@ -86,6 +88,18 @@ def mark_launch(output_dir: str | os.PathLike[str]) -> None:
     """Says, before the first step, that this launch of torchrun trains in `output_dir`. Nothing without torchrun."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         write_text(Path(output_dir, LAUNCH), _launch())
+
+
+def end_ranks() -> None:
+    """Ends the process groups of torch in order, once every rank has come here; a program that went well calls it.
+
+    A process that ends while its groups still have threads may be aborted by torch, after all of its work.
+    """
+    group = current()
+    if group is not None and group.world_size > 1:
+        group.wait()
+        leave()
+        distributed.destroy_process_group()
 
 
 def rank_prefix() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from recfx.dist import Group, RankError, current
-from recfx.program.ranks import is_first_process, rank_prefix
+from recfx.program.ranks import end_ranks, is_first_process, rank_prefix
 from recfx.program.record import write_text
 from recfx.step import TrainState
 from recfx.table import num_live
@@ -130,6 +130,7 @@ def run_program(run: Callable[[Any], Mapping[str, Any]], args: Any) -> None:
         raise SystemExit(130) from stop
     if is_first_process():
         print(text_of(summary))
+    end_ranks()
 
 
 def _line_of(error: Exception) -> str:

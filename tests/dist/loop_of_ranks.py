@@ -15,6 +15,7 @@ import torch
 
 from recfx import checkpoint, dist
 from recfx.dist import Group
+from recfx.program.ranks import end_ranks
 from recfx.program.summary import summary_of
 from recfx.train import TrainConfig, evaluate, train
 from recfx.train.ranks import together
@@ -149,6 +150,7 @@ def main() -> None:
     group = dist.join()
     if what == "facts":
         print(json.dumps(facts(group, folder)))
+        end_ranks()
         return
 
     def die(event: str, progress: Any, state: Any) -> None:
