@@ -135,7 +135,12 @@ def facts(group: Group, folder: str) -> dict[str, Any]:
     found["nan"] = error_of(go, group, folder, nan, log_steps=4, make=deepfm_step, params=deepfm_params)
     found["differs"] = error_of(go, group, folder, batches_of(0), log_steps=4 + group.rank)
     found["whole"] = error_of(
-        train, step, step.update_, step.init(linear_params()), MemoryReader(batches_of(0)), TrainConfig(output_dir=folder)
+        train,
+        step,
+        step.update_,
+        step.init(linear_params()),
+        MemoryReader(batches_of(0)),
+        TrainConfig(output_dir=folder),
     )
     found["fails"] = error_of(fails_on, 1, group)
     return found

@@ -14,6 +14,7 @@ from recfx.train import evaluate
 from tests.conftest import BATCH_SIZE, linear_params, linear_step
 from tests.dist.launching import launch
 from tests.dist.loop_of_ranks import NUM, batches_of
+from tests.program.programs import PROGRAM, write_program
 
 SCRIPT = Path(__file__).with_name("loop_of_ranks.py")
 
@@ -52,7 +53,10 @@ def test_an_evaluation_counts_the_rows_of_all_ranks(facts):
 
 
 def test_errors_on_batches_name_their_rank_on_all_ranks(facts):
-    for name, place in (("label", "the batch of rank 1 that follows position {'batch': 6}"), ("nan", "rank 1's feature")):
+    for name, place in (
+        ("label", "the batch of rank 1 that follows position {'batch': 6}"),
+        ("nan", "rank 1's feature"),
+    ):
         assert facts[0][name] == facts[1][name]
         assert place in facts[0][name]
 
@@ -88,3 +92,14 @@ def test_one_process_counts_its_own(tmp_path):
         state, _ = step.evaluate_(state, batch)
     assert values["auc"] == metrics.auc(state.metrics)
     assert values["num_samples"] == 3 * BATCH_SIZE
+
+
+def test_a_bad_argument_under_torchrun_is_one_line_a_rank(tmp_path):
+    """No rank waits for another, and each line names its rank."""
+    program = write_program(tmp_path, program=PROGRAM.replace("from helpers import features", "features = dict"))
+    args = ["train", str(tmp_path / "nowhere"), "--program", str(program), "--output_dir", str(tmp_path / "run")]
+    for number, rank in enumerate(launch("recfx", args, timeout=60)):
+        assert rank.returncode == 2
+        assert rank.stdout == ""
+        assert rank.stderr.startswith(f"rank {number}: error: paths: got ")
+        assert rank.stderr.count("\n") == 1
