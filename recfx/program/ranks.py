@@ -41,7 +41,7 @@ def join_ranks(
         if streams not in (None, before):
             raise ValueError(
                 f"streams: got {streams}, expected {before} as in the checkpoint in {output_dir}. Its place "
-                "in the data is one of so many streams. Leave --virtual_shards (streams) out, or begin anew in another "
+                "in the data is one of so many streams. Leave --virtual_shards (streams) out, or begin again in another "
                 "output_dir."
             )
         streams = before
@@ -49,7 +49,7 @@ def join_ranks(
             raise ValueError(
                 f"deterministic: got {deterministic}, expected {not deterministic} as in the checkpoint in "
                 f"{output_dir}. Its rows were trained so. Give --deterministic={str(not deterministic).lower()}, or "
-                "begin anew in another output_dir."
+                "begin again in another output_dir."
             )
     group = current()
     if (
@@ -73,8 +73,8 @@ def deal_to(group: Group, reader: Any) -> Any:
 def is_restarted(output_dir: str | os.PathLike[str]) -> bool:
     """Whether torchrun has started this worker again after a failure, and the launch had trained in `output_dir`.
 
-    Such a worker goes on from the newest checkpoint. One whose launch had not come to its first step starts as it was
-    asked to: checkpoints that are there are of another run.
+    Such a worker goes on from the newest checkpoint. One whose launch had not come to its first step starts by its
+    arguments: checkpoints that are there are of another run.
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return False
@@ -85,7 +85,7 @@ def is_restarted(output_dir: str | os.PathLike[str]) -> bool:
 
 
 def mark_launch(output_dir: str | os.PathLike[str]) -> None:
-    """Says, before the first step, that this launch of torchrun trains in `output_dir`. Nothing without torchrun."""
+    """Records, before the first step, that this launch of torchrun trains in `output_dir`. Nothing without torchrun."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         write_text(Path(output_dir, LAUNCH), _launch())
 
@@ -125,7 +125,7 @@ def _launch() -> str:
 
 
 def _loop_of(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """The `loop` of the newest checkpoint; empty where there is none, or it is damaged: loading it says so."""
+    """The `loop` of the newest checkpoint; empty where there is none, or it is damaged: loading it raises that error."""
     found = checkpoints.latest(Path(output_dir))
     for path in () if found is None else (found / "manifest.json", found / "rank-00000" / "manifest.json"):
         try:
