@@ -41,7 +41,7 @@ def join_ranks(
         if streams not in (None, before):
             raise ValueError(
                 f"streams: got {streams}, expected {before} as in the checkpoint in {output_dir}. Its place "
-                "in the data is one of so many streams. Leave --virtual_shards (streams) out, or begin again in another "
+                "in the data is one of so many streams. Leave --virtual_shards (streams) out, or begin again in a new "
                 "output_dir."
             )
         streams = before
@@ -125,7 +125,7 @@ def _launch() -> str:
 
 
 def _loop_of(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """The `loop` of the newest checkpoint; empty where there is none, or it is damaged: loading it raises that error."""
+    """The `loop` of the newest checkpoint; empty where there is none, or it is damaged: loading raises then."""
     found = checkpoints.latest(Path(output_dir))
     for path in () if found is None else (found / "manifest.json", found / "rank-00000" / "manifest.json"):
         try:
