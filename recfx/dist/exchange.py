@@ -26,6 +26,7 @@ from recfx.dist.group import Group
 from recfx.embeddings import TablePlan
 from recfx.kernels.counters import LOOKED_UP
 from recfx.kernels.index import deal_ids
+from recfx.kernels.op import UNKNOWN
 from recfx.kernels.rows import take_rows
 from recfx.table import Found, Reading, Table, TableState
 from recfx.types import Params
@@ -172,7 +173,7 @@ class Exchange:
         for section, repeats in zip(self.sections, asked.repeats, strict=True):
             if not section.is_read_only:
                 states[section.table].counters[LOOKED_UP] += repeats
-        return found
+        return [_without_new(s, f) for s, f in zip(states, found, strict=True)] if self.group.deterministic else found
 
     def find(self, states: Sequence[TableState], asked: Asked) -> list[Found]:
         """Finds what this rank was asked for."""
@@ -300,6 +301,15 @@ class Exchange:
             reading = Reading(id, torch.where(counts, tag, -1), number // 2, trains=trains)
             readings[i] = readings[i]._replace(read_only=reading) if i in readings else reading
         return list(readings.values())
+
+
+def _without_new(s: TableState, found: Found) -> Found:
+    """Read-only lookups without the rows of this optimiser step, which depend on what other streams have read so far."""
+    if found.read_only is None:
+        return found
+    row = found.read_only.row
+    is_new = (row >= 0) & (s.born[row.clamp(min=0)] > s.step)
+    return found._replace(read_only=found.read_only._replace(row=torch.where(is_new, UNKNOWN, row)))
 
 
 def note_(state: ExchangeState, asked: Asked) -> None:
