@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -77,9 +77,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> str:
     for k in range(2):
         with parquet.ParquetWriter(folder / f"{k}.parquet", schema()) as writer:
             for num in UNITS[2 * k : 2 * k + 2]:
-                numbers = (
-                    range(number + 1, number := number + num + 0) if False else range(number + 1, number + num + 1)
-                )
+                numbers = range(number + 1, number + num + 1)
                 writer.write_table(
                     pa.table({"n": list(map(float, numbers)), "ids": [[n] * (n % 4) for n in numbers]}, schema())
                 )
@@ -91,8 +89,8 @@ def schema() -> pa.Schema:
     return pa.schema({"n": pa.float32(), "ids": pa.list_(pa.int64())})
 
 
-def read(files: str, **options: Any) -> Any:
-    return reader(files, [fixedlen("n", [0.0]), varlen("ids", torch.int64)], BATCH_SIZE, format="parquet", **options)
+def read(files: str, *, batch_size: int = BATCH_SIZE, **options: Any) -> Any:
+    return reader(files, [fixedlen("n", [0.0]), varlen("ids", torch.int64)], batch_size, format="parquet", **options)
 
 
 def rows(batch: Any) -> list[int]:
@@ -107,9 +105,7 @@ def rows(batch: Any) -> list[int]:
 
 def passes(files: str, epochs: Sequence[int] = (0,), **options: Any) -> Callable[[Group], Any]:
     def run(group: Group) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # more ranks than streams
-            dealt = deal(read(files, **options), group)
+        dealt = deal(read(files, **options), group)
         return [[(rows(b), b.layout) for b in dealt.epoch(e)] for e in epochs]
 
     return run
@@ -122,27 +118,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:recfx. rank . has no rows")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("num", "streams"), [(1, 1), (2, 2), (3, 3), (4, 4), (7, 7), (1, 4), (2, 4), (3, 4), (7, 4)])
 def test_every_row_is_read_once(
     files: str, num: int, streams: int, deterministic: bool, options: dict[str, Any]
 ) -> None:
-    size = BATCH_SIZE if BATCH_SIZE % streams == 0 else 14
-    run = passes(files, (0, 1), **options)
-    if size != BATCH_SIZE:
-        run = lambda group: [  # noqa: E731
-            [
-                (rows(b), b.layout)
-                for b in deal(
-                    reader(
-                        files, [fixedlen("n", [0.0]), varlen("ids", torch.int64)], size, format="parquet", **options
-                    ),
-                    group,
-                ).epoch(e)
-            ]
-            for e in (0, 1)
-        ]
+    run = passes(files, (0, 1), batch_size=14 if streams == 7 else BATCH_SIZE, **options)
     results = on_ranks(num, run, streams=streams, deterministic=deterministic)
     for epoch in (0, 1):
         of_ranks = [result[epoch] for result in results]
@@ -156,9 +139,10 @@ def whole_batches(results: list[Any], group_rounds: int) -> list[list[int]]:
     """The rows of each whole batch, in the order of the streams."""
     of_ranks = [[numbers for numbers, _ in result[0]] for result in results]
     steps = [[n for numbers in step for n in numbers] for step in zip(*of_ranks, strict=True)]
-    return [sum(steps[k : k + group_rounds], []) for k in range(0, len(steps), group_rounds)]
+    return [list(chain(*steps[k : k + group_rounds])) for k in range(0, len(steps), group_rounds)]
 
 
+@pytest.mark.filterwarnings("ignore:recfx. rank . has no rows")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("drop_remainder", [False, True])
 def test_whole_batches_do_not_depend_on_the_number_of_ranks(
@@ -197,7 +181,7 @@ def test_goes_on_with_another_number_of_ranks(files: str, deterministic: bool, o
     for num in (1, 2, 3, 4):
         results = on_ranks(num, rest(position), streams=4, deterministic=deterministic)
         found.append(whole_batches(results, -(-4 // num) if deterministic else 1))
-        assert sorted([*first, *sum(found[-1], [])]) == list(range(1, sum(UNITS) + 1))
+        assert sorted([*first, *chain(*found[-1])]) == list(range(1, sum(UNITS) + 1))
     assert all(batches == found[0] for batches in found)
 
 
@@ -245,9 +229,9 @@ def test_errors(files: str, group: Group, options: dict[str, Any], message: str)
 
 def test_a_position_of_other_streams(files: str) -> None:
     dealt = deal(read(files), Group(rank=0, world_size=1, streams=2, deterministic=False))
-    with pytest.raises(ValueError, match=r"position: got one of 3 streams, expected 2\. .*join|Join with streams=3"):
+    with pytest.raises(ValueError, match=r"position: got one of 3 streams, expected 2\. .*Join with streams=3"):
         dealt.start_at({"streams": 3, "positions": [None] * 3})
-    with pytest.raises(ValueError, match="expected a `RankIterator.position`"):
+    with pytest.raises(ValueError, match=r"expected a `RankIterator\.position`"):
         dealt.start_at({"taken": 3})
 
 
@@ -258,5 +242,5 @@ def test_by_row_where_a_stream_would_have_no_unit(files: str) -> None:
 
 
 def test_no_rows_at_all_is_an_error_on_every_rank(files: str) -> None:
-    with pytest.raises(ValueError, match="reader: got .*expected at least one batch"):
+    with pytest.raises(ValueError, match=r"reader: got .*expected at least one batch"):
         on_ranks(2, lambda group: deal(read(files, filter=[("n", ">", 1e6)]), group).first(), streams=2)
