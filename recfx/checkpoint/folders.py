@@ -78,7 +78,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def read_ranks(folder: Path) -> dict | None:
-    """The manifest of a checkpoint of several ranks: the digests of theirs, the number of streams, seed and loop.
+    """The manifest of a checkpoint of several ranks: digests of the ranks' manifests, number of streams, seed, loop.
 
     None: one process wrote it.  Raises: as `read_manifest`.
     """
