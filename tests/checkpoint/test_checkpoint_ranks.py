@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,9 +15,9 @@ import pytest
 import torch
 
 from recfx import cli
-from recfx.checkpoint import Saver, compact, contents, diff, held, latest, load, ranks, save
+from recfx.checkpoint import Saver, compact, contents, diff, held, latest, load, ranks, save, saving
 from recfx.checkpoint.folders import MANIFEST, STATE, FolderLock
-from recfx.dist import Group
+from recfx.dist import Group, RankError
 from recfx.kernels.index.owner import owner
 from recfx.rows import delete_, write_
 from recfx.step import Step, TrainState
@@ -155,7 +157,7 @@ def test_any_number_of_ranks_loads_what_any_number_saved(run, step, world_size):
     if world_size == len(states):
         for part, state in zip(parts, states, strict=True):
             assert_equal_tables(part.tables[0], state.tables[0])
-            assert int(part.tables[0].num_free) > 1
+        assert sum(int(part.tables[0].num_free) for part in parts) > 3
     elif len(states) > 1:
         in_order = [key for state in states for key in by_row(state.tables[0])]
         for part in parts:
@@ -410,6 +412,86 @@ def test_a_disk_that_is_full_on_one_rank_is_an_error_on_all(two, tmp_path, monke
     assert latest(tmp_path).name == "step-000000013"
     step = make_step()
     load(latest(tmp_path), step, fresh(step))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_ends_while_all_are_being_saved(two, tmp_path, monkeypatch, rank):
+    """By an error of its part alone: its part is written, so the checkpoint is still whole. It waits for nobody."""
+    real = contents.write_tensors
+
+    def slowly(path: Path, tensors: dict) -> str:
+        time.sleep(0.2)
+        return real(path, tensors)
+
+    monkeypatch.setattr(contents, "write_tensors", slowly)
+
+    def run(group: Group) -> None:
+        step = make_step(group)
+        state, _ = load(two, step, fresh(step))
+        with Saver(tmp_path, step) as saver:
+            saver.save_in_background(state, number=11, loop=LOOP | {"k": 0})
+            if group.rank == rank:
+                raise KeyError("of this rank")
+
+    found = on_ranks(2, run)
+    assert isinstance(found[rank], KeyError)
+    assert isinstance(found[1 - rank], RankError)
+    assert [path.name for path in steps(tmp_path)] == [two.name]
+    assert all_bytes(tmp_path / two.name) == all_bytes(two)
+
+
+def test_a_save_whose_other_rank_is_gone_is_given_up(two, tmp_path, monkeypatch):
+    """Its process and its child have been killed: nothing on disk tells so."""
+    monkeypatch.setattr(saving, "STALLED_S", 0.3)
+
+    def run(group: Group) -> None:
+        step = make_step(group)
+        state, _ = load(two, step, fresh(step))
+        saver = Saver(tmp_path, step)
+        monkeypatch.setattr(saving, "write_in_child", of_rank_0)
+        group.wait()
+        saver.save_in_background(state, number=11, loop=LOOP)
+        if group.is_first:
+            with saver:
+                saver.finish()
+
+    real = saving.write_in_child
+
+    def of_rank_0(at: ranks.RanksFolder, *rest: Any) -> Callable[[], None]:
+        return real(at, *rest) if at.rank == 0 else lambda: None
+
+    first, second = on_ranks(2, run)
+    assert isinstance(first, RankError)
+    assert second is None
+    assert latest(tmp_path) is None
+    with Saver(tmp_path, make_step()):
+        assert steps(tmp_path) == []
+
+
+def test_what_a_killed_rank_s_child_still_writes_does_not_disturb_the_next_run(two, tmp_path):
+    """It may write for a moment more. Another save of the same number has another folder."""
+    names = {ranks.scratch_name(two) for _ in range(9)}
+    assert len(names) == 9
+    (folder := tmp_path / names.pop() / "rank-00001").mkdir(parents=True)
+    written = []
+
+    def write() -> None:
+        try:
+            for k in range(10**5):
+                (folder / f"table-0.{k:05d}.safetensors").touch()
+                written.append(k)
+                time.sleep(0.001)
+        except FileNotFoundError:
+            return
+
+    child = threading.Thread(target=write)
+    child.start()
+    while len(written) < 20:
+        time.sleep(0.001)
+    with Saver(tmp_path, make_step()):
+        assert steps(tmp_path) == []
+    child.join()
+    assert steps(tmp_path) == []
 
 
 def test_an_error_in_one_rank_s_arguments_is_an_error_on_all(two, tmp_path):
