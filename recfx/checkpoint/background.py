@@ -51,7 +51,9 @@ class Job:
             os.kill(self._pid, signal.SIGKILL)
 
     def finish(self) -> None:
-        """Waits for the child; raises the OSError that ended it, or RuntimeError when it was killed."""
+        """Waits for the child; raises the OSError that ended it, or RuntimeError when it was killed. Once only."""
+        if not self._pid:
+            return
         with open(self._pipe, "rb") as pipe:
             said = pipe.read()
         _, status = os.waitpid(self._pid, 0)
