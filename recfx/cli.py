@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -76,11 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_to(commands)
     train.add_evaluate_to(commands)
     args = parser.parse_args(argv)
+    ranks = f"rank {os.environ.get('RANK', '0')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     try:
         return int(args.command(args))
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{ranks}error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from recfx.dist import RankError
+
+        if not isinstance(error, RankError):
+            raise
+        print(f"{ranks}error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
+        print(f"{ranks}{str(stop) or 'interrupted'}", file=sys.stderr)
         return 130

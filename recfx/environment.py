@@ -11,24 +11,11 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["allowed_threads", "check_one_process", "use_threads", "wait_briefly"]
+__all__ = ["allowed_threads", "use_threads", "wait_briefly"]
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # set by a user who chooses the policy
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 SPINS = 20_000
-
-
-def check_one_process() -> None:
-    """Programs train one model in one process: several processes would each train a separate model, silently.
-
-    Raises:   ValueError when RANK or WORLD_SIZE, which torchrun sets, means more than one process.
-    """
-    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1")):
-        if (word := os.environ.get(name, alone)) != alone:
-            raise ValueError(
-                f"{name}: got '{word}', expected {alone} or no such variable. This program runs in one process; under "
-                "torchrun each process would train a separate model. Start it without torchrun."
-            )
 
 
 def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -47,12 +34,17 @@ def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
 def use_threads(num_threads: int | None) -> None:
     """Makes torch use so many threads. None: torch's own number, or `allowed_threads` if that is less.
 
-    Where the user has set OMP_NUM_THREADS or MKL_NUM_THREADS, torch's own number is theirs and stays.
+    Where the user has set OMP_NUM_THREADS or MKL_NUM_THREADS, torch's own number is theirs and stays. Processes that
+    torchrun starts on a host share its cores. torchrun sets OMP_NUM_THREADS to 1 where it is not set: under torchrun 1
+    counts as not set, and one thread a process is num_threads=1.
     """
     import torch
 
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    elif num_local > 1 and "MKL_NUM_THREADS" not in os.environ and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, allowed_threads(os.cpu_count() or 1) // num_local))
     elif not any(name in os.environ for name in THREADS):
         own = torch.get_num_threads()
         if (allowed := allowed_threads(own)) < own:

@@ -42,6 +42,8 @@ Backend = Literal["inductor", "eager"]
 Taken = TypeVar("Taken")
 Given = TypeVar("Given")
 
+Key = tuple[Any, ...]  # of a graph: layout, threads, then the capacities of the exchanges between ranks
+
 ORDER = "The order is (step, state, batch)."
 RECORDED_ON = ("cuda",)  # devices whose steps are recorded and replayed
 
@@ -104,7 +106,7 @@ def capture_evaluation(
 ) -> Captured[Batch, tuple[TrainState, Aux]]:
     """The evaluation step compiled as one graph: changes the state's metrics alone. Otherwise as `capture`."""
     check_step_and_state(step, state, ORDER)
-    functions = step.evaluate_, step.evaluate_, lambda s, ids: s
+    functions = step.evaluate_in_graph_, step.evaluate_, lambda s, ids: s
     captured = _Captured(step, *functions, state, batch, new_layout, backend)
     return Captured(captured, captured.one)
 
@@ -123,10 +125,13 @@ def capture_prediction(
 
     check_step_and_state(step, state, ORDER)
 
-    def predict_(state: Any, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    def in_graph(state: Any, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
+        return state, step.predict_in_graph(state, batch)
+
+    def eager(state: Any, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
         return state, step.predict(state, batch)
 
-    captured = _Captured(step, predict_, predict_, lambda s, ids: s, state, batch, new_layout, backend)
+    captured = _Captured(step, in_graph, eager, lambda s, ids: s, state, batch, new_layout, backend)
     return Captured(captured, lambda state, batch: captured.one(state, batch)[1])
 
 
@@ -223,10 +228,10 @@ class _Captured:
         self.to_sweep, self.most, self.backend, self.compile_s = to_sweep, most, backend, 0.0
         self.phase: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.first_layout, self.new_layout = first.layout, new_layout
-        self.compiled: dict[tuple, dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]]] = {}
+        self.compiled: dict[tuple, dict[Key, tuple[Callable, tuple[int, ...]]]] = {}
         self.known_state: Callable[[], Tensor | None] | None = None
         self.is_recorded = False  # of states like that one
-        self.graphs: dict[tuple[Layout, int], tuple[Callable, tuple[int, ...]]] = {}  # of states shaped like that one
+        self.graphs: dict[Key, tuple[Callable, tuple[int, ...]]] = {}  # of states shaped like that one
         function, _ = self._function_for(state, first)
         if self.is_recorded:
             self._replay.prepare(state, first.layout, most, function)
@@ -237,11 +242,15 @@ class _Captured:
         if self.new_layout != "capture" and batch.layout != self.first_layout:
             self._refuse(batch)
             return self._uncaptured(state, batch)
-        function, ids = self._function_for(state, batch)
-        if not self.step.draws.is_known:
-            with self.step.draws.watched(state.step.device):
-                return self._run(state, batch, function, ids)
-        return self._run(state, batch, function, ids)
+        while True:
+            function, ids = self._function_for(state, batch)
+            if self.step.draws.is_known:
+                result = self._run(state, batch, function, ids)
+            else:
+                with self.step.draws.watched(state.step.device):
+                    result = self._run(state, batch, function, ids)
+            if self.step.exchange is None or not self.step.exchange.look_(state.exchange):
+                return result
 
     def _run(self, state: Any, batch: Batch, function: Callable, ids: tuple[int, ...]) -> tuple[Any, Any]:
         if self.is_recorded:
@@ -258,8 +267,9 @@ class _Captured:
             _check_packed(batch)
             self._refuse(batch)
         is_recorded = _is_recorded(state)
+        may_replay = is_recorded and self.step.exchange is None  # ranks look at the state after each step
         layout = batches[0].layout if self.new_layout == "capture" else self.first_layout
-        if is_recorded and len(batches) == self.most and all(batch.layout == layout for batch in batches):
+        if may_replay and len(batches) == self.most and all(batch.layout == layout for batch in batches):
             function, ids = self._function_for(state, batches[0])
             with self.step.draws.watched(state.step.device):
                 return self._replay.run(state, batches, function, ids)
@@ -280,7 +290,11 @@ class _Captured:
         if self.known_state is None or state.step is not self.known_state():
             self.known_state, self.is_recorded = weakref.ref(state.step), _is_recorded(state)
             self.graphs = self.compiled.setdefault(_shapes(state), {})
-        key = batch.layout, torch.get_num_threads()
+        key: Key = batch.layout, torch.get_num_threads()
+        if self.step.exchange is not None:
+            if not all(self.step.exchange.capacities):
+                self.step.ids_in(batch)
+            key = *key, *self.step.exchange.capacities
         if key not in self.graphs:
             begun = time.perf_counter()
             with self.phase():

@@ -15,6 +15,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
+from recfx.capture.one_at_a_time import one_at_a_time
 from recfx.capture.passes import StepPasses, UnfuseBias
 from recfx.capture.rehearsal import mistake_in
 from recfx.kernels.build import build_ahead, library
@@ -42,7 +43,8 @@ def compiled(function: Function, state: Any, sections: list[Tensor]) -> Function
     is_compiling = True
 
     def backend(module: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
-        graph: Any = compile_fx(module, inputs, config_patches=options)
+        with one_at_a_time():
+            graph: Any = compile_fx(module, inputs, config_patches=options)
         outputs: Any = module.graph.output_node().args[0]
         results = [_empty_like(node.meta["example_value"]) for node in outputs]
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recfx.program.bar import Bar
 
-__all__ = ["add_evaluate_to", "add_to", "add_training_options", "check_options", "flag", "train_from"]
+__all__ = [
+    "add_evaluate_to",
+    "add_rank_options",
+    "add_to",
+    "add_training_options",
+    "check_options",
+    "flag",
+    "train_from",
+]
 
 PATHS = "files, folders, globs or URIs"
 
@@ -49,6 +57,7 @@ def add_evaluate_to(commands: argparse._SubParsersAction) -> None:
     add("--program", metavar="FILE.py|MODULE", help="where the program is now; None: the path in run.json")
     add("--allow_changes", action="store_true", help="go on where the program's source has changed since")
     add("--eval_steps", type=int, help="batches to read; None: all")
+    add_rank_options(parser)
     _add_backend(parser)
     parser.set_defaults(command=_evaluate)
 
@@ -70,8 +79,19 @@ def add_training_options(parser: argparse.ArgumentParser, *, output_dir: str = "
         "output_dir, with the rest of its data or with other data")  # fmt: skip
     add("--overwrite", type=flag, nargs="?", const=True, default=False, help="delete the checkpoints in output_dir")
     add("--steps_per_replay", type=int, default=1, help="on a GPU, micro-batches per CUDA graph launch; unmeasured")
-    add("--num_threads", type=int, help="threads of the step; None: torch's number, or the CPU quota")
+    add("--num_threads", type=int, help="threads of the step in each process; None: torch's number, or the "
+        "CPU quota, and under torchrun the cores of the host divided by its processes")  # fmt: skip
+    add_rank_options(parser)
     _add_backend(parser)
+
+
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """Declares what concerns the ranks that torchrun starts."""
+    add = parser.add_argument
+    add("--virtual_shards", type=int, help="streams that rows are dealt to; None: as many as the first run has "
+        "processes. Runs with other numbers of processes keep them")  # fmt: skip
+    add("--deterministic", type=flag, nargs="?", const=True, default=False, help="sum by stream, so that any number of "
+        "processes ends with the same bytes; slower")  # fmt: skip
 
 
 def train_from(
@@ -91,6 +111,7 @@ def train_from(
     """
     from recfx import program as programs
     from recfx import train as loop
+    from recfx.program.ranks import is_first_process
     from recfx.program.summary import summary_of, write_summary
 
     config = loop.TrainConfig(
@@ -114,10 +135,13 @@ def train_from(
         resume=args.resume,
         overwrite=args.overwrite,
         backend=args.backend,
+        streams=args.virtual_shards,
+        deterministic=args.deterministic,
         bar=bar,
     )
     summary = summary_of(progress, state, known or {})
-    write_summary(args.output_dir, summary)
+    if is_first_process():
+        write_summary(args.output_dir, summary)
     return summary
 
 
@@ -131,10 +155,8 @@ def flag(word: str) -> bool:
 def check_options(args: argparse.Namespace) -> None:
     """Raises ValueError or TypeError for options that nothing which is called first would name."""
     from recfx.checks import check_int
-    from recfx.environment import check_one_process
 
-    check_one_process()
-    for name in ("num_threads", "eval_steps"):
+    for name in ("num_threads", "eval_steps", "virtual_shards"):
         if getattr(args, name) is not None:
             check_int(name, getattr(args, name), 1)
 
@@ -144,6 +166,7 @@ def _train(args: argparse.Namespace) -> int:
 
     wait_briefly()
     from recfx.program.bar import Bar
+    from recfx.program.ranks import end_ranks, is_first_process
     from recfx.program.summary import text_of
 
     check_options(args)
@@ -151,7 +174,9 @@ def _train(args: argparse.Namespace) -> int:
     with Bar(saves_in_background=args.save_in_background) as bar:
         given = {"paths": _one(args.paths), "held_out": _one(args.eval_paths), "arguments": dict(args.set)}
         summary = train_from(args, args.program, **given, bar=bar)
-    print(text_of(summary))
+    if is_first_process():
+        print(text_of(summary))
+    end_ranks()
     return 0
 
 
@@ -161,6 +186,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     wait_briefly()
     from recfx import program as programs
     from recfx.program.bar import Bar
+    from recfx.program.ranks import end_ranks, is_first_process
     from recfx.program.summary import text_of
 
     use_threads(None)
@@ -173,9 +199,13 @@ def _evaluate(args: argparse.Namespace) -> int:
             allow_changes=args.allow_changes,
             eval_steps=args.eval_steps,
             backend=args.backend,
+            streams=args.virtual_shards,
+            deterministic=args.deterministic,
             bar=bar,
         )
-    print(text_of({name: int(value) if name.startswith("num_") else value for name, value in values.items()}))
+    if is_first_process():
+        print(text_of({name: int(value) if name.startswith("num_") else value for name, value in values.items()}))
+    end_ranks()
     return 0
 
 

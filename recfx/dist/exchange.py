@@ -3,7 +3,7 @@
 A row belongs to one rank, `recfx.kernels.index.owner` of its vocabulary and id. Three messages go from each rank to
 each other one, of the same size for all:
 
-    ask          the distinct ids of the batch -> the owner finds or inserts them, those of rank 0 first
+    request      the distinct ids of the batch -> the owner finds or inserts them, those of rank 0 first
     answer       their weights                 -> the batch is pooled from these
     add_grads_   the sums of their gradients   -> the owner adds them, those of rank 0 first
 
@@ -26,11 +26,12 @@ from recfx.dist.group import Group
 from recfx.embeddings import TablePlan
 from recfx.kernels.counters import LOOKED_UP
 from recfx.kernels.index import deal_ids
+from recfx.kernels.op import UNKNOWN
 from recfx.kernels.rows import take_rows
 from recfx.table import Found, Reading, Table, TableState
 from recfx.types import Params
 
-__all__ = ["Agreed", "Asked", "Exchange", "ExchangeState", "note_"]
+__all__ = ["Agreed", "Requests", "Exchange", "ExchangeState", "note_"]
 
 UNIT = 64  # a capacity is a multiple of it
 HEADROOM = 1.25  # of a capacity over the largest bucket seen
@@ -43,8 +44,8 @@ class ExchangeState(NamedTuple):
     most: Tensor  # i64 [sections], ids in the largest bucket of any rank and any step
 
 
-class Asked(NamedTuple):
-    """What the ranks have asked each other for."""
+class Requests(NamedTuple):
+    """The ids that the ranks have requested from each other, and what they know afterwards."""
 
     readings: list[Reading]  # the ids that this rank owns, of all ranks, by table
     places: list[Tensor]  # i32 [P] by section: where in its buckets each id of this rank's batch is, -1 padding
@@ -116,9 +117,9 @@ class Exchange:
             ids[section.table] += 0 if section.is_read_only else capacity * self.group.world_size
         return tuple(ids)
 
-    def look_(self, state: ExchangeState) -> bool:
+    def look_(self, state: ExchangeState | tuple[()]) -> bool:
         """Whether the last step changed nothing and has to be repeated. Capacities are larger then. A host read."""
-        if not int(state.overflowed):
+        if not isinstance(state, ExchangeState) or not int(state.overflowed):
             return False
         self._raise_to(state.most.tolist())
         state.overflowed.zero_()
@@ -137,8 +138,8 @@ class Exchange:
 
     # Within a step.
 
-    def ask(self, readings: Sequence[Reading], num_samples: Tensor) -> Asked:
-        """Asks the owners of a batch's ids, and learns what the other ranks ask of this one."""
+    def request(self, readings: Sequence[Reading], num_samples: Tensor) -> Requests:
+        """Sends the ids of a batch to their owners, and receives those that other ranks request from this one."""
         num = len(self.sections)
         header = 2 + 2 * num  # samples, whether a bucket was too small, ids in the largest ones, occurrences
         message = readings[0].id.new_empty(self.group.world_size, header + sum(map(_words, self.capacities)))
@@ -157,7 +158,7 @@ class Exchange:
         received = all_to_all(self.group, message)
         sources = torch.arange(self.group.world_size, device=received.device)
         count = (received[:, 1] == 0).all()
-        return Asked(
+        return Requests(
             readings=self._readings(received[:, header:], count),
             places=places,
             counts=count,
@@ -166,24 +167,24 @@ class Exchange:
             repeats=list(torch.where(count, received[:, 2 + num : header].sum(0), 0)),
         )
 
-    def insert_(self, states: Sequence[TableState], asked: Asked) -> list[Found]:
-        """Finds what this rank was asked for, and inserts new ids."""
-        found = [t.insert_(s, r) for t, s, r in zip(self.tables, states, asked.readings, strict=True)]
-        for section, repeats in zip(self.sections, asked.repeats, strict=True):
+    def insert_(self, states: Sequence[TableState], requests: Requests) -> list[Found]:
+        """Finds the ids that all ranks have requested from this one, and inserts new ones."""
+        found = [t.insert_(s, r) for t, s, r in zip(self.tables, states, requests.readings, strict=True)]
+        for section, repeats in zip(self.sections, requests.repeats, strict=True):
             if not section.is_read_only:
                 states[section.table].counters[LOOKED_UP] += repeats
-        return found
+        return [_without_new(s, f) for s, f in zip(states, found, strict=True)] if self.group.deterministic else found
 
-    def find(self, states: Sequence[TableState], asked: Asked) -> list[Found]:
-        """Finds what this rank was asked for."""
-        return [t.find(s, r) for t, s, r in zip(self.tables, states, asked.readings, strict=True)]
+    def find(self, states: Sequence[TableState], requests: Requests) -> list[Found]:
+        """Finds the ids that all ranks have requested from this one."""
+        return [t.find(s, r) for t, s, r in zip(self.tables, states, requests.readings, strict=True)]
 
     def answer(
-        self, readings: Sequence[Reading], states: Sequence[TableState], asked: Asked, own: Sequence[Found]
+        self, readings: Sequence[Reading], states: Sequence[TableState], requests: Requests, own: Sequence[Found]
     ) -> list[Found]:
         """Where the batch's ids are among the rows that their owners send.
 
-        Args:     readings: of the batch.  own: what this rank was asked for.
+        Args:     readings: of the batch.  own: the ids that all ranks have requested from this one.
         """
         n, flat_own = self.group.world_size, self._by_section(own)
         sizes = [c * (self.plans[s.table].width + 1) for s, c in zip(self.sections, self.capacities, strict=True)]
@@ -194,7 +195,7 @@ class Exchange:
         blocks = all_to_all(self.group, message).split(sizes, dim=1)
         found: dict[int, Found] = {}
         for section, place, r, block in zip(
-            self.sections, asked.places, self._by_section(readings), blocks, strict=True
+            self.sections, requests.places, self._by_section(readings), blocks, strict=True
         ):
             width = self.plans[section.table].width
             rows = block.reshape(-1, width + 1)
@@ -202,7 +203,7 @@ class Exchange:
             row = torch.where((place < 0) | (status == 0), place, status)
             trains = None if r.trains is None else r.trains[r.cell % len(r.trains)]
             inverse = place if trains is None else torch.where(trains, place, -1)
-            one = Found(r, row, inverse, rows=rows[:, None, :width], asked=own[section.table])
+            one = Found(r, row, inverse, rows=rows[:, None, :width], requested=own[section.table])
             found[section.table] = found[section.table]._replace(read_only=one) if section.table in found else one
         return list(found.values())
 
@@ -239,7 +240,7 @@ class Exchange:
         """Exchanges a micro-batch's dense gradients and small numbers.
 
         Args:     num_samples, loss, is_good: of this rank; is_good None: NaN and infinity are ignored.
-                  counts: see `Asked`. Where the micro-batch does not count, gradients and samples are 0.
+                  counts: see `Requests`. Where the micro-batch does not count, gradients and samples are 0.
                   stats, old_stats: of `forward`, from this micro-batch and before it.
         """
         device, has_samples = loss.device, num_samples > 0
@@ -302,10 +303,20 @@ class Exchange:
         return list(readings.values())
 
 
-def note_(state: ExchangeState, asked: Asked) -> None:
+def _without_new(s: TableState, found: Found) -> Found:
+    """Read-only lookups without the rows of this optimiser step, which depend on what other streams have read so far."""
+    if found.read_only is None:
+        return found
+    row = found.read_only.row
+    is_new = (row >= 0) & (s.born[row.clamp(min=0)] > s.step)
+    return found._replace(read_only=found.read_only._replace(row=torch.where(is_new, UNKNOWN, row)))
+
+
+def note_(state: ExchangeState | tuple[()], requests: Requests) -> None:
     """Leaves for `Exchange.look_` whether the buckets were large enough."""
-    state.overflowed.copy_(~asked.counts)
-    state.most.copy_(torch.maximum(state.most, asked.most))
+    assert isinstance(state, ExchangeState)
+    state.overflowed.copy_(~requests.counts)
+    state.most.copy_(torch.maximum(state.most, requests.most))
 
 
 def _words(capacity: int) -> int:

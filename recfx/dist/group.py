@@ -134,7 +134,7 @@ class Group:
 
 
 class named_errors:  # noqa: N801 - used as a context, like contextlib's
-    """Turns torch's error about a rank that has ended, or does not answer, into one that says so."""
+    """Turns torch's error about a rank that has ended, or does not answer, into `RankError`."""
 
     def __enter__(self) -> None:
         return None

@@ -11,6 +11,8 @@ import torch
 from recfx.commands.train import add_training_options, check_options, train_from
 from recfx.environment import use_threads
 from recfx.program.bar import Bar
+from recfx.program.ranks import is_restarted, join_ranks
+from recfx.train.ranks import together
 
 __all__ = ["defaults_of", "parser_of", "run_example"]
 
@@ -71,11 +73,8 @@ def run_example(
     with Bar(saves_in_background=args.save_in_background) as bar:
         planted: dict[str, Any] = {}
         if args.data_paths is None:
-            bar.write(f"no --data_paths: using generated click logs in {args.generated_dir}")
-            with bar.phase("generating"):
-                planted = generate(args)
+            planted = _generated(args, generate, bar)
             args.data_paths, args.eval_paths = f"{args.generated_dir}/train", f"{args.generated_dir}/eval"
-            bar.write(f"best possible AUC on the held-out rows: {planted['best_auc']:.4f}")
         only_training_files = evaluates_training_files and args.eval_paths is None
         return train_from(
             args,
@@ -86,6 +85,22 @@ def run_example(
             bar=bar,
             known={name: planted.get(name) for name in known},
         )
+
+
+def _generated(
+    args: argparse.Namespace, generate: Callable[[argparse.Namespace], dict[str, Any]], bar: Bar
+) -> dict[str, Any]:
+    """What is known of the generated files, which rank 0 writes where there are none."""
+    how = {"streams": args.virtual_shards, "deterministic": args.deterministic, "device": args.device}
+    resume = args.resume or is_restarted(args.output_dir)
+    group, planted = join_ranks(args.output_dir, **how, resume=resume), {}
+    with together(group):
+        if group.is_first:
+            bar.write(f"no --data_paths: using generated click logs in {args.generated_dir}")
+            with bar.phase("generating"):
+                planted = generate(args)
+            bar.write(f"best possible AUC on the held-out rows: {planted['best_auc']:.4f}")
+    return group.from_first(planted)
 
 
 def _check(args: argparse.Namespace) -> None:

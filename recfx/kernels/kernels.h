@@ -9,6 +9,10 @@ void count_candidates(int64_t* candidate_slots, int64_t* candidate_ids, int32_t*
                       int32_t* candidate_counts, int64_t max_candidates, const int64_t* slots, const int64_t* ids,
                       int64_t* counters, const int64_t* id_P, const int32_t* cell_P, int64_t num_positions,
                       const int32_t* vocabularies, int64_t num_lookups, int32_t* count_P);
+void deal_ids(int64_t* message, int64_t stride, int64_t first, int64_t num_ranks, const int64_t* id_P,
+              const int32_t* cell_P, int64_t num_positions, const int32_t* vocabularies, int64_t num_lookups,
+              const bool* trains, int64_t num_trains, int64_t capacity, bool distinct, int32_t* place_P,
+              int64_t* counts);
 void find(const int64_t* slots, const int64_t* ids, const int64_t* counters, const int64_t* id_P, const int32_t* cell_P,
           int64_t num_positions, const int32_t* vocabularies, int64_t num_lookups, int32_t* row_P);
 void find_or_insert(int64_t* slots, int64_t* ids, int32_t* row_vocabularies, int64_t* seen, int32_t* born, float* rows,
@@ -58,6 +62,8 @@ void pool(const float* rows, int64_t stride, int64_t width, const int32_t* row_P
           const int32_t* cell_P, int64_t num_positions, const int32_t* vocabularies, int64_t num_lookups,
           int64_t batch_size, const int64_t* init_keys, const float* unknown_params, int64_t num_slices,
           const int64_t* firsts, const int64_t* dims, const float* weight_P, float* const* out);
+void take_rows(float* message, int64_t stride, int64_t first, int64_t num_ranks, const float* rows, int64_t row_stride,
+               const int32_t* row_M, int64_t num_rows, int64_t width);
 // dense
 void add_predictions(int64_t* histogram, double* sums, const float* logit, const float* label, const float* loss,
                      const bool* valid, int64_t batch_size, int64_t num_bins, int64_t num_sums, double logit_range);

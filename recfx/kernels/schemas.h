@@ -9,6 +9,8 @@ constexpr const char* SCHEMAS[] = {
     "count_candidates_(Tensor(a!) candidate_slots, Tensor(b!) candidate_ids, Tensor(c!) candidate_vocabularies, "
     "Tensor(d!) candidate_counts, Tensor slots, Tensor ids, Tensor(e!) counters, Tensor id_P, Tensor cell_P, Tensor "
     "vocabularies) -> Tensor",
+    "deal_ids_(Tensor(a!) message, int first, Tensor id_P, Tensor cell_P, Tensor vocabularies, Tensor? trains, int "
+    "capacity, bool distinct) -> (Tensor, Tensor)",
     "find(Tensor slots, Tensor ids, Tensor counters, Tensor id_P, Tensor cell_P, Tensor vocabularies) -> Tensor",
     "find_or_insert_(Tensor(a!) slots, Tensor(b!) ids, Tensor(c!) row_vocabularies, Tensor(d!) seen, Tensor(e!) "
     "born, Tensor(f!) rows, Tensor free_rows, Tensor(g!) unique_rows, Tensor(h!) counters, Tensor id_P, Tensor "
@@ -50,6 +52,7 @@ constexpr const char* SCHEMAS[] = {
     "init_keys, Tensor? unknown_params, int[] firsts, int[] dims, Tensor? weight_P=None) -> Tensor[]",
     "pool_lists(Tensor rows, Tensor row_P, Tensor id_P, Tensor cell_P, Tensor ends, Tensor vocabularies, int "
     "batch_size, Tensor init_keys, Tensor? unknown_params, int[] firsts, int[] dims) -> Tensor[]",
+    "take_rows_(Tensor(a!) message, int first, Tensor rows, Tensor row_M, int width) -> ()",
     "sum_adamw_rows_(Tensor(a!) rows, Tensor(b!) counters, Tensor unique_rows, Tensor hyper, Tensor inverse_P, "
     "Tensor cell_P, int[] firsts, int[] dims, Tensor[] blocks, Tensor? weight_P=None) -> ()",
     // dense

@@ -15,9 +15,20 @@ import torch
 
 import recfx
 from recfx.checks import said
+from recfx.dist import Group, current
 from recfx.program.modules import Found, find, sources
 
-__all__ = ["FILE", "check_sources", "differences", "located", "place_of", "read_run", "record_of", "write_text"]
+__all__ = [
+    "FILE",
+    "check_sources",
+    "differences",
+    "located",
+    "place_of",
+    "ranks_of",
+    "read_run",
+    "record_of",
+    "write_text",
+]
 
 FILE, FORMAT = "run.json", 1
 KEYS = {
@@ -50,6 +61,13 @@ def record_of(
         **_surroundings(),
         "device": device,
     }
+
+
+def ranks_of(group: Group) -> dict[str, Any]:
+    """What `run.json` holds of the ranks, under "ranks": how many, streams, deterministic. Nothing of one alone."""
+    names = ("world_size", "streams", "deterministic")
+    is_alone = group.world_size == 1 and group.streams == 1 and not group.deterministic
+    return {} if is_alone else {"ranks": {name: getattr(group, name) for name in names}}
 
 
 def read_run(run: str | os.PathLike[str]) -> dict[str, Any]:
@@ -98,7 +116,20 @@ def differences(run: str | os.PathLike[str]) -> list[str]:
     record, now = read_run(run), _surroundings()
     pairs = [(name, now["versions"].get(name), record["versions"].get(name)) for name in sorted(now["versions"])]
     pairs += [(name.replace("_", " "), now[name], record[name]) for name in ("threads", "instruction_set")]
+    pairs += _pairs_of_ranks(record.get("ranks", {}))
     return [f"{name}: got {mine}, expected {theirs} as in the run" for name, mine, theirs in pairs if mine != theirs]
+
+
+def _pairs_of_ranks(ranks: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What of the ranks decides on bytes. In a deterministic run their number does not; their streams do."""
+    alone = {"world_size": 1, "streams": 1, "deterministic": False}
+    then, group = {**alone, **ranks}, current()
+    now = {**alone, **({} if group is None else {name: getattr(group, name) for name in alone})}
+    now["world_size"] = int(os.environ.get("WORLD_SIZE", "1"))
+    if group is None:  # not joined yet
+        now |= {name: then[name] for name in ("streams", "deterministic")}
+    decide = ("streams", "deterministic") if then["deterministic"] and now["deterministic"] else tuple(alone)
+    return [(name.replace("_", " "), now[name], then[name]) for name in decide]
 
 
 def located(record: Mapping[str, Any], path: Path) -> Found:

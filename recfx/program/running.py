@@ -18,9 +18,21 @@ from recfx.checks import check_type
 from recfx.program.bar import Bar
 from recfx.program.definition import Program, build_found
 from recfx.program.modules import find
-from recfx.program.record import FILE, check_sources, differences, located, place_of, read_run, record_of, write_text
+from recfx.program.ranks import deal_to, is_restarted, join_ranks, mark_launch
+from recfx.program.record import (
+    FILE,
+    check_sources,
+    differences,
+    located,
+    place_of,
+    ranks_of,
+    read_run,
+    record_of,
+    write_text,
+)
 from recfx.step import Step, TrainState
 from recfx.train import Event, Progress, TrainConfig, check_output
+from recfx.train.ranks import together
 from recfx.types import Batch
 
 __all__ = ["evaluate", "load", "restore", "train"]
@@ -40,6 +52,8 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     backend: Backend = "inductor",
+    streams: int | None = None,
+    deterministic: bool = False,
     bar: Bar | None = None,
 ) -> tuple[TrainState, Progress]:
     """Builds a program, captures its step and trains it; writes <output_dir>/run.json before the first step.
@@ -48,36 +62,57 @@ def train(
               config, steps_per_replay, resume, overwrite: see `recfx.train.train`.
               held_out: what the reader is given with "evaluate", after every epoch; None: no evaluation.
               eval_steps: batches per evaluation; None: all.  backend: see `recfx.capture.capture`.
-              bar: shows what is going on; None: nothing is shown.
+              streams, deterministic: see `recfx.dist.join`; streams of None: those of the checkpoint that the run
+              goes on from, or as many as there are ranks.
+              bar: shows what is going on, on rank 0; None: nothing is shown.
+
+    Under torchrun every rank calls it, with the same arguments. A worker that torchrun restarts after its first step
+    goes on from the newest checkpoint, whatever `resume` and `overwrite` say.
     Returns:  the state after the last step, and where training stands.
     Raises:   what `build`, the program, `recfx.capture.capture`, `recfx.train.train` and `evaluate` raise; OSError when
               run.json cannot be written.
     """
     check_type("config", config, TrainConfig)
+    if is_restarted(config.output_dir):
+        resume, overwrite = True, False
     found = find(program)
-    built, chosen = build_found(found, arguments)
-    step, batches, evaluate_with = built.step, built.reader(paths, "train"), None
-    batches_held_out = None if held_out is None else built.reader(held_out, "evaluate")
+    chosen_device = str((arguments or {}).get("device", "cpu"))
+    how: dict[str, Any] = {"streams": streams, "deterministic": deterministic, "device": chosen_device}
+    group = join_ranks(config.output_dir, **how, resume=resume)
+    bar = bar if group.is_first else None
+    with together(group):
+        built, chosen = build_found(found, arguments)
+        batches, batches_held_out = built.reader(paths, "train"), None
+        if held_out is not None:
+            batches_held_out = built.reader(held_out, "evaluate")
+    for name, value in {"program": found.name or found.file.name, **chosen}.items():
+        group.check_same(name, value)
+    step, evaluate_with = built.step, None
+    batches = deal_to(group, batches)
+    batches_held_out = None if held_out is None else deal_to(group, batches_held_out)
     state = built.init()
     given, device = {"train": paths, "evaluate": held_out}, str(state.step.device)
     record = record_of(found, config.output_dir, arguments=chosen, paths=given, device=device)
+    record |= ranks_of(group)
     with _phase(bar, "reading"):
         first = batches.first()
         if batches_held_out is not None:
             batches_held_out.first()  # raises here where there is none, not after an epoch
-    check_output(config, resume=resume, overwrite=overwrite)
+    with together(group):
+        if group.is_first:
+            check_output(config, resume=resume, overwrite=overwrite)
     with _phase(bar, "compiling"):
         if batches_held_out is not None:
             evaluation = capture_evaluation(step, state, first, backend=backend)
 
             def evaluate_with(state: TrainState) -> dict[str, float]:
-                return loop.evaluate(evaluation, state, batches_held_out, eval_steps=eval_steps)
+                return loop.evaluate(evaluation, state, batches_held_out, eval_steps=eval_steps, group=group)
 
         run = _captured(step, state, first, steps_per_replay, backend)
     if bar is not None:
         bar.watch(run)
-    on_event = _recording(Path(config.output_dir, FILE), record, bar)
-    how: dict[str, Any] = {"steps_per_replay": steps_per_replay, "resume": resume, "overwrite": overwrite}
+    on_event = _recording(Path(config.output_dir, FILE), record if group.is_first else None, bar)
+    how = {"steps_per_replay": steps_per_replay, "resume": resume, "overwrite": overwrite}
     return loop.train(step, run, state, batches, config, **how, evaluate_with=evaluate_with, on_event=on_event)
 
 
@@ -137,21 +172,27 @@ def evaluate(
     allow_changes: bool = False,
     eval_steps: int | None = None,
     backend: Backend = "inductor",
+    streams: int | None = None,
+    deterministic: bool = False,
     bar: Bar | None = None,
 ) -> dict[str, float]:
     """The metrics of a run's checkpoint on files, see `recfx.train.evaluate`.
 
     Args:     run, checkpoint, program, allow_changes: see `restore`.  paths: what the program's reader is given, with
               "evaluate".  eval_steps: batches to read; None: all.  backend, bar: see `train`.
+              streams, deterministic: see `recfx.dist.join`. Any number of ranks gives the same counts.
     """
+    device = str(read_run(run)["arguments"].get("device", "cpu"))
+    group = join_ranks(place_of(run).parent, streams=streams, deterministic=deterministic, device=device)
+    bar = bar if group.is_first else None
     built, state = restore(run, checkpoint=checkpoint, program=program, allow_changes=allow_changes)
-    batches = built.reader(paths, "evaluate")
+    batches = deal_to(group, built.reader(paths, "evaluate"))
     with _phase(bar, "reading"):
         first = batches.first()
     with _phase(bar, "compiling"):
         captured = capture_evaluation(built.step, state, first, backend=backend)
     with _phase(bar, "evaluating"):
-        return loop.evaluate(captured, state, batches, eval_steps=eval_steps)
+        return loop.evaluate(captured, state, batches, eval_steps=eval_steps, group=group)
 
 
 def _captured(step: Step, state: TrainState, batch: Batch, steps_per_replay: int, backend: Backend) -> Any:
@@ -160,14 +201,18 @@ def _captured(step: Step, state: TrainState, batch: Batch, steps_per_replay: int
     return capture_steps(step, state, batch, steps_per_replay=steps_per_replay, backend=backend)
 
 
-def _recording(path: Path, record: Mapping[str, Any], bar: Bar | None) -> Callable[..., None]:
-    """A listener that writes the record before the first step, when the run can no longer be rejected."""
-    text: str | None = json.dumps(record, indent=1, sort_keys=True) + "\n"
+def _recording(path: Path, record: Mapping[str, Any] | None, bar: Bar | None) -> Callable[..., None]:
+    """A listener that writes the record before the first step, when the run can no longer be rejected.
+
+    Args:     record: None on ranks other than the first, which write nothing.
+    """
+    text = None if record is None else json.dumps(record, indent=1, sort_keys=True) + "\n"
 
     def on_event(event: Event, progress: Progress, state: TrainState) -> None:
         nonlocal text
         if text is not None and event == "before_step":
             write_text(path, text)
+            mark_launch(path.parent)
             text = None
         if bar is not None:
             bar.on_event(event, progress, state)

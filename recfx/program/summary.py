@@ -9,10 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from recfx.dist import Group, RankError, current
+from recfx.program.ranks import end_ranks, is_first_process, rank_prefix
 from recfx.program.record import write_text
 from recfx.step import TrainState
 from recfx.table import num_live
 from recfx.train import Progress
+from recfx.train.ranks import of_ranks
 
 __all__ = ["run_program", "summary_of", "text_of", "write_summary"]
 
@@ -30,11 +35,18 @@ LABELS = {
 }
 
 
-def summary_of(progress: Progress, state: TrainState, planted: Mapping[str, float | None]) -> dict[str, Any]:
-    """The numbers of a run, for JSON: None for NaN.
+def summary_of(
+    progress: Progress, state: TrainState, planted: Mapping[str, float | None], *, group: Group | None = None
+) -> dict[str, Any]:
+    """The numbers of a run, for JSON: None for NaN. Rows, ids without a row and memory are those of all ranks.
 
     Args:     planted: known numbers of generated data, by name.
+              group: whose ranks must all call this; None: the group that was joined, or one process.
     """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    rows = sum(num_live(t) for t in state.tables)
+    refused = sum(int(t.num_refused) for t in state.tables)
+    rows, refused, peak = of_ranks(group or current()).sum_(torch.tensor([rows, refused, peak])).tolist()
     summary = {
         "auc": progress.evaluation.get("auc", progress.auc),
         **planted,
@@ -43,10 +55,9 @@ def summary_of(progress: Progress, state: TrainState, planted: Mapping[str, floa
         "samples_per_s": progress.samples_per_s,
         "first_step_s": progress.first_step_s,
         "train_s": progress.train_s,
-        "rows": sum(num_live(t) for t in state.tables),
-        "refused_ids": sum(int(t.num_refused) for t in state.tables),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "rows": rows,
+        "refused_ids": refused,
+        "peak_rss_bytes": peak,
         "nonfinite_batches": progress.num_nonfinite,
         "steps": progress.step,
         "stopped": progress.stopped or "end of data",
@@ -105,19 +116,21 @@ def _digits(number: float) -> str:
 
 
 def run_program(run: Callable[[Any], Mapping[str, Any]], args: Any) -> None:
-    """Runs a program and prints its summary; an error is one line on standard error.
+    """Runs a program and prints its summary, on rank 0; an error is one line on standard error, naming the rank.
 
     Raises:   SystemExit: 1 on an error, 130 where ctrl-C ended it before it could save, as shells have it.
     """
     try:
         summary = run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {_line_of(error)}") from error
+    except (ValueError, OSError, FloatingPointError, RankError) as error:
+        raise SystemExit(f"{rank_prefix()}error: {_line_of(error)}") from error
     except KeyboardInterrupt as stop:
         line = str(stop) or "interrupted. What was trained since the last checkpoint is lost."
-        print(line, file=sys.stderr)
+        print(f"{rank_prefix()}{line}", file=sys.stderr)
         raise SystemExit(130) from stop
-    print(text_of(summary))
+    if is_first_process():
+        print(text_of(summary))
+    end_ranks()
 
 
 def _line_of(error: Exception) -> str:

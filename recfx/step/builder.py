@@ -204,10 +204,11 @@ def _clip_of_all(clip: Clip | None, exchange: Exchange) -> Clip | None:
     if "total" not in signature(clip).parameters:
         raise ValueError(
             "clip: got a function without a parameter 'total', expected one on several ranks. Each rank has the "
-            "gradients of its own rows only. Take `total`, a function that sums a number f64 [] over all ranks, as "
+            "gradients of the rows that it owns only. Take `total`, a function that sums a number f64 [] over all ranks, as "
             "recfx.optim.clip_global_norm does."
         )
-    return partial(clip, total=exchange.total)
+    of_all: Any = clip
+    return partial(of_all, total=exchange.total)
 
 
 def _as_on_first(parts: StepParts, params: Params, stats: Stats) -> tuple[Params, Stats]:

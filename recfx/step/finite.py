@@ -81,4 +81,4 @@ def untouch_(s: TableState, found: Found, num_before: Tensor, counts: Tensor) ->
     own = found.own
     untouch_rows.untouch_rows_(s.seen, s.counters, own.row, own.inverse, num_before, counts)
     own = own._replace(inverse=torch.where(counts, own.inverse, -1))
-    return own if found.asked is None else found._replace(asked=own)
+    return own if found.requested is None else found._replace(requested=own)

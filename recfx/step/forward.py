@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recfx.context import Context, Stats
-from recfx.dist.exchange import Asked, note_
+from recfx.dist.exchange import Requests, note_
 from recfx.embeddings import Lookup
 from recfx.step.checks import check_batch, check_features, check_logit
 from recfx.step.parts import Features, StepParts
@@ -46,11 +46,11 @@ def real_samples(parts: StepParts, feats: Features) -> Tensor:
 
 
 def context_of(
-    parts: StepParts, state: TrainState, valid: Tensor, *, training: bool, asked: Asked | None = None
+    parts: StepParts, state: TrainState, valid: Tensor, *, training: bool, requests: Requests | None = None
 ) -> Context:
     """What `forward` is given besides parameters, embeddings and features."""
     sample = torch.arange(len(valid), device=valid.device)
-    sample = sample if asked is None else sample + asked.first_sample
+    sample = sample if requests is None else sample + requests.first_sample
     return Context(
         training=training,
         valid=valid,
@@ -84,9 +84,9 @@ def evaluate_(parts: StepParts, state: TrainState, batch: Batch) -> tuple[TrainS
     parts.check(state)
     feats = read(parts, batch)
     context = context_of(parts, state, real_samples(parts, feats), training=False)
-    rows, found, asked = look_up(parts, state, feats, inserts=False)
+    rows, found, requests = look_up(parts, state, feats, inserts=False)
     _, (logit, loss_B, _) = total_loss(parts, state.params, rows, found, feats, context)
-    valid = context.valid if asked is None else context.valid & asked.counts
+    valid = context.valid if requests is None else context.valid & requests.counts
     parts.task.count_(state.metrics, logit, feats, loss_B, valid)
     return state, aux_of(logit, loss_B, feats)
 
@@ -131,22 +131,22 @@ def aux_of(logit: Tensor, loss_B: Tensor, feats: Features, mean_loss: Tensor | N
 
 def look_up(
     parts: StepParts, state: TrainState, feats: Features, *, inserts: bool
-) -> tuple[list[list[Tensor]], list[Found], Asked | None]:
-    """The pooled rows of each table, where they were found, and what ranks asked each other for; None: one process.
+) -> tuple[list[list[Tensor]], list[Found], Requests | None]:
+    """The pooled rows of each table, where they were found, and the requests between ranks; None: one process.
 
     Args:     inserts: new ids get rows, and all join the step.
     """
     check_num_samples(feats, lookups_of(parts))
-    pairs, asked = list(zip(parts.tables, state.tables, strict=True)), None
+    pairs, requests = list(zip(parts.tables, state.tables, strict=True)), None
     if parts.exchange is None:
         found = [(t.insert_ if inserts else t.find)(s, t.read(feats)) for t, s in pairs]
     else:
         readings = [t.read(feats) for t in parts.tables]
-        asked = parts.exchange.ask(readings, feats[NUM_SAMPLES])
-        own = (parts.exchange.insert_ if inserts else parts.exchange.find)(state.tables, asked)
-        found = parts.exchange.answer(readings, state.tables, asked, own)
-        note_(state.exchange, asked)
-    return [t.pool(s, f) for (t, s), f in zip(pairs, found, strict=True)], found, asked
+        requests = parts.exchange.request(readings, feats[NUM_SAMPLES])
+        own = (parts.exchange.insert_ if inserts else parts.exchange.find)(state.tables, requests)
+        found = parts.exchange.answer(readings, state.tables, requests, own)
+        note_(state.exchange, requests)
+    return [t.pool(s, f) for (t, s), f in zip(pairs, found, strict=True)], found, requests
 
 
 def _filled(batch: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

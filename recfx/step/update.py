@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from recfx.context import Stats
-from recfx.dist.exchange import Asked
+from recfx.dist.exchange import Requests
 from recfx.kernels.definitions import definitions
 from recfx.step.finite import clean_padding, count_nonfinite_, gradients_finite, outputs_finite, untouch_
 from recfx.step.forward import aux_of, context_of, look_up, num_ids, read, real_samples, total_loss
@@ -98,18 +98,18 @@ def _learn_(parts: StepParts, state: TrainState, feats: Features) -> tuple[Train
     feats = clean_padding(feats, valid)
     touched = [s.num_unique.clone() for s in state.tables] if parts.skips else []
 
-    rows, found, asked = look_up(parts, state, feats, inserts=True)
-    context = context_of(parts, state, valid, training=True, asked=asked)
+    rows, found, requests = look_up(parts, state, feats, inserts=True)
+    context = context_of(parts, state, valid, training=True, requests=requests)
     (grads, row_grads), (logit, loss_B, stats) = gradients(parts, state.params, rows, found, feats, context)
     got = Pass(found, [grads], row_grads, logit, loss_B, stats, feats[NUM_SAMPLES], valid, None, None, None)
     got = _checked_early(parts, got)
-    got = got if asked is None else _of_all_ranks(parts, state, got, asked)
+    got = got if requests is None else _of_all_ranks(parts, state, got, requests)
     got = _left_out_(got, state, touched) if parts.skips else got
 
     fused = [_fused_for(parts, t, s) for t, s in zip(parts.tables, state.tables, strict=True)]
     _add_grads_(parts, state, got, fused)
     move = _move_of(parts, state, got)
-    due = None if parts.accumulation == 1 and not parts.skips and asked is None else move.due
+    due = None if parts.accumulation == 1 and not parts.skips and requests is None else move.due
     dense, params = parts.dense.update_(state.dense, state.params, move.grads, move.scale, due)
     _next_window_(state.window, move)
     _count_steps_(parts, state, move)
@@ -161,7 +161,7 @@ def _checked_early(parts: StepParts, got: Pass) -> Pass:
     return got
 
 
-def _of_all_ranks(parts: StepParts, state: TrainState, got: Pass, asked: Asked) -> Pass:
+def _of_all_ranks(parts: StepParts, state: TrainState, got: Pass, requests: Requests) -> Pass:
     """The pass with the dense gradients, numbers and statistics of all ranks; none where it does not count."""
     assert parts.exchange is not None
     agreed = parts.exchange.agree(
@@ -169,7 +169,7 @@ def _of_all_ranks(parts: StepParts, state: TrainState, got: Pass, asked: Asked) 
         num_samples=got.num_samples,
         loss=got.losses.sum(),
         is_good=got.is_good,
-        counts=asked.counts,
+        counts=requests.counts,
         stats=got.stats,
         old_stats=state.stats,
     )
@@ -179,8 +179,8 @@ def _of_all_ranks(parts: StepParts, state: TrainState, got: Pass, asked: Asked) 
         num_samples=agreed.num_samples,
         loss=agreed.loss,
         is_good=None if got.is_good is None else agreed.is_good,
-        counts=asked.counts,
-        valid=got.valid & asked.counts,
+        counts=requests.counts,
+        valid=got.valid & requests.counts,
     )
 
 

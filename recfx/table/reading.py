@@ -40,12 +40,12 @@ class Found(NamedTuple):
     inverse: Tensor  # i32 [P], unique number in this step, -1 without
     read_only: Found | None = None  # of `reading.read_only`
     rows: Tensor | None = None  # f32 [R, 1, W], what `row` counts, fetched; None: the table's own rows
-    asked: Found | None = None  # what other ranks have asked this one for; None: one process
+    requested: Found | None = None  # the ids that all ranks have requested from this one; None: one process
 
     @property
     def own(self) -> Found:
-        """Where ids are in this process's table: what was asked for, or the batch's own."""
-        return self if self.asked is None else self.asked
+        """Where ids are in this process's table: those that ranks have requested, or the batch's."""
+        return self if self.requested is None else self.requested
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

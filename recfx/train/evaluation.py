@@ -7,25 +7,34 @@ from collections.abc import Iterable
 
 from recfx import metrics
 from recfx.checks import check_int, check_type
+from recfx.dist import Group, current
 from recfx.metrics import BinaryCounts
 from recfx.step import TrainState
 from recfx.train.checks import Run, check_not_trained, check_run, times_trained, without_warning
 from recfx.train.labels import check_held_out_labels
 from recfx.train.progress import Progress
+from recfx.train.ranks import of_ranks, summed
 from recfx.types import Batch
 
 __all__ = ["evaluate", "read_metrics", "reset_metrics_"]
 
 
 def evaluate(
-    run: Run, state: TrainState, batches: Iterable[Batch], *, eval_steps: int | None = None
+    run: Run,
+    state: TrainState,
+    batches: Iterable[Batch],
+    *,
+    eval_steps: int | None = None,
+    group: Group | None = None,
 ) -> dict[str, float]:
     """AUC, log loss, calibration and number of samples of held-out batches; the state's own metrics come out unchanged.
 
     AUC, log loss and calibration are NaN when a logit or loss was not finite; `num_nonfinite` counts those samples.
     Padding of a short batch counts for nothing: give a reader with drop_remainder=False, and every row is evaluated.
 
-    Args:     run: `step.evaluate_` or its capture.  eval_steps: batches to read; None: all.
+    Args:     run: `step.evaluate_` or its capture.  eval_steps: whole batches to read; None: all.
+              group: the ranks that evaluate together: the values are those of all their rows, and every rank must call
+              this, with its part of the reader, see `recfx.dist`. None: the group that was joined, or one process.
     Raises:   ValueError when there is no batch, eval_steps is below 1, or a label is outside [0, 1] and the step is one
               that checks labels: the error names its batch, which is read again where `batches` can be.
     """
@@ -33,6 +42,8 @@ def evaluate(
         check_int("eval_steps", eval_steps, 1)
     check_run(run, state, "step.evaluate_")
     check_type("batches", batches, Iterable, "Give a reader, or a list of batches.")
+    group = of_ranks(group or current())
+    most = None if eval_steps is None else eval_steps * group.rounds
     stream, before = iter(batches), times_trained(state)
     without_warning(stream)
     first = next(stream, None)
@@ -41,12 +52,13 @@ def evaluate(
     kept, num = [t.clone() for t in state.metrics], 0
     try:
         reset_metrics_(state)
-        for batch in itertools.islice(itertools.chain([first], stream), eval_steps):
+        for batch in itertools.islice(itertools.chain([first], stream), most):
             state, _ = run(state, batch)
             num += 1
         check_not_trained(before, state)
-        values = _values_of(state.metrics)
-        check_held_out_labels(metrics.num_bad_labels(state.metrics), run, state, batches, num)
+        counts = summed(group, state.metrics)
+        values = _values_of(counts)
+        check_held_out_labels(metrics.num_bad_labels(counts), run, state, batches, num, group)
     finally:
         for target, source in zip(state.metrics, kept, strict=True):
             target.copy_(source)
@@ -63,9 +75,13 @@ def _values_of(counts: BinaryCounts) -> dict[str, float]:
     }
 
 
-def read_metrics(progress: Progress, state: TrainState) -> None:
-    """Loss and AUC since the metrics were last reset, and what was left out, read from the device."""
-    progress.loss, progress.auc = metrics.log_loss(state.metrics), metrics.auc(state.metrics)
+def read_metrics(progress: Progress, state: TrainState, *, group: Group | None = None) -> None:
+    """Loss and AUC since the metrics were last reset, and what was left out, read from the device.
+
+    Args:     group: over the rows of all ranks, which must all call this; None: the group that was joined.
+    """
+    counts = summed(of_ranks(group or current()), state.metrics)
+    progress.loss, progress.auc = metrics.log_loss(counts), metrics.auc(counts)
     progress.num_nonfinite = int(state.nonfinite.num_batches)
 
 

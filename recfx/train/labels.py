@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from recfx.dist import Group
 from recfx.metrics import num_bad_labels
 from recfx.step import Step, TrainState
 from recfx.train.checks import described_by, place_of
+from recfx.train.ranks import group_of, rank_text, summed
 from recfx.types import NUM_SAMPLES, Batch
 
 __all__ = ["check_held_out_labels", "check_labels", "find_bad_label"]
@@ -28,10 +30,10 @@ def check_labels(step: Step, state: TrainState, *, where: str | Callable[[], str
     `recfx.train.check_finite` calls it too.
 
     Args:     where: the part of the error on the steps and on one such label, or a function that makes it.
-    Cost:     one host read.
+    Cost:     one host read. Ranks that train together must all call it: labels of all of them are counted.
     Raises:   ValueError naming the feature, how many labels there were and what to do.
     """
-    count = num_bad_labels(state.metrics)
+    count = num_bad_labels(summed(group_of(step), state.metrics))
     if count:
         where = where if isinstance(where, str) else where()
         raise ValueError(
@@ -46,7 +48,7 @@ def find_bad_label(step: Step, state: TrainState, batches: Any, num: int, positi
     Args:     batches: what a reader's `epoch` or `start_at` returned.  position: where it begins, None at the start.
               epoch: its number, from 0.
     """
-    stream = iter(batches)
+    stream, group = iter(batches), group_of(step)
     for _ in range(num):
         place = place_of(position, epoch, described_by(batches))
         batch = next(stream, None)
@@ -54,26 +56,32 @@ def find_bad_label(step: Step, state: TrainState, batches: Any, num: int, positi
             break
         feats = step.read(Batch(batch.buffer.to(state.step.device), batch.layout))
         found = _bad_label(feats, step.label, finite=step.on_nonfinite == "skip")  # the others were left out
-        if found is not None:
-            return f", such as {found} of the batch that {place}"
+        for rank, (one, its_place) in enumerate(group.gather((found, place))):
+            if one is not None:
+                return f", such as {one} of the batch{rank_text(group, rank)} that {its_place}"
         position = batches.position
     return ""
 
 
 def check_held_out_labels(
-    count: int, run: Callable[[TrainState, Batch], Any], state: TrainState, batches: Iterable[Batch], num: int
+    count: int,
+    run: Callable[[TrainState, Batch], Any],
+    state: TrainState,
+    batches: Iterable[Batch],
+    num: int,
+    group: Group,
 ) -> None:
     """Raises the error of `evaluate` on labels of held-out batches. It overwrites the metrics of the state.
 
     Args:     count: of labels outside [0, 1].  run: as in `evaluate`.
               batches: run again one by one until there is such a label; an iterator cannot be.
-              num: how many of them were run.
+              num: how many of them were run.  group: the ranks that have run theirs.
     Raises:   ValueError when count is not 0.
     """
     if not count:
         return
     try:
-        where = "" if isinstance(batches, Iterator) else _place(run, state, iter(batches), num)
+        where = "" if isinstance(batches, Iterator) else _place(run, state, iter(batches), num, group)
     except Exception as error:  # only the message suffers
         where = f" (the batches could not be read again: {str(error) or type(error).__name__})"
     raise ValueError(
@@ -82,7 +90,9 @@ def check_held_out_labels(
     )
 
 
-def _place(run: Callable[[TrainState, Batch], Any], state: TrainState, stream: Iterator[Batch], num: int) -> str:
+def _place(
+    run: Callable[[TrainState, Batch], Any], state: TrainState, stream: Iterator[Batch], num: int, group: Group
+) -> str:
     """The first batch with such a label, for an error.
 
     The feature function may compute the label from columns. A column is named when no other has as many such values.
@@ -94,12 +104,18 @@ def _place(run: Callable[[TrainState, Batch], Any], state: TrainState, stream: I
             t.zero_()
         run(state, batch)
         count = num_bad_labels(state.metrics)
-        if count:
-            getattr(stream, "close", lambda: None)()
-            columns = [name for name, t in batch.items() if _is_column(t) and _num_bad(batch, t) == count]
-            value = f", where column '{columns[0]}' has {_bad_label(batch, columns[0])}" if len(columns) == 1 else ""
-            return f", the first in batch {number}{f' ({described})' if described else ''}{value}"
+        own = f"{f' ({described})' if described else ''}{_value_in(batch, count)}" if count else None
+        for rank, text in enumerate(group.gather(own)):
+            if text is not None:
+                getattr(stream, "close", lambda: None)()
+                return f", the first in batch {number}{rank_text(group, rank)}{text}"
     return ""
+
+
+def _value_in(batch: Batch, count: int) -> str:
+    """The column that has so many labels outside [0, 1], and one of them, for an error; "" where several have."""
+    columns = [name for name, t in batch.items() if _is_column(t) and _num_bad(batch, t) == count]
+    return f", where column '{columns[0]}' has {_bad_label(batch, columns[0])}" if len(columns) == 1 else ""
 
 
 def _is_column(t: Any) -> bool:

@@ -10,6 +10,7 @@ from recfx.train.checks import Run, RunSteps, check_reader, check_run
 from recfx.train.output import check_output
 from recfx.train.pieces import EvaluateWith, Loop, OnEvent
 from recfx.train.progress import Progress, Reader, TrainConfig
+from recfx.train.ranks import check_dealt, group_of, together
 from recfx.train.signals import interrupts
 
 __all__ = ["train"]
@@ -42,6 +43,11 @@ def train(
               that has nothing left to train is evaluated too. Torch's generators are restored after it.
               on_event: called with every event.
     Returns:  the state after the last step, and where training stands.
+
+    Ranks that train together call it at the same time, each with the part of the reader that
+    `recfx.dist.deal(reader, group)` gives it. A signal to any of them stops all after the same step. Losses, counts and
+    samples are those of all ranks, samples as of the last log line or end of an epoch. What was trained since the last
+    checkpoint is lost where held-out data cannot be read.
     Raises:   ValueError when steps_per_replay is below 1, there is nothing to train on, output_dir holds checkpoints
               and neither resume, overwrite nor a state loaded from there decides what to do, or it holds some to resume
               from and the state is loaded or trained already, or the newest one was saved in the middle of other data,
@@ -56,12 +62,19 @@ def train(
     check_run(run, state, "step.update_")
     check_reader(reader)
     check_type("config", config, TrainConfig)
-    check_output(config, int(state.step), resume=resume, overwrite=overwrite)
+    group = group_of(step)
+    check_dealt(reader, group)
+    same = {**vars(config), "steps_per_replay": steps_per_replay, "resume": resume, "overwrite": overwrite}
+    for name, value in {**same, "evaluate_with": evaluate_with is None, "step": int(state.step)}.items():
+        group.check_same(name, value)
+    with together(group):
+        if group.is_first:
+            check_output(config, int(state.step), resume=resume, overwrite=overwrite)
     loop = Loop(step, run, state, reader, config, steps_per_replay, evaluate_with, on_event)
     keep = {"max_to_keep": config.max_to_keep, "full_every": config.full_save_every}
     with checkpoint.Saver(config.output_dir, step, **keep) as saver, interrupts() as interrupted:
         loop.saver, loop.interrupted, loop.overwrite = saver, interrupted, overwrite
-        found = checkpoint.latest(config.output_dir)
+        found = group.from_first(checkpoint.latest(config.output_dir))
         if found is not None and resume:
             loop.resume_from(found)
         loop.begin(found)

@@ -12,6 +12,7 @@ from recfx.step import Step, TrainState
 from recfx.table import TableState, ids_of
 from recfx.train.checks import described_by, place_of
 from recfx.train.labels import check_labels
+from recfx.train.ranks import group_of
 from recfx.types import NUM_SAMPLES, Batch, Ragged
 
 __all__ = ["check_finite", "find_nonfinite", "is_stopped"]
@@ -34,6 +35,7 @@ def check_finite(step: Step, state: TrainState, *, batch: Batch | None = None, w
 
     Args:     batch: the first one that was not finite, if it is known: its features are searched, and only its ids.
               where: the part of the error on where the batch was read.
+    Ranks that train together must all call it: the error is then the same on all, and names the ranks.
     Cost:     two host reads; when it raises, a pass over the tables.
     Raises:   FloatingPointError naming the step, its micro-batch, and the features, ids and parameters with values that
               are not finite; ValueError of labels.
@@ -43,11 +45,14 @@ def check_finite(step: Step, state: TrainState, *, batch: Batch | None = None, w
         return
     number, micro_batch = int(state.nonfinite.first_step), int(state.nonfinite.first_batch)
     feats = None if batch is None else step.read(Batch(batch.buffer.to(state.step.device), batch.layout))
-    found = [
+    group = group_of(step)
+    own = [
         *(_in_features(feats) if feats is not None else ()),
-        *_in_rows(step, state, feats),
-        *(f"parameter '{name}'" for name, p in state.params.items() if not _is_finite(p)),
+        *_in_rows(step, state, feats if group.world_size == 1 else None),  # an id's row may be on another rank
     ]
+    by_rank = group.gather(own)
+    found = [f"rank {rank}'s {one}" if group.world_size > 1 else one for rank, of in enumerate(by_rank) for one in of]
+    found += [f"parameter '{name}'" for name, p in state.params.items() if not _is_finite(p)]
     named = "; ".join(found[:MOST_NAMED]) + f"; and {len(found) - MOST_NAMED} more" * (len(found) > MOST_NAMED)
     raise FloatingPointError(
         f"step {number}: got NaN or infinity as a loss, logit or gradient of micro-batch {micro_batch}{where}, "

@@ -6,6 +6,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from recfx.train.evaluation import read_metrics, reset_metrics_
 from recfx.train.labels import check_labels, find_bad_label
 from recfx.train.nonfinite import check_finite, find_nonfinite, is_stopped
 from recfx.train.progress import Event, Progress, Reader, TrainConfig
+from recfx.train.ranks import exchanging, group_of
 from recfx.types import NUM_SAMPLES, Batch
 
 __all__ = ["EvaluateWith", "Loop", "OnEvent"]
@@ -30,7 +32,11 @@ class Loop:
     """One call of `train`: its arguments, where training stands, and the pieces of the loop.
 
     state, progress: what `train` returns.
-    position: of the reader within the epoch; None: at its start.
+    group: the ranks that train together, or this process alone.
+    position: of the reader within the epoch; None: at its start. Of many ranks it is read where it is needed: they
+    exchange it.
+    stops: whether a signal that came to any rank is to end the run: the same on all ranks.
+    own_samples: real samples of this rank, all and timed, that `progress` does not count yet.
     window: micro-batches of the open accumulation window.
     began, started: the optimiser step that `train_steps` counts from, and the one this call begins at.
     checked: the last step after which all was finite and every label in [0, 1], and the position then.
@@ -58,6 +64,7 @@ class Loop:
         self.run_batches = run if steps_per_replay > 1 else lambda state, batches: run(state, batches[0])
         self.identity, self.described = getattr(reader, "identity", None), described_by(reader)
         self.progress = Progress(step=int(state.step), num_epochs=config.train_epoch)
+        self.group, self.stops, self.own_samples = group_of(step), False, [0, 0]
         self.position: dict | None = None
         self.window = 0
         self.began = self.started = self.progress.step
@@ -90,6 +97,7 @@ class Loop:
         check_finite(self.step, self.state, where=", before this call of train")
         self.started = progress.step
         self.checked = progress.step, self.position
+        self.hear_all()
         if self.should_stop() or self.is_last_epoch_over():
             if progress.stopped != "interrupted":
                 warnings.warn(
@@ -101,19 +109,24 @@ class Loop:
 
     def has_more(self) -> bool:
         """Whether another epoch is to be run, or the rest of one. After the last one, nothing stops the run early."""
+        self.hear_all()
         return not self.is_last_epoch_over() and not self.should_stop()
 
     def should_stop(self) -> bool:
         if self.config.train_steps is not None and self.progress.step - self.began >= self.config.train_steps:
             self.progress.stopped = "train_steps"
-        elif self.interrupted:
+        elif self.is_stopping:
             self.progress.stopped = "interrupted"
         return bool(self.progress.stopped)
+
+    def hear_all(self) -> None:
+        """Learns at a point where all ranks are, between their batches, whether one of them got a signal."""
+        self.stops = bool(self.group.most([self.stops or bool(self.interrupted)])[0])
 
     def end(self) -> None:
         """Saves what was trained."""
         progress = self.progress
-        read_metrics(progress, self.state)
+        self.read_progress()
         progress.train_s = time.perf_counter() - self.begun_s
         if progress.step > self.started or progress.stopped != "interrupted":
             self.save(is_end=progress.stopped != "interrupted" or self.is_last_epoch_over())
@@ -138,16 +151,18 @@ class Loop:
         try:
             self.evaluate()
         except Exception:  # held-out data that cannot be read must not cost what was trained
-            self.save(is_end=self.is_last_epoch_over())
+            if self.group.world_size == 1:  # other ranks may be elsewhere, and a save is of all
+                self.save(is_end=self.is_last_epoch_over())
             raise
 
     def train_on(self, batches: Any) -> bool:
         """Trains until the batches end, or until the run is to stop. Returns whether they have ended."""
         stream: Iterator[Batch] = iter(batches)
         self.window, self.clock = 0, time.perf_counter()
-        while some := list(itertools.islice(stream, self.most_batches())):
+        while some := self.read_some(batches, stream):
             num_steps = self.run_some(some)
-            self.position = batches.position
+            if self.group.world_size == 1 or self.is_position_due(num_steps):
+                self.position = batches.position
             if num_steps == 0:
                 continue
             self.after_steps(num_steps)
@@ -156,15 +171,36 @@ class Loop:
                 batches.close()
                 return False
             if self.progress.step % self.config.save_steps == 0:
-                stream = self.save_unless_last(stream)
+                stream = self.save_unless_last(batches, stream)
                 self.clock = time.perf_counter()
         return True
+
+    def read_some(self, batches: Any, stream: Iterator[Batch], most: int | None = None) -> list[Batch]:
+        """The next batches. Ranks tell each other with every batch whether one of them got a signal."""
+        most = self.most_batches() if most is None else most
+        if self.group.world_size == 1:
+            return list(itertools.islice(stream, most))
+        batches.interrupted = self.stops or bool(self.interrupted)
+        some = list(itertools.islice(stream, most))
+        self.stops = self.stops or bool(batches.is_interrupted)
+        return some
+
+    def is_position_due(self, num_steps: int) -> bool:
+        """Whether the position is needed after so many more steps: to save it, or to read again what follows it."""
+        config, step = self.config, self.progress.step + num_steps
+        due = step % config.log_steps == 0 or step % config.save_steps == 0 or self.stops
+        return num_steps > 0 and (due or step - self.began == config.train_steps)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether a signal ends the run after this step. Of many ranks it is one that all of them know of."""
+        return self.stops or (self.group.world_size == 1 and bool(self.interrupted))
 
     def most_batches(self) -> int:
         """Batches that may be run before the loop has to look at the state."""
         config, accumulation, done = self.config, self.step.accumulation, self.progress.step
         intervals = config.log_steps, config.save_steps, self.step.sweep_every or config.save_steps
-        steps = 1 if self.interrupted else min(n - done % n for n in intervals)
+        steps = 1 if self.is_stopping else min(n - done % n for n in intervals)
         if config.train_steps is not None:
             steps = min(steps, self.began + config.train_steps - done)
         return min(self.steps_per_replay, steps * accumulation - self.window)
@@ -176,7 +212,8 @@ class Loop:
             self.saver.delete_all()
         if self.window == 0 or self.window + len(batches) > accumulation:
             self.tell("before_step")
-        self.state, _ = self.run_batches(self.state, batches)  # type: ignore[arg-type]
+        with nullcontext() if self.group.world_size == 1 else exchanging():
+            self.state, _ = self.run_batches(self.state, batches)  # type: ignore[arg-type]
         self.count(batches)
         num_steps, self.window = divmod(self.window + len(batches), accumulation)
         return num_steps
@@ -185,22 +222,36 @@ class Loop:
         """Counts the samples and the time of a call of `run`."""
         progress, now = self.progress, time.perf_counter()
         num = sum(int(batch[NUM_SAMPLES]) for batch in batches)
-        progress.num_samples += num
+        self.own_samples[0] += num
         run: Any = self.run
         compile_s = run.take_compile_s() if hasattr(run, "take_compile_s") else 0.0  # any step may have a new layout
         if progress.first_step_s:
-            progress.timed_samples += num
+            self.own_samples[1] += num
             progress.seconds += now - self.clock - compile_s
         else:
             progress.first_step_s = now - self.clock + compile_s
         self.clock = now
+        if self.group.world_size == 1:
+            self.add_samples()
+
+    def add_samples(self) -> None:
+        """Counts in `progress` the samples that all ranks have trained since it last did."""
+        num, timed = self.group.sum_(torch.tensor(self.own_samples)).tolist()
+        self.progress.num_samples += num
+        self.progress.timed_samples += timed
+        self.own_samples = [0, 0]
+
+    def read_progress(self) -> None:
+        """Loss, AUC and samples of all ranks."""
+        self.add_samples()
+        read_metrics(self.progress, self.state, group=self.group)
 
     def after_steps(self, num: int) -> None:
         self.progress.step += num
         self.step.sweep_(self.state, self.progress.step)
         if self.progress.step % self.config.log_steps == 0:
             self.check()
-            read_metrics(self.progress, self.state)
+            self.read_progress()
             self.tell("log")
         self.tell("after_step")
 
@@ -216,9 +267,11 @@ class Loop:
             self.state = self.step.flush_(self.state)
             self.after_steps(1)
         self.check()
+        self.add_samples()
         progress.epoch, self.position = progress.epoch + 1, None
         self.checked = progress.step, None
         self.tell("after_epoch")
+        self.hear_all()
         goes_on = not self.is_last_epoch_over()
         stops = bool(goes_on or self.window) and self.should_stop()  # a window that was flushed may be the last step
         if goes_on and not stops and progress.step % self.config.save_steps == 0:
@@ -233,24 +286,28 @@ class Loop:
         write = self.saver.save_in_background if self.config.save_in_background else self.saver.save
         of_reader = {"position": self.position, "reader": self.identity, "data": self.described}
         of_run = {"epoch": self.progress.epoch, "began": self.began, "ended": is_end}
+        dealt = getattr(self.reader, "group", None) or self.group
+        if dealt.streams > 1 or dealt.deterministic:
+            of_run |= {"streams": dealt.streams, "deterministic": dealt.deterministic}
         write(self.state, number=self.progress.step, loop=of_reader | of_run)
         self.saving = True
         self.report_saved()
 
-    def save_unless_last(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+    def save_unless_last(self, batches: Any, stream: Iterator[Batch]) -> Iterator[Batch]:
         """Saves between two batches. After the last one the epoch's end saves, with the place of the next epoch."""
         try:
-            following = list(itertools.islice(stream, 1))
+            following = self.read_some(batches, stream, 1)
         except Exception:
-            self.save()
+            if self.group.world_size == 1:
+                self.save()
             raise
         if following:
             self.save()
         return itertools.chain(following, stream)
 
     def report_saved(self, *, wait: bool = False) -> None:
-        """Emits "after_save" once a save is on disk."""
-        if self.saving and (wait or not self.saver.busy):
+        """Emits "after_save" once a save is on disk, on all ranks after the same step."""
+        if self.saving and (wait or not self.group.most([self.saver.busy])[0]):
             self.saver.finish()
             self.saving = False
             self.tell("after_save")

@@ -23,7 +23,6 @@ from pyarrow import orc
 
 from recfx import checkpoint
 from recfx import train as loop
-from recfx.environment import check_one_process
 from recfx.examples import criteo_synthetic
 from recfx.examples import deepfm as program
 from recfx.program import evaluate, read_run, restore, running
@@ -350,16 +349,6 @@ def test_the_seed_decides(data, eager):
     assert newest("a") == newest("b") != newest("c")
 
 
-@pytest.mark.parametrize(("name", "word"), [("RANK", "1"), ("WORLD_SIZE", "2"), ("RANK", "one")])
-def test_more_than_one_process_is_an_error(data, monkeypatch, name, word):
-    """Each would train a separate model, and say nothing."""
-    monkeypatch.setenv(name, word)
-    assert f"error: {name}: got '{word}', expected" in refused(f"--data_paths={data}/train")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    check_one_process()
-
-
 # Arguments and errors.
 
 
@@ -532,6 +521,15 @@ def test_run_sh():
     args = launched()
     assert args.data_paths == "./data/"
     assert {**vars(args), "data_paths": None} == vars(program.parse([]))
+
+
+def test_run_sh_takes_the_number_of_processes():
+    environment = os.environ | {"PYTHON": "echo", "NPROC": "3"}
+    done = subprocess.run([RUN_SH, "--seed=1"], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    launcher, *words = done.stdout.split()[1:]
+    assert launcher == "torch.distributed.run"
+    assert words[:4] == ["--standalone", "--nproc_per_node=3", "-m", "recfx.examples.deepfm"]
+    assert program.parse(words[4:]).seed == 1
 
 
 def test_run_sh_passes_arguments_on():

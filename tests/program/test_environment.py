@@ -135,3 +135,14 @@ def test_a_number_that_the_user_gives_holds(threads, monkeypatch):
     use_threads(None)
     use_threads(2)
     assert threads == [6, 2]
+
+
+@pytest.mark.parametrize(("word", "expected"), [(None, [2]), ("1", [2]), ("3", [])])
+def test_processes_of_a_host_share_its_cores(threads, monkeypatch, word, expected):
+    """torchrun sets OMP_NUM_THREADS to 1 where the user has not."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(environment, "allowed_threads", lambda most: 4)
+    if word is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", word)
+    use_threads(None)
+    assert threads == expected

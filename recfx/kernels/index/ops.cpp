@@ -17,6 +17,20 @@ Tensor count_candidates_op(Tensor candidate_slots, Tensor candidate_ids, Tensor 
   return count_P;
 }
 
+std::tuple<Tensor, Tensor> deal_ids_op(Tensor message, int64_t first, const Tensor& id_P, const Tensor& cell_P,
+                                       const Tensor& vocabularies, std::optional<Tensor> trains, int64_t capacity,
+                                       bool distinct) {
+  const int64_t num_ranks = message.size(0), room = message.size(1) - first;
+  if (capacity < 0 || capacity % 2 || first < 0 || capacity + capacity / 2 > room)
+    fail("capacity: got ", capacity, ", expected an even number, and 1.5 of it at most ", room, ", the message's room.");
+  Tensor place_P = torch::stable::empty_like(cell_P);
+  Tensor counts = torch::stable::new_empty(message, {num_ranks, 2});
+  deal_ids(flat<int64_t>(message), message.size(1), first, num_ranks, flat<int64_t>(id_P), flat<int32_t>(cell_P),
+           cell_P.numel(), flat<int32_t>(vocabularies), vocabularies.numel(), flat<bool>(trains),
+           trains ? trains->numel() : 0, capacity, distinct, flat<int32_t>(place_P), flat<int64_t>(counts));
+  return {place_P, counts};
+}
+
 Tensor find_op(const Tensor& slots, const Tensor& ids, const Tensor& counters, const Tensor& id_P, const Tensor& cell_P,
                const Tensor& vocabularies) {
   Tensor row_P = torch::stable::empty_like(cell_P);
@@ -75,6 +89,7 @@ void untouch_rows_op(Tensor seen, Tensor counters, const Tensor& row_P, const Te
 
 STABLE_TORCH_LIBRARY_IMPL(recfx, CPU, library) {
   library.impl("count_candidates_", TORCH_BOX(&count_candidates_op));
+  library.impl("deal_ids_", TORCH_BOX(&deal_ids_op));
   library.impl("find", TORCH_BOX(&find_op));
   library.impl("find_or_insert_", TORCH_BOX(&find_or_insert_op));
   library.impl("keep_trained_", TORCH_BOX(&keep_trained_op));

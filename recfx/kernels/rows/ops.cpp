@@ -63,6 +63,15 @@ void clip_row_grads_op(Tensor grads, const Tensor& counters, const Tensor& scale
                  dims.size(), dims.data(), limits);
 }
 
+void take_rows_op(Tensor message, int64_t first, const Tensor& rows, const Tensor& row_M, int64_t width) {
+  const int64_t num_ranks = message.size(0), num_rows = row_M.numel();
+  if (num_rows % num_ranks || first < 0 || first + num_rows / num_ranks * (width + 1) > message.size(1))
+    fail("row_M: got ", num_rows, " rows of ", width, " weights, expected as many for each of ", num_ranks,
+         " ranks, and room for them in a message of ", message.size(1), " numbers.");
+  take_rows(flat<float>(message), message.size(1), first, num_ranks, strided<float>(rows), rows.stride(0),
+            flat<int32_t>(row_M), num_rows, width);
+}
+
 Tensor squared_norm_op(const Tensor& grads, const Tensor& counters) {
   Tensor norm = torch::stable::new_empty(grads, {}, ScalarType::Double);
   squared_norm(strided<float>(grads), flat<int64_t>(counters), grads.stride(0), grads.size(1), flat<double>(norm));
@@ -90,5 +99,6 @@ STABLE_TORCH_LIBRARY_IMPL(recfx, CPU, library) {
   library.impl("count_rows_", TORCH_BOX(&count_rows_op));
   library.impl("pool", TORCH_BOX(&pool_op));
   library.impl("squared_norm", TORCH_BOX(&squared_norm_op));
+  library.impl("take_rows_", TORCH_BOX(&take_rows_op));
   library.impl("sum_adamw_rows_", TORCH_BOX(&sum_adamw_rows_op));
 }

@@ -1,11 +1,26 @@
-"""temporary"""
+"""take_rows_: the weights of rows, as a message to the ranks that asked for them."""
+
+from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from recfx.kernels.op import define_op
+
+__all__ = ["take_rows_"]
 
 
-def take_rows_(message, first, rows, row_M, width):
-    n = message.shape[0]
-    vals = torch.where((row_M >= 0)[:, None], rows[row_M.clamp(min=0).long(), 0, :width], 0.0)
-    status = torch.where(row_M >= 0, 0, row_M).float()
-    out = torch.cat([vals, status[:, None]], 1).view(n, -1)
-    message[:, first : first + out.shape[1]] = out
+def definition(message: Tensor, first: int, rows: Tensor, row_M: Tensor, width: int) -> None:
+    """message[rank, first:] = for each of its rows in `row_M`: `width` weights, and 0; or zeros, and the negative row.
+
+    Shapes:   message f32 [ranks, K], rows f32 [R, 1 + slots, W], row_M i32 [ranks * capacity], by rank.
+    Writes:   message, capacity * (width + 1) numbers of each rank.
+    """
+    is_row = row_M >= 0
+    weights = torch.where(is_row[:, None], rows[row_M.clamp(min=0), 0, :width], 0.0)
+    status = torch.where(is_row, 0, row_M).float()
+    block = torch.cat([weights, status[:, None]], 1).view(message.shape[0], -1)
+    message[:, first : first + block.shape[1]] = block
+
+
+take_rows_ = define_op("take_rows_", definition=definition, fake=lambda *_: None)
