@@ -12,8 +12,12 @@ import pytest
 from recfx.checkpoint import Saver, diff, latest, load, save
 from recfx.step import Step
 from tests.checkpoint.rank_saves import KILLS, change
+from tests.checkpoint.rank_training import LIFE
 from tests.checkpoint.test_checkpoint import fresh, some_state, steps
+from tests.checkpoint.test_checkpoint_load import content
+from tests.checkpoint.test_checkpoint_ranks import all_bytes
 from tests.conftest import deepfm_step
+from tests.dist.launching import launch
 
 ROOT = Path(__file__).parents[2]
 QUICK = [
@@ -75,3 +79,30 @@ def test_a_rank_that_is_killed_in_a_save_loses_only_that_save(step, tmp_path):
 @pytest.mark.slow
 def test_killed_at_every_point_of_a_save(step, tmp_path):
     check(step, tmp_path, list(KILLS))
+
+
+def test_ranks_that_train_save_and_go_on(tmp_path):
+    """Real steps, admission and eviction included: stopped and resumed, the same bytes; any number of ranks loads."""
+    ranks = launch(Path(__file__).with_name("rank_training.py"), [str(tmp_path)], timeout=120)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    names = ["step-000000004", "step-000000008", "step-000000012"]
+    assert [path.name for path in steps(whole)] == [path.name for path in steps(stopped)] == names
+    first, middle, last = (diff(whole / name, stopped / name) for name in names)
+    assert first == last == []
+    assert [line.partition(":")[0] for line in middle] == ["loop"]  # where the stopped run ended
+    assert all_bytes(whole / names[0]) == all_bytes(stopped / names[0])
+    step = deepfm_step(life=LIFE)
+    one, _ = load(whole / names[2], step, fresh(step))
+    merged: dict = {}
+    for rank in range(3):
+        part, _ = load(whole / names[2], step, fresh(step), rank=rank, world_size=3)
+        merged |= content(step, part)
+    assert merged == content(step, one)
+    again = save(tmp_path / "one", step, one, number=12, loop=loop_of(whole / names[2]))
+    assert diff(again, whole / names[2]) == []
+
+
+def loop_of(path: Path) -> dict:
+    loop = json.loads((path / "manifest.json").read_text())["loop"]
+    return {name: value for name, value in loop.items() if name != "step"}
