@@ -57,7 +57,7 @@ class ReadPlan:
     decoder: Decoder
     rank: int
     world_size: int
-    shard_by: Literal["file", "unit"]
+    shard_by: Literal["file", "unit", "row"]
     shuffle_rows: int  # 0: rows in the order of the files
     seed: int
     threads: int
@@ -217,7 +217,11 @@ def _tasks(plan: ReadPlan, start: ChunkStart, last_epoch: int | None) -> Iterato
 
 
 def _read(plan: ReadPlan, place: ChunkStart, file: int, unit: int) -> _Unit:
-    return _Unit(*plan.decoder.read(plan.files[file], unit), place)
+    batch, num_bad = plan.decoder.read(plan.files[file], unit)
+    if plan.shard_by == "row" and plan.world_size > 1:
+        first = (plan.rank - file - unit) % plan.world_size
+        batch = batch.take(pa.array(np.arange(first, batch.num_rows, plan.world_size)))
+    return _Unit(batch, num_bad, place)
 
 
 def _end_of_epoch() -> None:

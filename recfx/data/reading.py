@@ -54,7 +54,7 @@ def reader(
     on_bad: Literal["raise", "skip"] = "raise",
     rank: int = 0,
     world_size: int = 1,
-    shard_by: Literal["file", "unit"] = "file",
+    shard_by: Literal["file", "unit", "row"] = "file",
     threads: int = 1,
     prefetch: int = 1,
     cache: str | os.PathLike[str] | None = None,
@@ -86,7 +86,8 @@ def reader(
                   `BatchIterator.num_bad`. A file that cannot be read or has other columns is always an error. A row
                   of CSV is one line: a line that does not close a quote is bad, and the next line is a new row.
               rank, world_size: this worker reads files[rank::world_size], or, with shard_by="unit", every
-                  world_size-th unit. The workers of a DataLoader divide the rows of their process in the same way.
+                  world_size-th unit; with shard_by="row" it decodes all units and keeps every world_size-th row. The
+                  workers of a DataLoader divide the rows of their process in the same way.
               threads: how many units are decoded at the same time, >= 1.
               prefetch: how many units per thread are decoded ahead, while the caller works. 0: none; the caller waits
                   while `threads` units are decoded, and no decoding runs while it works.
@@ -119,7 +120,7 @@ def reader(
         pin_memory=pin_memory,
     )
     check_int("shuffle_rows", shuffle_rows, 0)
-    check_choice("shard_by", shard_by, ("file", "unit"))
+    check_choice("shard_by", shard_by, ("file", "unit", "row"))
     check_format(format)
     expression = expression_of(filter)
     files = match_files(paths, filesystem)
@@ -225,25 +226,30 @@ class Reader(IterableDataset):
     def batch(self, segments: Sequence[Segment]) -> Batch:
         """Packs the rows of the segments into one batch, after the transform."""
         if self.transform is None:
-            return self._packed(segments, self.pin_memory)
-        batch = self._packed(segments, False)
+            return self.packed(segments, self.pin_memory)
+        batch = self.packed(segments, False)
         columns = self.transform(dict(batch))
         check_transformed(columns, self.batch_size)
         return pack({NUM_SAMPLES: batch[NUM_SAMPLES], **columns}, pin_memory=self.pin_memory)
 
-    def _packed(self, segments: Sequence[Segment], pin_memory: bool) -> Batch:
+    def packed(self, segments: Sequence[Segment], pin_memory: bool) -> Batch:
+        """Packs the rows of the segments into one batch, before the transform."""
         if not self.plan.decoder.in_records:
-            plan = self._plan_for(count_items(self.packing, segments))
+            plan = self.plan_for(count_items(self.packing, segments))
             return Batch(pack_columns(plan, segments, pin_memory=pin_memory), plan.layout)
         plan = self.packing
         buffer, counts = pack_records(plan, segments, pin_memory=pin_memory)
-        if (larger := self._plan_for(counts)) is not plan:
+        if (larger := self.plan_for(counts)) is not plan:
             buffer, _ = pack_records(larger, segments, pin_memory=pin_memory)
-        if self._cache is not None:
-            self._cache.check_pages()
+        self.check_pages()
         return Batch(buffer, larger.layout)
 
-    def _plan_for(self, counts: np.ndarray) -> PackPlan:
+    def check_pages(self) -> None:
+        """Raises ValueError when the cache's files, from which rows were packed, have become shorter."""
+        if self._cache is not None:
+            self._cache.check_pages()
+
+    def plan_for(self, counts: np.ndarray) -> PackPlan:
         """The plan, with its capacities raised to the counts where they are smaller."""
         self.packing = self.packing.grown(counts)
         return self.packing

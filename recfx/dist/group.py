@@ -67,8 +67,9 @@ class Group:
         """
         if self.deterministic:
             return range(self.rank, self.streams, self.world_size)
-        first = min(self.rank * self.streams_per_rank, self.streams)
-        return range(first, min(first + self.streams_per_rank, self.streams))
+        each, more = divmod(self.streams, self.world_size)
+        first = self.rank * each + min(self.rank, more)
+        return range(first, first + each + (self.rank < more))
 
     def most(self, numbers: Sequence[int]) -> list[int]:
         """The largest of each number over all ranks. Every rank must call it, with as many."""

@@ -65,7 +65,7 @@ def deal_to(group: Group, reader: Any) -> Any:
     """This rank's part of a program's reader; the reader itself in one process that deals to no streams."""
     if group.world_size == 1 and group.streams == 1 and not group.deterministic:
         return reader
-    from recfx.dist import deal  # type: ignore[attr-defined]
+    from recfx.dist.streams import deal
 
     return deal(reader, group)
 

@@ -204,8 +204,8 @@ def _clip_of_all(clip: Clip | None, exchange: Exchange) -> Clip | None:
     if "total" not in signature(clip).parameters:
         raise ValueError(
             "clip: got a function without a parameter 'total', expected one on several ranks. Each rank has the "
-            "gradients of the rows that it owns only. Take `total`, a function that sums a number f64 [] over all ranks, as "
-            "recfx.optim.clip_global_norm does."
+            "gradients of the rows that it owns only. Take `total`, a function that sums a number f64 [] over all "
+            "ranks, as recfx.optim.clip_global_norm does."
         )
     of_all: Any = clip
     return partial(of_all, total=exchange.total)

@@ -45,7 +45,7 @@ def train(
     Returns:  the state after the last step, and where training stands.
 
     Ranks that train together call it at the same time, each with the part of the reader that
-    `recfx.dist.deal(reader, group)` gives it. A signal to any of them stops all after the same step. Losses, counts and
+    `recfx.dist.streams.deal(reader, group)` gives it. A signal to any of them stops all after the same step. Losses, counts and
     samples are those of all ranks, samples as of the last log line or end of an epoch. What was trained since the last
     checkpoint is lost where held-out data cannot be read.
     Raises:   ValueError when steps_per_replay is below 1, there is nothing to train on, output_dir holds checkpoints

@@ -81,5 +81,5 @@ def check_dealt(reader: object, group: Group) -> None:
     if group.world_size > 1 and getattr(reader, "group", None) is None:
         raise ValueError(
             f"reader: got {said(reader)} on {group.world_size} ranks, expected one that is dealt to them. Each rank "
-            "would train on all rows. Use recfx.dist.deal(reader, group)."
+            "would train on all rows. Use recfx.dist.streams.deal(reader, group)."
         )

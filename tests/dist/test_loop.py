@@ -64,7 +64,7 @@ def test_errors_on_batches_name_their_rank_on_all_ranks(facts):
 def test_ranks_that_differ_or_would_read_everything_are_an_error_on_all(facts):
     for of_rank in facts:
         assert of_rank["differs"].startswith("ValueError: log_steps: got 5 on rank 1, expected 4 as on rank 0.")
-        assert "Use recfx.dist.deal(reader, group)" in of_rank["whole"]
+        assert "Use recfx.dist.streams.deal(reader, group)" in of_rank["whole"]
 
 
 def test_a_rank_that_fails_before_the_first_step_ends_the_others(facts):

@@ -29,7 +29,8 @@ def definition(
     occurrence trains the row; -1 where the bucket holds no id, and the id is 0. With distinct=False each occurrence is
     an entry. All shapes are fixed; nothing is read on the host.
 
-    Shapes:   message i64 [ranks, K], capacity even; id_P, cell_P, vocabularies as in `find`; trains bool [L], None: all.
+    Shapes:   message i64 [ranks, K], capacity even; id_P, cell_P, vocabularies as in `find`; trains bool [L], None:
+              all.
     Returns:  place_P i32 [P], rank * capacity + place in the bucket, -1 for padding and where there was no room;
               counts i64 [ranks, 2], entries with those that had no room, and occurrences.
     Writes:   message, the buckets only.

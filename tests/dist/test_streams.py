@@ -1,0 +1,262 @@
+"""Rows dealt to streams and ranks: each once, whole batches the same for any number of ranks, none waits for ever."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+
+from recfx.data import fixedlen, reader, varlen
+from recfx.dist import Group
+from recfx.dist.streams import deal
+from recfx.types import NUM_SAMPLES
+
+BATCH_SIZE = 12
+UNITS = (29, 7, 40, 11)  # rows of the four units
+
+
+class Together:
+    """The messages of ranks that are threads of this process."""
+
+    def __init__(self, num: int) -> None:
+        self.num, self.barrier, self.values = num, threading.Barrier(num, timeout=30), [None] * num
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self.values[rank] = value
+        self.barrier.wait()
+        values = list(self.values)
+        self.barrier.wait()
+        return values
+
+
+class Rank(Group):
+    """A rank that is a thread."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.host.exchange(self.rank, value)  # type: ignore[union-attr]
+
+    def most(self, numbers: Sequence[int]) -> list[int]:
+        return np.max(self.gather([int(n) for n in numbers]), axis=0).tolist()
+
+
+def on_ranks(num: int, run: Callable[[Group], Any], *, streams: int, deterministic: bool = False) -> list[Any]:
+    """What `run` returns on each of so many ranks."""
+    together, results = Together(num), [None] * num
+
+    def of(rank: int) -> None:
+        group = Rank(rank=rank, world_size=num, streams=streams, deterministic=deterministic, host=together)  # type: ignore[arg-type]
+        try:
+            results[rank] = run(group)
+        except BaseException as error:
+            results[rank] = error
+            together.barrier.abort()
+
+    threads = [threading.Thread(target=of, args=(rank,)) for rank in range(num)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, threading.BrokenBarrierError):
+            raise result
+    return results
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two files of two units, rows numbered 1, 2, ...; row n has n % 4 ids."""
+    folder, number = tmp_path_factory.mktemp("files"), 0
+    for k in range(2):
+        with parquet.ParquetWriter(folder / f"{k}.parquet", schema()) as writer:
+            for num in UNITS[2 * k : 2 * k + 2]:
+                numbers = (
+                    range(number + 1, number := number + num + 0) if False else range(number + 1, number + num + 1)
+                )
+                writer.write_table(
+                    pa.table({"n": list(map(float, numbers)), "ids": [[n] * (n % 4) for n in numbers]}, schema())
+                )
+                number += num
+    return str(folder)
+
+
+def schema() -> pa.Schema:
+    return pa.schema({"n": pa.float32(), "ids": pa.list_(pa.int64())})
+
+
+def read(files: str, **options: Any) -> Any:
+    return reader(files, [fixedlen("n", [0.0]), varlen("ids", torch.int64)], BATCH_SIZE, format="parquet", **options)
+
+
+def rows(batch: Any) -> list[int]:
+    num = int(batch[NUM_SAMPLES])
+    numbers = batch["n"][:num, 0].int().tolist()
+    offsets = batch["ids"].offsets
+    assert offsets[: num + 1].diff().tolist() == [n % 4 for n in numbers]
+    assert batch["ids"].values[: offsets[-1]].tolist() == [n for n in numbers for _ in range(n % 4)]
+    assert offsets[num:].eq(offsets[num]).all()
+    return numbers
+
+
+def passes(files: str, epochs: Sequence[int] = (0,), **options: Any) -> Callable[[Group], Any]:
+    def run(group: Group) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # more ranks than streams
+            dealt = deal(read(files, **options), group)
+        return [[(rows(b), b.layout) for b in dealt.epoch(e)] for e in epochs]
+
+    return run
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "in order": {},
+    "shuffled": {"shuffle_rows": 16, "seed": 3},
+    "transformed": {"transform": lambda columns: {"n": columns["n"], "ids": columns["ids"]}},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("num", "streams"), [(1, 1), (2, 2), (3, 3), (4, 4), (7, 7), (1, 4), (2, 4), (3, 4), (7, 4)])
+def test_every_row_is_read_once(
+    files: str, num: int, streams: int, deterministic: bool, options: dict[str, Any]
+) -> None:
+    size = BATCH_SIZE if BATCH_SIZE % streams == 0 else 14
+    run = passes(files, (0, 1), **options)
+    if size != BATCH_SIZE:
+        run = lambda group: [  # noqa: E731
+            [
+                (rows(b), b.layout)
+                for b in deal(
+                    reader(
+                        files, [fixedlen("n", [0.0]), varlen("ids", torch.int64)], size, format="parquet", **options
+                    ),
+                    group,
+                ).epoch(e)
+            ]
+            for e in (0, 1)
+        ]
+    results = on_ranks(num, run, streams=streams, deterministic=deterministic)
+    for epoch in (0, 1):
+        of_ranks = [result[epoch] for result in results]
+        assert len({len(batches) for batches in of_ranks}) == 1  # as many on each rank
+        assert all(len({layout for _, layout in step}) == 1 for step in zip(*of_ranks, strict=True))
+        found = Counter(n for batches in of_ranks for numbers, _ in batches for n in numbers)
+        assert found == Counter(range(1, sum(UNITS) + 1))
+
+
+def whole_batches(results: list[Any], group_rounds: int) -> list[list[int]]:
+    """The rows of each whole batch, in the order of the streams."""
+    of_ranks = [[numbers for numbers, _ in result[0]] for result in results]
+    steps = [[n for numbers in step for n in numbers] for step in zip(*of_ranks, strict=True)]
+    return [sum(steps[k : k + group_rounds], []) for k in range(0, len(steps), group_rounds)]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("drop_remainder", [False, True])
+def test_whole_batches_do_not_depend_on_the_number_of_ranks(
+    files: str, options: dict[str, Any], drop_remainder: bool
+) -> None:
+    run, found = passes(files, drop_remainder=drop_remainder, **options), []
+    for deterministic in (False, True):
+        for num in (1, 2, 3, 4, 7):
+            rounds = -(-4 // num) if deterministic else 1
+            found.append(whole_batches(on_ranks(num, run, streams=4, deterministic=deterministic), rounds))
+    assert all(batches == found[0] for batches in found)
+    assert all(len(batch) == BATCH_SIZE for batch in found[0][: 2 if drop_remainder else 1])
+    assert len(found[0]) > 2
+    if drop_remainder:
+        assert all(len(batch) == BATCH_SIZE for batch in found[0])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("options", [{}, {"shuffle_rows": 16}], ids=["in order", "shuffled"])
+def test_goes_on_with_another_number_of_ranks(files: str, deterministic: bool, options: dict[str, Any]) -> None:
+    def begin(group: Group) -> Any:
+        iterator = deal(read(files, **options), group).epoch(1)
+        taken = [rows(next(iterator)) for _ in range(3 * group.rounds)]
+        position = iterator.position
+        iterator.close()
+        return taken, position
+
+    def rest(position: Any) -> Callable[[Group], Any]:
+        return lambda group: [[(rows(b), b.layout) for b in deal(read(files, **options), group).start_at(position)]]
+
+    begun = on_ranks(2, begin, streams=4, deterministic=deterministic)
+    position = begun[0][1]
+    assert begun[1][1] == position
+    first = [n for taken, _ in begun for numbers in taken for n in numbers]
+    found = []
+    for num in (1, 2, 3, 4):
+        results = on_ranks(num, rest(position), streams=4, deterministic=deterministic)
+        found.append(whole_batches(results, -(-4 // num) if deterministic else 1))
+        assert sorted([*first, *sum(found[-1], [])]) == list(range(1, sum(UNITS) + 1))
+    assert all(batches == found[0] for batches in found)
+
+
+def test_a_rank_that_wants_to_stop_is_known_to_all_with_the_same_batch(files: str) -> None:
+    def run(group: Group) -> list[bool]:
+        iterator, known = deal(read(files), group).epoch(0), []
+        for k in range(4):
+            iterator.interrupted = k == 2 and group.rank == 1
+            next(iterator)
+            known.append(iterator.is_interrupted)
+        return known
+
+    assert on_ranks(2, run, streams=2) == [[False, False, True, True]] * 2
+
+
+def test_first_is_a_batch_on_every_rank(files: str) -> None:
+    with pytest.warns(UserWarning, match="rank 2 has no rows: they are dealt to 2 streams"):
+        batches = on_ranks(3, lambda group: deal(read(files), group).first(), streams=2)
+    assert [int(b[NUM_SAMPLES]) for b in batches] == [6, 6, 0]
+    assert len({b.layout for b in batches}) == 1
+
+
+def test_identity_is_of_the_rows_and_the_streams(files: str) -> None:
+    def identity(num: int, streams: int) -> str:
+        return on_ranks(num, lambda group: deal(read(files), group).identity, streams=streams)[0]
+
+    assert identity(1, 4) == identity(2, 4) != identity(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("group", "options", "message"),
+    [
+        (Group(rank=0, world_size=1, streams=5, deterministic=False), {}, "batch_size: got 12 for 5 streams"),
+        (
+            Group(rank=0, world_size=1, streams=2, deterministic=False),
+            {"world_size": 2},
+            "reader: got one of world_size 2",
+        ),
+    ],
+)
+def test_errors(files: str, group: Group, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        deal(read(files, **options), group)
+
+
+def test_a_position_of_other_streams(files: str) -> None:
+    dealt = deal(read(files), Group(rank=0, world_size=1, streams=2, deterministic=False))
+    with pytest.raises(ValueError, match=r"position: got one of 3 streams, expected 2\. .*join|Join with streams=3"):
+        dealt.start_at({"streams": 3, "positions": [None] * 3})
+    with pytest.raises(ValueError, match="expected a `RankIterator.position`"):
+        dealt.start_at({"taken": 3})
+
+
+def test_by_row_where_a_stream_would_have_no_unit(files: str) -> None:
+    for streams, by_row in ((2, False), (3, False), (4, True), (6, True)):
+        dealt = deal(read(files), Group(rank=0, world_size=1, streams=streams, deterministic=False))
+        assert dealt.by_row == by_row, streams
+
+
+def test_no_rows_at_all_is_an_error_on_every_rank(files: str) -> None:
+    with pytest.raises(ValueError, match="reader: got .*expected at least one batch"):
+        on_ranks(2, lambda group: deal(read(files, filter=[("n", ">", 1e6)]), group).first(), streams=2)
