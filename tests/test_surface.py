@@ -42,7 +42,7 @@ SEES_ONLY = {
     "environment": set(),
     "types": {"describe", "kernels"},
     "data": {"types", "checks", "kernels"},
-    "checkpoint": {"types", "checks", "kernels", "generators", "embeddings", "table", "step", "run_checks"},
+    "checkpoint": {"types", "checks", "kernels", "generators", "embeddings", "table", "step", "run_checks", "dist"},
     "models": {"types", "features", "layers", "losses"},
     "capture": {"types", "checks", "generators", "kernels", "step", "run_checks"},
 }

@@ -45,8 +45,15 @@ class Job:
         """Whether `finish` would return at once."""
         return not self._pid or os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
+    def kill(self) -> None:
+        """Ends the child at once. `finish` then raises."""
+        if not self.done:
+            os.kill(self._pid, signal.SIGKILL)
+
     def finish(self) -> None:
-        """Waits for the child; raises the OSError that ended it, or RuntimeError when it was killed."""
+        """Waits for the child; raises the OSError that ended it, or RuntimeError when it was killed. Once only."""
+        if not self._pid:
+            return
         with open(self._pipe, "rb") as pipe:
             said = pipe.read()
         _, status = os.waitpid(self._pid, 0)

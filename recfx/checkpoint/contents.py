@@ -38,7 +38,19 @@ from recfx.generators import generator_states
 from recfx.step import Step, TrainState
 from recfx.table import CANDIDATE_FIELDS, COUNTERS, ROW_FIELDS, TableState
 
-__all__ = ["Contents", "DenseTensor", "SavedRows", "contents_of", "dense_tensors", "write"]
+__all__ = [
+    "Contents",
+    "DenseTensor",
+    "SavedRows",
+    "contents_of",
+    "delete_older",
+    "dense_tensors",
+    "publish",
+    "replace_folder",
+    "told",
+    "write",
+    "write_files",
+]
 
 SHARD_BYTES = 2**25
 GENERATOR = "generator."  # plus a device type: the state of torch's generator, if the step draws from it
@@ -172,24 +184,33 @@ def write(
     scratch = folder / target.name.replace(PREFIX, UNFINISHED)
     try:
         scratch.mkdir()
-        manifest = _write_files(scratch, contents, base, before_file)
+        manifest = write_files(scratch, contents, base, before_file)
         write_manifest(scratch / MANIFEST, manifest)
         sync_folder(scratch)
-        _publish(scratch, target, manifest)
+        publish(scratch, target, manifest)
         sync_folder(folder)
     except Exception as error:  # not ctrl-C, which may come before any checkpoint is whole
         shutil.rmtree(scratch, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        whole = "The checkpoints before this one are whole."
-        raise OSError(error.errno, f"{scratch}: {error.strerror or error}. {whole}") from error
-    others = [path for path in finished(folder) if path != target and not path.is_symlink()]  # save creates no links
-    for old in others[: max(len(others) + 1 - max_to_keep, 0)]:
-        delete(hide(old))
+        raise told(error, scratch) from error
+    delete_older(folder, target, max_to_keep)
     return target
 
 
-def _write_files(scratch: Path, contents: Contents, base: Path | None, before_file: Callable[[], None]) -> dict:
+def told(error: OSError, scratch: Path) -> OSError:
+    """The error of a save that could not write its unfinished folder."""
+    return OSError(error.errno, f"{scratch}: {error.strerror or error}. The checkpoints before this one are whole.")
+
+
+def delete_older(folder: Path, target: Path, max_to_keep: int) -> None:
+    """Deletes all but the `max_to_keep` newest checkpoints, `target` among them."""
+    others = [path for path in finished(folder) if path != target and not path.is_symlink()]  # save creates no links
+    for old in others[: max(len(others) + 1 - max_to_keep, 0)]:
+        delete(hide(old))
+
+
+def write_files(scratch: Path, contents: Contents, base: Path | None, before_file: Callable[[], None]) -> dict:
     """Writes all files except the manifest, and returns the manifest."""
     before = read_manifest(base) if base is not None else {"files": {}, "parts": [[] for _ in contents.tables]}
     files = {name: before["files"][name] for parts in before["parts"] for part in parts for name in part}
@@ -232,24 +253,29 @@ def _shard(rows: SavedRows) -> dict[str, np.ndarray]:
     return dict(sorted(shard.items(), key=lambda item: (-item[1].itemsize, item[0])))  # so that each array is aligned
 
 
-def _publish(scratch: Path, target: Path, manifest: dict) -> None:
+def publish(scratch: Path, target: Path, manifest: dict) -> None:
     """Makes the folder visible by one rename. A folder of equal files is replaced file by file, manifest last."""
     try:
         same = not target.is_symlink() and read_manifest(target)["files"] == manifest["files"]
     except ValueError:
         same = False
     if not same:
-        old = hide(target) if os.path.lexists(target) else None
-        try:
-            os.replace(scratch, target)
-        except OSError:
-            if old is not None:
-                os.replace(old, target)
-            raise
-        if old is not None:
-            delete(old)
+        replace_folder(scratch, target)
         return
     for name in (*manifest["files"], MANIFEST):
         os.replace(scratch / name, target / name)
     sync_folder(target)
     shutil.rmtree(scratch)  # not empty: a rename between two links to one file does nothing
+
+
+def replace_folder(scratch: Path, target: Path) -> None:
+    """Gives a folder its name. One that had it is hidden first, deleted afterwards, and put back after an error."""
+    old = hide(target) if os.path.lexists(target) else None
+    try:
+        os.replace(scratch, target)
+    except OSError:
+        if old is not None:
+            os.replace(old, target)
+        raise
+    if old is not None:
+        delete(old)

@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
@@ -19,6 +20,7 @@ from recfx.checkpoint.files import MANIFEST, read_checked, write_file
 
 __all__ = [
     "FolderLock",
+    "Part",
     "clear_unfinished",
     "delete",
     "digest_of",
@@ -26,22 +28,29 @@ __all__ = [
     "hide",
     "latest",
     "name_of",
+    "parts_of",
+    "rank_name",
     "read_manifest",
+    "read_ranks",
     "sync_folder",
     "write_manifest",
 ]
 
-FORMAT = 2
+FORMAT = 2  # of a folder that one process, or one rank, has written
+RANKS_FORMAT = 1002  # of a folder that holds those of several ranks: a kind, not a later version
 STATE, LOCK = "state.safetensors", ".lock"
 PREFIX, UNFINISHED = "step-", ".unfinished-"
 DIGITS = 9  # names sort like their numbers
 NAME = re.compile(rf"{PREFIX}([0-9]{{{DIGITS}}})")
-MADE = re.compile(rf"{re.escape(UNFINISHED)}([0-9]{{{DIGITS}}})")  # while it is written
+RANK_DIGITS = 5
+MADE = re.compile(rf"{re.escape(UNFINISHED)}([0-9]{{{DIGITS}}})(?:-[0-9a-f]+)?")  # while it is written
 HIDDEN = re.compile(re.escape(UNFINISHED) + NAME.pattern)  # while it is deleted
 LOCK_WAIT_S = 2.0
+DELETE_ATTEMPTS = 5
 ORPHAN_WAIT_S = 60.0  # for a killed run's background save to notice, between two files, that it may end
 
 KEYS = {"files": dict, "parts": list, "tables": list, "slots": list, "loop": dict, "seed": int}  # of a manifest
+RANKS_KEYS = {"ranks": list, "streams": int, "loop": dict, "seed": int}  # of one that lists ranks
 
 
 def digest_of(manifest: dict) -> str:
@@ -56,10 +65,68 @@ def write_manifest(path: Path, manifest: dict) -> None:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint folder.
+    """The manifest of a checkpoint folder of one process or rank.
 
     Raises:   ValueError naming the file when it is missing, damaged or of another format.
     """
+    path, manifest = folder / MANIFEST, _read(folder)
+    if manifest["format"] == RANKS_FORMAT:
+        raise ValueError(f"{path}: got a checkpoint of several ranks, expected the folder of one of them.")
+    _check_keys(path, manifest, KEYS)
+    _check_parts(path, manifest)
+    return manifest
+
+
+def read_ranks(folder: Path) -> dict | None:
+    """The manifest of a checkpoint of several ranks: digests of the ranks' manifests, number of streams, seed, loop.
+
+    None: one process wrote it.  Raises: as `read_manifest`.
+    """
+    path, manifest = folder / MANIFEST, _read(folder)
+    if manifest["format"] == FORMAT:
+        return None
+    _check_keys(path, manifest, RANKS_KEYS)
+    digests = manifest["ranks"]
+    if not digests or not all(isinstance(digest, str) for digest in digests):
+        raise ValueError(f"{path}: got ranks {digests}, expected a digest for each. Use an older checkpoint.")
+    return manifest
+
+
+class Part(NamedTuple):
+    """A folder that holds a checkpoint's files: that of one process, or of one rank."""
+
+    path: Path
+    digest: str | None  # of a rank's manifest
+
+    def manifest(self) -> dict:
+        """Raises: as `read_manifest`; ValueError when it is not the one that was saved with the other ranks'."""
+        manifest = read_manifest(self.path)
+        if self.digest not in (None, digest_of(manifest)):
+            raise ValueError(
+                f"{self.path / MANIFEST}: checksum differs from {self.path.parent / MANIFEST}. The folder is of "
+                "another checkpoint; use an older one."
+            )
+        return manifest
+
+
+def parts_of(folder: Path) -> list[Part]:
+    """The folders of all ranks that saved a checkpoint, by rank; `folder` where one process did.
+
+    Raises:   as `read_manifest`.
+    """
+    manifest = read_ranks(folder)
+    if manifest is None:
+        return [Part(folder, None)]
+    return [Part(folder / rank_name(rank), digest) for rank, digest in enumerate(manifest["ranks"])]
+
+
+def rank_name(rank: int) -> str:
+    """The name of a rank's folder in a checkpoint."""
+    return f"rank-{rank:0{RANK_DIGITS}d}"
+
+
+def _read(folder: Path) -> dict:
+    """A manifest of either format. Raises: as `read_manifest`."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
@@ -68,12 +135,11 @@ def read_manifest(folder: Path) -> dict:
             raise TypeError(f"format {version!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: not JSON, or not text
         raise ValueError(f"{path}: got {error!r}, expected a checkpoint's manifest.{_advice(folder)}") from error
-    if version != FORMAT:
+    if version not in (FORMAT, RANKS_FORMAT):
         advice = "Update recfx." if version > FORMAT else "It was written by a recfx before its first release."
         raise ValueError(f"{path}: got format {version}, expected {FORMAT}. {advice}")
     if manifest.pop("manifest_xxh3_128", None) != digest_of(manifest):
         raise ValueError(f"{path}: checksum differs. The file is damaged; use an older checkpoint.")
-    _check_parts(path, manifest)
     return manifest
 
 
@@ -90,10 +156,6 @@ def _advice(folder: Path) -> str:
 
 def _check_parts(path: Path, manifest: dict) -> None:
     """Raises ValueError when a manifest, perhaps edited by hand, names a file twice or one outside its folder."""
-    for key, kind in KEYS.items():
-        if not isinstance(manifest.get(key), kind):
-            got = type(manifest[key]).__name__ if key in manifest else "nothing"
-            raise ValueError(f"{path}: got {got} as '{key}', expected {kind.__name__}. Use an older checkpoint.")
     files = manifest["files"]
     try:
         shards = [name for table in manifest["parts"] for part in table for name in part]
@@ -107,6 +169,14 @@ def _check_parts(path: Path, manifest: dict) -> None:
         raise ValueError(f"{path}: got 'parts' of {shards}, expected each of 'files' once, and {STATE} besides.")
     if len(manifest["parts"]) != len(manifest["tables"]) or not all(columns):
         raise ValueError(f"{path}: got tables {manifest['tables']}, expected [name, column, width]s, one list a part.")
+
+
+def _check_keys(path: Path, manifest: dict, keys: dict[str, type]) -> None:
+    """Raises ValueError when a manifest lacks an entry, or has one of another type."""
+    for key, kind in keys.items():
+        if not isinstance(manifest.get(key), kind):
+            got = type(manifest[key]).__name__ if key in manifest else "nothing"
+            raise ValueError(f"{path}: got {got} as '{key}', expected {kind.__name__}. Use an older checkpoint.")
     if type(manifest["loop"].get("step")) is not int:
         raise ValueError(f"{path}: got loop {manifest['loop']}, expected the number of its step in it.")
 
@@ -142,7 +212,23 @@ def clear_unfinished(folder: Path) -> None:
         if leftover.is_dir() and not leftover.is_symlink() and target and not target.exists() and _is_whole(leftover):
             os.replace(leftover, target)
         elif made or hidden:
-            delete(leftover)
+            _delete_unfinished(leftover)
+
+
+def _delete_unfinished(path: Path) -> None:
+    """Deletes what another rank's background save, of a run that was killed, may still write to.
+
+    It may make one file more while the folder is being deleted; then it finds none for its next file.
+    """
+    for attempt in reversed(range(DELETE_ATTEMPTS)):
+        try:
+            delete(path)
+        except OSError:
+            if attempt and os.path.lexists(path):
+                continue
+            if os.path.lexists(path):
+                raise
+        return
 
 
 def delete(path: Path) -> None:
@@ -155,8 +241,9 @@ def delete(path: Path) -> None:
 
 def _is_whole(path: Path) -> bool:
     try:
-        for name, checksum in read_manifest(path)["files"].items():
-            read_checked(path / name, checksum)
+        for part in parts_of(path):
+            for name, checksum in part.manifest()["files"].items():
+                read_checked(part.path / name, checksum)
     except ValueError:
         return False
     return True

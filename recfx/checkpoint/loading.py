@@ -16,7 +16,17 @@ from torch import Tensor
 
 from recfx.checkpoint.contents import GENERATOR, WORKERS
 from recfx.checkpoint.files import ShardReader, fetch, read_shard
-from recfx.checkpoint.matching import Move, OpenCheckpoint, check_arguments, check_names, dense_pairs, moves_of
+from recfx.checkpoint.folders import Part, parts_of
+from recfx.checkpoint.matching import (
+    Move,
+    OpenCheckpoint,
+    check_arguments,
+    check_distinct,
+    check_names,
+    dense_pairs,
+    moves_of,
+    world_of,
+)
 from recfx.checks import check_type
 from recfx.embeddings import TablePlan
 from recfx.generators import set_generator_states
@@ -37,8 +47,8 @@ def load(
     tables: Collection[str] | None = None,
     dense: Collection[str] | None = None,
     names: Mapping[str, str] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
 ) -> tuple[TrainState, dict]:
     """Fills a freshly initialised `state`; returns it and the `loop` dict that was saved.
 
@@ -48,15 +58,21 @@ def load(
     Tables and parameters that are not taken keep their initial values. Rows keep their numbers when a whole table is
     taken; otherwise they are renumbered in order. Table capacities may differ from those saved. All variants of AdamW
     have the same moments, so training may continue with another variant or learning rate. Counts of ids that wait for
-    admission are taken when one rank takes a whole table; otherwise they restart at 0.
+    admission are taken as rows are, as many as there is room for.
 
-    Args:     path: a checkpoint's folder; or the folders of all ranks of one checkpoint.
+    Any number of ranks load what any number has saved, one included. As many as saved it each read the folder that
+    they wrote: rows keep their numbers. Otherwise each reads all folders and takes the rows that it owns, in the order
+    of the ranks that saved them and of their numbers. What a table counts as a whole, such as the ids that it refused,
+    is then rank 0's. Nothing is exchanged: ranks need not load at the same time.
+
+    Args:     path: a checkpoint's folder; or several, such as those of one checkpoint's ranks.
               tables: logical tables of the model to take, by name ('<group>/<feature>', or the shared name); default
               all, () none. Columns of a vocabulary that are not taken are initialised like those of new rows.
               dense: dense parameters to take, with their optimiser's state; default all, and `state.stats` of
               `forward`; () none.
               names: name in the checkpoint, for a table or dense parameter whose name in the model differs.
-              rank, world_size: take the rows that `recfx.kernels.index.owner.owner` gives to this rank.
+              rank, world_size: take the rows that `recfx.kernels.index.owner.owner` gives to this rank; default those
+              of `step.group`; 0 of 1 in one process.
     Cost:     reads every byte once (ids twice when several ranks load a partial save); rebuilds the index.
     Raises:   ValueError naming the file when it is missing, damaged, or newer than this version; naming the table or
               parameter when the checkpoint does not contain it, has it in another shape, or was saved with another
@@ -66,28 +82,17 @@ def load(
     for one in many:
         check_type("path", one, str | Path, "`latest` returns None where it finds no checkpoint.")
     check_step_and_state(step, state, "The order is (path, step, state).")
-    paths = [Path(p) for p in many]
-    check_arguments(paths, state, rank, world_size)
-    sources, names = [OpenCheckpoint.open(p) for p in paths], dict(names or {})
-    for source in sources:
-        if source.manifest["seed"] != step.seed:
-            raise ValueError(
-                f"{source.path}: got seed {source.manifest['seed']}, expected the step's, {step.seed}. New rows would "
-                "be drawn differently. Build the step with the checkpoint's seed."
-            )
-        if source.manifest["slots"] != list(step.slots) and (tables is None or tables):
-            raise ValueError(
-                f"{source.path}: got an optimiser that keeps {source.manifest['slots']} next to the weights, expected "
-                f"{list(step.slots)}. Use the optimiser that it was saved with, or take weights alone with "
-                "recfx.rows.export_parquet and import_parquet_."
-            )
+    paths, names, world = [Path(p) for p in many], dict(names or {}), world_of(step, rank, world_size)
+    check_arguments(paths, state, *world)
     known = step.plan.widths.keys()
     check_names("tables", tables, known)
     check_names("names", names.keys(), known | state.params.keys())
-    pairs, fillings = dense_pairs(state, sources[0], dense, names), []
-    for number, (plan, table) in enumerate(zip(step.plan.tables, state.tables, strict=True)):
-        moves = [move for s in sources for move in moves_of(plan, s, tables, names, (rank, world_size))]
-        fillings.append(TableFiller(number, table, plan, moves))
+    parts = [part for p in paths for part in parts_of(p)]
+    check_distinct([part.path for part in parts])
+    sources, moves = _matched(step, parts, tables, names, world, may_keep=len(paths) == 1)
+    pairs = dense_pairs(state, sources[0], dense, names)
+    of_tables = zip(step.plan.tables, state.tables, moves, strict=True)
+    fillings = [TableFiller(number, table, plan, found) for number, (plan, table, found) in enumerate(of_tables)]
     try:
         for filling in fillings:
             filling.put_rows_(step.seed)
@@ -106,6 +111,49 @@ def load(
         set_generator_states(generators, state.step.device)
         step.draws.happened = True
     return state, loop
+
+
+def _matched(
+    step: Step,
+    parts: Sequence[Part],
+    tables: Collection[str] | None,
+    names: dict[str, str],
+    world: tuple[int, int],
+    *,
+    may_keep: bool,
+) -> tuple[list[OpenCheckpoint], list[list[Move]]]:
+    """What is read, and what it contributes to each table.
+
+    That is the rank's own part alone where as many ranks saved the checkpoint and owned the same ids.
+    Raises: as `load`.
+    """
+    keeps = may_keep and len(parts) == world[1] > 1
+    sources = [OpenCheckpoint.open(part) for part in ([parts[world[0]]] if keeps else parts)]
+    for source in sources:
+        _check_kind(step, source, tables)
+    owner_of = (0, 1) if keeps else world
+    moves = [
+        [move for source in sources for move in moves_of(plan, source, tables, names, owner_of)]
+        for plan in step.plan.tables
+    ]
+    if keeps and not all(move.keeps_vocabularies for found in moves for move in found):
+        return _matched(step, parts, tables, names, world, may_keep=False)
+    return sources, moves
+
+
+def _check_kind(step: Step, source: OpenCheckpoint, tables: Collection[str] | None) -> None:
+    """Raises ValueError when it was saved with another seed, or rows that are taken with another optimiser."""
+    if source.manifest["seed"] != step.seed:
+        raise ValueError(
+            f"{source.path}: got seed {source.manifest['seed']}, expected the step's, {step.seed}. New rows would "
+            "be drawn differently. Build the step with the checkpoint's seed."
+        )
+    if source.manifest["slots"] != list(step.slots) and (tables is None or tables):
+        raise ValueError(
+            f"{source.path}: got an optimiser that keeps {source.manifest['slots']} next to the weights, expected "
+            f"{list(step.slots)}. Use the optimiser that it was saved with, or take weights alone with "
+            "recfx.rows.export_parquet and import_parquet_."
+        )
 
 
 class Places(NamedTuple):
@@ -272,14 +320,15 @@ def _write_(target: Tensor, rows: np.ndarray | range, values: np.ndarray) -> Non
 
 
 def _candidates(moves: list[Move]) -> list[Tensor]:
-    """Ids without a row and their counts, when a whole table is taken and some were counted."""
-    if len(moves) != 1 or not moves[0].everything:
-        return []
-    name, small = f"table.{moves[0].table}.candidates", moves[0].source.small
-    if f"{name}.ids" not in small:
-        return []
-    id, vocabulary, count = (small[f"{name}.{field}"] for field in CANDIDATE_FIELDS)
-    return [id, torch.from_numpy(moves[0].here)[vocabulary.long()], count]
+    """Ids without a row that this rank owns, their vocabularies here and their counts."""
+    found = []
+    for move in moves:
+        name, small = f"table.{move.table}.candidates", move.source.small
+        if f"{name}.ids" in small:
+            id, vocabulary, count = (small[f"{name}.{field}"] for field in CANDIDATE_FIELDS)
+            taken = torch.from_numpy(_taken(move, id.numpy(), vocabulary.numpy()))
+            found.append((id[taken], torch.from_numpy(move.here)[vocabulary[taken].long()], count[taken]))
+    return [torch.cat(columns) for columns in zip(*found, strict=True)]
 
 
 def _rows_here(there: Tensor, ids: Tensor, vocabularies: Tensor, plan: TablePlan, seed: int, move: Move) -> Tensor:

@@ -15,11 +15,22 @@ from torch import Tensor
 
 from recfx.checkpoint.contents import dense_tensors
 from recfx.checkpoint.files import read_checked
-from recfx.checkpoint.folders import STATE, read_manifest
+from recfx.checkpoint.folders import STATE, Part, parts_of, read_ranks
 from recfx.embeddings import LogicalTable, TablePlan
-from recfx.step import TrainState
+from recfx.step import Step, TrainState
 
-__all__ = ["Held", "Move", "OpenCheckpoint", "check_arguments", "check_names", "dense_pairs", "held", "moves_of"]
+__all__ = [
+    "Held",
+    "Move",
+    "OpenCheckpoint",
+    "check_arguments",
+    "check_distinct",
+    "check_names",
+    "dense_pairs",
+    "held",
+    "moves_of",
+    "world_of",
+]
 
 
 class OpenCheckpoint(NamedTuple):
@@ -30,13 +41,20 @@ class OpenCheckpoint(NamedTuple):
     small: dict[str, Tensor]
 
     @staticmethod
-    def open(path: str | Path) -> OpenCheckpoint:
-        """Raises: ValueError naming the file when it is missing, damaged, or of another format."""
-        path = Path(path)
-        manifest = read_manifest(path)
+    def open(part: Part) -> OpenCheckpoint:
+        """The folder of one process or rank.
+
+        Raises:   ValueError naming the file when it is missing, damaged, or of another format.
+        """
+        path, manifest = part.path, part.manifest()
         return OpenCheckpoint(
             path, manifest, safetensors.torch.load(read_checked(path / STATE, manifest["files"][STATE]))
         )
+
+    @staticmethod
+    def open_all(path: str | Path) -> list[OpenCheckpoint]:
+        """The folders of all ranks that saved it, by rank. Raises: as `open`."""
+        return [OpenCheckpoint.open(part) for part in parts_of(Path(path))]
 
 
 class Held(NamedTuple):
@@ -44,6 +62,8 @@ class Held(NamedTuple):
 
     tables: dict[str, int]  # width of each logical table
     dense: dict[str, torch.Size]  # shape of each dense parameter
+    world_size: int = 1  # ranks that saved it together
+    streams: int = 1  # of their data, see `recfx.dist`
 
 
 def held(path: str | Path) -> Held:
@@ -55,10 +75,12 @@ def held(path: str | Path) -> Held:
               >>> dense = [n for n, p in state.params.items() if there.dense.get(n) == p.shape] # doctest: +SKIP
               >>> state, _ = load(path, step, state, tables=tables, dense=dense)                # doctest: +SKIP
     """
-    source, prefix = OpenCheckpoint.open(path), "params."
+    ranks, prefix = read_ranks(Path(path)), "params."
+    source = OpenCheckpoint.open(parts_of(Path(path))[0])
     tables = {name: width for table in source.manifest["tables"] for columns in table for name, _, width in columns}
     dense = {n.removeprefix(prefix): t.shape for n, t in source.small.items() if n.startswith(prefix)}
-    return Held(tables, dict(sorted(dense.items())))
+    together = () if ranks is None else (len(ranks["ranks"]), ranks["streams"])
+    return Held(tables, dict(sorted(dense.items())), *together)
 
 
 class Piece(NamedTuple):
@@ -91,6 +113,11 @@ class Move:
         return self.source.manifest["tables"][self.table][vocabulary]
 
     @property
+    def keeps_vocabularies(self) -> bool:
+        """Whether vocabularies here have the numbers that they have there: they decide which rank owns an id."""
+        return all(piece.there == piece.here for piece in self.pieces)
+
+    @property
     def everything(self) -> bool:
         """Whether every row there gets a row here."""
         return self.world_size == 1 and bool((self.here >= 0).all())
@@ -105,15 +132,29 @@ class Move:
         )
 
 
+def world_of(step: Step, rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """The rank that loads, and of how many: as given, or as the step's group has them."""
+    group = step.group
+    default = (0, 1) if group is None else (group.rank, group.world_size)
+    if rank is None and world_size is None:
+        return default
+    return 0 if rank is None else rank, 1 if world_size is None else world_size
+
+
 def check_arguments(paths: list[Path], state: TrainState, rank: int, world_size: int) -> None:
     """Raises the errors of `load` about its paths, ranks, and a state that has rows."""
-    if not paths or len({p.resolve() for p in paths}) < len(paths):
-        raise ValueError(f"path: got {list(map(str, paths))}, expected one folder or more, each once.")
+    check_distinct(paths)
     if type(rank) is not int or type(world_size) is not int or not 0 <= rank < world_size:
         raise ValueError(f"rank: got {rank!r} of world_size {world_size!r}, expected ints, 0 <= rank < world_size.")
     num_rows = sum(int(t.num_rows) for t in state.tables)
     if num_rows:
         raise ValueError(f"state: got one with {num_rows} rows, expected a new one. They would be lost. Use step.init.")
+
+
+def check_distinct(paths: list[Path]) -> None:
+    """Raises ValueError when there is no folder, or one occurs twice."""
+    if not paths or len({p.resolve() for p in paths}) < len(paths):
+        raise ValueError(f"path: got {list(map(str, paths))}, expected one folder or more, each once.")
 
 
 def check_names(argument: str, got: Collection[str] | None, known: Collection[str]) -> None:

@@ -20,25 +20,28 @@ def checkpoint_at(path: str) -> Path | None:
 
 
 def describe_checkpoint(path: Path) -> str:
-    """Step, tables, dense parameters, optimiser state and files of a checkpoint.
+    """Step, tables, dense parameters, optimiser state and files of a checkpoint, of all ranks that saved it together.
 
     Cost:     reads 8 bytes of each row.
     Raises:   ValueError naming the file when one is missing or damaged.
     """
-    source, there = OpenCheckpoint.open(path), held(path)
-    manifest, loop = source.manifest, source.manifest["loop"]
-    sizes = {name: (path / name).stat().st_size for name in manifest["files"]}
-    kept = sorted({name.removeprefix("dense.").split(".")[0] for name in source.small if name.startswith("dense.")})
+    sources, there = OpenCheckpoint.open_all(path), held(path)
+    manifest, loop = sources[0].manifest, sources[0].manifest["loop"]
+    sizes = {path: path.stat().st_size for s in sources for path in (s.path / name for name in s.manifest["files"])}
+    kept = sorted({n.removeprefix("dense.").split(".")[0] for n in sources[0].small if n.startswith("dense.")})
+    ranks = f"{there.world_size} ranks, {there.streams} streams, " if there.world_size > 1 else ""
+    facts = f"step {loop['step']}, seed {manifest['seed']}, {ranks}{len(sizes)} files, {sum(sizes.values()):,} bytes"
     head = [
-        f"{path}: step {loop['step']}, seed {manifest['seed']}, {len(sizes)} files, {sum(sizes.values()):,} bytes",
+        f"{path}: {facts}",
         f"optimisers keep {', '.join(manifest['slots']) or 'nothing'} of rows, {', '.join(kept)} of parameters",
     ]
     tables = [("table", "width", "rows", "in")]
-    for t, (vocabularies, parts) in enumerate(zip(manifest["tables"], manifest["parts"], strict=True)):
-        files = [name for part in parts for name in part]
-        num_bytes = sum(sizes[name] for name in files)
-        head.append(f"table-{t}: {len(files)} files of {len(parts)} saves, {num_bytes:,} bytes")
-        for columns, num_rows in zip(vocabularies, _num_rows(source, t), strict=True):
+    for t, vocabularies in enumerate(manifest["tables"]):
+        files = [source.path / name for source in sources for part in source.manifest["parts"][t] for name in part]
+        num_saves, num_bytes = len(manifest["parts"][t]), sum(sizes[file] for file in files)
+        head.append(f"table-{t}: {len(files)} files of {num_saves} saves, {num_bytes:,} bytes")
+        by_rank = [_num_rows(source, t) for source in sources]
+        for columns, num_rows in zip(vocabularies, map(sum, zip(*by_rank, strict=True)), strict=True):
             tables += [(name, f"{width}", f"{num_rows:,}", f"table-{t}") for name, _, width in columns]
     dense = [("parameter", "shape"), *((name, f"{list(shape)}") for name, shape in there.dense.items())]
     return "\n\n".join(["\n".join(head), aligned(tables, num_left=1), aligned(dense, num_left=2)])

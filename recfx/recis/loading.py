@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recfx.checkpoint.matching import check_arguments, check_names
-from recfx.kernels.index.owner import owner
+from recfx.checkpoint.matching import check_arguments, check_names, world_of
 from recfx.kernels.op import UNKNOWN
 from recfx.recis.dense import FilterSteps, dense_pairs
 from recfx.recis.folder import PIECE, Folder, Part
-from recfx.rows.surgery import write_
-from recfx.rows.views import rows_of, view_of
+from recfx.rows.surgery import check_ids, check_values, put_
+from recfx.rows.views import owned, rows_of, view_of
 from recfx.step import Step, TrainState
 from recfx.table import ROW_FIELDS, TableState, restore_
 from recfx.types import Params
@@ -38,8 +37,8 @@ def load_recis(
     dense: Callable[[Params], Params] | None = None,
     moments: bool = True,
     betas: tuple[float, float] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
 ) -> TrainState:
     """Fills a freshly initialised `state` from a RecIS checkpoint, so that its training continues here.
 
@@ -74,7 +73,8 @@ def load_recis(
               betas: of the sparse optimiser, which saves their powers for bias correction. In 1.0 its step counter
               stays at 0 and the steps follow from the powers, up to 87 000 with the default, (0.9, 0.999). Give betas
               also for a run that began under 1.0 and continued: its counter has only the later steps.
-              rank, world_size: take the rows that `recfx.kernels.index.owner.owner` gives to this rank.
+              rank, world_size: take the rows that `recfx.kernels.index.owner.owner` gives to this rank; default those
+              of `step.group`; 0 of 1 in one process. Nothing is exchanged.
     Cost:     reads every byte twice, first to check it; files are mapped, one table's ids are sorted in memory.
     Differs:  from `load`: RecIS files have no checksums, so a flipped bit is found only if it gives an invalid value.
               Reader positions and metrics are not taken.
@@ -83,7 +83,8 @@ def load_recis(
               the powers of betas contradict each other, or a step filter's step is missing; when `state` has rows
               already, or too little room. `state` is then unchanged.
     """
-    check_arguments([Path(path)], state, rank, world_size)
+    world = world_of(step, rank, world_size)
+    check_arguments([Path(path)], state, *world)
     if betas is not None and not (0 <= betas[0] < 1 and 0 < betas[1] < 1):
         raise ValueError(f"betas: got {betas}, expected two numbers below 1 and above 0.")
     columns = {c.name: c for t in step.plan.tables for v in t.vocabularies for c in v}
@@ -101,7 +102,7 @@ def load_recis(
             view_of(step, state, name).table.step.fill_(num_steps)
         for name in taken:
             for part in parts[name]:
-                _write_part_(step, state, name, part, rank, world_size)
+                _write_part_(step, state, name, part, *world)
         if any(batches is not None for table in idle.values() for batches in table):
             _date_rows_(step, state, parts, idle)
     except BaseException:
@@ -154,13 +155,15 @@ def _date_rows_(
 
 
 def _write_part_(step: Step, state: TrainState, table: str, part: Part, rank: int, world_size: int) -> None:
-    view = view_of(step, state, table)
+    view = view_of(step, state, table)._replace(rank=rank, world_size=world_size)
     pieces = zip(part.ids.split(PIECE), *(value.split(PIECE) for value in part.values.values()), strict=True)
     for ids, *values in pieces:
-        mine = owner(ids, torch.full_like(ids, view.vocabulary, dtype=torch.int32), world_size) == rank
+        mine = owned(view, ids)
         ids, *values = (column[mine].to(view.table.ids.device) for column in (ids, *values))
-        weight, *slots = (value.float() for value in values)
-        write_(step, state, table, ids, weight, dict(zip(list(part.values)[1:], slots, strict=True)))
+        check_ids(view, state, table, ids)
+        by_name = dict(zip(("weight", *list(part.values)[1:]), (value.float() for value in values), strict=True))
+        check_values(view, ids, by_name)
+        put_(view, step.seed, ids, by_name)
 
 
 def _empty_(table: TableState) -> None:

@@ -22,7 +22,7 @@ BATCH_ROWS = 2**16
 
 
 def batches(step: Step, state: TrainState, table: str, *, num_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-    """Every row, in the order of row numbers, as Arrow: the fields of `Rows` except `known`.
+    """Every row, in the order of row numbers, as Arrow: the fields of `Rows` except `known`. Of ranks, this one's rows.
 
     Args:     num_rows: most rows of a batch, >= 1. Each is a copy, so training may continue.
     Raises:   ValueError on an unknown table.
@@ -33,12 +33,16 @@ def batches(step: Step, state: TrainState, table: str, *, num_rows: int = BATCH_
     return (_arrow(taken(view, row, view.table.ids[row])) for row in live_rows(view).split(num_rows) if row.numel())
 
 
-def export_parquet(step: Step, state: TrainState, table: str, path: str | Path) -> None:
+def export_parquet(step: Step, state: TrainState, table: str, path: str | Path) -> Path:
     """Writes `batches` to one Parquet file, which appears when it is complete.
 
+    Of several ranks each writes a file: given rows.parquet, rank 0 of 2 writes rows-00000-of-00002.parquet.
+    Returns:  the file's path.
     Raises:   ValueError on an unknown table; OSError naming `path` when the disk is full or not writable.
     """
     path, view = Path(path), view_of(step, state, table)
+    if view.world_size > 1:
+        path = path.with_name(f"{path.stem}-{view.rank:05d}-of-{view.world_size:05d}{path.suffix}")
     scratch = path.with_name(f".{path.name}.unfinished")
     none = torch.zeros(0, dtype=torch.int64, device=view.table.ids.device)
     schema = _arrow(taken(view, none, none)).schema
@@ -53,11 +57,14 @@ def export_parquet(step: Step, state: TrainState, table: str, path: str | Path) 
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink()
+    return path
 
 
 def import_parquet_(step: Step, state: TrainState, table: str, path: str | Path) -> TrainState:
     """`write_` of the columns 'id', 'weight' (lists of D numbers) and of any optimiser slots in the file.
 
+    Of several ranks each takes the rows that it owns, so all import the same file; where ranks wrote one each, all
+    import each of them.
     Cost:     reads the file twice: everything is checked before anything is written. Holds the ids in memory.
     Raises:   as `write_`, naming the file; ValueError also when a column is missing or holds nulls or lists of
               another length; OSError when the file cannot be read or is damaged. Nothing is then written.

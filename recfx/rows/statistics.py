@@ -35,7 +35,7 @@ class Statistics(NamedTuple):
 
 
 def statistics(step: Step, state: TrainState, table: str) -> Statistics:
-    """Norms, age and frequency of a table's rows. For one number per row read `batches`.
+    """Norms, age and frequency of a table's rows, of several ranks this one's. For one number per row read `batches`.
 
     Cost:     one pass over the weights; sorts four numbers per row.
     Raises:   ValueError on an unknown table.

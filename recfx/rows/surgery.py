@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from recfx.kernels.counters import NUM_CROWDED, NUM_FREE, NUM_ROWS
 from recfx.kernels.index.find_or_insert import find_or_insert_
 from recfx.kernels.op import UNKNOWN
-from recfx.rows.views import Rows, TableView, check_device, reading_of, rows_of, taken, view_of
+from recfx.rows.views import Rows, TableView, check_device, owned, reading_of, rows_of, taken, view_of
 from recfx.step import Step, TrainState
 from recfx.table import delete_ as delete_rows_
 from recfx.table import grow_, initializer_tensors, num_live
 
-__all__ = ["check_ids", "check_values", "delete_", "read", "write_"]
+__all__ = ["check_ids", "check_values", "delete_", "put_", "read", "write_"]
 
 
 def read(step: Step, state: TrainState, table: str, ids: Tensor) -> Rows:
-    """The rows of `ids` i64 [N], in their order. Creates no rows.
+    """The rows of `ids` i64 [N], in their order. Creates no rows. Of several ranks, those that this one owns.
 
     Raises:   ValueError on an unknown table or ids on another device, TypeError on ids that are not i64 [N].
     Example:  >>> from recfx import optim
@@ -44,6 +44,7 @@ def write_(
 
     Optimiser slots restart at zero, except those given in `slots`. The other tables over these ids keep their weights;
     in a new row they have their initial ones. No admission policy applies, and a row's age and count do not change.
+    Of several ranks, each writes the ids that it owns: give all of them the same.
 
     Args:     ids: i64 [N], distinct.  weight: f32 [N, D].  slots: as in `Rows`, some of them.
     Raises:   ValueError inside a step, on an unknown table, another device than the table's, ids that repeat, a wrong
@@ -55,20 +56,29 @@ def write_(
         got = list(slots) if isinstance(slots, Mapping) else type(slots).__name__
         raise ValueError(f"slots: got {got}, expected tensors by some of the names {list(view.tensors)[1:]}.")
     values = {"weight": weight, **(slots or {})}
-    known = check_ids(view, state, table, ids)
+    check_ids(view, state, table, ids)
     check_values(view, ids, values)
-    t, num_new = view.table, int((~known).sum())
-    grow_(t, num_new)
-    row = _insert_(view, step.seed, ids)
+    if view.world_size > 1:
+        mine = owned(view, ids)
+        ids, values = ids[mine], {name: value[mine] for name, value in values.items()}
+    put_(view, step.seed, ids, values)
+    return state
+
+
+def put_(view: TableView, seed: int, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+    """Writes the rows of distinct ids that this rank owns. The table must have room."""
+    t, known = view.table, rows_of(view, ids) != UNKNOWN
+    grow_(t, int((~known).sum()))
+    row = _insert_(view, seed, ids)
     t.born[row[~known]] = t.step.int()
     t.seen[row] = t.step << 32
     for name, tensor in view.tensors.items():
         tensor[row] = values[name].detach() if name in values else torch.zeros_like(tensor[row])
-    return state
 
 
 def delete_(step: Step, state: TrainState, table: str, ids: Tensor) -> TrainState:
-    """Deletes the rows of `ids`, for all tables that share them; ids without a row are ignored.
+    """Deletes the rows of `ids`, for all tables that share them; ids without a row are ignored, on ranks those that
+    another one owns too.
 
     Raises:   ValueError inside a step or on an unknown table, TypeError on ids that are not i64 [N].
     """
@@ -99,17 +109,16 @@ def _check_between_steps(view: TableView, state: TrainState) -> None:
         raise ValueError("state: got a step in progress, expected none. Write rows between optimiser steps.")
 
 
-def check_ids(view: TableView, state: TrainState, table: str, ids: Tensor) -> Tensor:
-    """bool [N]: which ids have a row. Raises the errors of `write_` about ids."""
+def check_ids(view: TableView, state: TrainState, table: str, ids: Tensor) -> None:
+    """Raises the errors of `write_` about ids."""
     _check_between_steps(view, state)
-    known = rows_of(view, ids) != UNKNOWN
+    absent = rows_of(view, ids) == UNKNOWN
     num_repeated = ids.numel() - ids.unique().numel()
     if num_repeated:
         raise ValueError(f"ids: got {num_repeated} more than once, expected each once.")
-    num_new, room = int((~known).sum()), view.table.ids.numel() - num_live(view.table)
+    num_new, room = int((absent & owned(view, ids)).sum()), view.table.ids.numel() - num_live(view.table)
     if num_new > room:
         raise ValueError(f"table '{table}': got {num_new} new ids, expected at most {room}. Raise max_rows.")
-    return known
 
 
 def check_values(view: TableView, ids: Tensor, values: Mapping[str, Tensor]) -> None:

@@ -9,19 +9,30 @@ from torch import Tensor
 
 from recfx.embeddings import TablePlan
 from recfx.kernels.index.find import find
+from recfx.kernels.index.owner import owner
 from recfx.kernels.op import UNKNOWN
 from recfx.run_checks import check_step_and_state
 from recfx.step import Step, TrainState
 from recfx.table import Reading, TableState
 
-__all__ = ["Rows", "TableView", "check_device", "live_rows", "reading_of", "rows_of", "taken", "view_of"]
+__all__ = [
+    "Rows",
+    "TableView",
+    "check_device",
+    "live_rows",
+    "owned",
+    "reading_of",
+    "rows_of",
+    "taken",
+    "view_of",
+]
 
 
 class Rows(NamedTuple):
     """Copies of rows of one logical table; zeros where an id has no row."""
 
     id: Tensor  # i64 [N]
-    known: Tensor  # bool [N]
+    known: Tensor  # bool [N]; an id that another rank owns has no row here
     weight: Tensor  # f32 [N, D]
     slots: dict[str, Tensor]  # optimiser slots by name: f32 [N, D], or [N, 1] per row
     first_step: Tensor  # i64 [N]: the step of the table that created the row
@@ -36,6 +47,8 @@ class TableView(NamedTuple):
     plan: TablePlan
     vocabulary: int
     tensors: dict[str, Tensor]  # f32 [R, D] each: "weight", then by slot
+    rank: int  # that has this state, of world_size
+    world_size: int
 
 
 def view_of(step: Step, state: TrainState, table: str) -> TableView:
@@ -50,9 +63,22 @@ def view_of(step: Step, state: TrainState, table: str) -> TableView:
                     per_row = (t.rows.shape[2] - plan.width) // len(plan.dims)
                     first = plan.width + per_row * k
                     slots = t.rows[:, 0, first : first + per_row].split(1, dim=1) if per_row else ()
-                    return TableView(t, plan, v, dict(zip(("weight", *step.slots), (*weights, *slots), strict=True)))
+                    tensors = dict(zip(("weight", *step.slots), (*weights, *slots), strict=True))
+                    return TableView(t, plan, v, tensors, *_world_of(step))
                 names.append(column.name)
     raise ValueError(f"table: got '{table}', expected one of {sorted(names)}.")
+
+
+def _world_of(step: Step) -> tuple[int, int]:
+    """This rank, and how many there are."""
+    return (0, 1) if step.group is None else (step.group.rank, step.group.world_size)
+
+
+def owned(view: TableView, ids: Tensor) -> Tensor:
+    """bool [N]: the ids i64 [N] that this rank owns; all in one process."""
+    if view.world_size == 1:
+        return torch.ones_like(ids, dtype=torch.bool)
+    return owner(ids, torch.full_like(ids, view.vocabulary, dtype=torch.int32), view.world_size) == view.rank
 
 
 def rows_of(view: TableView, ids: Tensor) -> Tensor:

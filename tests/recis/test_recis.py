@@ -19,6 +19,7 @@ from torch import nn
 from recfx import features as ops
 from recfx import optim
 from recfx.checkpoint import save
+from recfx.dist import Group
 from recfx.embeddings import Embedding
 from recfx.kernels.index.owner import owner
 from recfx.kernels.rows.initial import initial_values
@@ -156,6 +157,8 @@ def test_ranks_share_all_rows(tmp_path, world_size):
             assert owner(torch.tensor([i]), torch.tensor([vocabulary[name]]).int(), world_size) == rank
         assert [key for key in whole if key in mine] == list(mine)  # in the same order
         merged |= {key: values for key, (_, values) in mine.items()}
+        own = tf_step(group=Group(rank=rank, world_size=world_size, streams=world_size, deterministic=False))
+        assert as_dict(own, load_recis(folder, own, fresh(own), names=NAMES)) == mine  # the default
     assert merged == {key: values for key, (_, values) in whole.items()}
 
 
