@@ -36,8 +36,10 @@ def join_ranks(
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     saved = _loop_of(output_dir) if resume else {}
-    if saved and not saved.get("ended"):  # the next run begins at the start of its data otherwise
-        before = saved.get("streams", 1)
+    before = saved.get("streams", 1)
+    if saved.get("ended") and saved.get("position") is None:  # the next run begins at the start of its data
+        streams = before if streams is None and before > 1 else streams
+    elif saved:
         if streams not in (None, before):
             raise ValueError(
                 f"streams: got {streams}, expected {before} as in the checkpoint in {output_dir}. Its place "
