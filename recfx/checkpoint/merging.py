@@ -15,11 +15,19 @@ from recfx.checkpoint.matching import OpenCheckpoint, held
 from recfx.checkpoint.ranks import RanksFolder, commit, make_rank_folder, scratch_name, write_rank
 from recfx.table import CANDIDATE_FIELDS
 
-__all__ = ["compact", "diff", "merged"]
+__all__ = ["compact", "diff", "merged", "merged_by_rank"]
 
 
-def merged(path: str | Path) -> list[Contents]:
-    """The contents of a checkpoint as if it had been saved in full, by rank. Raises: ValueError as `load` does."""
+def merged(path: str | Path) -> Contents:
+    """The contents of a folder of one process or rank as if it had been saved in full.
+
+    Raises:   ValueError as `load` does, and of a folder of several ranks.
+    """
+    return _merged(OpenCheckpoint.open(Part(Path(path), None)))
+
+
+def merged_by_rank(path: str | Path) -> list[Contents]:
+    """`merged` of each rank that saved a checkpoint; of one process, one."""
     return [_merged(source) for source in OpenCheckpoint.open_all(path)]
 
 
@@ -94,7 +102,7 @@ def diff(a: str | Path, b: str | Path) -> list[str]:
     Rows are matched by id, so a row with another number is not a difference. Neither is whether a checkpoint was saved
     in full or in part, nor by how many ranks: what each rank counted is then added up.
     """
-    sources, contents = (OpenCheckpoint.open_all(a), OpenCheckpoint.open_all(b)), (merged(a), merged(b))
+    sources, contents = (OpenCheckpoint.open_all(a), OpenCheckpoint.open_all(b)), (merged_by_rank(a), merged_by_rank(b))
     lines = []
     for name in ("seed", "loop"):
         one, other = (of_ranks[0].manifest[name] for of_ranks in sources)

@@ -17,6 +17,7 @@ import torch
 from recfx import cli
 from recfx.checkpoint import Saver, compact, contents, diff, held, latest, load, ranks, save, saving
 from recfx.checkpoint.folders import MANIFEST, STATE, FolderLock
+from recfx.checkpoint.merging import merged
 from recfx.dist import Group, RankError
 from recfx.kernels.index.owner import owner
 from recfx.rows import delete_, write_
@@ -211,6 +212,9 @@ def test_each_rank_s_folder_is_a_checkpoint(run, step):
         loaded, loop = load(part, step, fresh(step))
         assert_equal_tables(loaded.tables[0], state.tables[0])
         assert loop["k"] == 4
+    if len(states) > 1:
+        with pytest.raises(ValueError, match=r"got a checkpoint of several ranks, expected the folder of one of them"):
+            merged(paths[-1])
     whole, _ = load(rank_folders(paths[-1:], states), step, fresh(step))
     assert content(step, whole) == content(step, load(paths[-1], step, fresh(step))[0])
 
