@@ -34,7 +34,7 @@ from recfx.types import Params
 __all__ = ["Agreed", "Requests", "Exchange", "ExchangeState", "note_"]
 
 UNIT = 64  # a capacity is a multiple of it
-HEADROOM = 1.25  # of a capacity over the largest bucket seen
+HEADROOM = 1.125  # of a capacity over the largest bucket seen
 
 
 class ExchangeState(NamedTuple):
@@ -194,37 +194,44 @@ class Exchange:
             first += size
         blocks = all_to_all(self.group, message).split(sizes, dim=1)
         found: dict[int, Found] = {}
-        for section, place, r, block in zip(
-            self.sections, requests.places, self._by_section(readings), blocks, strict=True
-        ):
+        flat = self._by_section(readings)
+        of_sections = zip(self.sections, self.capacities, requests.places, flat, blocks, strict=True)
+        for section, capacity, place, r, block in of_sections:
             width = self.plans[section.table].width
-            rows = block.reshape(-1, width + 1)
-            status = rows[:, width].int()[place.clamp(min=0)]
+            rows = block[:, :-capacity].reshape(-1, width)
+            status = block[:, -capacity:].reshape(-1)[place.clamp(min=0)].int()
             row = torch.where((place < 0) | (status == 0), place, status)
             trains = None if r.trains is None else r.trains[r.cell % len(r.trains)]
             inverse = place if trains is None else torch.where(trains, place, -1)
-            one = Found(r, row, inverse, rows=rows[:, None, :width], requested=own[section.table])
+            one = Found(r, row, inverse, rows=rows[:, None], requested=own[section.table])
             found[section.table] = found[section.table]._replace(read_only=one) if section.table in found else one
         return list(found.values())
 
-    def add_grads_(
+    def sum_by_id(
         self, states: Sequence[TableState], found: Sequence[Found], row_grads: Sequence[Sequence[Tensor]]
-    ) -> None:
-        """Sums the row gradients by distinct id, sends the sums to the owners, and adds what this rank owns."""
-        training = [(i, c) for (i, read_only), c in zip(self.sections, self.capacities, strict=True) if not read_only]
+    ) -> list[list[Tensor]]:
+        """The gradient of each id in the buckets, summed over its occurrences in this rank's batch.
+
+        Returns:  by table [f32 [ranks * capacity, W]]; [] where no gradient reaches a row.
+        """
+        sums: list[list[Tensor]] = [[] for _ in self.tables]
+        for (i, is_read_only), capacity in zip(self.sections, self.capacities, strict=True):
+            if not is_read_only:
+                sums[i] = [states[i].grads.new_zeros(self.group.world_size * capacity, self.plans[i].width)]
+                self.sum_row_grads(sums[i][0], *self.tables[i].occurrences(found[i], row_grads[i]))
+        return sums
+
+    def add_grads_(self, states: Sequence[TableState], found: Sequence[Found], sums: Sequence[Sequence[Tensor]]) -> None:
+        """Sends the sums of `sum_by_id` to the owners, and adds those of the rows that this rank owns."""
+        training = [(i, of_table[0]) for i, of_table in enumerate(sums) if of_table]
         if not training:
             return
-        n, sums = self.group.world_size, []
-        for i, capacity in training:
-            sums.append(states[i].grads.new_zeros(n * capacity, self.plans[i].width))
-            self.sum_row_grads(sums[-1], *self.tables[i].occurrences(found[i], row_grads[i]))
-        message = torch.cat([s.view(n, -1) for s in sums], dim=1) if len(sums) > 1 else sums[0].view(n, -1)
-        blocks = all_to_all(self.group, message).split([s.numel() // n for s in sums], dim=1)
-        for (i, capacity), block in zip(training, blocks, strict=True):
-            width, inverse = self.plans[i].width, found[i].own.inverse
-            cell = torch.arange(n * capacity, dtype=torch.int32, device=inverse.device)
-            grads = [block.reshape(-1, 1, width)]
-            self.sum_row_grads(states[i].grads, inverse, cell, [0], [width], grads, None)
+        n, sizes = self.group.world_size, [s.numel() // self.group.world_size for _, s in training]
+        message = torch.cat([s.view(n, -1) for _, s in training], dim=1) if len(training) > 1 else training[0][1].view(n, -1)
+        for (i, own), block in zip(training, all_to_all(self.group, message).split(sizes, dim=1), strict=True):
+            cell = torch.arange(len(own), dtype=torch.int32, device=own.device)
+            width, grads = own.shape[1], [block.reshape(-1, 1, own.shape[1])]
+            self.sum_row_grads(states[i].grads, found[i].own.inverse, cell, [0], [width], grads, None)
 
     def agree(
         self,

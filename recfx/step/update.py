@@ -34,7 +34,7 @@ class Pass(NamedTuple):
 
     found: Sequence[Found]  # by table
     grads: list[Params]  # of the parameters, summed over the samples; of each rank or of all, to be added in this order
-    row_grads: Sequence[Sequence[Tensor]]  # of the pooled rows, by table
+    row_grads: Sequence[Sequence[Tensor]]  # of the pooled rows, by table; where ranks share tables, summed by id
     logit: Tensor  # f32 [B, 1]
     losses: Tensor  # f32 [B, 1], of the samples
     stats: Stats
@@ -101,6 +101,8 @@ def _learn_(parts: StepParts, state: TrainState, feats: Features) -> tuple[Train
     rows, found, requests = look_up(parts, state, feats, inserts=True)
     context = context_of(parts, state, valid, training=True, requests=requests)
     (grads, row_grads), (logit, loss_B, stats) = gradients(parts, state.params, rows, found, feats, context)
+    if parts.exchange is not None:
+        row_grads = parts.exchange.sum_by_id(state.tables, found, row_grads)
     got = Pass(found, [grads], row_grads, logit, loss_B, stats, feats[NUM_SAMPLES], valid, None, None, None)
     got = _checked_early(parts, got)
     got = got if requests is None else _of_all_ranks(parts, state, got, requests)

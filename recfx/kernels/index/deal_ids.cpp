@@ -12,19 +12,42 @@ struct Entry {
 
 // An index of the entries, kept from call to call: a slot of an earlier call is empty.
 struct Scratch {
-  std::vector<uint64_t> slots, hashes;  // slot: call:16 | tag:16 | entry:32
+  std::vector<uint64_t> slots = std::vector<uint64_t>(1024), hashes;  // slot: call:16 | tag:16 | entry:32
+  std::vector<int32_t> vocabularies;  // of the ids, as `hashes`
   std::vector<Entry> entries;
+  std::vector<uint64_t> of_entries;  // their hashes
   uint64_t call = 0;
 
   void begin(int64_t num_ids) {
-    uint64_t size = 1024;
-    while (size * 3 < (uint64_t)num_ids * 4) size *= 2;
-    if (slots.size() < size || ++call == 1 << 16) {
-      slots.assign(std::max<uint64_t>(size, slots.size()), 0);
-      call = 1;
-    }
+    if (++call == 1 << 16) clear(slots.size());
     entries.clear();
-    if (hashes.size() < (uint64_t)num_ids) hashes.resize(num_ids);
+    of_entries.clear();
+    if (hashes.size() < (uint64_t)num_ids) hashes.resize(num_ids), vocabularies.resize(num_ids);
+  }
+  void clear(uint64_t size) {
+    slots.assign(size, 0);
+    call = 1;
+  }
+  // The slot of an entry with this hash for which `is_it(entry)` holds, or the empty one where it would go.
+  template <class F>
+  uint64_t find(uint64_t hash, F is_it) const {
+    const uint64_t mask = slots.size() - 1, head = call << 16 | hash >> 48;
+    for (uint64_t start = hash;; start = next_run(start))
+      for (uint64_t k = 0; k < RUN; ++k) {
+        const uint64_t at = (start + k) & mask, slot = slots[at];
+        if (slot >> 48 != call || (slot >> 32 == head && is_it(slot & 0xffffffffULL))) return at;
+      }
+  }
+  void put(uint64_t at, uint64_t hash, uint64_t entry) { slots[at] = call << 48 | hash >> 48 << 32 | entry; }
+  // Twice the slots once half of them are taken: few ids of a batch are distinct, and a small index stays in the cache.
+  void add(uint64_t at, uint64_t hash, const Entry& entry) {
+    put(at, hash, entries.size());
+    entries.push_back(entry);
+    of_entries.push_back(hash);
+    if (entries.size() * 2 < slots.size()) return;
+    clear(slots.size() * 2);
+    const auto is_it = [](uint64_t) { return false; };
+    for (uint64_t e = 0; e < entries.size(); ++e) put(find(of_entries[e], is_it), of_entries[e], e);
   }
 };
 
@@ -40,12 +63,13 @@ EXPORT void deal_ids(int64_t* message, int64_t stride, int64_t first, int64_t nu
   const int64_t count = count_ids(cell_P, num_positions);
   const Ids in{id_P, cell_P, num_positions, vocabularies, num_lookups};
   scratch.begin(count);
-  const uint64_t mask = scratch.slots.size() - 1, stamp = scratch.call << 48;
-  uint64_t* slots = scratch.slots.data();
   uint64_t* hashes = scratch.hashes.data();
+  int32_t* vocabulary_P = scratch.vocabularies.data();
 #pragma omp parallel for
-  for (int64_t k = 0; k < count; ++k)
-    hashes[k] = cell_P[k] < 0 ? 0 : hash_id(id_P[k], (uint64_t)(int64_t)in.vocabulary(k), SALT);
+  for (int64_t k = 0; k < count; ++k) {
+    vocabulary_P[k] = cell_P[k] < 0 ? 0 : in.vocabulary(k);
+    hashes[k] = hash_id(id_P[k], (uint64_t)(int64_t)vocabulary_P[k], SALT);
+  }
 
   std::fill(counts, counts + 2 * num_ranks, 0);
   const auto tags = [=](int32_t rank) { return (int32_t*)(message + rank * stride + first + capacity); };
@@ -61,29 +85,25 @@ EXPORT void deal_ids(int64_t* message, int64_t stride, int64_t first, int64_t nu
     return Entry{id, vocabulary, rank, (int32_t)place};
   };
   for (int64_t k = 0; k < count; ++k) {
-    if (k + AHEAD < count) __builtin_prefetch(slots + (hashes[k + AHEAD] & mask));
+    if (const uint64_t mask = scratch.slots.size() - 1; k + 2 * AHEAD < count) {
+      __builtin_prefetch(&scratch.slots[hashes[k + 2 * AHEAD] & mask]);
+      __builtin_prefetch(scratch.entries.data() + (scratch.slots[hashes[k + AHEAD] & mask] & 0xffffffffULL));
+    }
     place_P[k] = -1;
     if (cell_P[k] < 0) continue;
     const int64_t id = id_P[k];
-    const int32_t vocabulary = in.vocabulary(k);
-    const uint64_t hash = hashes[k], head = stamp | (hash >> 48) << 32;
+    const int32_t vocabulary = vocabulary_P[k];
+    const uint64_t hash = hashes[k];
     Entry entry;
     if (distinct) {
-      uint64_t start = hash, at, step = 0;
-      for (;; ++step) {
-        if (step == RUN) start = next_run(start), step = 0;
-        at = (start + step) & mask;
-        const uint64_t slot = slots[at];
-        if (slot >> 48 != scratch.call) {
-          slots[at] = head | scratch.entries.size();
-          entry = add(id, vocabulary, hash);
-          scratch.entries.push_back(entry);
-          break;
-        }
-        if ((slot ^ head) >> 32) continue;
+      const auto is_it = [&](uint64_t e) {
+        return scratch.entries[e].id == id && scratch.entries[e].vocabulary == vocabulary;
+      };
+      const uint64_t at = scratch.find(hash, is_it), slot = scratch.slots[at];
+      if (slot >> 48 == scratch.call)
         entry = scratch.entries[slot & 0xffffffffULL];
-        if (entry.id == id && entry.vocabulary == vocabulary) break;
-      }
+      else
+        scratch.add(at, hash, entry = add(id, vocabulary, hash));
     } else {
       entry = add(id, vocabulary, hash);
     }

@@ -1,4 +1,4 @@
-// The weights of rows one after the other, each followed by 0; or zeros and the negative row, where there is none.
+// The weights of rows one after the other, then a status for each: 0, or the negative row, whose weights are 0.
 #include "kernels/kernels.h"
 
 EXPORT void take_rows(float* message, int64_t stride, int64_t first, int64_t num_ranks, const float* rows,
@@ -14,12 +14,12 @@ EXPORT void take_rows(float* message, int64_t stride, int64_t first, int64_t num
         const float* ahead = rows + row[k + AHEAD] * row_stride;
         for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(ahead + c);
       }
-      float* to = block + k * (width + 1);
+      float* to = block + k * width;
       if (row[k] >= 0)
         std::memcpy(to, rows + row[k] * row_stride, width * sizeof(float));
       else
         std::fill(to, to + width, 0.0f);
-      to[width] = (float)std::min(row[k], 0);
+      block[capacity * width + k] = (float)std::min(row[k], 0);
     }
   }
 }

@@ -18,8 +18,9 @@ def test_takes_weights_and_says_what_is_missing(ranks, width):
     for rank in range(ranks):
         for k in range(40):
             number = int(row[rank * 40 + k])
-            values = [*rows[number, 0].tolist(), 0.0] if number >= 0 else [0.0] * width + [float(number)]
-            expected[rank, 3 + k * (width + 1) :][: width + 1] = torch.tensor(values)
+            values = rows[number, 0].tolist() if number >= 0 else [0.0] * width
+            expected[rank, 3 + k * width :][:width] = torch.tensor(values)
+            expected[rank, 3 + 40 * width + k] = min(number, 0)
     got, by_definition = torch.full_like(expected, 7.0), torch.full_like(expected, 7.0)
     take_rows_(got, 3, rows, row, width)
     with definitions():
