@@ -16,6 +16,7 @@ from recfx import features as ops
 from recfx.checks import check_int
 from recfx.commands.train import flag
 from recfx.data import Column, OneOf, Reader, fixedlen, reader, varlen
+from recfx.dist import Group
 from recfx.embeddings import Embedding, truncated_normal
 from recfx.examples.criteo_synthetic import generate
 from recfx.examples.frame import defaults_of, parser_of, run_example
@@ -67,13 +68,15 @@ def build(args: Any) -> Program:
     )
 
 
-def build_step(args: Any, *, sparse_optimizer: SparseOptimizer | None = None) -> tuple[Step, TrainState]:
-    """The step and its first state. Another sparse optimiser may be put in."""
-    step = make_step(args, sparse_optimizer=sparse_optimizer)
+def build_step(
+    args: Any, *, sparse_optimizer: SparseOptimizer | None = None, group: Group | None = None
+) -> tuple[Step, TrainState]:
+    """The step and its first state. Another sparse optimiser, and a group of ranks, may be put in."""
+    step = make_step(args, sparse_optimizer=sparse_optimizer, group=group)
     return step, first_state(step, args)
 
 
-def make_step(args: Any, *, sparse_optimizer: SparseOptimizer | None = None) -> Step:
+def make_step(args: Any, *, sparse_optimizer: SparseOptimizer | None = None, group: Group | None = None) -> Step:
     """The whole training program as one step."""
 
     def embeddings(dim: int) -> list[Embedding]:
@@ -91,6 +94,7 @@ def make_step(args: Any, *, sparse_optimizer: SparseOptimizer | None = None) -> 
         seed=args.seed,
         precision=args.precision,
         on_nonfinite=args.on_nonfinite,
+        group=group,
     )
 
 

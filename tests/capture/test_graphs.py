@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from graphs.dataflow import flow_of, handed_on, is_op, stages_of, tensors
 from graphs.many_features import NUM_FEATURES, dicts_of_columns, op_counts
+from graphs.rank import EXCHANGES, FILE, captured, ops_text
 from graphs.render import (
     FOLDER,
     PROGRAMS,
@@ -76,6 +77,13 @@ def test_graphs_are_the_reviewed_ones(name, request):
 
 def test_many_features_are_the_reviewed_few_ops(request):
     review(request, render_features())
+
+
+def test_a_rank_s_exchanges_are_the_reviewed_ones(request):
+    review(request, {FILE: ops_text()})
+    ops = [n.target._opname for n in captured().graph.nodes if is_op(n)]
+    assert Counter(op for op in ops if op in EXCHANGES) == {"all_to_all_single": 3, "all_reduce": 1}
+    assert not {*ops} & {*READ_BY_THE_HOST, *SHAPED_BY_DATA}
 
 
 def test_200_features_are_few_ops():
