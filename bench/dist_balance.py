@@ -25,7 +25,7 @@ ID_BYTES = 12  # an id and its tag
 
 
 def keys_of(paths: str, num_batches: int, batch_size: int) -> list[np.ndarray]:
-    """For each batch its ids, i64 [ids, 2]: vocabulary and id. Batches are taken again from the start if they run out."""
+    """For each batch its ids, i64 [ids, 2]: vocabulary and id. Batches are taken again where they run out."""
     batches, found = itertools.cycle(reader(paths, COLUMNS, batch_size, drop_remainder=True)), []
     for batch in itertools.islice(batches, num_batches):
         num = int(batch[NUM_SAMPLES])
