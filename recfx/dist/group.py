@@ -6,7 +6,8 @@ import datetime
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import distributed
 
 from recfx.checks import check_int, check_type
 
-__all__ = ["Group", "RankError", "current", "join", "leave"]
+__all__ = ["Group", "RankError", "current", "exchanging", "join", "leave"]
 
 TIMEOUT_S = 3600.0  # a rank may compile, evaluate or save while the others wait
 
@@ -153,6 +154,21 @@ class named_errors:  # noqa: N801 - used as a context, like contextlib's
 
 class RankError(RuntimeError):
     """Another rank has ended, or does not answer."""
+
+
+@contextmanager
+def exchanging() -> Iterator[None]:
+    """A step that exchanges with other ranks: torch's error about one that has ended becomes a RankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RankError) or not (isinstance(error, distributed.DistError) or "gloo/" in str(error)):
+            raise
+        raise RankError(
+            f"group: got an error within a step that exchanges with other ranks ({_first_line(error)}), expected all of "
+            "them to go on. One has ended or does not answer; its own error is in its output. Start again: the run "
+            "goes on from the last checkpoint with resume=True."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
