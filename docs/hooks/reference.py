@@ -29,6 +29,7 @@ PAGES = {
     "step": ("The step", ["step", "context"]),
     "capture": ("Capture", ["capture"]),
     "train": ("Training and programs", ["train", "program"]),
+    "dist": ("Many workers", ["dist", "dist.streams"]),
     "metrics": ("Metrics", ["metrics"]),
     "table": ("Tables", ["table", "table.policies"]),
     "rows": ("Rows by id", ["rows"]),

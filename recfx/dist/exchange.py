@@ -31,7 +31,7 @@ from recfx.kernels.rows import take_rows
 from recfx.table import Found, Reading, Table, TableState
 from recfx.types import Params
 
-__all__ = ["Agreed", "Requests", "Exchange", "ExchangeState", "note_"]
+__all__ = ["Agreed", "Exchange", "ExchangeState", "Requests", "note_"]
 
 UNIT = 64  # a capacity is a multiple of it
 HEADROOM = 1.125  # of a capacity over the largest bucket seen

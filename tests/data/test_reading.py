@@ -282,7 +282,7 @@ def test_paths_that_match_nothing(folder, paths):
         ({"rank": 2, "world_size": 2}, "rank: got 2 of world_size 2"),
         ({"rank": 4, "world_size": 5}, "rank: got 4 of 5 workers for 4 files"),
         ({"on_bad": "ignore"}, "on_bad: got 'ignore'"),
-        ({"shard_by": "row"}, "shard_by: got 'row'"),
+        ({"shard_by": "column"}, "shard_by: got 'column'"),
         ({"epochs": 0}, "epochs: got 0"),
         ({"shuffle_rows": -1}, "shuffle_rows: got -1"),
         ({"columns": []}, "columns: got"),

@@ -82,7 +82,7 @@ def calls() -> dict[str, tuple]:
         "count_candidates_": test_counting.arguments(candidates, reading),
         "count_rows_": (torch.zeros(9, dtype=torch.int32), three, unique_rows, due),
         "cross_lists": (*side, *side, 90),
-        "deal_ids_": (torch.zeros(3, 14, dtype=torch.int64), 1, *reading, torch.tensor([True, False]), 8, True),
+        "deal_ids_": (torch.zeros(2, 60, dtype=torch.int64), 3, *reading, trains, 16, True),
         "farm_hashes": ([texts.values], [texts.offsets]),
         "find": (state.slots, state.ids, state.counters, *reading),
         "find_or_insert_": test_find_or_insert.arguments(state, reading, init),
@@ -99,8 +99,8 @@ def calls() -> dict[str, tuple]:
         "select_lists": (weights, offsets, 2, 0.5),
         "squared_norm": (grads, three),
         "sum_adamw_rows_": test_sum_adamw_rows.case(lists, (8, 1)),
+        "take_rows_": (torch.zeros(2, 20), 1, state.rows, row_P, 2),
         "take_lists": ([torch.arange(4)], *ints, [5]),
-        "take_rows_": (torch.zeros(2, 21), 1, rows, torch.tensor([1, -1, 3, -2], dtype=torch.int32), 9),
         "untouch_rows_": (seen, counters, row_P, inverse_P, torch.tensor(1), torch.tensor(False)),
         **{f"{name}_": tuple(test_optimizer_rows.case(name, (8, 1), 5)) for name in test_optimizer_rows.KERNELS},
     }

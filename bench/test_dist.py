@@ -1,0 +1,59 @@
+"""Two processes of a thread each beside one process with two threads, and beside torch's DDP: real processes over Gloo.
+
+python -m pytest bench/test_dist.py --benchmark-only -s
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from recfx.examples.criteo_synthetic import generate
+from tests.dist.launching import launch
+
+ONE, TWO = {"nproc": 1, "threads": 2}, {"nproc": 2, "threads": 1}
+SIDES: dict[str, tuple[list[str], dict[str, int]]] = {
+    "one process, two threads": (["recfx"], ONE),
+    "two processes": (["recfx"], TWO),
+    "one process, deterministic": (["recfx", "deterministic"], ONE),
+    "two processes, deterministic": (["recfx", "deterministic"], TWO),
+    "DDP, 1 M rows": (["ddp", "1000000"], TWO),
+    "DDP, 10 M rows": (["ddp", "10000000"], TWO),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("rows")
+    generate(folder, rows_per_file=40_000, train_files=10, eval_files=1, seed=1)
+    return str(folder / "train")
+
+
+def measured(side: str, files: str, batch_size: int) -> dict[str, Any]:
+    (kind, *option), how = SIDES[side]
+    env = {"OMP_NUM_THREADS": str(how["threads"]), "MKL_NUM_THREADS": str(how["threads"])}
+    args = [kind, files, str(batch_size), *option]
+    ranks = launch("bench.dist_worker", args, nproc=how["nproc"], timeout=900, env=env)
+    assert all(rank.returncode == 0 for rank in ranks), ranks[0].stderr
+    return json.loads(ranks[0].stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("batch_size", [4096, 16_384])
+def test_many_workers(benchmark: Any, files: str, batch_size: int) -> None:
+    results: dict[str, dict[str, Any]] = {}
+
+    def all_sides() -> None:
+        for side in SIDES:
+            results[side] = measured(side, files, batch_size)
+
+    benchmark.pedantic(all_sides, rounds=1)
+    benchmark.extra_info.update(results)
+    base = results["one process, two threads"]
+    for side, found in results.items():
+        more = ", ".join(f"{name} {value:.2f}" for name, value in found.items() if "MB" in name)
+        print(
+            f"{batch_size:>6} {side:<30} CPU {found['cpu_ms']:8.1f} ms ({found['cpu_ms'] / base['cpu_ms']:.2f}), "
+            f"wall {found['wall_ms']:8.1f} ms ({found['wall_ms'] / base['wall_ms']:.2f}) {more}"
+        )
