@@ -1,5 +1,7 @@
 """deal_ids_ against a dict for each rank, in C++ and in its definition."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from recfx.kernels.definitions import definitions
 from recfx.kernels.index import deal_ids
 from recfx.kernels.index.deal_ids import deal_ids_
 from recfx.kernels.index.owner import owner
+from tests.kernels.index.test_owner import mixed
 from tests.reference import EXTREMES, id_of_hash, on_threads
 
 VOCABULARIES = torch.tensor([0, 3, 3, 70], dtype=torch.int32)
@@ -108,6 +111,12 @@ def test_threads_and_earlier_calls_change_nothing():
             assert all(map(torch.equal, on_threads(threads, dealt, *args, 3, 4096, True, None), results))
 
 
+def in_a_new_thread(function, *args):
+    """Where the kernel has no index of an earlier call."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
+
+
 def test_ids_whose_hashes_begin_at_one_slot_and_have_one_tag():
     """More of them than a probe looks at in a row, and than the index has slots at first; each is met twice."""
     num, golden, mask = 1500, 0x9E3779B97F4A7C15, 2**64 - 1
@@ -117,23 +126,39 @@ def test_ids_whose_hashes_begin_at_one_slot_and_have_one_tag():
     ids = torch.tensor([x - 2**64 * (x >= 2**63) for x in unsigned])
     assert owner(ids, torch.zeros(num, dtype=torch.int32), 2**31).tolist() == [h >> 33 for h in hashes]
     args = ids.repeat(2), torch.zeros(2 * num, dtype=torch.int32), 3, num, True, None
-    for got, expected in zip(dealt(*args), oracle(*args), strict=True):
+    for got, expected in zip(in_a_new_thread(dealt, *args), oracle(*args), strict=True):
         assert torch.equal(got, expected)
 
 
-def test_the_ids_of_65_536_calls_ago_are_not_met_again():
-    """The number of a call is 16 bits of a slot. Each call has its ids, those of the others are new to it."""
-    cell = torch.zeros(2, dtype=torch.int32)
-    ids = torch.tensor([3, 3]), torch.tensor([4, 5])
-    message = torch.zeros(1, 6, dtype=torch.int64)
-    deal_ids_(message, 0, ids[0], cell, VOCABULARIES, None, 4, True)
-    for _ in range(2**16 - 2):  # the next calls have the numbers up to the first's, whichever that was
-        deal_ids_(message, 0, ids[1], cell, VOCABULARIES, None, 4, True)
-    for _ in range(4):
-        place, counts = deal_ids_(message, 0, ids[0], cell, VOCABULARIES, None, 4, True)
-        assert place.tolist() == [0, 0]
-        assert counts.tolist() == [[1, 2]]
-        assert message[0, :4].tolist() == [3, 0, 0, 0]
+def test_one_id_of_two_vocabularies_with_one_slot_and_tag():
+    id, vocabularies, golden = 176, (409, 15315), 0x9E3779B97F4A7C15
+    a, b = (mixed((id + (v + 1) * golden & 2**64 - 1) ^ golden) for v in vocabularies)
+    assert a >> 48 == b >> 48
+    assert a % 2**20 == b % 2**20
+    message, ids = torch.zeros(1, 6, dtype=torch.int64), torch.full((4,), id)
+    of_cells = torch.tensor(vocabularies, dtype=torch.int32)
+    place, counts = deal_ids_(message, 0, ids, torch.arange(4, dtype=torch.int32), of_cells, None, 4, True)
+    assert place.tolist() == [0, 1, 0, 1]
+    assert counts.tolist() == [[2, 4]]
+    assert message[0, 4:].view(torch.int32).tolist() == [v << 1 | 1 for v in vocabularies] + [-1, -1]
+
+
+def test_an_id_of_65_535_calls_ago_is_new():
+    """A slot holds its call's number modulo that. The third id of a call of old is still in the memory of entries."""
+    cell, message = torch.zeros(3, dtype=torch.int32), torch.zeros(1, 6, dtype=torch.int64)
+
+    def deal(ids):
+        return deal_ids_(message, 0, ids, cell[: len(ids)], VOCABULARIES, None, 4, True)[0].tolist()
+
+    def check():
+        once, other = torch.tensor([3, 4, 5]), torch.tensor([6])
+        assert deal(once) == [0, 1, 2]
+        for _ in range(2**16 - 2):
+            deal(other)
+        assert deal(once[2:]) == [0]
+        assert message[0, :4].tolist() == [5, 0, 0, 0]
+
+    in_a_new_thread(check)
 
 
 def test_the_definition_compiles_whole():
