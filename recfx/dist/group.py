@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -192,7 +194,9 @@ def _join_others(world_size: int, streams: int, deterministic: bool, device: tor
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not distributed.is_initialized():
         with named_errors():
-            distributed.init_process_group(backend, timeout=timeout)
+            store, rank, _ = next(distributed.rendezvous("env://", timeout=timeout))
+            store = _of_this_start(store, rank, world_size)
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     with named_errors():
         exchange = distributed.new_group(backend=backend, timeout=timeout)
         host = distributed.new_group(backend="gloo", timeout=timeout)
@@ -206,6 +210,30 @@ def _join_others(world_size: int, streams: int, deterministic: bool, device: tor
         exchange=exchange,
         host=host,
     )
+
+
+def _of_this_start(store: Any, rank: int, world_size: int) -> Any:
+    """A part of the store that no earlier start of the ranks has written to.
+
+    torchrun may keep one store for workers that it starts again: they would read the addresses of those that have ended.
+    Rank 0 gives a name to each rank that has written a new token.
+    """
+    token = uuid.uuid4().hex
+    if rank:
+        store.set(f"recfx/token/{rank}", token)
+        name = store.get(f"recfx/name/{token}").decode()
+        store.set(f"recfx/known/{name}/{rank}", "")
+    else:
+        name, begun = token, time.monotonic()
+        known = [f"recfx/known/{name}/{other}" for other in range(1, world_size)]
+        while not store.check(known):
+            for other in range(1, world_size):
+                if store.check([f"recfx/token/{other}"]):
+                    store.set(f"recfx/name/{store.get(f'recfx/token/{other}').decode()}", name)
+            if time.monotonic() - begun > TIMEOUT_S:
+                raise RuntimeError("a rank has not started")
+            time.sleep(0.01)
+    return distributed.PrefixStore(f"recfx/{name}", store)
 
 
 def current() -> Group | None:
