@@ -20,13 +20,22 @@ Tensor count_candidates_op(Tensor candidate_slots, Tensor candidate_ids, Tensor 
 std::tuple<Tensor, Tensor> deal_ids_op(Tensor message, int64_t first, const Tensor& id_P, const Tensor& cell_P,
                                        const Tensor& vocabularies, std::optional<Tensor> trains, int64_t capacity,
                                        bool distinct) {
-  const int64_t num_ranks = message.size(0), room = message.size(1) - first;
+  STD_TORCH_CHECK(message.scalar_type() == ScalarType::Long && message.dim() == 2 &&
+                      id_P.scalar_type() == ScalarType::Long && cell_P.scalar_type() == ScalarType::Int &&
+                      id_P.numel() == cell_P.numel() && vocabularies.scalar_type() == ScalarType::Int,
+                  "deal_ids_: got other tensors than an i64 message [ranks, words], i64 ids, as many i32 cells, and "
+                  "i32 vocabularies.");
+  const int64_t num_ranks = message.size(0), room = message.size(1) - first, num_lookups = vocabularies.numel();
+  if (num_ranks < 1) fail("message: got ", num_ranks, " ranks, expected at least 1.");
+  if (num_lookups < 1 && cell_P.numel()) fail("vocabularies: got none, expected one for each lookup.");
+  if (trains && (trains->scalar_type() != ScalarType::Bool || trains->numel() != num_lookups))
+    fail("trains: got ", trains->numel(), " items, expected ", num_lookups, " booleans, one for each lookup.");
   if (capacity < 0 || capacity % 2 || first < 0 || capacity + capacity / 2 > room)
     fail("capacity: got ", capacity, ", expected an even number, and 1.5 of it at most ", room, ", the message's room.");
   Tensor place_P = torch::stable::empty_like(cell_P);
   Tensor counts = torch::stable::new_empty(message, {num_ranks, 2});
   deal_ids(flat<int64_t>(message), message.size(1), first, num_ranks, flat<int64_t>(id_P), flat<int32_t>(cell_P),
-           cell_P.numel(), flat<int32_t>(vocabularies), vocabularies.numel(), flat<bool>(trains),
+           cell_P.numel(), flat<int32_t>(vocabularies), num_lookups, flat<bool>(trains),
            trains ? trains->numel() : 0, capacity, distinct, flat<int32_t>(place_P), flat<int64_t>(counts));
   return {place_P, counts};
 }

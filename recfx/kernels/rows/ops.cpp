@@ -64,7 +64,15 @@ void clip_row_grads_op(Tensor grads, const Tensor& counters, const Tensor& scale
 }
 
 void take_rows_op(Tensor message, int64_t first, const Tensor& rows, const Tensor& row_M, int64_t width) {
+  STD_TORCH_CHECK(message.scalar_type() == ScalarType::Float && message.dim() == 2 &&
+                      rows.scalar_type() == ScalarType::Float && rows.dim() == 3 &&
+                      (rows.size(2) == 1 || rows.stride(2) == 1) && row_M.scalar_type() == ScalarType::Int,
+                  "take_rows_: got other tensors than an f32 message [ranks, numbers], f32 rows [R, 1 + slots, W] and "
+                  "i32 row numbers.");
   const int64_t num_ranks = message.size(0), num_rows = row_M.numel();
+  if (num_ranks < 1) fail("message: got ", num_ranks, " ranks, expected at least 1.");
+  if (width < 1 || width > rows.size(2))
+    fail("width: got ", width, ", expected 1 to ", rows.size(2), ", the rows' width.");
   if (num_rows % num_ranks || first < 0 || first + num_rows / num_ranks * (width + 1) > message.size(1))
     fail("row_M: got ", num_rows, " rows of ", width, " weights, expected as many for each of ", num_ranks,
          " ranks, and room for them in a message of ", message.size(1), " numbers.");

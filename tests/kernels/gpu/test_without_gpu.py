@@ -14,7 +14,16 @@ import torch
 from recfx.kernels import op
 from recfx.kernels.counters import new_counters
 from recfx.kernels.dense import add_predictions, all_finite
-from recfx.kernels.index import count_candidates, find, find_or_insert, keep_trained, owner, rehash, untouch_rows
+from recfx.kernels.index import (
+    count_candidates,
+    deal_ids,
+    find,
+    find_or_insert,
+    keep_trained,
+    owner,
+    rehash,
+    untouch_rows,
+)
 from recfx.kernels.lists import cross_lists, join, order_ids, order_lists, select_lists, string_hash, take_lists
 from recfx.kernels.op import gpu_function
 from recfx.kernels.rows import (
@@ -25,6 +34,7 @@ from recfx.kernels.rows import (
     optimizer_rows,
     pool,
     sum_adamw_rows,
+    take_rows,
 )
 
 DEFINITIONS = {
@@ -151,11 +161,17 @@ def test_no_operator_reads_the_host_on_cuda():
     assert with_kernel == {name for _, name in bench.calls((8, 1))} == {name for _, name in DEFINITIONS}
     # Of `recfx.capture.passes`, and of a step whose numbers are on a CPU.
     on_cpu_alone = {"order_ids_at", "all_finite", "adamw_rows_checked_"}
-    assert names - with_kernel - on_cpu_alone == {"join", "owner"}  # a copy, and of no step
-    column = torch.randn(5, 1)
+    # A copy, of no step, and the two of a step of several ranks.
+    assert names - with_kernel - on_cpu_alone == {"join", "owner", "deal_ids_", "take_rows_"}
+    column, ids, cells = torch.randn(5, 1), torch.arange(5), torch.tensor([0, 1, -1, 2, -1]).int()
+    of_cells, trains, message = torch.tensor([0, 3]).int(), torch.tensor([True, False]), torch.zeros(3, 6).long()
     with bench.NoHostReads():
         join.definition([column, column])
-        owner.definition(torch.arange(5), torch.zeros(5).int(), 3)
+        owner.definition(ids, torch.zeros(5).int(), 3)
+        for distinct in (True, False):
+            deal_ids.definition(message, 0, ids, cells, of_cells, trains, 4, distinct)
+        deal_ids.definition(message, 0, ids, cells, of_cells, None, 4, True)
+        take_rows.definition(torch.zeros(1, 10), 0, torch.randn(4, 3, 2), cells[:3], 2)
     with pytest.raises(AssertionError, match="reads the host"), bench.NoHostReads():
         count_rows.definition(
             torch.zeros(4).int(), new_counters(num_unique=1), torch.zeros(4).int(), torch.tensor(True)
