@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,10 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from recfx.data import fixedlen, reader, varlen
+from recfx.data import Between, fixedlen, from_arrays, reader, varlen
 from recfx.dist import Group
 from recfx.dist.streams import deal
-from recfx.types import NUM_SAMPLES
+from recfx.types import NUM_SAMPLES, Ragged
 
 BATCH_SIZE = 12
 UNITS = (29, 7, 40, 11)  # rows of the four units
@@ -90,7 +91,14 @@ def schema() -> pa.Schema:
 
 
 def read(files: str, *, batch_size: int = BATCH_SIZE, **options: Any) -> Any:
-    return reader(files, [fixedlen("n", [0.0]), varlen("ids", torch.int64)], batch_size, format="parquet", **options)
+    ids = varlen("ids", torch.int64, valid=Between(0, 50) if "on_bad" in options else None)
+    return reader(files, [fixedlen("n", [0.0]), ids], batch_size, format="parquet", **options)
+
+
+def numbers_of(options: dict[str, Any]) -> list[int]:
+    """The rows that are read with these options."""
+    numbers = range(1, sum(UNITS) + 1)
+    return [n for n in numbers if "on_bad" not in options or (n > 3 and (n <= 50 or n % 4 == 0))]
 
 
 def rows(batch: Any) -> list[int]:
@@ -111,10 +119,17 @@ def passes(files: str, epochs: Sequence[int] = (0,), **options: Any) -> Callable
     return run
 
 
+def without_padding(columns: Any) -> Any:
+    """Columns as they were, in as little room as their values need: another layout for each batch and rank."""
+    offsets = columns["ids"].offsets
+    return {"n": columns["n"], "ids": Ragged(columns["ids"].values[: offsets[-1]].clone(), offsets)}
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "in order": {},
     "shuffled": {"shuffle_rows": 16, "seed": 3},
-    "transformed": {"transform": lambda columns: {"n": columns["n"], "ids": columns["ids"]}},
+    "transformed": {"transform": without_padding},
+    "filtered, bad rows skipped": {"filter": [("n", ">", 3.0)], "on_bad": "skip"},
 }
 
 
@@ -132,7 +147,41 @@ def test_every_row_is_read_once(
         assert len({len(batches) for batches in of_ranks}) == 1  # as many on each rank
         assert all(len({layout for _, layout in step}) == 1 for step in zip(*of_ranks, strict=True))
         found = Counter(n for batches in of_ranks for numbers, _ in batches for n in numbers)
-        assert found == Counter(range(1, sum(UNITS) + 1))
+        assert found == Counter(numbers_of(options))
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle_rows": 16}], ids=["in order", "shuffled"])
+def test_every_row_is_read_once_from_a_cache(files: str, tmp_path: Path, options: dict[str, Any]) -> None:
+    expected = None
+    for num in (2, 1, 3):  # the first writes it
+        run = passes(files, cache=tmp_path, **options)
+        batches = whole_batches(on_ranks(num, run, streams=4), 1)
+        assert sorted(chain(*batches)) == numbers_of(options)
+        assert expected in (None, batches)
+        expected = batches
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 4])
+def test_bad_rows_of_all_ranks_are_counted_once(files: str, num: int) -> None:
+    def run(group: Group) -> int:
+        iterator = deal(read(files, on_bad="skip"), group).epoch(0)
+        list(iterator)
+        return iterator.num_bad
+
+    num_bad = sum(n > 50 and n % 4 > 0 for n in range(1, sum(UNITS) + 1))
+    for streams in (3, 4):  # by unit, by row
+        assert sum(on_ranks(min(num, streams), run, streams=streams)) == num_bad
+
+
+def test_arrays_are_dealt_too() -> None:
+    def run(group: Group) -> list[int]:
+        numbers = np.arange(5000, dtype=np.float32)
+        dealt = deal(from_arrays({"n": numbers}, [fixedlen("n", [0.0])], 100, drop_remainder=False, shuffle=True), group)
+        return [n for b in dealt for n in b["n"][: b[NUM_SAMPLES], 0].int().tolist()]
+
+    for streams in (2, 10):  # by unit, by row
+        found = on_ranks(2, run, streams=streams)
+        assert sorted(chain(*found)) == list(range(5000))
 
 
 def whole_batches(results: list[Any], group_rounds: int) -> list[list[int]]:
@@ -173,6 +222,7 @@ def test_goes_on_with_another_number_of_ranks(files: str, deterministic: bool, o
     def rest(position: Any) -> Callable[[Group], Any]:
         return lambda group: [[(rows(b), b.layout) for b in deal(read(files, **options), group).start_at(position)]]
 
+    unbroken = whole_batches(on_ranks(1, passes(files, (1,), **options), streams=4), 1)
     begun = on_ranks(2, begin, streams=4, deterministic=deterministic)
     position = begun[0][1]
     assert begun[1][1] == position
@@ -182,7 +232,7 @@ def test_goes_on_with_another_number_of_ranks(files: str, deterministic: bool, o
         results = on_ranks(num, rest(position), streams=4, deterministic=deterministic)
         found.append(whole_batches(results, -(-4 // num) if deterministic else 1))
         assert sorted([*first, *chain(*found[-1])]) == list(range(1, sum(UNITS) + 1))
-    assert all(batches == found[0] for batches in found)
+    assert all(batches == unbroken[3:] for batches in found)
 
 
 def test_a_rank_that_wants_to_stop_is_known_to_all_with_the_same_batch(files: str) -> None:
@@ -244,3 +294,18 @@ def test_by_row_where_a_stream_would_have_no_unit(files: str) -> None:
 def test_no_rows_at_all_is_an_error_on_every_rank(files: str) -> None:
     with pytest.raises(ValueError, match=r"reader: got .*expected at least one batch"):
         on_ranks(2, lambda group: deal(read(files, filter=[("n", ">", 1e6)]), group).first(), streams=2)
+
+
+def test_a_pass_without_a_batch_warns(files: str) -> None:
+    dealt = deal(read(files, filter=[("n", ">", 1e6)]), Group(rank=0, world_size=1, streams=2, deterministic=False))
+    with pytest.warns(UserWarning, match=r"got no batch in a pass over the data, but 0 rows for rank 0"):
+        assert list(dealt) == []
+
+
+def test_a_transform_that_changes_the_number_of_samples(files: str) -> None:
+    dealt = deal(
+        read(files, transform=lambda columns: {"n": columns["n"][:3]}),
+        Group(rank=0, world_size=1, streams=2, deterministic=False),
+    )
+    with pytest.raises(ValueError, match=r"transform: got 3 samples in 'n', expected 12"):
+        next(iter(dealt))
