@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,7 +21,10 @@ from recfx.data import Between, fixedlen, from_arrays, reader, varlen
 from recfx.dist import Group
 from recfx.dist.streams import deal
 from recfx.types import NUM_SAMPLES, Ragged
+from tests.dist import streams_of_ranks
+from tests.dist.launching import launch
 
+SCRIPT = Path(streams_of_ranks.__file__)
 BATCH_SIZE = 12
 UNITS = (29, 7, 40, 11)  # rows of the four units
 
@@ -309,3 +314,24 @@ def test_a_transform_that_changes_the_number_of_samples(files: str) -> None:
     )
     with pytest.raises(ValueError, match=r"transform: got 3 samples in 'n', expected 12"):
         next(iter(dealt))
+
+
+@pytest.mark.skipif("RECFX_CRITEO_SAMPLE" not in os.environ, reason="RECFX_CRITEO_SAMPLE names no folder")
+@pytest.mark.parametrize("streams", [2, pytest.param(20, marks=pytest.mark.slow)])  # by unit, by row
+def test_two_processes_read_the_real_sample_as_one_does(streams: int) -> None:
+    paths, per_stream = os.environ["RECFX_CRITEO_SAMPLE"], 4000 // streams
+    said = []
+    for rank in launch(SCRIPT, [paths, str(streams), str(per_stream)], timeout=60):
+        assert rank.returncode == 0, rank.stderr
+        said.append(json.loads(rank.stdout))
+    assert said[0]["forms"] == said[1]["forms"]
+    assert [s["by_row"] for s in said] == [streams == 20] * 2
+    alone = deal(
+        reader(paths, streams_of_ranks.columns(), 4000, drop_remainder=False),
+        Group(rank=0, world_size=1, streams=streams, deterministic=False),
+    )
+    expected = [streams_of_ranks.rows(b) for b in alone]
+    assert [a + b for a, b in zip(said[0]["rows"], said[1]["rows"], strict=True)] == expected
+    whole = reader(paths, streams_of_ranks.columns(), 4000, drop_remainder=False)
+    in_order = Counter(map(str, chain(*map(streams_of_ranks.rows, whole))))
+    assert Counter(map(str, chain(*expected))) == in_order
