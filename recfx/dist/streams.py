@@ -20,6 +20,7 @@ from recfx.checks import check_type
 from recfx.data import Reader
 from recfx.data.arguments import check_transformed
 from recfx.data.batch_iterator import BatchIterator
+from recfx.data.kept_units import KeptUnits
 from recfx.data.packing.pack_columns import Segment, count_items
 from recfx.data.packing.pack_records import pack_records
 from recfx.dist.group import Group
@@ -68,12 +69,13 @@ class RankReader:
         own = group.own_streams
         places = 1 if group.deterministic else group.streams_per_rank
         self.packer = replace(whole, batch_size=places * self.per_stream)
-        plan = replace(
-            whole.plan,
-            world_size=group.streams,
-            shard_by="row" if self.by_row else "unit",
-            threads=max(1, whole.plan.threads // max(1, len(own))),
-        )
+        threads = max(1, whole.plan.threads // max(1, len(own)))
+        shard_by: Any = "row" if self.by_row else "unit"
+        plan = replace(whole.plan, world_size=group.streams, shard_by=shard_by, threads=threads)
+        ahead = threads * (plan.prefetch + 1) + 2  # streams of one rank are less than a unit apart
+        self.kept = KeptUnits(ahead, group.streams * plan.shuffle_rows)
+        if self.by_row and len(own) > 1:
+            plan = replace(plan, decoder=plan.decoder.keeping(self.kept))
         self.streams = {v: _Stream(replace(plan, rank=v), self.per_stream, 1, False, None, False) for v in own}
         if not own:
             warnings.warn(
@@ -210,6 +212,7 @@ class RankIterator(Iterator[Batch]):
         self._is_closed = True
         for stream in self._streams.values():
             stream.close()
+        self._reader.kept.clear()
 
     def _next_whole(self) -> list[Batch]:
         """This rank's batches of the next whole batch; none at the end."""

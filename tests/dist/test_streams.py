@@ -18,6 +18,7 @@ import torch
 from pyarrow import parquet
 
 from recfx.data import Between, fixedlen, from_arrays, reader, varlen
+from recfx.data.decode import Decoder
 from recfx.dist import Group
 from recfx.dist.streams import deal
 from recfx.types import NUM_SAMPLES, Ragged
@@ -181,7 +182,9 @@ def test_bad_rows_of_all_ranks_are_counted_once(files: str, num: int) -> None:
 def test_arrays_are_dealt_too() -> None:
     def run(group: Group) -> list[int]:
         numbers = np.arange(5000, dtype=np.float32)
-        dealt = deal(from_arrays({"n": numbers}, [fixedlen("n", [0.0])], 100, drop_remainder=False, shuffle=True), group)
+        dealt = deal(
+            from_arrays({"n": numbers}, [fixedlen("n", [0.0])], 100, drop_remainder=False, shuffle=True), group
+        )
         return [n for b in dealt for n in b["n"][: b[NUM_SAMPLES], 0].int().tolist()]
 
     for streams in (2, 10):  # by unit, by row
@@ -335,3 +338,15 @@ def test_two_processes_read_the_real_sample_as_one_does(streams: int) -> None:
     whole = reader(paths, streams_of_ranks.columns(), 4000, drop_remainder=False)
     in_order = Counter(map(str, chain(*map(streams_of_ranks.rows, whole))))
     assert Counter(map(str, chain(*expected))) == in_order
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle_rows": 30}], ids=["in order", "shuffled"])
+def test_a_rank_decodes_a_unit_once_an_epoch_for_all_its_streams_of_rows(
+    files: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    decoded, plain = [], Decoder._decode
+    monkeypatch.setattr(Decoder, "_decode", lambda self, *unit: decoded.append(unit) or plain(self, *unit))
+    dealt = deal(read(files, **options), Group(rank=0, world_size=1, streams=4, deterministic=False))
+    for epoch in (0, 1):
+        assert sorted(n for batch in dealt.epoch(epoch) for n in rows(batch)) == numbers_of({})
+        assert len(decoded) == len(UNITS) * (epoch + 1)
