@@ -77,19 +77,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_to(commands)
     train.add_evaluate_to(commands)
     args = parser.parse_args(argv)
-    ranks = f"rank {os.environ.get('RANK', '0')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     try:
         return int(args.command(args))
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{ranks}error: {error}", file=sys.stderr)
-        return 2
+        return _ended(2, f"error: {error}")
     except RuntimeError as error:
         from recfx.dist import RankError
 
         if not isinstance(error, RankError):
             raise
-        print(f"{ranks}error: {error}", file=sys.stderr)
-        return 1
+        return _ended(1, f"error: {error}")
     except KeyboardInterrupt as stop:
-        print(f"{ranks}{str(stop) or 'interrupted'}", file=sys.stderr)
-        return 130
+        return _ended(130, str(stop) or "interrupted")
+
+
+def _ended(status: int, line: str) -> int:
+    """Writes the line on standard error. One of several ranks ends here."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from recfx.program.ranks import end_at_once, rank_prefix
+
+        end_at_once(status, f"{rank_prefix()}{line}")
+    print(line, file=sys.stderr)
+    return status

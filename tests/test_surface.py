@@ -44,7 +44,7 @@ SEES_ONLY = {
     "data": {"types", "checks", "kernels"},
     "checkpoint": {"types", "checks", "kernels", "generators", "embeddings", "table", "step", "run_checks", "dist"},
     "models": {"types", "features", "layers", "losses"},
-    "capture": {"types", "checks", "generators", "kernels", "step", "run_checks"},
+    "capture": {"types", "checks", "generators", "kernels", "dist", "step", "run_checks"},
 }
 
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 from recfx.capture.compiled import compiled
 from recfx.capture.recorded import Replays, check_sweep, record
 from recfx.checks import check_choice, check_type
+from recfx.dist.group import exchanging
 from recfx.generators import check_graph, frozen, kept_generators
 from recfx.run_checks import check_step_and_state
 from recfx.step import Aux, Step, TrainState
@@ -242,15 +243,20 @@ class _Captured:
         if self.new_layout != "capture" and batch.layout != self.first_layout:
             self._refuse(batch)
             return self._uncaptured(state, batch)
-        while True:
-            function, ids = self._function_for(state, batch)
-            if self.step.draws.is_known:
-                result = self._run(state, batch, function, ids)
-            else:
-                with self.step.draws.watched(state.step.device):
-                    result = self._run(state, batch, function, ids)
-            if self.step.exchange is None or not self.step.exchange.look_(state.exchange):
-                return result
+        if self.step.exchange is None:
+            return self._once(state, batch)
+        with exchanging():
+            while True:
+                result = self._once(state, batch)
+                if not self.step.exchange.look_(state.exchange):
+                    return result
+
+    def _once(self, state: Any, batch: Batch) -> tuple[Any, Any]:
+        function, ids = self._function_for(state, batch)
+        if self.step.draws.is_known:
+            return self._run(state, batch, function, ids)
+        with self.step.draws.watched(state.step.device):
+            return self._run(state, batch, function, ids)
 
     def _run(self, state: Any, batch: Batch, function: Callable, ids: tuple[int, ...]) -> tuple[Any, Any]:
         if self.is_recorded:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import distributed
 
 from recfx.checks import check_int, check_type
 
-__all__ = ["Group", "RankError", "current", "join", "leave"]
+__all__ = ["Group", "RankError", "current", "exchanging", "join", "leave"]
 
 TIMEOUT_S = 3600.0  # a rank may compile, evaluate or save while the others wait
 
@@ -153,6 +156,21 @@ class RankError(RuntimeError):
     """Another rank has ended, or does not answer."""
 
 
+@contextmanager
+def exchanging() -> Iterator[None]:
+    """A step that exchanges with other ranks: torch's error about one that has ended becomes a RankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RankError) or not (isinstance(error, distributed.DistError) or "gloo/" in str(error)):
+            raise
+        raise RankError(
+            f"group: got an error within a step that exchanges with other ranks ({_first_line(error)}), expected all of "
+            "them to go on. One has ended or does not answer; its own error is in its output. Start again: the run "
+            "goes on from the last checkpoint with resume=True."
+        ) from error
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
@@ -192,7 +210,9 @@ def _join_others(world_size: int, streams: int, deterministic: bool, device: tor
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not distributed.is_initialized():
         with named_errors():
-            distributed.init_process_group(backend, timeout=timeout)
+            store, rank, _ = next(distributed.rendezvous("env://", timeout=timeout))
+            store = _of_this_start(store, rank, world_size)
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     with named_errors():
         exchange = distributed.new_group(backend=backend, timeout=timeout)
         host = distributed.new_group(backend="gloo", timeout=timeout)
@@ -206,6 +226,30 @@ def _join_others(world_size: int, streams: int, deterministic: bool, device: tor
         exchange=exchange,
         host=host,
     )
+
+
+def _of_this_start(store: Any, rank: int, world_size: int) -> Any:
+    """A part of the store that no earlier start of the ranks has written to.
+
+    torchrun may keep one store for workers that it starts again: they would read the addresses of those that have ended.
+    Rank 0 gives a name to each rank that has written a new token.
+    """
+    token = uuid.uuid4().hex
+    if rank:
+        store.set(f"recfx/token/{rank}", token)
+        name = store.get(f"recfx/name/{token}").decode()
+        store.set(f"recfx/known/{name}/{rank}", "")
+    else:
+        name, begun = token, time.monotonic()
+        known = [f"recfx/known/{name}/{other}" for other in range(1, world_size)]
+        while not store.check(known):
+            for other in range(1, world_size):
+                if store.check([f"recfx/token/{other}"]):
+                    store.set(f"recfx/name/{store.get(f'recfx/token/{other}').decode()}", name)
+            if time.monotonic() - begun > TIMEOUT_S:
+                raise RuntimeError("a rank has not started")
+            time.sleep(0.01)
+    return distributed.PrefixStore(f"recfx/{name}", store)
 
 
 def current() -> Group | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import distributed
 
@@ -14,7 +15,16 @@ from recfx import checkpoint as checkpoints
 from recfx.dist import Group, current, join, leave
 from recfx.program.record import write_text
 
-__all__ = ["deal_to", "end_ranks", "is_first_process", "is_restarted", "join_ranks", "mark_launch", "rank_prefix"]
+__all__ = [
+    "deal_to",
+    "end_at_once",
+    "end_ranks",
+    "is_first_process",
+    "is_restarted",
+    "join_ranks",
+    "mark_launch",
+    "rank_prefix",
+]
 
 LAUNCH = ".launch"  # in output_dir: which launch of torchrun has trained there last
 
@@ -102,6 +112,16 @@ def end_ranks() -> None:
         group.wait()
         leave()
         distributed.destroy_process_group()
+
+
+def end_at_once(status: int, line: str) -> NoReturn:
+    """Ends this rank with a line on standard error.
+
+    Nothing of Python or torch is taken down: torch may abort a process whose groups still have threads.
+    """
+    sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 def rank_prefix() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from recfx.dist import Group, RankError, current
-from recfx.program.ranks import end_ranks, is_first_process, rank_prefix
+from recfx.program.ranks import end_at_once, end_ranks, is_first_process, rank_prefix
 from recfx.program.record import write_text
 from recfx.step import TrainState
 from recfx.table import num_live
@@ -123,10 +123,15 @@ def run_program(run: Callable[[Any], Mapping[str, Any]], args: Any) -> None:
     try:
         summary = run(args)
     except (ValueError, OSError, FloatingPointError, RankError) as error:
-        raise SystemExit(f"{rank_prefix()}error: {_line_of(error)}") from error
+        line = f"{rank_prefix()}error: {_line_of(error)}"
+        if rank_prefix():
+            end_at_once(1, line)
+        raise SystemExit(line) from error
     except KeyboardInterrupt as stop:
         line = str(stop) or "interrupted. What was trained since the last checkpoint is lost."
-        print(f"{rank_prefix()}{line}", file=sys.stderr)
+        if rank_prefix():
+            end_at_once(130, f"{rank_prefix()}{line}")
+        print(line, file=sys.stderr)
         raise SystemExit(130) from stop
     if is_first_process():
         print(text_of(summary))

@@ -15,6 +15,7 @@ from recfx.checks import check_choice, check_int
 from recfx.context import Stats, with_context
 from recfx.dist import Group, current
 from recfx.dist.exchange import Exchange
+from recfx.dist.group import exchanging
 from recfx.embeddings import Embedding, plan_tables
 from recfx.generators import Draws
 from recfx.kernels.rows.add_row_grads import add_row_grads_
@@ -188,11 +189,12 @@ def _repeating(parts: StepParts, function: Callable) -> Callable:
         return partial(function, parts)
 
     def run(state: TrainState, batch: Any) -> Any:
-        while True:
-            ids_in(parts, batch)  # sets the capacities
-            result = function(parts, state, batch)
-            if not is_void_(parts, state):
-                return result
+        with exchanging():
+            while True:
+                ids_in(parts, batch)  # sets the capacities
+                result = function(parts, state, batch)
+                if not is_void_(parts, state):
+                    return result
 
     return run
 

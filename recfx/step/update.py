@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from recfx.context import Stats
 from recfx.dist.exchange import Requests
+from recfx.dist.group import exchanging
 from recfx.kernels.definitions import definitions
 from recfx.step.finite import clean_padding, count_nonfinite_, gradients_finite, outputs_finite, untouch_
 from recfx.step.forward import aux_of, context_of, look_up, num_ids, read, real_samples, total_loss
@@ -71,7 +72,7 @@ def update(parts: StepParts, state: TrainState, batch: Batch) -> tuple[TrainStat
 def update_(parts: StepParts, state: TrainState, batch: Batch) -> tuple[TrainState, Aux]:
     """Makes room for the batch's ids, then `in_graph_`."""
     parts.check(state)
-    with torch.no_grad(), parts.draws.watched(state.step.device):
+    with torch.no_grad(), parts.draws.watched(state.step.device), exchanging():
         while True:
             feats = read(parts, batch)
             state, aux = _learn_(parts, grow_(parts, state, num_ids(parts, feats)), feats)

@@ -6,7 +6,6 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from recfx.train.evaluation import read_metrics, reset_metrics_
 from recfx.train.labels import check_labels, find_bad_label
 from recfx.train.nonfinite import check_finite, find_nonfinite, is_stopped
 from recfx.train.progress import Event, Progress, Reader, TrainConfig
-from recfx.train.ranks import exchanging, group_of
+from recfx.train.ranks import group_of
 from recfx.types import NUM_SAMPLES, Batch
 
 __all__ = ["EvaluateWith", "Loop", "OnEvent"]
@@ -212,8 +211,7 @@ class Loop:
             self.saver.delete_all()
         if self.window == 0 or self.window + len(batches) > accumulation:
             self.tell("before_step")
-        with nullcontext() if self.group.world_size == 1 else exchanging():
-            self.state, _ = self.run_batches(self.state, batches)  # type: ignore[arg-type]
+        self.state, _ = self.run_batches(self.state, batches)  # type: ignore[arg-type]
         self.count(batches)
         num_steps, self.window = divmod(self.window + len(batches), accumulation)
         return num_steps

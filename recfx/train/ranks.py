@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import distributed
-
 from recfx.checks import said
 from recfx.dist import Group, RankError
 from recfx.metrics import BinaryCounts
 
-__all__ = ["check_dealt", "exchanging", "group_of", "of_ranks", "rank_text", "summed", "together"]
+__all__ = ["check_dealt", "group_of", "of_ranks", "rank_text", "summed", "together"]
 
 ALONE = Group(rank=0, world_size=1, streams=1, deterministic=False)
 
@@ -35,22 +33,6 @@ def summed(group: Group, counts: BinaryCounts) -> BinaryCounts:
 def rank_text(group: Group, rank: int) -> str:
     """ " of rank 1", for an error; "" in one process."""
     return "" if group.world_size == 1 else f" of rank {rank}"
-
-
-@contextmanager
-def exchanging() -> Iterator[None]:
-    """A step that exchanges with other ranks: torch's error about one that has ended becomes a RankError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, RankError) or not (isinstance(error, distributed.DistError) or "gloo/" in str(error)):
-            raise
-        line = str(error).strip().splitlines()[0][:200]
-        raise RankError(
-            f"group: got an error within a step that exchanges with other ranks ({line}), expected all of them to go "
-            "on. One has ended or does not answer; its own error is in its output. Start again: the run goes on from "
-            "the last checkpoint with resume=True."
-        ) from error
 
 
 @contextmanager
