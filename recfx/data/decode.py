@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from recfx.data.conform import conform
 from recfx.data.files import File, quoted
 from recfx.data.formats import Format, open_file, reading
 from recfx.data.identity import identity_of
+from recfx.data.kept_units import KeptUnits
 from recfx.data.open_file import OpenFile
 from recfx.data.packing.pack_columns import PackPlan
 from recfx.data.records import as_records
@@ -80,9 +82,16 @@ class Decoder:
         self._units: dict[File, list[int]] = {}
         self._opened: dict[File, tuple[OpenFile, _Names]] = {}
         self._absent: set[str] | None = None  # columns that no file had so far; None: before the first
+        self._kept: KeptUnits | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}
+
+    def keeping(self, kept: KeptUnits) -> Decoder:
+        """The same decoder, which decodes a unit once while it is kept."""
+        other = copy.copy(self)
+        other._opened, other._kept = {}, kept
+        return other
 
     @property
     def absent(self) -> list[str]:
@@ -105,6 +114,9 @@ class Decoder:
 
         Raises:   ValueError naming file, row and column when a row is bad and the recipe does not skip it.
         """
+        return self._read(file, unit) if self._kept is None else self._kept.read(file, unit, self._read)
+
+    def _read(self, file: File, unit: int) -> Decoded:
         cached = None if self.cache is None else self.cache.load(file, unit)
         if cached is not None:
             return cached

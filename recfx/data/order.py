@@ -217,11 +217,22 @@ def _tasks(plan: ReadPlan, start: ChunkStart, last_epoch: int | None) -> Iterato
 
 
 def _read(plan: ReadPlan, place: ChunkStart, file: int, unit: int) -> _Unit:
-    batch, num_bad = plan.decoder.read(plan.files[file], unit)
-    if plan.shard_by == "row" and plan.world_size > 1:
-        first = (plan.rank - file - unit) % plan.world_size
-        batch = batch.take(pa.array(np.arange(first, batch.num_rows, plan.world_size)))
-    return _Unit(batch, num_bad, place)
+    rows, num_bad = plan.decoder.read(plan.files[file], unit)
+    if plan.shard_by != "row" or plan.world_size == 1:
+        return _Unit(rows, num_bad, place)
+    own = _every_nth(rows, (plan.rank - file - unit) % plan.world_size, plan.world_size)
+    if plan.decoder.cache is not None:
+        plan.decoder.cache.check_files([rows])  # they were copied, so no batch that holds them will look
+    counts_bad = (file + unit) % plan.world_size == plan.rank  # all workers see a unit's bad rows, one counts them
+    return _Unit(own, num_bad if counts_bad else 0, place)
+
+
+def _every_nth(rows: pa.RecordBatch, first: int, n: int) -> pa.RecordBatch:
+    """Rows first, first + n, ... The last of all follows them in memory: reading a record reads 8 bytes after it."""
+    if not rows.num_rows:
+        return rows
+    places = np.append(np.arange(first, rows.num_rows, n), rows.num_rows - 1)
+    return rows.take(pa.array(places)).slice(0, len(places) - 1)
 
 
 def _end_of_epoch() -> None:

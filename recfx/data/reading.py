@@ -86,8 +86,9 @@ def reader(
                   `BatchIterator.num_bad`. A file that cannot be read or has other columns is always an error. A row
                   of CSV is one line: a line that does not close a quote is bad, and the next line is a new row.
               rank, world_size: this worker reads files[rank::world_size], or, with shard_by="unit", every
-                  world_size-th unit; with shard_by="row" it decodes all units and keeps every world_size-th row. The
-                  workers of a DataLoader divide the rows of their process in the same way.
+                  world_size-th unit; with shard_by="row" it decodes all units and keeps every world_size-th
+                  row of those that filter, split and on_bad leave; a bad row is in num_bad of one worker. The workers
+                  of a DataLoader divide the rows of their process in the same way.
               threads: how many units are decoded at the same time, >= 1.
               prefetch: how many units per thread are decoded ahead, while the caller works. 0: none; the caller waits
                   while `threads` units are decoded, and no decoding runs while it works.

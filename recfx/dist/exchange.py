@@ -221,13 +221,17 @@ class Exchange:
                 self.sum_row_grads(sums[i][0], *self.tables[i].occurrences(found[i], row_grads[i]))
         return sums
 
-    def add_grads_(self, states: Sequence[TableState], found: Sequence[Found], sums: Sequence[Sequence[Tensor]]) -> None:
+    def add_grads_(
+        self, states: Sequence[TableState], found: Sequence[Found], sums: Sequence[Sequence[Tensor]]
+    ) -> None:
         """Sends the sums of `sum_by_id` to the owners, and adds those of the rows that this rank owns."""
         training = [(i, of_table[0]) for i, of_table in enumerate(sums) if of_table]
         if not training:
             return
         n, sizes = self.group.world_size, [s.numel() // self.group.world_size for _, s in training]
-        message = torch.cat([s.view(n, -1) for _, s in training], dim=1) if len(training) > 1 else training[0][1].view(n, -1)
+        message = (
+            torch.cat([s.view(n, -1) for _, s in training], dim=1) if len(training) > 1 else training[0][1].view(n, -1)
+        )
         for (i, own), block in zip(training, all_to_all(self.group, message).split(sizes, dim=1), strict=True):
             cell = torch.arange(len(own), dtype=torch.int32, device=own.device)
             width, grads = own.shape[1], [block.reshape(-1, 1, own.shape[1])]
@@ -311,7 +315,7 @@ class Exchange:
 
 
 def _without_new(s: TableState, found: Found) -> Found:
-    """Read-only lookups without the rows of this optimiser step, which depend on what other streams have read so far."""
+    """Read-only lookups without the rows of this optimiser step, which depend on what other streams have read."""
     if found.read_only is None:
         return found
     row = found.read_only.row

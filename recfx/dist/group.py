@@ -165,8 +165,8 @@ def exchanging() -> Iterator[None]:
         if isinstance(error, RankError) or not (isinstance(error, distributed.DistError) or "gloo/" in str(error)):
             raise
         raise RankError(
-            f"group: got an error within a step that exchanges with other ranks ({_first_line(error)}), expected all of "
-            "them to go on. One has ended or does not answer; its own error is in its output. Start again: the run "
+            f"group: got an error within a step that exchanges with other ranks ({_first_line(error)}), expected all "
+            "of them to go on. One has ended or does not answer; its own error is in its output. Start again: the run "
             "goes on from the last checkpoint with resume=True."
         ) from error
 
@@ -231,7 +231,7 @@ def _join_others(world_size: int, streams: int, deterministic: bool, device: tor
 def _of_this_start(store: Any, rank: int, world_size: int) -> Any:
     """A part of the store that no earlier start of the ranks has written to.
 
-    torchrun may keep one store for workers that it starts again: they would read the addresses of those that have ended.
+    torchrun may keep one store for workers that it starts again: they would read addresses of those that have ended.
     Rank 0 gives a name to each rank that has written a new token.
     """
     token = uuid.uuid4().hex

@@ -18,7 +18,9 @@ import xxhash
 
 from recfx.checks import check_type
 from recfx.data import Reader
+from recfx.data.arguments import check_transformed
 from recfx.data.batch_iterator import BatchIterator
+from recfx.data.kept_units import KeptUnits
 from recfx.data.packing.pack_columns import Segment, count_items
 from recfx.data.packing.pack_records import pack_records
 from recfx.dist.group import Group
@@ -49,8 +51,8 @@ def deal(reader: Reader, group: Group) -> RankReader:
         )
     if reader.batch_size % group.streams:
         raise ValueError(
-            f"batch_size: got {reader.batch_size} for {group.streams} streams, expected a multiple. A batch has as many "
-            "rows of each. Change it, or the number of streams: join(streams=...), --virtual_shards."
+            f"batch_size: got {reader.batch_size} for {group.streams} streams, expected a multiple. A batch has as "
+            "many rows of each. Change it, or the number of streams: join(streams=...), --virtual_shards."
         )
     return RankReader(reader, group)
 
@@ -67,11 +69,14 @@ class RankReader:
         own = group.own_streams
         places = 1 if group.deterministic else group.streams_per_rank
         self.packer = replace(whole, batch_size=places * self.per_stream)
-        share: dict[str, Any] = {"shard_by": "row" if self.by_row else "unit", "threads": max(1, whole.plan.threads // max(1, len(own)))}
-        plans = {v: replace(whole.plan, rank=v, world_size=group.streams, **share) for v in own}
-        self.streams = {
-            v: _Stream(plan, self.per_stream, 1, False, None, False) for v, plan in plans.items()
-        }
+        threads = max(1, whole.plan.threads // max(1, len(own)))
+        shard_by: Any = "row" if self.by_row else "unit"
+        plan = replace(whole.plan, world_size=group.streams, shard_by=shard_by, threads=threads)
+        ahead = threads * (plan.prefetch + 1) + 2  # streams of one rank are less than a unit apart
+        self.kept = KeptUnits(ahead, group.streams * plan.shuffle_rows)
+        if self.by_row and len(own) > 1:
+            plan = replace(plan, decoder=plan.decoder.keeping(self.kept))
+        self.streams = {v: _Stream(replace(plan, rank=v), self.per_stream, 1, False, None, False) for v in own}
         if not own:
             warnings.warn(
                 f"recfx: rank {group.rank} has no rows: they are dealt to {group.streams} streams, the number of the "
@@ -99,7 +104,7 @@ class RankReader:
 
     def epoch(self, number: int) -> RankIterator:
         """The pass over the data with this number, from 0."""
-        return RankIterator(self, {v: stream.epoch(number) for v, stream in self.streams.items()})
+        return RankIterator(self, {v: stream.epoch(number) for v, stream in self.streams.items()}, is_new=True)
 
     def start_at(self, position: Position) -> RankIterator:
         """An iterator from a `RankIterator.position` on, of a run with any number of ranks.
@@ -112,10 +117,11 @@ class RankReader:
             raise ValueError(f"position: got {position}, expected a `RankIterator.position`.") from None
         if num != self.group.streams or len(positions) != num:
             raise ValueError(
-                f"position: got one of {num} streams, expected {self.group.streams}. Rows are dealt to as many streams as "
-                f"when the run began. Join with streams={num}, or --virtual_shards {num}."
+                f"position: got one of {num} streams, expected {self.group.streams}. Rows are dealt to as many "
+                f"streams as when the run began. Join with streams={num}, or --virtual_shards {num}."
             )
-        return RankIterator(self, {v: stream.start_at(positions[v]) for v, stream in self.streams.items()})
+        own = {v: stream.start_at(positions[v]) for v, stream in self.streams.items()}
+        return RankIterator(self, own, is_new=False)
 
     def first(self) -> Batch:
         """The first batch, without samples where this rank has none, from which `capture` takes its shapes.
@@ -139,15 +145,16 @@ class RankIterator(Iterator[Batch]):
     is_interrupted: whether any rank wanted to, when the last batch was agreed on: the same on all ranks.
     """
 
-    def __init__(self, reader: RankReader, streams: dict[int, BatchIterator]) -> None:
+    def __init__(self, reader: RankReader, streams: dict[int, BatchIterator], *, is_new: bool) -> None:
         self._reader, self._streams = reader, streams
         self._rounds: list[Batch] = []  # of a whole batch, to be handed out
         self._is_closed = False
         self._num_left = 0  # rows of this rank that no batch took
+        self._is_empty = is_new
         self.interrupted = self.is_interrupted = False
         for stream in streams.values():
             stream.warns = False
-        self.warns = True
+        self.warns = True  # of a pass without a batch; False for a caller that raises an error instead
 
     @property
     def position(self) -> Position:
@@ -164,7 +171,7 @@ class RankIterator(Iterator[Batch]):
 
     @property
     def num_bad(self) -> int:
-        """Rows that on_bad="skip" has dropped so far on this rank. A stream of rows counts those of all streams."""
+        """Rows that on_bad="skip" has dropped so far in this rank's streams: ranks add up to all of them."""
         return sum(stream.num_bad for stream in self._streams.values())
 
     @property
@@ -188,19 +195,29 @@ class RankIterator(Iterator[Batch]):
                 raise
         if not self._rounds:
             self.close()
+            self._warn()
             raise StopIteration
+        self._is_empty = False
         return self._rounds.pop(0)
+
+    def _warn(self) -> None:
+        """Warns once of a pass without a batch, as a `BatchIterator` does."""
+        if self._is_empty and self.warns:
+            text = f"recfx: got no batch in a pass over the data, but {self}. {self.advice}"
+            warnings.warn(text, stacklevel=3)
+        self._is_empty = False
 
     def close(self) -> None:
         """Ends the iteration and its threads."""
         self._is_closed = True
         for stream in self._streams.values():
             stream.close()
+        self._reader.kept.clear()
 
     def _next_whole(self) -> list[Batch]:
         """This rank's batches of the next whole batch; none at the end."""
         reader, group = self._reader, self._reader.group
-        rows: dict[int, list[Segment]] = {v: next(stream, []) for v, stream in self._streams.items()}  # type: ignore[arg-type, assignment]
+        rows: dict[int, Any] = {v: next(stream, []) for v, stream in self._streams.items()}  # lists of segments
         full = [sum(s.end - s.begin for s in segments) == reader.per_stream for segments in rows.values()]
         if group.deterministic:
             shares = [rows.get(k * group.world_size + group.rank, []) for k in range(group.rounds)]
@@ -222,7 +239,11 @@ class RankIterator(Iterator[Batch]):
         """Batches after the reader's transform, of a layout that fits those of all ranks."""
         reader = self._reader
         transform: Callable = reader.whole.transform  # type: ignore[assignment]
-        results = [pack({NUM_SAMPLES: b[NUM_SAMPLES], **transform(dict(b))}) for b in batches]
+        pin, results = reader.whole.pin_memory, []
+        for batch in batches:
+            columns = transform(dict(batch))
+            check_transformed(columns, reader.packer.batch_size)
+            results.append(pack({NUM_SAMPLES: batch[NUM_SAMPLES], **columns}, pin_memory=pin))
         forms = [{f"{name}\0{part}": form for (name, part), form in b.layout.forms.items()} for b in results]
         names = sorted(forms[0])
         sizes = [max([form[n][1][0] if form[n][1] else 0 for form in forms]) for n in names]
@@ -235,7 +256,7 @@ class RankIterator(Iterator[Batch]):
                 for (name, part), (dtype, shape) in results[0].layout.forms.items()
             }
         )
-        return [b if b.layout == layout else pack(dict(b), layout=layout, pin_memory=reader.whole.pin_memory) for b in results]
+        return [b if b.layout == layout else pack(dict(b), layout=layout, pin_memory=pin) for b in results]
 
 
 class _Stream(Reader):
@@ -248,7 +269,9 @@ class _Stream(Reader):
 class _Packed:
     """Rows of a batch, and the room that their lists need."""
 
-    def __init__(self, segments: list[Segment], counts: np.ndarray, buffer: torch.Tensor | None, layout: Layout) -> None:
+    def __init__(
+        self, segments: list[Segment], counts: np.ndarray, buffer: torch.Tensor | None, layout: Layout
+    ) -> None:
         self.segments, self.counts, self.buffer, self.layout = segments, counts, buffer, layout
 
     @staticmethod

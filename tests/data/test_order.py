@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from recfx.data import Reader, Split, fixedlen, reader, varlen
+from recfx.data import Reader, Split, fixedlen, order, reader, varlen
 from tests.data.rows import all_rows, rows_of, write
 
 NUM_ROWS = 83
@@ -57,7 +58,7 @@ OPTIONS = st.fixed_dictionaries(
         "threads": st.integers(1, 2),
         "prefetch": st.integers(0, 1),
         "drop_remainder": st.booleans(),
-        "shard": st.sampled_from([(0, 1, "file"), (1, 3, "file"), (2, 3, "unit"), (0, 4, "unit")]),
+        "shard": st.sampled_from([(0, 1, "file"), (1, 3, "file"), (2, 3, "unit"), (0, 4, "unit"), (1, 3, "row")]),
         "filter": st.sampled_from([None, [("id", ">", 40)], [("user", "==", 3)]]),
         "split": st.sampled_from([None, Split(part="train", fraction=0.3, key="user")]),
     }
@@ -161,6 +162,48 @@ def test_more_workers_than_units(folder):
         read(folder, rank=6, world_size=7)
     with pytest.raises(ValueError, match="rank: got 40 of 60 workers for 6 files, expected a unit for each worker"):
         list(read(folder, rank=40, world_size=60, shard_by="unit"))
+
+
+ROW_OPTIONS: dict[str, dict] = {
+    "in order": {},
+    "shuffled": {"shuffle_rows": 20, "seed": 3},
+    "filtered": {"filter": [("id", ">", 40)]},
+    "split": {"split": Split(part="train", fraction=0.3, key="user")},
+}
+
+
+@pytest.mark.parametrize("options", ROW_OPTIONS.values(), ids=ROW_OPTIONS)
+@pytest.mark.parametrize("num", [2, 3, 7])
+def test_workers_that_share_by_row_read_each_row_once(folder, tmp_path, num, options):
+    expected = sorted(ids_of(read(folder, **options)))
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):  # written, then read
+        share = {"world_size": num, "shard_by": "row", "cache": cache, **options}
+        shares = [ids_of(read(folder, rank=rank, **share)) for rank in range(num)]
+        assert sorted(itertools.chain(*shares)) == expected
+        assert max(map(len, shares)) - min(map(len, shares)) <= 7  # of 15 units
+
+
+def test_records_of_a_share_by_row_are_followed_by_the_bytes_that_reading_them_reads(folder):
+    plan = read(folder, shuffle_rows=20, rank=1, world_size=3, shard_by="row").plan
+    units = [chunk for chunk in order.chunks(plan, order.ChunkStart(), 1) if chunk is not None]
+    held = [batch.column(0) for chunk in units for batch in chunk.rows.memory]
+    assert len(held) > 10
+    for records in held:
+        _, offsets, data = records.buffers()
+        end = np.frombuffer(offsets, np.int64)[records.offset + len(records)]
+        assert data.size >= end + 8
+
+
+def test_bad_rows_are_counted_by_one_worker(tmp_path):
+    labels = [None if i % 5 == 0 else [1.0] for i in range(40)]
+    for k in range(3):
+        table = pa.table({"id": pa.array(range(40 * k, 40 * k + 40), pa.int64()), "label": labels})
+        write(tmp_path / f"{k}.parquet", table, 10)
+    columns = [varlen("id", torch.int64), fixedlen("label", [0.0])]
+    shares = [reader(tmp_path, columns, 4, on_bad="skip", rank=k, world_size=4, shard_by="row") for k in range(4)]
+    iterators = [iter(share) for share in shares]
+    assert sorted(i for it in iterators for i in ids_of(it)) == [i for i in range(120) if i % 5]
+    assert sum(it.num_bad for it in iterators) == 24
 
 
 FILTERS = [

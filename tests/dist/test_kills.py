@@ -112,9 +112,11 @@ def test_torchrun_starts_killed_ranks_again(files: Path, whole: Path, tmp_path: 
         while not (tmp_path / "run" / f"step-{2 * SAVE_STEPS:09d}" / "manifest.json").exists():
             assert run.poll() is None, run.stderr and run.stderr.read()
             time.sleep(0.01)
-        workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
+        workers = subprocess.run(
+            ["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
         os.kill(int(workers[-1]), signal.SIGKILL)
-        out, err = run.communicate(timeout=120)
+        _, err = run.communicate(timeout=120)
     assert run.returncode == 0, err
     assert not [line for line in checkpoint.diff(whole, last(tmp_path / "run")) if not line.startswith("loop: ")]
 
@@ -122,7 +124,14 @@ def test_torchrun_starts_killed_ranks_again(files: Path, whole: Path, tmp_path: 
 def test_one_checkpoint_is_evaluated_alike_on_any_number_of_ranks(files: Path, whole: Path) -> None:
     found = []
     for nproc in (1, 2):
-        args = ["evaluate", str(whole.parent), str(files / "eval"), "--backend=eager", "--virtual_shards=4", "--deterministic=true"]
+        args = [
+            "evaluate",
+            str(whole.parent),
+            str(files / "eval"),
+            "--backend=eager",
+            "--virtual_shards=4",
+            "--deterministic=true",
+        ]
         ranks = launch("recfx", args, nproc=nproc, timeout=60)
         assert [rank.returncode for rank in ranks] == [0] * nproc, ranks
         found.append(ranks[0].stdout)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +17,15 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from recfx.data import fixedlen, reader, varlen
+from recfx.data import Between, fixedlen, from_arrays, reader, varlen
+from recfx.data.decode import Decoder
 from recfx.dist import Group
 from recfx.dist.streams import deal
-from recfx.types import NUM_SAMPLES
+from recfx.types import NUM_SAMPLES, Ragged
+from tests.dist import streams_of_ranks
+from tests.dist.launching import launch
 
+SCRIPT = Path(streams_of_ranks.__file__)
 BATCH_SIZE = 12
 UNITS = (29, 7, 40, 11)  # rows of the four units
 
@@ -90,7 +97,14 @@ def schema() -> pa.Schema:
 
 
 def read(files: str, *, batch_size: int = BATCH_SIZE, **options: Any) -> Any:
-    return reader(files, [fixedlen("n", [0.0]), varlen("ids", torch.int64)], batch_size, format="parquet", **options)
+    ids = varlen("ids", torch.int64, valid=Between(0, 50) if "on_bad" in options else None)
+    return reader(files, [fixedlen("n", [0.0]), ids], batch_size, format="parquet", **options)
+
+
+def numbers_of(options: dict[str, Any]) -> list[int]:
+    """The rows that are read with these options."""
+    numbers = range(1, sum(UNITS) + 1)
+    return [n for n in numbers if "on_bad" not in options or (n > 3 and (n <= 50 or n % 4 == 0))]
 
 
 def rows(batch: Any) -> list[int]:
@@ -111,10 +125,17 @@ def passes(files: str, epochs: Sequence[int] = (0,), **options: Any) -> Callable
     return run
 
 
+def without_padding(columns: Any) -> Any:
+    """Columns as they were, in as little room as their values need: another layout for each batch and rank."""
+    offsets = columns["ids"].offsets
+    return {"n": columns["n"], "ids": Ragged(columns["ids"].values[: offsets[-1]].clone(), offsets)}
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "in order": {},
     "shuffled": {"shuffle_rows": 16, "seed": 3},
-    "transformed": {"transform": lambda columns: {"n": columns["n"], "ids": columns["ids"]}},
+    "transformed": {"transform": without_padding},
+    "filtered, bad rows skipped": {"filter": [("n", ">", 3.0)], "on_bad": "skip"},
 }
 
 
@@ -132,7 +153,43 @@ def test_every_row_is_read_once(
         assert len({len(batches) for batches in of_ranks}) == 1  # as many on each rank
         assert all(len({layout for _, layout in step}) == 1 for step in zip(*of_ranks, strict=True))
         found = Counter(n for batches in of_ranks for numbers, _ in batches for n in numbers)
-        assert found == Counter(range(1, sum(UNITS) + 1))
+        assert found == Counter(numbers_of(options))
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle_rows": 16}], ids=["in order", "shuffled"])
+def test_every_row_is_read_once_from_a_cache(files: str, tmp_path: Path, options: dict[str, Any]) -> None:
+    expected = None
+    for num in (2, 1, 3):  # the first writes it
+        run = passes(files, cache=tmp_path, **options)
+        batches = whole_batches(on_ranks(num, run, streams=4), 1)
+        assert sorted(chain(*batches)) == numbers_of(options)
+        assert expected in (None, batches)
+        expected = batches
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 4])
+def test_bad_rows_of_all_ranks_are_counted_once(files: str, num: int) -> None:
+    def run(group: Group) -> int:
+        iterator = deal(read(files, on_bad="skip"), group).epoch(0)
+        list(iterator)
+        return iterator.num_bad
+
+    num_bad = sum(n > 50 and n % 4 > 0 for n in range(1, sum(UNITS) + 1))
+    for streams in (3, 4):  # by unit, by row
+        assert sum(on_ranks(min(num, streams), run, streams=streams)) == num_bad
+
+
+def test_arrays_are_dealt_too() -> None:
+    def run(group: Group) -> list[int]:
+        numbers = np.arange(5000, dtype=np.float32)
+        dealt = deal(
+            from_arrays({"n": numbers}, [fixedlen("n", [0.0])], 100, drop_remainder=False, shuffle=True), group
+        )
+        return [n for b in dealt for n in b["n"][: b[NUM_SAMPLES], 0].int().tolist()]
+
+    for streams in (2, 10):  # by unit, by row
+        found = on_ranks(2, run, streams=streams)
+        assert sorted(chain(*found)) == list(range(5000))
 
 
 def whole_batches(results: list[Any], group_rounds: int) -> list[list[int]]:
@@ -173,6 +230,7 @@ def test_goes_on_with_another_number_of_ranks(files: str, deterministic: bool, o
     def rest(position: Any) -> Callable[[Group], Any]:
         return lambda group: [[(rows(b), b.layout) for b in deal(read(files, **options), group).start_at(position)]]
 
+    unbroken = whole_batches(on_ranks(1, passes(files, (1,), **options), streams=4), 1)
     begun = on_ranks(2, begin, streams=4, deterministic=deterministic)
     position = begun[0][1]
     assert begun[1][1] == position
@@ -182,7 +240,7 @@ def test_goes_on_with_another_number_of_ranks(files: str, deterministic: bool, o
         results = on_ranks(num, rest(position), streams=4, deterministic=deterministic)
         found.append(whole_batches(results, -(-4 // num) if deterministic else 1))
         assert sorted([*first, *chain(*found[-1])]) == list(range(1, sum(UNITS) + 1))
-    assert all(batches == found[0] for batches in found)
+    assert all(batches == unbroken[3:] for batches in found)
 
 
 def test_a_rank_that_wants_to_stop_is_known_to_all_with_the_same_batch(files: str) -> None:
@@ -244,3 +302,51 @@ def test_by_row_where_a_stream_would_have_no_unit(files: str) -> None:
 def test_no_rows_at_all_is_an_error_on_every_rank(files: str) -> None:
     with pytest.raises(ValueError, match=r"reader: got .*expected at least one batch"):
         on_ranks(2, lambda group: deal(read(files, filter=[("n", ">", 1e6)]), group).first(), streams=2)
+
+
+def test_a_pass_without_a_batch_warns(files: str) -> None:
+    dealt = deal(read(files, filter=[("n", ">", 1e6)]), Group(rank=0, world_size=1, streams=2, deterministic=False))
+    with pytest.warns(UserWarning, match=r"got no batch in a pass over the data, but 0 rows for rank 0"):
+        assert list(dealt) == []
+
+
+def test_a_transform_that_changes_the_number_of_samples(files: str) -> None:
+    dealt = deal(
+        read(files, transform=lambda columns: {"n": columns["n"][:3]}),
+        Group(rank=0, world_size=1, streams=2, deterministic=False),
+    )
+    with pytest.raises(ValueError, match=r"transform: got 3 samples in 'n', expected 12"):
+        next(iter(dealt))
+
+
+@pytest.mark.skipif("RECFX_CRITEO_SAMPLE" not in os.environ, reason="RECFX_CRITEO_SAMPLE names no folder")
+@pytest.mark.parametrize("streams", [2, pytest.param(20, marks=pytest.mark.slow)])  # by unit, by row
+def test_two_processes_read_the_real_sample_as_one_does(streams: int) -> None:
+    paths, per_stream = os.environ["RECFX_CRITEO_SAMPLE"], 4000 // streams
+    said = []
+    for rank in launch(SCRIPT, [paths, str(streams), str(per_stream)], timeout=60):
+        assert rank.returncode == 0, rank.stderr
+        said.append(json.loads(rank.stdout))
+    assert said[0]["forms"] == said[1]["forms"]
+    assert [s["by_row"] for s in said] == [streams == 20] * 2
+    alone = deal(
+        reader(paths, streams_of_ranks.columns(), 4000, drop_remainder=False),
+        Group(rank=0, world_size=1, streams=streams, deterministic=False),
+    )
+    expected = [streams_of_ranks.rows(b) for b in alone]
+    assert [a + b for a, b in zip(said[0]["rows"], said[1]["rows"], strict=True)] == expected
+    whole = reader(paths, streams_of_ranks.columns(), 4000, drop_remainder=False)
+    in_order = Counter(map(str, chain(*map(streams_of_ranks.rows, whole))))
+    assert Counter(map(str, chain(*expected))) == in_order
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle_rows": 30}], ids=["in order", "shuffled"])
+def test_a_rank_decodes_a_unit_once_an_epoch_for_all_its_streams_of_rows(
+    files: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    decoded, plain = [], Decoder._decode
+    monkeypatch.setattr(Decoder, "_decode", lambda self, *unit: decoded.append(unit) or plain(self, *unit))
+    dealt = deal(read(files, **options), Group(rank=0, world_size=1, streams=4, deterministic=False))
+    for epoch in (0, 1):
+        assert sorted(n for batch in dealt.epoch(epoch) for n in rows(batch)) == numbers_of({})
+        assert len(decoded) == len(UNITS) * (epoch + 1)
