@@ -69,7 +69,9 @@ def assert_same(many: list[dict[str, Any]], one: dict[str, Any], tolerance: floa
         assert (rank["step"], rank["nonfinite"]) == (one["step"], one["nonfinite"])
         np.testing.assert_allclose(rank["losses"], one["losses"], rtol=0, atol=tolerance)
         for name in ("counts", "held_out"):
-            np.testing.assert_array_equal(rank[name][0], one[name][0])
+            moved = np.cumsum(rank[name][0] - one[name][0], axis=1)  # a logit at the edge of a bin may be in the next
+            assert not moved[:, -1].any()
+            assert np.abs(moved).max() <= 2
             np.testing.assert_allclose(rank[name][1], one[name][1], rtol=1e-6)
     logits = sorted(logit for rank in many for logit in rank["logits"])
     np.testing.assert_allclose(logits, sorted(one["logits"]), rtol=0, atol=1e-4)
