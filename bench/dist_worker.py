@@ -3,7 +3,8 @@
     python -m bench.dist_worker recfx FOLDER BATCH_SIZE [deterministic]     DeepFM, 26 columns of ids, compiled
     python -m bench.dist_worker ddp FOLDER BATCH_SIZE ROWS                  torch's DDP with a replicated table
 
-Both train the same generated rows. DDP has a smaller first layer, 221 inputs for 312, and knows every id beforehand, as a number below ROWS.
+Both train the same generated rows. DDP has a smaller first layer, 221 inputs for 312, and knows every id beforehand, as
+a number below ROWS.
 """
 
 from __future__ import annotations
