@@ -50,7 +50,7 @@ def main(kind: str, folder: str, batch_size: str, option: str = "") -> None:
                 state, _ = run(state, batch)
 
         train()
-        if step.exchange is not None:
+        if step.exchange is not None and group.world_size > 1:
             (capacity,), bytes_of_id = step.exchange.capacities, 12 + 4 * (WIDTH + 1) + 4 * WIDTH
             facts["MB sent by a rank"] = capacity * group.world_size * group.rounds * bytes_of_id / 1e6
             facts["least MB"] = distinct_of(step, batches) * bytes_of_id / 1e6 * group.rounds
