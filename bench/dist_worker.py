@@ -51,7 +51,7 @@ def main(kind: str, folder: str, batch_size: str, option: str = "") -> None:
                 state, _ = run(state, batch)
 
         train()
-        if step.exchange is not None:
+        if step.exchange is not None and group.world_size > 1:
             (capacity,), bytes_of_id = step.exchange.capacities, 12 + 4 * (WIDTH + 1) + 4 * WIDTH
             facts["MB sent by a rank"] = capacity * group.world_size * group.rounds * bytes_of_id / 1e6
             facts["least MB"] = distinct_of(step, batches) * bytes_of_id / 1e6 * group.rounds
@@ -109,11 +109,8 @@ def ddp(batches: list, num_rows: int) -> Callable[[], None]:
     inputs = []
     for batch in batches:
         feats = deepfm.log1p_features(batch)
-        num = len(feats["label"])
-        lists = [feats[c].values[a:b] % num_rows for i in range(num) for c in deepfm.CATEGORICAL
-                 for a, b in [(int(feats[c].offsets[i]), int(feats[c].offsets[i + 1]))]]  # fmt: skip
-        offsets = torch.tensor([0, *np.cumsum([len(ids) for ids in lists])[:-1]])
-        inputs.append((torch.cat(lists), offsets, feats["numeric"], feats["label"]))
+        ids, offsets = by_sample([feats[c] for c in deepfm.CATEGORICAL], len(feats["label"]))
+        inputs.append((ids % num_rows, offsets, feats["numeric"], feats["label"]))
     loss_of = nn.BCEWithLogitsLoss()
 
     def train() -> None:
@@ -125,6 +122,15 @@ def ddp(batches: list, num_rows: int) -> Callable[[], None]:
             dense.step()
 
     return train
+
+
+def by_sample(columns: list, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of several columns, those of a sample one after the other, and where each column of each sample begins."""
+    counts = torch.stack([c.offsets[1 : num + 1] - c.offsets[:num] for c in columns], 1).long()  # [samples, columns]
+    cells = torch.arange(counts.numel()).view_as(counts)
+    cell = torch.cat([cells[:, k].repeat_interleave(counts[:, k]) for k in range(len(columns))])
+    ids = torch.cat([c.values[: int(c.offsets[num])] for c in columns])
+    return ids[cell.argsort(stable=True)], counts.flatten().cumsum(0) - counts.flatten()
 
 
 if __name__ == "__main__":
