@@ -53,7 +53,16 @@ class BatchIterator(Iterator[Batch]):
     @property
     def position(self) -> Position:
         """The end of the last batch that was returned: a few numbers that JSON can store."""
-        place, taken = self._position
+        return self.position_of(self.end)
+
+    @property
+    def end(self) -> tuple[ChunkStart, int]:
+        """What `position_of` makes a position of, also when the iterator has gone on. It reads no file."""
+        return self._position
+
+    def position_of(self, end: tuple[ChunkStart, int]) -> Position:
+        """The `position` when `end` was read."""
+        place, taken = end
         return {**place._asdict(), "taken": taken, "of": self._plan.fingerprint}
 
     @property

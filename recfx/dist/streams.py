@@ -100,6 +100,11 @@ class RankReader:
         return self.whole.described
 
     def __iter__(self) -> RankIterator:
+        if self.whole.epochs != 1:
+            raise ValueError(
+                f"reader: got one with epochs={self.whole.epochs}, expected epochs=1. Its streams end a pass together. "
+                "Iterate over epoch(0), epoch(1), ..."
+            )
         return self.epoch(0)
 
     def epoch(self, number: int) -> RankIterator:
@@ -148,6 +153,7 @@ class RankIterator(Iterator[Batch]):
     def __init__(self, reader: RankReader, streams: dict[int, BatchIterator], *, is_new: bool) -> None:
         self._reader, self._streams = reader, streams
         self._rounds: list[Batch] = []  # of a whole batch, to be handed out
+        self._ends_before: dict[int, Any] = {}  # of the streams, before that whole batch
         self._is_closed = False
         self._num_left = 0  # rows of this rank that no batch took
         self._is_empty = is_new
@@ -158,9 +164,12 @@ class RankIterator(Iterator[Batch]):
 
     @property
     def position(self) -> Position:
-        """The end of the last whole batch, for all ranks together: every rank must read it. JSON can store it."""
-        own = {v: stream.position for v, stream in self._streams.items()}
+        """The end of the last batch, for all ranks together: every rank must read it, after the same batch. JSON can
+        store it. Between the rounds of a whole batch, streams whose round has not come are where it began."""
         group = self._reader.group
+        num_rounds = group.rounds - len(self._rounds)  # that were handed out
+        ends = {v: self._ends_before[v] for k, v in enumerate(group.own_streams) if self._rounds and k >= num_rounds}
+        own = {v: stream.position_of(ends.get(v, stream.end)) for v, stream in self._streams.items()}
         known = {v: position for of_rank in group.gather(own) for v, position in of_rank.items()}
         return {"streams": group.streams, "positions": [known[v] for v in range(group.streams)]}
 
@@ -217,6 +226,7 @@ class RankIterator(Iterator[Batch]):
     def _next_whole(self) -> list[Batch]:
         """This rank's batches of the next whole batch; none at the end."""
         reader, group = self._reader, self._reader.group
+        self._ends_before = {v: stream.end for v, stream in self._streams.items()}
         rows: dict[int, Any] = {v: next(stream, []) for v, stream in self._streams.items()}  # lists of segments
         full = [sum(s.end - s.begin for s in segments) == reader.per_stream for segments in rows.values()]
         if group.deterministic:

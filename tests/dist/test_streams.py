@@ -243,6 +243,63 @@ def test_goes_on_with_another_number_of_ranks(files: str, deterministic: bool, o
     assert all(batches == unbroken[3:] for batches in found)
 
 
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_a_position_between_the_rounds_of_a_whole_batch(files: str, num: int) -> None:
+    def run(group: Group, num_taken: int) -> Any:
+        iterator = deal(read(files), group).epoch(0)
+        taken = [rows(next(iterator)) for _ in range(num_taken)]
+        position = iterator.position
+        iterator.close()
+        return taken, position
+
+    for num_taken in range(1, 2 * -(-4 // num) + 1):
+        of_ranks = on_ranks(num, lambda group: run(group, num_taken), streams=4, deterministic=True)  # noqa: B023
+        taken, position = [n for batches, _ in of_ranks for n in chain(*batches)], of_ranks[0][1]
+        for other in (1, 2):
+            rest = on_ranks(
+                other,
+                lambda group: [rows(b) for b in deal(read(files), group).start_at(position)],  # noqa: B023
+                streams=4,
+            )
+            assert sorted([*taken, *(n for batches in rest for n in chain(*batches))]) == numbers_of({})
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle_rows": 16}, {"drop_remainder": True}], ids=str)
+@pytest.mark.parametrize("streams", [2, 3])
+def test_goes_on_after_the_end_of_a_stream(files: str, streams: int, options: dict[str, Any]) -> None:
+    """By unit: of three streams the shortest has 11 rows, the longest 47."""
+
+    def begin(num_taken: int) -> Callable[[Group], Any]:
+        def run(group: Group) -> Any:
+            iterator = deal(read(files, **options), group).epoch(1)
+            for _ in range(num_taken):
+                next(iterator)
+            position = json.loads(json.dumps(iterator.position))
+            iterator.close()
+            return position
+
+        return run
+
+    unbroken = whole_batches(on_ranks(1, passes(files, (1,), **options), streams=streams), 1)
+    for num_taken in (1, len(unbroken) - 1, len(unbroken)):
+        position = on_ranks(2, begin(num_taken), streams=streams)[0]
+        for num in (1, 2):
+            rest = on_ranks(
+                num,
+                lambda group: [[(rows(b), b.layout) for b in deal(read(files, **options), group).start_at(position)]],  # noqa: B023
+                streams=streams,
+            )
+            assert whole_batches(rest, 1) == unbroken[num_taken:]
+
+
+@pytest.mark.parametrize("epochs", [3, None])
+def test_iterating_over_several_epochs_is_an_error(files: str, epochs: int | None) -> None:
+    dealt = deal(read(files, epochs=epochs), Group(rank=0, world_size=1, streams=2, deterministic=False))
+    with pytest.raises(ValueError, match=rf"reader: got one with epochs={epochs}, expected epochs=1\."):
+        iter(dealt)
+    assert sorted(n for batch in dealt.epoch(2) for n in rows(batch)) == numbers_of({})
+
+
 def test_a_rank_that_wants_to_stop_is_known_to_all_with_the_same_batch(files: str) -> None:
     def run(group: Group) -> list[bool]:
         iterator, known = deal(read(files), group).epoch(0), []
