@@ -66,3 +66,26 @@ def test_many_workers(benchmark: Any, files: str, batch_size: int) -> None:
             f"{batch_size:>6} {side:<30} CPU {found['cpu_ms']:8.1f} ms ({found['cpu_ms'] / base['cpu_ms']:.2f}), "
             f"wall {found['wall_ms']:8.1f} ms ({found['wall_ms'] / base['wall_ms']:.2f}) {more} turns: {cpu}"
         )
+
+
+@pytest.mark.parametrize("batch_size", [4096, 16_384])
+def test_parts_of_a_step(benchmark: Any, files: str, batch_size: int) -> None:
+    """Op by op: a rank of two, beside one process of one thread with as many samples as that rank has."""
+    sides = {"one process": (1, batch_size // 2), "rank 0 of two": (2, batch_size)}
+    turns: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+
+    def all_sides() -> None:
+        for _ in range(TURNS):
+            for side, (nproc, num) in sides.items():
+                ranks = launch("bench.dist_parts", [files, str(num)], nproc=nproc, timeout=300)
+                assert all(rank.returncode == 0 for rank in ranks), ranks[0].stderr
+                turns[side].append(json.loads(ranks[0].stdout.splitlines()[-1]))
+
+    benchmark.pedantic(all_sides, rounds=1)
+    results = {
+        side: {part: statistics.median(turn[part] for turn in of) for part in of[0]} for side, of in turns.items()
+    }
+    benchmark.extra_info.update(results)
+    one, two = results.values()
+    for part, ms in two.items():
+        print(f"{batch_size:>6} {part:<48} {ms:8.2f} ms, one process {one.get(part, 0.0):8.2f} ms")
