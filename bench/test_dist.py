@@ -37,9 +37,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def measured(side: str, files: str, batch_size: int) -> dict[str, Any]:
     (kind, *option), how = SIDES[side]
-    env = {"OMP_NUM_THREADS": str(how["threads"]), "MKL_NUM_THREADS": str(how["threads"])}
-    args = [kind, files, str(batch_size), *option]
-    ranks = launch("bench.dist_worker", args, nproc=how["nproc"], timeout=900, env=env)
+    return said("bench.dist_worker", [kind, files, str(batch_size), *option], **how)
+
+
+def said(module: str, args: list[str], *, nproc: int, threads: int) -> dict[str, Any]:
+    """The JSON that rank 0 prints. The threads of this process, which conftest sets, are not the ranks'."""
+    env = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    ranks = launch(module, args, nproc=nproc, timeout=900, env=env)
     assert all(rank.returncode == 0 for rank in ranks), ranks[0].stderr
     return json.loads(ranks[0].stdout.splitlines()[-1])
 
@@ -77,9 +81,7 @@ def test_parts_of_a_step(benchmark: Any, files: str, batch_size: int) -> None:
     def all_sides() -> None:
         for _ in range(TURNS):
             for side, (nproc, num) in sides.items():
-                ranks = launch("bench.dist_parts", [files, str(num)], nproc=nproc, timeout=300)
-                assert all(rank.returncode == 0 for rank in ranks), ranks[0].stderr
-                turns[side].append(json.loads(ranks[0].stdout.splitlines()[-1]))
+                turns[side].append(said("bench.dist_parts", [files, str(num)], nproc=nproc, threads=1))
 
     benchmark.pedantic(all_sides, rounds=1)
     results = {
