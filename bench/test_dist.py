@@ -37,9 +37,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def measured(side: str, files: str, batch_size: int) -> dict[str, Any]:
     (kind, *option), how = SIDES[side]
-    env = {"OMP_NUM_THREADS": str(how["threads"]), "MKL_NUM_THREADS": str(how["threads"])}
-    args = [kind, files, str(batch_size), *option]
-    ranks = launch("bench.dist_worker", args, nproc=how["nproc"], timeout=900, env=env)
+    return said("bench.dist_worker", [kind, files, str(batch_size), *option], **how)
+
+
+def said(module: str, args: list[str], *, nproc: int, threads: int) -> dict[str, Any]:
+    """The JSON that rank 0 prints. The threads of this process, which conftest sets, are not the ranks'."""
+    env = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    ranks = launch(module, args, nproc=nproc, timeout=900, env=env)
     assert all(rank.returncode == 0 for rank in ranks), ranks[0].stderr
     return json.loads(ranks[0].stdout.splitlines()[-1])
 
@@ -66,3 +70,24 @@ def test_many_workers(benchmark: Any, files: str, batch_size: int) -> None:
             f"{batch_size:>6} {side:<30} CPU {found['cpu_ms']:8.1f} ms ({found['cpu_ms'] / base['cpu_ms']:.2f}), "
             f"wall {found['wall_ms']:8.1f} ms ({found['wall_ms'] / base['wall_ms']:.2f}) {more} turns: {cpu}"
         )
+
+
+@pytest.mark.parametrize("batch_size", [4096, 16_384])
+def test_parts_of_a_step(benchmark: Any, files: str, batch_size: int) -> None:
+    """Op by op: a rank of two, beside one process of one thread with as many samples as that rank has."""
+    sides = {"one process": (1, batch_size // 2), "rank 0 of two": (2, batch_size)}
+    turns: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+
+    def all_sides() -> None:
+        for _ in range(TURNS):
+            for side, (nproc, num) in sides.items():
+                turns[side].append(said("bench.dist_parts", [files, str(num)], nproc=nproc, threads=1))
+
+    benchmark.pedantic(all_sides, rounds=1)
+    results = {
+        side: {part: statistics.median(turn[part] for turn in of) for part in of[0]} for side, of in turns.items()
+    }
+    benchmark.extra_info.update(results)
+    one, two = results.values()
+    for part, ms in two.items():
+        print(f"{batch_size:>6} {part:<48} {ms:8.2f} ms, one process {one.get(part, 0.0):8.2f} ms")
