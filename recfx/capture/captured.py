@@ -63,6 +63,15 @@ class Captured(Generic[Taken, Given]):
     def __call__(self, state: TrainState, batch: Taken) -> Given:
         return self._run(state, batch)
 
+    @property
+    def tasks(self) -> Any:
+        """The tasks of its step."""
+        return self._captured.step.tasks
+
+    def read(self, batch: Batch) -> dict[str, Any]:
+        """The features of a batch, see `recfx.step.Step`."""
+        return self._captured.step.read(batch)
+
     def take_compile_s(self) -> float:
         """Seconds that compiling took since this was last called."""
         seconds, self._captured.compile_s = self._captured.compile_s, 0.0

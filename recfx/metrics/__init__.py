@@ -2,9 +2,11 @@
 
 from recfx.metrics.binary import (
     BinaryCounts,
+    Counts,
     Metric,
     auc,
     binary_metrics,
+    binary_values,
     calibration,
     gauc,
     log_loss,
@@ -14,9 +16,11 @@ from recfx.metrics.binary import (
 
 __all__ = [
     "BinaryCounts",
+    "Counts",
     "Metric",
     "auc",
     "binary_metrics",
+    "binary_values",
     "calibration",
     "gauc",
     "log_loss",

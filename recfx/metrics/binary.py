@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from recfx.kernels.dense import add_predictions
 
 __all__ = [
     "BinaryCounts",
+    "Counts",
     "Metric",
     "auc",
     "binary_metrics",
+    "binary_values",
     "calibration",
     "gauc",
     "log_loss",
@@ -36,16 +38,26 @@ class BinaryCounts(NamedTuple):
     #               samples whose label is not in [0, 1]; [5], without the last, of a step that does not check labels
 
 
-class Metric(NamedTuple):
-    """What a step counts of its predictions, in `BinaryCounts`: what `auc`, `log_loss` and a training run read.
+Counts = Any  # a NamedTuple of tensors whose sums over batches and ranks are those of all samples
 
-    init:       (device="cpu") -> counts, all zero.
+
+class Metric(NamedTuple):
+    """What a step counts of a task's outputs, and how a training run reads it.
+
+    init:       (device="cpu") -> counts, all zero: a NamedTuple of tensors, which are added over batches and ranks.
     update_:    (counts, logit f32 [B, 1], label f32 [B, 1], loss f32 [B, 1], valid bool [B, 1]) -> the same counts,
-                with the valid samples added.
+                with the valid samples added. Of a batch loss: the dict of outputs, and the features in place of labels.
+    values:     (counts) -> numbers by name, on the host; "log_loss" or "loss" is the mean loss. None: those of
+                `binary_values`.
     """
 
-    init: Callable[..., BinaryCounts]
-    update_: Callable[[BinaryCounts, Tensor, Tensor, Tensor, Tensor], BinaryCounts]
+    init: Callable[..., Counts]
+    update_: Callable[[Counts, Any, Any, Tensor, Tensor], Counts]
+    values: Callable[[Counts], dict[str, float]] | None = None
+
+    def read(self, counts: Counts) -> dict[str, float]:
+        """The numbers that counts stand for, by name."""
+        return (self.values or binary_values)(counts)
 
 
 def binary_metrics(num_bins: int = 2**16) -> Metric:
@@ -137,6 +149,17 @@ def calibration(counts: BinaryCounts) -> float:
     check_type("counts", counts, BinaryCounts, OF_STATE)
     _, clicks, _, predicted, *_ = counts.sums.tolist()
     return predicted / clicks if clicks and not num_nonfinite(counts) else math.nan
+
+
+def binary_values(counts: BinaryCounts) -> dict[str, float]:
+    """AUC, log loss, calibration and number of samples, and how many samples were not finite."""
+    return {
+        "auc": auc(counts),
+        "log_loss": log_loss(counts),
+        "calibration": calibration(counts),
+        "num_samples": float(counts.sums[0]),
+        "num_nonfinite": float(num_nonfinite(counts)),
+    }
 
 
 def num_nonfinite(counts: BinaryCounts) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any, get_args
@@ -21,12 +22,13 @@ from recfx.generators import Draws
 from recfx.kernels.rows.add_row_grads import add_row_grads_
 from recfx.layers import in_bf16
 from recfx.losses import bce_with_logits
-from recfx.metrics import Metric, binary_metrics
+from recfx.metrics import Metric
 from recfx.optim import DenseOptimizer, SparseOptimizer
-from recfx.step.checks import check_bound, check_counts, check_functions, check_kinds, params_of, stats_of, with_names
+from recfx.step.checks import check_bound, check_functions, check_kinds, params_of, stats_of, with_names
 from recfx.step.forward import evaluate_, ids_in, predict, read
-from recfx.step.parts import Clip, StepParts, Task
+from recfx.step.parts import Clip, StepParts
 from recfx.step.state import NonFinite, OnNonFinite, Precision, Step, TrainState, Window
+from recfx.step.tasks import Task, tasks_of
 from recfx.step.update import flush_, grow_, in_graph_, is_void_, update, update_
 from recfx.table import Limits, is_full, is_sweep_due, table
 from recfx.table import sweep_ as sweep_table_
@@ -47,6 +49,7 @@ def train_step(
     loss: Callable[[Tensor, Tensor], Tensor] = bce_with_logits,
     label: str = "label",
     sample_weight: str | None = None,
+    tasks: Task | Mapping[str, Task] | None = None,
     accumulation: int = 1,
     max_rows: int = 2**26,
     max_bytes: int | None = None,
@@ -73,11 +76,15 @@ def train_step(
               loss: (logit, label) -> loss per sample [B, 1]; label: name of the feature [B, 1] that holds the target.
               sample_weight: name of a feature [B, 1] that multiplies each sample's loss. The mean stays one over the
               number of samples, as with torch's `weight`; metrics show the weighted loss, and AUC without weights.
+              tasks: in place of loss, label, sample_weight, metrics and check_labels: a `recfx.step.Task`, or several
+              by name. For several, `forward` returns a dict of outputs by task, and so do `predict` and `aux.logit`;
+              metrics are named "click/auc".
               accumulation: micro-batches per optimiser step. The step equals one on their concatenation: gradients are
               summed over valid samples and divided by their total.
               max_rows, max_bytes, max_unique: of every physical table, see `recfx.table.Limits`.
               seed: of the tables' initial weights and of the random numbers of `recfx.context.Context`.
-              metrics: what the step counts, such as `recfx.metrics.binary_metrics(2**10)`; None: binary_metrics().
+              metrics: what the step counts, such as `recfx.metrics.binary_metrics(2**10)`, see `recfx.metrics.Metric`;
+              None: binary_metrics().
               life: which ids get a row and which rows are deleted, see `recfx.table.policies`. None: all, and none.
               clip: (dense gradients, tables, scale) -> scale of all gradients, such as `recfx.optim.clip_global_norm`.
               sum_row_grads: how the gradients of a row are summed, in f32: of 2**24 occurrences or more in a step small
@@ -99,11 +106,10 @@ def train_step(
               table's limits or `life` do not fit; TypeError when a part is of another type, such as an optimiser of
               `torch.optim`.
     """
-    check_functions(features=features, forward=forward, loss=loss, clip=clip)
-    check_kinds(
-        sparse_optimizer=sparse_optimizer, dense_optimizer=dense_optimizer, metrics=metrics, life=life, label=label,
-        sample_weight=sample_weight, check_labels=check_labels,
-    )  # fmt: skip
+    check_functions(features=features, forward=forward, clip=clip)
+    check_kinds(sparse_optimizer=sparse_optimizer, dense_optimizer=dense_optimizer, life=life)
+    alone = {"label": label, "loss": loss, "sample_weight": sample_weight, "metrics": metrics}
+    of_tasks = tasks_of(tasks, {**alone, "check_labels": check_labels})
     check_int("accumulation", accumulation, 1)
     check_choice("precision", precision, get_args(Precision))
     check_choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite))
@@ -126,14 +132,7 @@ def train_step(
     parts = StepParts(
         features=with_names("features", features, "columns"),
         forward=in_bf16(forward) if precision == "bf16" else forward,
-        task=Task(
-            label=label,
-            loss=loss,
-            sample_weight=sample_weight,
-            metrics=check_counts(metrics or binary_metrics()),
-            counts_labels=loss is bce_with_logits if check_labels is None else check_labels,
-            sums_exactly=exchange is not None and exchange.group.deterministic,
-        ),
+        tasks=replace(of_tasks, sums_exactly=exchange is not None and exchange.group.deterministic),
         plan=plan,
         tables=tables,
         sparse=sparse_optimizer,
@@ -161,7 +160,7 @@ def _step_of(parts: StepParts, precision: Precision) -> Step:
         update=partial(update, parts),
         update_=partial(update_, parts),
         in_graph_=partial(in_graph_, parts),
-        evaluate_=_repeating(parts, evaluate_),
+        evaluate_=_knowing(parts, _repeating(parts, evaluate_)),
         predict=_repeating(parts, predict),
         flush_=partial(flush_, parts),
         ids_in=partial(ids_in, parts),
@@ -175,12 +174,18 @@ def _step_of(parts: StepParts, precision: Precision) -> Step:
         slots=(*parts.sparse.slots, *parts.sparse.row_slots),
         precision=precision,
         on_nonfinite=parts.on_nonfinite,
-        label=parts.task.label,
+        tasks=parts.tasks,
         draws=parts.draws,
         evaluate_in_graph_=partial(evaluate_, parts),
         predict_in_graph=partial(predict, parts),
         exchange=parts.exchange,
     )
+
+
+def _knowing(parts: StepParts, evaluate: Any) -> Callable:
+    """`evaluate` with what `recfx.train.evaluate` has to know of its step, which it is not given."""
+    evaluate.tasks, evaluate.read = parts.tasks, partial(read, parts)
+    return evaluate
 
 
 def _repeating(parts: StepParts, function: Callable) -> Callable:
@@ -243,7 +248,7 @@ def _init(parts: StepParts, params: Params, *, stats: Stats | None = None) -> Tr
         stats=stats_of({} if stats is None else stats, device),
         dense=tree_map(lambda t: t.to(device), parts.dense.init(params)),
         tables=tuple(t.init() for t in parts.tables),
-        metrics=parts.task.init(device),
+        metrics=parts.tasks.init(device),
         window=Window(grads=sums, num_samples=counter(), num_batches=counter()),
         nonfinite=NonFinite(first_step=counter(), first_batch=counter(), num_batches=counter()),
         exchange=() if parts.exchange is None else parts.exchange.init(),

@@ -6,7 +6,7 @@ All of it is about types, names and shapes: traced with a step, it leaves nothin
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from recfx.checks import check_function, check_type, names, said
 from recfx.embeddings import Plan
-from recfx.metrics import BinaryCounts, Metric
 from recfx.optim import DenseOptimizer, SparseOptimizer
 from recfx.step.state import TrainState
 from recfx.table.policies import Life
@@ -23,12 +22,9 @@ from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged
 __all__ = [
     "check_batch",
     "check_bound",
-    "check_counts",
     "check_features",
     "check_functions",
     "check_kinds",
-    "check_logit",
-    "check_loss",
     "check_state",
     "params_of",
     "stats_of",
@@ -40,18 +36,13 @@ __all__ = [
 SIGNATURES = {
     "features": ("batch", "dict of tensors by name"),
     "forward": ("params, embeddings, features[, context]", "logit f32 [B, 1]"),
-    "loss": ("logit, label", "loss f32 [B, 1]"),
     "clip": ("grads, tables, scale", "scale f32 []"),
 }
 # By argument: what it is, and how to come by one.
 KINDS: dict[str, tuple[Any, str]] = {
     "sparse_optimizer": (SparseOptimizer, "Build one: recfx.optim.sparse_adamw(1e-3)."),
     "dense_optimizer": (DenseOptimizer, "Build one: recfx.optim.adamw(1e-3)."),
-    "metrics": (Metric | None, "Build them: recfx.metrics.binary_metrics()."),
     "life": (Life | None, "Build one: recfx.table.policies.Life(...)."),
-    "label": (str, "It is the name of a feature."),
-    "sample_weight": (str | None, "It is the name of a feature."),
-    "check_labels": (bool | None, "None: they are checked with the default loss."),
 }
 
 
@@ -71,13 +62,6 @@ def check_kinds(**parts: object) -> None:
         kind, advice = KINDS[argument]
         swapped = " Is the sparse one given as the dense one?" if is_swapped and "optimizer" in argument else ""
         check_type(argument, value, kind, advice + swapped)
-
-
-def check_counts(metrics: Metric) -> Metric:
-    """Raises TypeError when the metrics count in something that a training run and an evaluation cannot read."""
-    advice = "That is what recfx.train reads. Use recfx.metrics.binary_metrics(), and count others in your own loop."
-    check_type("metrics.init()", metrics.init(), BinaryCounts, advice)
-    return metrics
 
 
 def check_bound(optimizer: SparseOptimizer, accumulation: int, max_unique: int | None) -> None:
@@ -208,12 +192,13 @@ def check_batch(batch: Any) -> None:
         )
 
 
-def check_features(feats: Any, label: str, sample_weight: str | None) -> None:
-    """Raises TypeError when a feature function returns no dict or a label of another kind, ValueError without one."""
+def check_features(feats: Any, columns: Iterable[tuple[str, str]]) -> None:
+    """Raises TypeError when a feature function returns no dict or a label of another kind, ValueError without one.
+
+    Args:     columns: argument and name of the features [B, 1] that tasks read.
+    """
     check_type("features", feats, Mapping, "Return a dict of tensors by name, such as {**batch}.")
-    for argument, name in (("label", label), ("sample_weight", sample_weight)):
-        if name is None:
-            continue
+    for argument, name in columns:
         if name not in feats:
             raise ValueError(
                 f"feature '{name}': missing, got {names(feats)}, expected it among them, [B, 1]. It is the {argument}. "
@@ -229,34 +214,6 @@ def check_features(feats: Any, label: str, sample_weight: str | None) -> None:
         raise TypeError(
             f"feature '{COUNTS}': got {said(feats[COUNTS])}, expected a dict of tensors by name. That is what "
             "`aux.counts` shows. Give a column of that name another one in `features`."
-        )
-
-
-def check_logit(logit: Any, feats: Mapping[str, Any], columns: Sequence[str]) -> None:
-    """Other shapes would be broadcast against each other: a loss that is wrong by a factor of B, and no error.
-
-    Args:     columns: names of the features that are as large: the label, and the weight of a sample.
-    Raises:   TypeError when `forward` returns no tensor of floats, ValueError on a shape.
-    """
-    if not isinstance(logit, Tensor) or not logit.is_floating_point():
-        raise TypeError(f"forward: got {said(logit)} returned, expected the logit, f32 [B, 1].")
-    shapes = {"logit": logit.shape} | {name: feats[name].shape for name in columns}
-    if set(shapes.values()) != {(feats[columns[0]].shape[0], 1)}:
-        flat = [name for name, shape in shapes.items() if len(shape) == 1]
-        advice = f" Add the last axis: {flat[0]}.unsqueeze(1)." if flat else ""
-        raise ValueError(
-            f"forward: got { ({n: list(s) for n, s in shapes.items()}) }, expected [B, 1] for each. Other shapes would "
-            f"be broadcast against each other.{advice}"
-        )
-
-
-def check_loss(loss: Any, logit: Tensor) -> None:
-    """Raises TypeError when `loss` returns no tensor, ValueError when it is not one loss a sample."""
-    check_type("loss", loss, Tensor, "Return a loss per sample, [B, 1].")
-    if loss.shape != logit.shape:
-        raise ValueError(
-            f"loss: got {list(loss.shape)}, expected {list(logit.shape)}, one per sample. A mean would count padding. "
-            "Use reduction='none'."
         )
 
 

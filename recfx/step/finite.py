@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from recfx.kernels.dense.all_finite import all_finite, are_finite, finite_parts
 from recfx.kernels.index import untouch_rows
@@ -37,13 +38,13 @@ def clean_padding(feats: dict[str, Any], valid: Tensor) -> dict[str, Any]:
     return {name: cleaned(value) for name, value in feats.items()}
 
 
-def outputs_finite(logit: Tensor, loss_B: Tensor, valid: Tensor) -> Tensor:
-    """bool []: no real sample has a logit or a loss that is NaN or infinite, nor is their sum.
+def outputs_finite(outputs: Mapping[str, Any], loss_B: Tensor, valid: Tensor) -> Tensor:
+    """bool []: no real sample has an output or a loss that is NaN or infinite, nor is their sum.
 
     By the sum, which a CPU takes many at a time, and the step has the one of the loss anyway.
     """
-    total = torch.where(valid, logit.float(), 0.0).sum().abs() + loss_B.sum().abs()
-    return total < torch.inf
+    sums = [torch.where(valid.view(-1, *[1] * (t.dim() - 1)), t.float(), 0.0).sum().abs() for t in tree_leaves(outputs)]
+    return sum(sums[1:], sums[0]) + loss_B.sum().abs() < torch.inf
 
 
 def gradients_finite(

@@ -11,9 +11,10 @@ from torch import Tensor
 from recfx.context import Context, Stats
 from recfx.dist.exchange import Requests, note_
 from recfx.embeddings import Lookup
-from recfx.step.checks import check_batch, check_features, check_logit
+from recfx.step.checks import check_batch, check_features
 from recfx.step.parts import Features, StepParts
 from recfx.step.state import Aux, Batch, TrainState
+from recfx.step.tasks import Outputs
 from recfx.table import Found, check_num_samples, groups_of, ids_of
 from recfx.types import COUNTS, NUM_SAMPLES, Params, Ragged
 
@@ -35,14 +36,21 @@ def read(parts: StepParts, batch: Batch) -> Features:
     """The features of a batch by name, NUM_SAMPLES among them."""
     check_batch(batch)
     feats = parts.features(batch)
-    check_features(feats, parts.task.label, parts.task.sample_weight)
+    check_features(feats, parts.tasks.columns)
     return {NUM_SAMPLES: batch[NUM_SAMPLES], **feats}
 
 
 def real_samples(parts: StepParts, feats: Features) -> Tensor:
     """bool [B, 1]: the samples that are not padding."""
-    label = feats[parts.task.label]
-    return torch.arange(label.shape[0], device=label.device)[:, None] < feats[NUM_SAMPLES]
+    num_samples = feats[NUM_SAMPLES]
+    return torch.arange(size_of(parts, feats), device=num_samples.device)[:, None] < num_samples
+
+
+def size_of(parts: StepParts, feats: Features) -> int:
+    """B, by a feature that tasks read or, where they read none, by any."""
+    names = [name for _, name in parts.tasks.columns] or [n for n in feats if n not in (NUM_SAMPLES, COUNTS)]
+    column = feats[names[0]]
+    return column.num_samples if isinstance(column, Ragged) else column.shape[0]
 
 
 def context_of(
@@ -68,15 +76,16 @@ def total_loss(
     found: Sequence[Found],
     feats: Features,
     context: Context,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Stats]]:
-    """The sum of the losses of a batch; then its logit, the loss of each sample and the new statistics.
+) -> tuple[Tensor, tuple[Outputs, Tensor, dict[str, Tensor], Stats]]:
+    """The sum of the losses of a batch; then its outputs, the loss of each sample, that of each task, and the new
+    statistics.
 
     Args:     rows: what each table pooled.
     """
-    logit, stats = parts.forward(params, groups_of(parts.plan, rows, found), feats, context)
-    check_logit(logit, feats, parts.task.columns)
-    loss_B = parts.task.losses(logit, feats, context.valid)
-    return loss_B.sum(), (logit, loss_B, stats)
+    result, stats = parts.forward(params, groups_of(parts.plan, rows, found), feats, context)
+    outputs = parts.tasks.outputs(result, feats, len(context.valid))
+    loss_B, losses = parts.tasks.losses(outputs, feats, context.valid)
+    return loss_B.sum(), (outputs, loss_B, losses, stats)
 
 
 def evaluate_(parts: StepParts, state: TrainState, batch: Batch) -> tuple[TrainState, Aux]:
@@ -85,26 +94,25 @@ def evaluate_(parts: StepParts, state: TrainState, batch: Batch) -> tuple[TrainS
     feats = read(parts, batch)
     context = context_of(parts, state, real_samples(parts, feats), training=False)
     rows, found, requests = look_up(parts, state, feats, inserts=False)
-    _, (logit, loss_B, _) = total_loss(parts, state.params, rows, found, feats, context)
+    _, (outputs, loss_B, losses, _) = total_loss(parts, state.params, rows, found, feats, context)
     valid = context.valid if requests is None else context.valid & requests.counts
-    parts.task.count_(state.metrics, logit, feats, loss_B, valid)
-    return state, aux_of(logit, loss_B, feats)
+    parts.tasks.count_(state.metrics, outputs, feats, losses, valid)
+    return state, aux_of(parts, outputs, loss_B, feats)
 
 
-def predict(parts: StepParts, state: TrainState, batch: Batch) -> Tensor:
-    """The logit of a batch, f32 [B, 1]."""
+def predict(parts: StepParts, state: TrainState, batch: Batch) -> Any:
+    """The logit of a batch, f32 [B, 1]; of tasks, what `forward` returns for them."""
     parts.check(state)
-    feats = read(parts, _filled(batch, parts.task.columns))
+    feats = read(parts, _filled(batch, [name for _, name in parts.tasks.columns]))
     context = context_of(parts, state, real_samples(parts, feats), training=False)
     rows, found, _ = look_up(parts, state, feats, inserts=False)
-    logit, _ = parts.forward(state.params, groups_of(parts.plan, rows, found), feats, context)
-    check_logit(logit, feats, [parts.task.label])
-    return logit
+    result, _ = parts.forward(state.params, groups_of(parts.plan, rows, found), feats, context)
+    return parts.tasks.given(parts.tasks.outputs(result, feats, len(context.valid), labelled=False))
 
 
 def ids_in(parts: StepParts, batch: Batch) -> tuple[int, ...]:
     """Most ids per table that batches of this layout hold."""
-    return num_ids(parts, read(parts, _filled(batch, parts.task.columns)))
+    return num_ids(parts, read(parts, _filled(batch, [name for _, name in parts.tasks.columns])))
 
 
 def num_ids(parts: StepParts, feats: Features) -> tuple[int, ...]:
@@ -119,14 +127,14 @@ def lookups_of(parts: StepParts) -> list[Lookup]:
     return [lookup for table in parts.plan.tables for lookup in table.lookups]
 
 
-def aux_of(logit: Tensor, loss_B: Tensor, feats: Features, mean_loss: Tensor | None = None) -> Aux:
+def aux_of(parts: StepParts, outputs: Outputs, loss_B: Tensor, feats: Features, mean_loss: Tensor | None = None) -> Aux:
     """What a step returns besides the state.
 
     Args:     mean_loss: over the samples of all ranks; None: of this process.
     """
     num_samples = feats[NUM_SAMPLES]
     mean_loss = loss_B.sum() / num_samples.clamp(min=1) if mean_loss is None else mean_loss
-    return Aux(mean_loss, logit, num_samples.clone(), feats.get(COUNTS, {}))
+    return Aux(mean_loss, parts.tasks.given(outputs), num_samples.clone(), feats.get(COUNTS, {}))
 
 
 def look_up(

@@ -14,7 +14,6 @@ from recfx.dist import Group
 from recfx.dist.exchange import Exchange, ExchangeState
 from recfx.embeddings import Plan
 from recfx.generators import Draws
-from recfx.metrics import BinaryCounts
 from recfx.table import TableState
 from recfx.types import Params
 
@@ -49,7 +48,7 @@ class TrainState(NamedTuple):
     stats: Stats  # what `forward` keeps without training it
     dense: Any  # the dense optimiser's state, see `recfx.optim.DenseOptimizer`; its `step` i64 [] is the steps it took
     tables: tuple[TableState, ...]
-    metrics: BinaryCounts
+    metrics: Any  # what has been counted, such as `recfx.metrics.BinaryCounts`; of several tasks a dict of them
     window: Window
     nonfinite: NonFinite
     exchange: ExchangeState | tuple[()] = ()  # between ranks; () in one process
@@ -62,7 +61,7 @@ class Aux(NamedTuple):
     """What a step returns about its batch. Valid until the next call of the captured step."""
 
     loss: Tensor  # f32 [], mean over the batch's samples, of training on many ranks over those of all ranks; nats
-    logit: Tensor  # f32 [B, 1]
+    logit: Any  # f32 [B, 1]; what `forward` returned for tasks: a dict by task, a dict of tensors for a batch loss
     num_samples: Tensor  # i32 []
     counts: dict[str, Tensor]  # what the feature function put under `recfx.types.COUNTS`
 
@@ -80,9 +79,9 @@ class Step:
     update_:    the same in place. It first makes room for the batch's ids in the tables, as a captured step does.
     in_graph_:  `update_` without making room, which reads the state on the host: what a capture traces.
     evaluate_:  (state, batch) -> (state, aux); changes `metrics` alone, inserts nothing.
-    predict:    (state, batch) -> logit f32 [B, 1], of the real samples first; changes and inserts nothing. A batch
-                without columns of the names `label` and `sample_weight` is given zeros for them, so that one feature
-                function will do.
+    predict:    (state, batch) -> logit f32 [B, 1], of the real samples first; of tasks, what `forward` returns
+                for them. Changes and inserts nothing. A batch without columns of the names of labels, sample weights
+                and masks is given zeros for them, so that one feature function will do.
     flush_:     (state) -> state; applies an incomplete accumulation window with its true count.
     ids_in:     (batch) -> most ids per table that batches of this layout hold.
     grow_:      (state, ids) -> state; makes room for that many new ids per table. Runs between steps, on the host.
@@ -97,7 +96,7 @@ class Step:
     slots:      what the sparse optimiser keeps next to a weight and, then, per row.
     precision:  of the dense part's products, see `train_step`.
     on_nonfinite: what a micro-batch with NaN or infinity leads to, see `train_step`.
-    label:      name of the feature that holds the target.
+    tasks:      what it trains for, see `recfx.step.Task`.
     draws:      whether the step draws from torch's generators.
     evaluate_in_graph_, predict_in_graph: what a capture traces of `evaluate_` and `predict`. In one process they are
                 the same functions; where ranks share tables, those repeat a batch for which a bucket was too small.
@@ -109,7 +108,7 @@ class Step:
     update_: Trains
     in_graph_: Trains
     evaluate_: Trains
-    predict: Callable[[TrainState, Batch], Tensor]
+    predict: Callable[[TrainState, Batch], Any]
     flush_: Callable[[TrainState], TrainState]
     ids_in: Callable[[Batch], tuple[int, ...]]
     grow_: Callable[[TrainState, Sequence[int]], TrainState]
@@ -122,10 +121,10 @@ class Step:
     slots: tuple[str, ...]
     precision: Precision
     on_nonfinite: OnNonFinite
-    label: str
+    tasks: Any  # `recfx.step.tasks.Tasks`, which is made of this module
     draws: Draws
     evaluate_in_graph_: Trains
-    predict_in_graph: Callable[[TrainState, Batch], Tensor]
+    predict_in_graph: Callable[[TrainState, Batch], Any]
     exchange: Exchange | None
 
     @property

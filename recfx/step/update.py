@@ -18,6 +18,7 @@ from recfx.step.finite import clean_padding, count_nonfinite_, gradients_finite,
 from recfx.step.forward import aux_of, context_of, look_up, num_ids, read, real_samples, total_loss
 from recfx.step.parts import Features, StepParts
 from recfx.step.state import Aux, Batch, TrainState, Window
+from recfx.step.tasks import Outputs
 from recfx.table import Found, Table, TableState
 from recfx.types import NUM_SAMPLES, Params
 
@@ -25,8 +26,8 @@ __all__ = ["flush_", "grow_", "in_graph_", "is_void_", "update", "update_"]
 
 FUSED_ON = ("cuda",)  # devices on which `SparseOptimizer.fused` is faster than the two kernels it replaces
 
-# (parts, params, pooled rows of each table, found, features, context) -> ((dense gradients, row gradients), (logit,
-# loss of each sample, statistics))
+# (parts, params, pooled rows of each table, found, features, context) -> ((dense gradients, row gradients), (outputs,
+# loss of each sample, that of each task, statistics))
 gradients = torch.func.grad(total_loss, argnums=(1, 2), has_aux=True)
 
 
@@ -36,7 +37,7 @@ class Pass(NamedTuple):
     found: Sequence[Found]  # by table
     grads: list[Params]  # of the parameters, summed over the samples; of each rank or of all, to be added in this order
     row_grads: Sequence[Sequence[Tensor]]  # of the pooled rows, by table; where ranks share tables, summed by id
-    logit: Tensor  # f32 [B, 1]
+    outputs: Outputs  # by task
     losses: Tensor  # f32 [B, 1], of the samples
     stats: Stats
     num_samples: Tensor  # i32 [], of all ranks i64 []
@@ -101,10 +102,10 @@ def _learn_(parts: StepParts, state: TrainState, feats: Features) -> tuple[Train
 
     rows, found, requests = look_up(parts, state, feats, inserts=True)
     context = context_of(parts, state, valid, training=True, requests=requests)
-    (grads, row_grads), (logit, loss_B, stats) = gradients(parts, state.params, rows, found, feats, context)
+    (grads, row_grads), (outputs, loss_B, losses, stats) = gradients(parts, state.params, rows, found, feats, context)
     if parts.exchange is not None:
         row_grads = parts.exchange.sum_by_id(state.tables, found, row_grads)
-    got = Pass(found, [grads], row_grads, logit, loss_B, stats, feats[NUM_SAMPLES], valid, None, None, None)
+    got = Pass(found, [grads], row_grads, outputs, loss_B, stats, feats[NUM_SAMPLES], valid, None, None, None)
     got = _checked_early(parts, got)
     got = got if requests is None else _of_all_ranks(parts, state, got, requests)
     got = _left_out_(got, state, touched) if parts.skips else got
@@ -122,11 +123,11 @@ def _learn_(parts: StepParts, state: TrainState, feats: Features) -> tuple[Train
     if is_good is not None:
         is_bad = ~is_good if got.counts is None else ~is_good & got.counts
         count_nonfinite_(state.nonfinite, is_bad, state.step + 1, move.num_batches - 1)
-    parts.task.count_(state.metrics, logit, feats, loss_B, got.valid)
+    parts.tasks.count_(state.metrics, outputs, feats, losses, got.valid)
     for name, new in got.stats.items():
         state.stats[name].copy_(new)
     state.step.copy_(state.step + move.is_last)
-    return state._replace(params=params, dense=dense, tables=tables), aux_of(logit, loss_B, feats, mean_loss)
+    return state._replace(params=params, dense=dense, tables=tables), aux_of(parts, outputs, loss_B, feats, mean_loss)
 
 
 def is_void_(parts: StepParts, state: TrainState) -> bool:
@@ -159,7 +160,7 @@ def _checked_early(parts: StepParts, got: Pass) -> Pass:
     """With the verdict on the micro-batch, where it is needed before its gradients are summed with others."""
     is_early = parts.accumulation > 1 or parts.exchange is not None
     if parts.skips or (parts.on_nonfinite == "stop" and is_early):
-        is_good = outputs_finite(got.logit, got.losses, got.valid) & gradients_finite(got.grads[0], got.row_grads)
+        is_good = outputs_finite(got.outputs, got.losses, got.valid) & gradients_finite(got.grads[0], got.row_grads)
         return got._replace(is_good=is_good)
     return got
 
@@ -263,7 +264,7 @@ def _update_rows_(
         if not any(fused) and (checking := _checking(parts, state, got.grads[0])):
             return _update_and_check_rows_(state, got, move, checking)
         is_good = gradients_finite(got.grads[0], got.row_grads, None if any(fused) else state.tables)
-        is_good = is_good & outputs_finite(got.logit, got.losses, got.valid)
+        is_good = is_good & outputs_finite(got.outputs, got.losses, got.valid)
     tables = []
     for t, s, f, g, one in zip(parts.tables, state.tables, got.found, got.row_grads, fused, strict=True):
         if one is not None:
@@ -288,4 +289,4 @@ def _update_and_check_rows_(
     others = [[*got.grads[0].values()], *([] for _ in checking[1:])]  # the first also checks the dense gradients
     both = [c(s, move.scale, move.due, o) for c, s, o in zip(checking, state.tables, others, strict=True)]
     is_good = functools.reduce(Tensor.logical_and, [ok for _, ok in both])
-    return tuple(s for s, _ in both), is_good & outputs_finite(got.logit, got.losses, got.valid)
+    return tuple(s for s, _ in both), is_good & outputs_finite(got.outputs, got.losses, got.valid)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from recfx.checks import check_function, check_type, said
+from recfx.metrics import BinaryCounts
 from recfx.run_checks import OF_INIT
-from recfx.step import TrainState
+from recfx.step import Task, TrainState
+from recfx.step.tasks import Tasks
 from recfx.types import Batch
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "data_of",
     "described_by",
     "place_of",
+    "tasks_of",
     "times_trained",
     "without_warning",
 ]
@@ -36,6 +39,18 @@ def check_run(run: object, state: object, use: str) -> None:
     """
     check_function("run", run, "state, batch", "state, aux", f"Use {use} or its capture.")
     check_type("state", state, TrainState, OF_INIT)
+
+
+def tasks_of(run: object, state: TrainState) -> Tasks:
+    """The tasks that `run` evaluates: a step's `evaluate_` and its capture know them.
+
+    Raises:   TypeError when it does not, and the metrics are not the default ones.
+    """
+    tasks = getattr(run, "tasks", None)
+    if tasks is None:
+        advice = "Give step.evaluate_ or its capture as it is: it knows how its metrics are read."
+        check_type("state.metrics", state.metrics, BinaryCounts, advice)
+    return tasks or Tasks(by_name={"": Task(label="label")}, are_named=False)
 
 
 def check_reader(reader: object) -> None:

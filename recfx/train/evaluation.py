@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 
-from recfx import metrics
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
 from recfx.checks import check_int, check_type
 from recfx.dist import Group, current
-from recfx.metrics import BinaryCounts
 from recfx.step import TrainState
-from recfx.train.checks import Run, check_not_trained, check_run, times_trained, without_warning
+from recfx.step.tasks import Tasks
+from recfx.train.checks import Run, check_not_trained, check_run, tasks_of, times_trained, without_warning
 from recfx.train.labels import check_held_out_labels
 from recfx.train.progress import Progress
 from recfx.train.ranks import of_ranks, summed
@@ -29,6 +32,7 @@ def evaluate(
 ) -> dict[str, float]:
     """AUC, log loss, calibration and number of samples of held-out batches; the state's own metrics come out unchanged.
 
+    Of a step for other tasks, the values of their metrics, see `recfx.metrics.Metric`; of several, named "click/auc".
     AUC, log loss and calibration are NaN when a logit or loss was not finite; `num_nonfinite` counts those samples.
     Padding of a short batch counts for nothing: give a reader with drop_remainder=False, and every row is evaluated.
 
@@ -49,7 +53,8 @@ def evaluate(
     first = next(stream, None)
     if first is None:
         raise ValueError(f"batches: got none from {stream}, expected one at least. There is nothing to evaluate.")
-    kept, num = [t.clone() for t in state.metrics], 0
+    tasks = tasks_of(run, state)
+    kept, num = tree_map(Tensor.clone, state.metrics), 0
     try:
         reset_metrics_(state)
         for batch in itertools.islice(itertools.chain([first], stream), most):
@@ -57,35 +62,30 @@ def evaluate(
             num += 1
         check_not_trained(before, state)
         counts = summed(group, state.metrics)
-        values = _values_of(counts)
-        check_held_out_labels(metrics.num_bad_labels(counts), run, state, batches, num, group)
+        values = tasks.values(counts)
+        check_held_out_labels(tasks, counts, run, state, batches, num, group)
     finally:
-        for target, source in zip(state.metrics, kept, strict=True):
+        for target, source in zip(tree_leaves(state.metrics), tree_leaves(kept), strict=True):
             target.copy_(source)
     return values
 
 
-def _values_of(counts: BinaryCounts) -> dict[str, float]:
-    return {
-        "auc": metrics.auc(counts),
-        "log_loss": metrics.log_loss(counts),
-        "calibration": metrics.calibration(counts),
-        "num_samples": float(counts.sums[0]),
-        "num_nonfinite": float(metrics.num_nonfinite(counts)),
-    }
-
-
-def read_metrics(progress: Progress, state: TrainState, *, group: Group | None = None) -> None:
-    """Loss and AUC since the metrics were last reset, and what was left out, read from the device.
+def read_metrics(
+    progress: Progress, state: TrainState, *, group: Group | None = None, tasks: Tasks | None = None
+) -> None:
+    """Loss, AUC and all metrics since they were last reset, and what was left out, read from the device.
 
     Args:     group: over the rows of all ranks, which must all call this; None: the group that was joined.
+              tasks: `step.tasks`; None: one task with the default metrics.
     """
-    counts = summed(of_ranks(group or current()), state.metrics)
-    progress.loss, progress.auc = metrics.log_loss(counts), metrics.auc(counts)
+    tasks = tasks or tasks_of(None, state)
+    values = progress.metrics = tasks.values(summed(of_ranks(group or current()), state.metrics))
+    progress.loss = tasks.loss(values)
+    progress.auc = next((value for name, value in values.items() if name.split("/")[-1] == "auc"), math.nan)
     progress.num_nonfinite = int(state.nonfinite.num_batches)
 
 
 def reset_metrics_(state: TrainState) -> None:
     """Counts of the next phase start from zero."""
-    for t in state.metrics:
+    for t in tree_leaves(state.metrics):
         t.zero_()

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from recfx.dist import Group
-from recfx.metrics import num_bad_labels
 from recfx.step import Step, TrainState
+from recfx.step.tasks import Tasks
 from recfx.train.checks import described_by, place_of
 from recfx.train.ranks import group_of, rank_text, summed
 from recfx.types import NUM_SAMPLES, Batch
@@ -33,12 +34,11 @@ def check_labels(step: Step, state: TrainState, *, where: str | Callable[[], str
     Cost:     one host read. Ranks that train together must all call it: labels of all of them are counted.
     Raises:   ValueError naming the feature, how many labels there were and what to do.
     """
-    count = num_bad_labels(summed(group_of(step), state.metrics))
-    if count:
+    for label, count in step.tasks.bad_labels(summed(group_of(step), state.metrics)).items():
         where = where if isinstance(where, str) else where()
         raise ValueError(
-            f"feature '{step.label}': got {_labels(count)} outside [0, 1]{where}, expected 0 to 1. {WHY} Nothing was "
-            f"saved since. {ADVICE.format(label=step.label)}"
+            f"feature '{label}': got {_labels(count)} outside [0, 1]{where}, expected 0 to 1. {WHY} Nothing was "
+            f"saved since. {ADVICE.format(label=label)}"
         )
 
 
@@ -55,7 +55,7 @@ def find_bad_label(step: Step, state: TrainState, batches: Any, num: int, positi
         if batch is None:
             break
         feats = step.read(Batch(batch.buffer.to(state.step.device), batch.layout))
-        found = _bad_label(feats, step.label, finite=step.on_nonfinite == "skip")  # the others were left out
+        found = _first_of_tasks(step, feats)
         for rank, (one, its_place) in enumerate(group.gather((found, place))):
             if one is not None:
                 return f", such as {one} of the batch{rank_text(group, rank)} that {its_place}"
@@ -63,8 +63,20 @@ def find_bad_label(step: Step, state: TrainState, batches: Any, num: int, positi
     return ""
 
 
+def _first_of_tasks(step: Step, feats: Any) -> str | None:
+    """The first label of a task outside [0, 1], where the step checks it."""
+    finite = step.on_nonfinite == "skip"  # the others were left out
+    for task in step.tasks.by_name.values():
+        if task.counts_labels:
+            there = None if task.mask is None else feats[task.mask] != 0
+            if (found := _bad_label(feats, task.label, finite=finite, there=there)) is not None:
+                return found
+    return None
+
+
 def check_held_out_labels(
-    count: int,
+    tasks: Tasks,
+    counts: Any,
     run: Callable[[TrainState, Batch], Any],
     state: TrainState,
     batches: Iterable[Batch],
@@ -73,25 +85,33 @@ def check_held_out_labels(
 ) -> None:
     """Raises the error of `evaluate` on labels of held-out batches. It overwrites the metrics of the state.
 
-    Args:     count: of labels outside [0, 1].  run: as in `evaluate`.
+    Args:     tasks, counts: of them, which have been counted.  run: as in `evaluate`.
               batches: run again one by one until there is such a label; an iterator cannot be.
               num: how many of them were run.  group: the ranks that have run theirs.
-    Raises:   ValueError when count is not 0.
+    Raises:   ValueError when one was outside.
     """
-    if not count:
+    bad = tasks.bad_labels(counts)
+    if not bad:
         return
+    label, count = next(iter(bad.items()))
+    of_label = f" of feature '{label}'" if tasks.are_named else ""
     try:
-        where = "" if isinstance(batches, Iterator) else _place(run, state, iter(batches), num, group)
+        where = "" if isinstance(batches, Iterator) else _place(tasks, run, state, iter(batches), num, group)
     except Exception as error:  # only the message suffers
         where = f" (the batches could not be read again: {str(error) or type(error).__name__})"
     raise ValueError(
-        f"batches: got {_labels(count)} outside [0, 1]{where}, expected 0 to 1. {WHY} AUC and calibration would be "
-        f"wrong too. {ADVICE.format(label='label')}"
+        f"batches: got {_labels(count)}{of_label} outside [0, 1]{where}, expected 0 to 1. {WHY} AUC and calibration "
+        f"would be wrong too. {ADVICE.format(label=label if tasks.are_named else 'label')}"
     )
 
 
 def _place(
-    run: Callable[[TrainState, Batch], Any], state: TrainState, stream: Iterator[Batch], num: int, group: Group
+    tasks: Tasks,
+    run: Callable[[TrainState, Batch], Any],
+    state: TrainState,
+    stream: Iterator[Batch],
+    num: int,
+    group: Group,
 ) -> str:
     """The first batch with such a label, for an error.
 
@@ -100,10 +120,10 @@ def _place(
     for number in range(1, num + 1):
         described = described_by(stream)
         batch = next(stream)
-        for t in state.metrics:
+        for t in tree_leaves(state.metrics):
             t.zero_()
         run(state, batch)
-        count = num_bad_labels(state.metrics)
+        count = max(tasks.bad_labels(state.metrics).values(), default=0)
         own = f"{f' ({described})' if described else ''}{_value_in(batch, count)}" if count else None
         for rank, text in enumerate(group.gather(own)):
             if text is not None:
@@ -126,13 +146,14 @@ def _num_bad(feats: Any, values: Tensor) -> int:
     return int(_is_bad(_real(feats, values)).sum())
 
 
-def _bad_label(feats: Any, label: str, *, finite: bool = False) -> str | None:
+def _bad_label(feats: Any, label: str, *, finite: bool = False, there: Tensor | None = None) -> str | None:
     """The first value outside [0, 1] of a real sample, and its place.
 
-    Args:     finite: one that is neither NaN nor infinite.
+    Args:     finite: one that is neither NaN nor infinite.  there: bool [B, 1], samples that have one; None: all.
     """
     values = _real(feats, feats[label])
-    places = (_is_bad(values) & (values.isfinite() | (not finite))).nonzero().tolist()
+    counted = True if there is None else _real(feats, there) > 0
+    places = (_is_bad(values) & counted & (values.isfinite() | (not finite))).nonzero().tolist()
     return f"{values[tuple(places[0])].item()} at {places[0]}" if places else None
 
 

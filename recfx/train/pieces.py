@@ -242,7 +242,7 @@ class Loop:
     def read_progress(self) -> None:
         """Loss, AUC and samples of all ranks."""
         self.add_samples()
-        read_metrics(self.progress, self.state, group=self.group)
+        read_metrics(self.progress, self.state, group=self.group, tasks=self.step.tasks)
 
     def after_steps(self, num: int) -> None:
         self.progress.step += num

@@ -77,7 +77,8 @@ class Progress:
     first_step_s: float = 0.0  # of this run, with the time that compiling it took
     train_s: float = 0.0
     loss: float = float("nan")  # mean over the samples since the epoch began
-    auc: float = float("nan")
+    auc: float = float("nan")  # of several tasks, that of the first one that has it
+    metrics: dict[str, float] = field(default_factory=dict)  # all that is counted since the epoch began, by name
     num_nonfinite: int = 0  # micro-batches with NaN or infinity, which `on_nonfinite="skip"` leaves out
     stopped: str = ""  # "train_steps", "interrupted" or ""
     evaluation: dict[str, float] = field(default_factory=dict)

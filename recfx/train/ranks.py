@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch.utils._pytree import tree_map
+
 from recfx.checks import said
 from recfx.dist import Group, RankError
-from recfx.metrics import BinaryCounts
 
 __all__ = ["check_dealt", "group_of", "of_ranks", "rank_text", "summed", "together"]
 
@@ -25,9 +26,9 @@ def group_of(step: Any) -> Group:
     return of_ranks(getattr(step, "group", None))
 
 
-def summed(group: Group, counts: BinaryCounts) -> BinaryCounts:
+def summed(group: Group, counts: Any) -> Any:
     """The counts of all ranks, on each of them; `counts` stay this rank's. Every rank must call it."""
-    return counts if group.world_size == 1 else BinaryCounts(*(group.sum_(t.clone()) for t in counts))
+    return counts if group.world_size == 1 else tree_map(lambda t: group.sum_(t.clone()), counts)
 
 
 def rank_text(group: Group, rank: int) -> str:
