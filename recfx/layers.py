@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from recfx.types import Params
 
@@ -58,7 +59,7 @@ def in_bf16(forward: Forward) -> Forward:
     It uses torch.autocast: parameters stay f32 and are rounded for each product, which sums in f32 and rounds its
     result. `full_matmul` is not affected.
 
-    Args:     forward: (params, embeddings by group, features, ...) -> logit, or a tuple that begins with it.
+    Args:     forward: (params, embeddings by group, features, ...) -> tensor or tensors by name, or a tuple that begins with them.
     Example:  >>> params = {"fc.weight": torch.full((3, 2), 1.01), "fc.bias": torch.zeros(2)}
               >>> forward = lambda params, emb, feats: linear(params, "fc", feats)
               >>> forward(params, {}, torch.ones(1, 3)), in_bf16(forward)(params, {}, torch.ones(1, 3))
@@ -70,7 +71,9 @@ def in_bf16(forward: Forward) -> Forward:
         device = next(iter((*params.values(), *emb.values()))).device.type
         with torch.autocast(device, torch.bfloat16, cache_enabled=False):
             result = forward(params, emb, *others)
-            return (result[0].float(), *result[1:]) if isinstance(result, tuple) else result.float()
+            first, *stats = result if isinstance(result, tuple) else (result,)
+            first = tree_map(Tensor.float, first)
+            return (first, *stats) if stats else first
 
     return run
 
