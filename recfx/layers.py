@@ -59,7 +59,8 @@ def in_bf16(forward: Forward) -> Forward:
     It uses torch.autocast: parameters stay f32 and are rounded for each product, which sums in f32 and rounds its
     result. `full_matmul` is not affected.
 
-    Args:     forward: (params, embeddings by group, features, ...) -> tensor or tensors by name, or a tuple that begins with them.
+    Args:     forward: (params, embeddings by group, features, ...) -> a tensor or tensors by name, or a tuple that
+              begins with them.
     Example:  >>> params = {"fc.weight": torch.full((3, 2), 1.01), "fc.bias": torch.zeros(2)}
               >>> forward = lambda params, emb, feats: linear(params, "fc", feats)
               >>> forward(params, {}, torch.ones(1, 3)), in_bf16(forward)(params, {}, torch.ones(1, 3))

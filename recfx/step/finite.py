@@ -19,6 +19,7 @@ __all__ = [
     "clean_padding",
     "count_nonfinite_",
     "gradients_finite",
+    "kept",
     "outputs_finite",
     "untouch_",
 ]
@@ -43,7 +44,7 @@ def outputs_finite(outputs: Mapping[str, Any], loss_B: Tensor, valid: Tensor) ->
 
     By the sum, which a CPU takes many at a time, and the step has the one of the loss anyway.
     """
-    sums = [torch.where(valid.view(-1, *[1] * (t.dim() - 1)), t.float(), 0.0).sum().abs() for t in tree_leaves(outputs)]
+    sums = [kept(t.float(), valid).sum().abs() for t in tree_leaves(outputs)]
     return sum(sums[1:], sums[0]) + loss_B.sum().abs() < torch.inf
 
 
@@ -65,6 +66,11 @@ def gradients_finite(
     numbers, states = [g for g in numbers if g.dtype == torch.float32], sums or []
     found = all_finite(numbers, [s.grads for s in states], [s.counters for s in states])
     return found & are_finite(others) if others else found
+
+
+def kept(t: Tensor, there: Tensor) -> Tensor:
+    """t [B, ...] of the samples that are there, bool [B, 1]; 0 of the others."""
+    return torch.where(there if t.dim() == there.dim() else there.view(-1, *[1] * (t.dim() - 1)), t, 0.0)
 
 
 def count_nonfinite_(counts: NonFinite, is_bad: Tensor, step: Tensor, batch: Tensor) -> None:

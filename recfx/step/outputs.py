@@ -13,7 +13,7 @@ __all__ = ["check_logit", "check_loss", "check_outputs", "check_tensors"]
 
 
 def check_outputs(result: Any, tasks: Mapping[str, Any]) -> None:
-    """Raises TypeError when `forward` returns no dict for several tasks, ValueError when its names are not theirs."""
+    """Raises TypeError when `forward` does not return a dict for several tasks, ValueError when its names are not theirs."""
     expected = ", ".join(f"'{name}'" for name in tasks)
     advice = f"It has the outputs by task: {expected}."
     if not isinstance(result, Mapping):
@@ -51,7 +51,7 @@ def check_logit(
 
 
 def check_tensors(output: Any, task: str, num_samples: int) -> None:
-    """Raises TypeError when the output of a task with a batch loss is no dict of floats, ValueError on a shape."""
+    """Raises TypeError when the output of a batch loss is not a dict of floats, ValueError on a shape."""
     of_task = f" for task '{task}'" if task else ""
     if not isinstance(output, Mapping) or not output:
         raise TypeError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from recfx.checks import check_function, check_number, check_type, said
 from recfx.losses import bce_with_logits
 from recfx.metrics import BinaryCounts, Counts, Metric, binary_metrics, num_bad_labels
+from recfx.step.finite import kept
 from recfx.step.outputs import check_logit, check_loss, check_outputs, check_tensors
 
 __all__ = ["Loss", "Outputs", "Task", "Tasks", "tasks_of"]
@@ -107,7 +108,7 @@ class Task:
     def losses(self, output: Any, feats: Mapping[str, Any], there: Tensor) -> Tensor:
         """The weighted loss of each sample [B, 1], 0 for those without a label."""
         # An output of padding may be NaN: no multiple of its slope is 0.
-        cleaned = functools.partial(_kept, there)
+        cleaned = functools.partial(kept, there=there)
         if self.batch_loss is not None:
             loss_B = self.batch_loss({name: cleaned(t) for name, t in output.items()}, feats, there)
             check_loss(loss_B, there, "batch_loss")
@@ -273,7 +274,3 @@ def _check_names(tasks: Iterable[str] | Mapping[str, Any]) -> None:
         check_type(f"task '{name}'", task, Task, "Build one: recfx.step.Task(label=...).")
         if not name or "/" in name:
             raise ValueError(f"task '{name}': got that name, expected one without '/'. Metrics are named 'task/auc'.")
-
-
-def _kept(there: Tensor, t: Tensor) -> Tensor:
-    return torch.where(there.view(-1, *[1] * (t.dim() - 1)), t, 0.0)
