@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from pyarrow import orc
+
+from recfx.examples.generated import auc, sigmoid, written_once
 
 __all__ = ["CATEGORICAL", "NUMERIC", "generate"]
 
@@ -123,27 +123,9 @@ def generate(
         if name != "seed" and value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1.")
     parameters["version"] = VERSION
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        return _reuse(folder, parameters)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        built = Path(scratch) / "built"
-        info = {"parameters": parameters, **_write_all(built, rows_per_file, train_files, eval_files, seed)}
-        (built / "info.json").write_text(json.dumps(info, indent=2) + "\n")
-        os.replace(built, folder)
-    return info
-
-
-def _reuse(folder: Path, parameters: dict[str, int]) -> dict[str, Any]:
-    path = folder / "info.json"
-    info = json.loads(path.read_text()) if path.exists() else {}
-    if info.get("parameters") != parameters:
-        raise ValueError(
-            f"folder: got '{folder}', which holds {info.get('parameters', 'other files')}, expected {parameters} or "
-            "nothing. Delete it or choose another folder."
-        )
-    return info
+    return written_once(
+        folder, parameters, lambda built: _write_all(built, rows_per_file, train_files, eval_files, seed)
+    )
 
 
 def _write_all(folder: Path, rows_per_file: int, train_files: int, eval_files: int, seed: int) -> dict[str, Any]:
@@ -152,7 +134,7 @@ def _write_all(folder: Path, rows_per_file: int, train_files: int, eval_files: i
     def write(part: str, file: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rng = np.random.default_rng([seed, ("train", "eval").index(part), file])
         rows = _draw_rows(rng, rows_per_file)
-        probability = _sigmoid(_logit(planted, rows))
+        probability = sigmoid(_logit(planted, rows))
         label = (rng.random(rows_per_file) < probability).astype(np.float64)
         orc.write_table(_table(rows, label), folder / part / f"part-{file:05}.orc", compression="uncompressed")
         keep = part == "eval" or file == 0
@@ -169,9 +151,9 @@ def _write_all(folder: Path, rows_per_file: int, train_files: int, eval_files: i
         "train_rows": rows_per_file * train_files,
         "eval_rows": rows_per_file * eval_files,
         "click_rate": float(label.mean()),
-        "best_auc": _auc(probability, label),
+        "best_auc": auc(probability, label),
         "best_log_loss": float(-np.mean(np.log(np.where(label == 1, probability, 1 - probability)))),
-        "numeric_lr_auc": _auc(_with_ones(numbers) @ weights, label),
+        "numeric_lr_auc": auc(_with_ones(numbers) @ weights, label),
     }
 
 
@@ -252,7 +234,7 @@ def _plant(seed: int) -> _Planted:
     low, high = -50.0, 50.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _sigmoid(logit + middle).mean() < CLICK_RATE else (low, middle)
+        low, high = (middle, high) if sigmoid(logit + middle).mean() < CLICK_RATE else (low, middle)
     return planted._replace(bias=low, scales=scales)
 
 
@@ -291,10 +273,6 @@ def _log_spread() -> dict[str, float]:
     return {name: max(np.log1p(q[10]) - np.log1p(max(q[2], 0)), 1.0) for name, q in QUANTILES.items()}
 
 
-def _sigmoid(logit: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-logit))
-
-
 def _with_ones(numbers: np.ndarray) -> np.ndarray:
     return np.column_stack([np.ones(len(numbers)), numbers])
 
@@ -304,18 +282,7 @@ def _fit_logistic(numbers: np.ndarray, label: np.ndarray, num_steps: int = 12) -
     x = _with_ones(numbers)
     weights, ridge = np.zeros(x.shape[1]), 1e-3 * np.eye(x.shape[1])
     for _ in range(num_steps):
-        p = _sigmoid(x @ weights)
+        p = sigmoid(x @ weights)
         curvature = (x * (p * (1 - p))[:, None]).T @ x + ridge
         weights -= np.linalg.solve(curvature, x.T @ (p - label) + ridge @ weights)
     return weights
-
-
-def _auc(score: np.ndarray, label: np.ndarray) -> float:
-    """The exact rank statistic, ties count half. 0.5 when there is one class only."""
-    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
-    middle_ranks = np.cumsum(counts) - (counts - 1) / 2
-    positives = label.sum()
-    negatives = len(label) - positives
-    if positives == 0 or negatives == 0:
-        return 0.5
-    return float((middle_ranks[inverse][label == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives))

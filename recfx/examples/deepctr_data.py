@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet as pq
+
+from recfx.examples.generated import auc, written_once
 
 __all__ = ["LONGEST", "NUM_DENSE", "generate"]
 
@@ -29,27 +29,20 @@ def generate(folder: str | os.PathLike[str], *, rows: int, seed: int, files: int
     Info:     parameters; best_auc, of the true probabilities on the evaluation rows.
     Raises:   ValueError when the folder holds something else. It is never overwritten.
     """
-    folder, parameters = Path(folder), {"rows": rows, "seed": seed, "files": files}
-    if folder.exists() and any(folder.iterdir()):
-        path = folder / "info.json"
-        info = json.loads(path.read_text()) if path.exists() else {}
-        if info.get("parameters") != parameters:
-            raise ValueError(f"folder: got '{folder}', which holds something else. Delete it or choose another.")
-        return info
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        built, best_auc = Path(scratch) / "built", 0.0
-        for part, count in (("train", files), ("eval", 1)):
-            (built / part).mkdir(parents=True)
-            for file in range(count):
-                rng = np.random.default_rng([seed, part == "eval", file])
-                table, probability = _draw(rng, rows // files, np.random.default_rng(seed))
-                pq.write_table(table, built / part / f"part-{file:05}.parquet", compression="zstd")
-                best_auc = _auc(probability, table["label"].to_numpy())
-        info = {"parameters": parameters, "best_auc": best_auc}
-        (built / "info.json").write_text(json.dumps(info, indent=2) + "\n")
-        os.replace(built, folder)
-    return info
+    parameters = {"rows": rows, "seed": seed, "files": files}
+    return written_once(folder, parameters, lambda built: _write_all(built, **parameters))
+
+
+def _write_all(folder: Path, rows: int, seed: int, files: int) -> dict[str, Any]:
+    best_auc = 0.0
+    for part, count in (("train", files), ("eval", 1)):
+        (folder / part).mkdir(parents=True)
+        for file in range(count):
+            rng = np.random.default_rng([seed, part == "eval", file])
+            table, probability = _draw(rng, rows // files, np.random.default_rng(seed))
+            pq.write_table(table, folder / part / f"part-{file:05}.parquet", compression="zstd")
+            best_auc = auc(probability, table["label"].to_numpy())
+    return {"best_auc": best_auc}
 
 
 def _draw(rng: np.random.Generator, n: int, planted: np.random.Generator) -> tuple[pa.Table, np.ndarray]:
@@ -96,10 +89,3 @@ def _dense_lists(rng: np.random.Generator, x: np.ndarray) -> pa.ListArray:
 def _ids(rank: np.ndarray) -> np.ndarray:
     """64-bit ids that look random: an odd multiple, wrapping."""
     return (rank.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).astype(np.int64)
-
-
-def _auc(score: np.ndarray, label: np.ndarray) -> float:
-    rank = np.argsort(np.argsort(score)) + 1
-    num_clicks = int(label.sum())
-    area = float(rank[label > 0.5].sum()) - num_clicks * (num_clicks + 1) / 2
-    return area / (num_clicks * (len(label) - num_clicks))

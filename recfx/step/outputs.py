@@ -13,7 +13,7 @@ __all__ = ["check_logit", "check_loss", "check_outputs", "check_tensors"]
 
 
 def check_outputs(result: Any, tasks: Mapping[str, Any]) -> None:
-    """Raises TypeError when `forward` does not return a dict for several tasks, ValueError when its names are not theirs."""
+    """Raises TypeError when `forward` does not return a dict for several tasks, ValueError on its names."""
     expected = ", ".join(f"'{name}'" for name in tasks)
     advice = f"It has the outputs by task: {expected}."
     if not isinstance(result, Mapping):

@@ -7,7 +7,8 @@ import pytest
 from pyarrow import orc
 
 from recfx.examples import criteo_synthetic as synthetic
-from recfx.examples.criteo_synthetic import CATEGORICAL, MISSING, NUMERIC, QUANTILES, _auc, generate
+from recfx.examples.criteo_synthetic import CATEGORICAL, MISSING, NUMERIC, QUANTILES, generate
+from recfx.examples.generated import auc
 
 SMALL = {"rows_per_file": 300, "train_files": 2, "eval_files": 1, "seed": 7}
 
@@ -176,4 +177,4 @@ def test_auc_counts_ties_half():
     rng = np.random.default_rng(0)
     score, label = rng.integers(0, 5, 200).astype(float), rng.integers(0, 2, 200).astype(float)
     pairs = [(a > b) + (a == b) / 2 for a in score[label == 1] for b in score[label == 0]]
-    assert _auc(score, label) == pytest.approx(np.mean(pairs))
+    assert auc(score, label) == pytest.approx(np.mean(pairs))

@@ -138,7 +138,7 @@ def test_generated_once_and_never_over_something_else(data, tmp_path):
     assert min(lengths) == 0
     assert max(lengths) <= deepctr_data.LONGEST
     (tmp_path / "other").write_text("")
-    with pytest.raises(ValueError, match=r"folder: got .*, which holds something else"):
+    with pytest.raises(ValueError, match=r"folder: got .*, which holds other files"):
         deepctr_data.generate(tmp_path, **ROWS)
 
 
