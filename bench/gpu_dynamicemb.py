@@ -50,13 +50,13 @@ class Case(NamedTuple):
 
     def fused(self, ids: list[Tensor]) -> None:
         s = self.state
-        of_batch = self.table.occurrences(self.forward(ids), self.grads)
+        (of_batch,) = self.table.occurrences(self.forward(ids), self.grads)
         sum_adamw_rows_(s.rows, s.counters, s.unique_rows, self.hyper, *of_batch)
 
     def in_two(self, sum_row_grads: Callable[..., None]) -> Train:
         def train(ids: list[Tensor]) -> None:
             s = self.state
-            sum_row_grads(s.grads, *self.table.occurrences(self.forward(ids), self.grads))
+            sum_row_grads(s.grads, *self.table.occurrences(self.forward(ids), self.grads)[0])
             adamw_rows_(s.rows, s.grads, s.counters, s.unique_rows, self.hyper, self.due)
             s.step.add_(1)
 
@@ -66,7 +66,7 @@ class Case(NamedTuple):
         """The step of `sparse_adam` with its scalars: the reference for the other ways."""
         fused_ = sparse_adam(LR, b1=B1, b2=B2, eps=EPS).fused_for(self.table.columns)
         assert fused_ is not None
-        occurrences, one = self.table.occurrences(self.forward(ids), self.grads), torch.ones_like(self.hyper[0])
+        (occurrences,), one = self.table.occurrences(self.forward(ids), self.grads), torch.ones_like(self.hyper[0])
         fused_(self.state, occurrences, one, self.due)
 
     def evaluate(self, ids: list[Tensor]) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from recfx.types import Params
 
@@ -69,7 +69,7 @@ def in_bf16(forward: Forward) -> Forward:
 
     @functools.wraps(forward)
     def run(params: Params, emb: Any, *others: Any) -> Any:
-        device = next(iter((*params.values(), *emb.values()))).device.type
+        device = tree_leaves((params, emb))[0].device.type
         with torch.autocast(device, torch.bfloat16, cache_enabled=False):
             result = forward(params, emb, *others)
             first, *stats = result if isinstance(result, tuple) else (result,)

@@ -218,7 +218,8 @@ class Exchange:
         for (i, is_read_only), capacity in zip(self.sections, self.capacities, strict=True):
             if not is_read_only:
                 sums[i] = [states[i].grads.new_zeros(self.group.world_size * capacity, self.plans[i].width)]
-                self.sum_row_grads(sums[i][0], *self.tables[i].occurrences(found[i], row_grads[i]))
+                for of_ids in self.tables[i].occurrences(found[i], row_grads[i]):
+                    self.sum_row_grads(sums[i][0], *of_ids)
         return sums
 
     def add_grads_(

@@ -81,7 +81,9 @@ class Embedding:
               combiner: how the rows of a sample's list become one; empty lists give zeros. With w the feature's
               weights, or 1: "sum" is sum(w e), "mean" sum(w e) / sum(w), "sqrtn" sum(w e) / sqrt(sum(w^2)), where a
               divisor of 0 counts as 1; `tile(n)` keeps the first n rows w e separate, as n cells of the group;
-              `combine(function, n)` applies a user's function to the first n rows w e.
+              `combine(function, n)` applies a user's function to the first n rows w e. None: the rows w e of whole
+              lists, as a `recfx.types.Ragged` with values f32 [P, dim], which `recfx.ragged` has functions for; the
+              embedding is then alone in its group. P is the size of the feature's values, with zeros at the end.
               init: distribution of a new row, which depends only on (seed, table name, id, column).
               device: where the table lives; features must be there too.
               lr_scale: factor of the sparse optimiser's learning rate for this table, >= 0.
@@ -106,7 +108,7 @@ class Embedding:
     feature: str
     dim: int = field(kw_only=True)
     shared_name: str | None = field(default=None, kw_only=True)
-    combiner: Literal["sum", "mean", "sqrtn"] | Tile | Combiner = field(default="sum", kw_only=True)
+    combiner: Literal["sum", "mean", "sqrtn"] | Tile | Combiner | None = field(default="sum", kw_only=True)
     init: Initializer | InitializerOf = field(default=truncated_normal(0.001), kw_only=True)
     device: str = field(default="cpu", kw_only=True)
     lr_scale: float = field(default=1.0, kw_only=True)
@@ -123,11 +125,11 @@ class Embedding:
             raise TypeError(f"feature '{self.feature}': got dim {said(self.dim)}, expected an int. It is a width.")
         if self.dim < 1:
             raise ValueError(f"feature '{self.feature}': got dim {self.dim}, expected at least 1.")
-        if self.combiner not in ("sum", "mean", "sqrtn") and not isinstance(self.combiner, Tile | Combiner):
+        if self.combiner not in ("sum", "mean", "sqrtn", None) and not isinstance(self.combiner, Tile | Combiner):
             got = repr(self.combiner) if isinstance(self.combiner, str) else said(self.combiner)
             raise ValueError(
-                f"feature '{self.feature}': got combiner {got}, expected 'sum', 'mean', 'sqrtn' or one of "
-                "recfx.embeddings: combine(function, n) or tile(n)."
+                f"feature '{self.feature}': got combiner {got}, expected 'sum', 'mean', 'sqrtn', None or one "
+                "of recfx.embeddings: combine(function, n) or tile(n)."
             )
         if self.unknown not in ("zeros", "initial"):
             raise ValueError(
@@ -177,8 +179,9 @@ class Embedding:
 
     @property
     def read_as(self) -> ReadAs:
-        """How ids are read: feature, read_only, number of ids per list (0: all), trainable, and padding_id."""
+        """How ids are read: feature, read_only, `Lookup.length`, trainable, and padding_id."""
         length = self.combiner.length if isinstance(self.combiner, Tile | Combiner) else 0
+        length = -1 if self.combiner is None else length
         return self.feature, self.read_only, length, self.trainable, self.padding_id
 
     @property

@@ -36,7 +36,7 @@ class Lookup(NamedTuple):
     feature: str
     vocabulary: int
     read_only: bool = False
-    length: int = 0  # of a list whose rows are kept apart, by `tile` or `combine`; 0: lists are pooled
+    length: int = 0  # of a list whose rows are kept apart, by `tile` or `combine`; 0: pooled; -1: rows stay lists
     trainable: bool = True
     padding_id: int | None = None
 
@@ -44,6 +44,11 @@ class Lookup(NamedTuple):
     def num_cells(self) -> int:
         """Rows [dim] per sample that the lookup returns."""
         return max(self.length, 1)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its rows stay lists, by `combiner=None`. Its cell of a sample is empty then."""
+        return self.length < 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +78,11 @@ class TablePlan:
         """The first cell of each lookup in a sample, then the number of cells."""
         return tuple(itertools.accumulate((lookup.num_cells for lookup in self.lookups), initial=0))
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the rows of a lookup stay lists."""
+        return any(lookup.is_kept for lookup in self.lookups)
+
     def check_batch(self, num_samples: int, num_ids: int = 0) -> None:
         """Raises ValueError where a batch has more cells, or more ids in all lookups, than 32 bits can number."""
         num_cells = self.first_cells[-1]
@@ -95,7 +105,7 @@ class Cell(NamedTuple):
     table: int
     column: int
     lookup: int
-    combiner: str | Tile | Combiner
+    combiner: str | Tile | Combiner | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +138,12 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
     physical table, which still distinguishes equal ids of different vocabularies.
 
     Args:     groups: embeddings by group name; a group is one tensor [B, len(group), dim] for the model, where a
-              tiled embedding counts as its n cells; or, when dims differ, their concatenation [B, sum of dims].
+              tiled embedding counts as its n cells; or, when dims differ, their concatenation [B, sum of dims]. An
+              embedding without a combiner is a group of its own, of lists of rows.
     Cost:     linear in the embeddings.
-    Raises:   ValueError when a group is empty, one shared name has two dims, initialisers, devices, rates or values
-              of `unknown`, a physical table has more than 65 535 vocabularies, or a sample 2**31 cells of one.
+    Raises:   ValueError when a group is empty or has others beside an embedding without a combiner, one shared name
+              has two dims, initialisers, devices, rates or values of `unknown`, a physical table has more than 65 535
+              vocabularies, or a sample 2**31 cells of one.
     Example:  >>> plan = plan_tables({"emb": [Embedding("c1", dim=8), Embedding("c2", dim=8)],
               ...                     "bias": [Embedding("c1", dim=1), Embedding("c2", dim=1)]})
               >>> [(t.dims, len(t.vocabularies), len(t.lookups)) for t in plan.tables]
@@ -210,6 +222,11 @@ def _check_groups(groups: Any) -> None:
         for e in embeddings:
             if not isinstance(e, Embedding):
                 raise TypeError(f"group '{group}': got {said(e)} among them, {expected}.")
+            if e.combiner is None and len(embeddings) > 1:
+                raise ValueError(
+                    f"group '{group}': got {len(embeddings)} embeddings, expected feature '{e.feature}' alone. With "
+                    "combiner=None its rows stay lists, of different lengths. Give it a group of its own."
+                )
 
 
 def _check_size(plan: TablePlan) -> None:

@@ -19,7 +19,7 @@ from recfx.step.forward import aux_of, context_of, look_up, num_ids, read, real_
 from recfx.step.parts import Features, StepParts
 from recfx.step.state import Aux, Batch, TrainState, Window
 from recfx.step.tasks import Outputs
-from recfx.table import Found, Table, TableState
+from recfx.table import Found, TableState
 from recfx.types import NUM_SAMPLES, Params
 
 __all__ = ["flush_", "grow_", "in_graph_", "is_void_", "update", "update_"]
@@ -110,7 +110,7 @@ def _learn_(parts: StepParts, state: TrainState, feats: Features) -> tuple[Train
     got = got if requests is None else _of_all_ranks(parts, state, got, requests)
     got = _left_out_(got, state, touched) if parts.skips else got
 
-    fused = [_fused_for(parts, t, s) for t, s in zip(parts.tables, state.tables, strict=True)]
+    fused = [_fused_for(parts, i, s) for i, s in enumerate(state.tables)]
     _add_grads_(parts, state, got, fused)
     move = _move_of(parts, state, got)
     due = None if parts.accumulation == 1 and not parts.skips and requests is None else move.due
@@ -204,10 +204,10 @@ def _left_out_(got: Pass, state: TrainState, touched: Sequence[Tensor]) -> Pass:
     )
 
 
-def _fused_for(parts: StepParts, t: Table, s: TableState) -> Callable[..., TableState] | None:
+def _fused_for(parts: StepParts, table: int, s: TableState) -> Callable[..., TableState] | None:
     """The sum of row gradients and the sparse optimiser of a table as one kernel, where that is faster."""
-    is_faster = parts.fuses and s.rows.device.type in FUSED_ON
-    return parts.sparse.fused_for(t.columns) if is_faster else None
+    is_faster = parts.fuses and s.rows.device.type in FUSED_ON and not parts.plan.tables[table].keeps
+    return parts.sparse.fused_for(parts.tables[table].columns) if is_faster else None
 
 
 def _add_grads_(parts: StepParts, state: TrainState, got: Pass, fused: Sequence[Callable | None]) -> None:
@@ -268,7 +268,7 @@ def _update_rows_(
     tables = []
     for t, s, f, g, one in zip(parts.tables, state.tables, got.found, got.row_grads, fused, strict=True):
         if one is not None:
-            tables.append(one(s, t.occurrences(f, g), move.scale, move.due))
+            tables.append(one(s, *t.occurrences(f, g), move.scale, move.due))
         else:
             most = min(f.own.row.numel(), s.unique_rows.numel()) if parts.accumulation == 1 else s.unique_rows.numel()
             tables.append(parts.sparse.apply_(s, move.scale, move.due, t.columns, most))

@@ -43,8 +43,10 @@ class Table(NamedTuple):
     read:        (features by name) -> the ids of its lookups.
     find:        (state, reading) -> where they are. An id without a row stays without.
     insert_:     (state, reading) -> where they are. New ids get a row and all join the step, but for read-only lookups.
-    pool:        (state, found) -> pooled rows, f32 [B, L, dim] per logical table.
-    occurrences: (found, gradients of the pooled rows) -> these as the kernels take them.
+    pool:        (state, found) -> pooled rows, f32 [B, L, dim] per logical table; then, for each lookup that keeps its
+                 rows, f32 [P, 1, dim] per logical table.
+    occurrences: (found, gradients of the pooled rows) -> these as the kernels take them: of pooled lists, then of each
+                 lookup that keeps its rows.
     add_grads_:  (state, found, gradients of the pooled rows) -> state; sums them by row.
     count_steps_: (state, due bool []) -> state; for a `Life`: one more step for each row that the step touched.
     grow_:       (state, number of ids) -> state; room for that many new ids. Between steps, on the host.
@@ -56,7 +58,7 @@ class Table(NamedTuple):
     find: Callable[[TableState, Reading], Found]
     insert_: Callable[[TableState, Reading], Found]
     pool: Callable[[TableState, Found], list[Tensor]]
-    occurrences: Callable[[Found, Pooled], Occurrences]
+    occurrences: Callable[[Found, Pooled], list[Occurrences]]
     add_grads_: Callable[[TableState, Found, Pooled], TableState]
     count_steps_: Callable[[TableState, Tensor], TableState]
     grow_: Callable[[TableState, int], TableState]
@@ -233,12 +235,13 @@ def _pool(parts: TableParts, s: TableState, found: Found) -> list[Tensor]:
     return pooling.pool(s.rows, found, parts.init_keys, parts.unknown_params, plan.firsts, plan.dims)
 
 
-def _occurrences(parts: TableParts, found: Found, grads: Pooled) -> Occurrences:
+def _occurrences(parts: TableParts, found: Found, grads: Pooled) -> list[Occurrences]:
     return pooling.occurrences(found, grads, parts.plan.firsts, parts.plan.dims)
 
 
 def _add_grads_(parts: TableParts, s: TableState, found: Found, grads: Pooled) -> TableState:
-    parts.sum_row_grads(s.grads, *_occurrences(parts, found, grads))
+    for of_ids in _occurrences(parts, found, grads):
+        parts.sum_row_grads(s.grads, *of_ids)
     return s
 
 

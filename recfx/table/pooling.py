@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from recfx.embeddings import Combiner, Plan, Tile
+from recfx.embeddings import Cell, Combiner, Plan, Tile
 from recfx.kernels.lists.order_lists import list_sums
 from recfx.kernels.rows import pool as kernels
 from recfx.table.combining import combined
-from recfx.table.reading import Found
+from recfx.table.reading import Found, Reading
 from recfx.types import Ragged
 
 __all__ = ["Occurrences", "groups_of", "occurrences", "pool"]
@@ -37,36 +37,63 @@ def pool(
     firsts: Sequence[int],
     dims: Sequence[int],
 ) -> list[Tensor]:
-    """The sum of the weighted rows of each list: f32 [B, L, dim] per logical table, read-only cells last."""
+    """The sum of the weighted rows of each list: f32 [B, L, dim] per logical table, read-only cells last.
+
+    Then the rows of each lookup that keeps them: f32 [values, 1, dim] per logical table, read-only lookups last.
+    """
     reading = found.reading
     table_rows, rows = rows, rows if found.rows is None else found.rows
-    ids, num_samples = (rows, found.row, reading.id, reading.cell), reading.lists[0].num_samples
+    ids, num_samples = (rows, found.row, reading.id, pooled_cells(reading)), reading.lists[0].num_samples
     rest = (reading.vocabularies, num_samples, init_keys, unknown_params, firsts, dims)
     if reading.ends is None:
         pooled = kernels.pool(*ids, *rest, reading.weight)
     else:
         pooled = kernels.pool_lists(*ids, reading.ends, *rest)
+    kept: list[Tensor] = []
+    for k in reading.kept:
+        of_values = found.row[k.position], reading.id[k.position], k.cell, reading.vocabularies[k.first_cell, None]
+        weight = None if reading.weight is None else reading.weight[k.position]
+        kept += kernels.pool(rows, *of_values, k.cell.numel(), *rest[2:], weight)
     if found.read_only is None:
-        return pooled
+        return [*pooled, *kept]
     read_only = pool(table_rows, found.read_only, init_keys, unknown_params, firsts, dims)
-    return [torch.cat(both, dim=1) for both in zip(pooled, read_only, strict=True)]
+    both = zip(pooled, read_only[: len(dims)], strict=True)
+    return [*(torch.cat(pair, dim=1) for pair in both), *kept, *read_only[len(dims) :]]
 
 
-def occurrences(found: Found, grads: Sequence[Tensor], firsts: Sequence[int], dims: Sequence[int]) -> Occurrences:
-    """The gradients of pooled rows by occurrence of an id. No gradient reaches a row through a read-only cell."""
-    reading = found.reading
-    if found.read_only is not None:
-        grads = [grad[:, : len(reading.vocabularies)] for grad in grads]
-    return Occurrences(found.inverse, reading.cell, firsts, dims, grads, reading.weight)
+def pooled_cells(reading: Reading) -> Tensor:
+    """i32 [P]: the cells of a reading, -1 where rows are kept and not pooled."""
+    cell, num_cells = reading.cell, len(reading.vocabularies)
+    for k in reading.kept:
+        cell = torch.where(reading.cell % num_cells == k.first_cell, -1, cell)
+    return cell
 
 
-def groups_of(plan: Plan, pooled: Sequence[Sequence[Tensor]], found: Sequence[Found]) -> dict[str, Tensor]:
+def occurrences(found: Found, grads: Sequence[Tensor], firsts: Sequence[int], dims: Sequence[int]) -> list[Occurrences]:
+    """The gradients of pooled rows by occurrence of an id: of lists that are pooled, then of each lookup that keeps
+    its rows. No gradient reaches a row through a read-only cell."""
+    reading, num = found.reading, len(dims)
+    pooled = [grad[:, : len(reading.vocabularies)] for grad in grads[:num]] if found.read_only else grads[:num]
+    all_of = [Occurrences(found.inverse, pooled_cells(reading), firsts, dims, pooled, reading.weight)]
+    for number, k in enumerate(reading.kept, 1):
+        weight = None if reading.weight is None else reading.weight[k.position]
+        of_values = grads[number * num : (number + 1) * num]
+        all_of.append(Occurrences(found.inverse[k.position], k.cell, firsts, dims, of_values, weight))
+    return all_of
+
+
+def groups_of(plan: Plan, pooled: Sequence[Sequence[Tensor]], found: Sequence[Found]) -> dict[str, Any]:
     """Each group's embeddings in its order, as one tensor: [B, cells, dim], or [B, sum of dims] if they differ.
+
+    A group whose rows are kept is a Ragged with values [P, dim].
 
     Args:     pooled, found: of each physical table: what `pool` returned, and what it was given.
     """
-    groups = {}
+    groups: dict[str, Any] = {}
     for name, cells in plan.groups.items():
+        if cells[0].combiner is None:
+            groups[name] = _rows_of(plan, cells[0], pooled[cells[0].table], found[cells[0].table])
+            continue
         rows = pooled[cells[0].table][cells[0].column]
         whole = [(cells[0].table, cells[0].column, l, "sum") for l in range(rows.shape[1])]
         if [tuple(c) for c in cells] == whole and all(map(plan.learns, cells)):
@@ -87,7 +114,15 @@ def groups_of(plan: Plan, pooled: Sequence[Sequence[Tensor]], found: Sequence[Fo
     return groups
 
 
-def _divisor(combiner: str | Tile | Combiner, ids: Ragged, padding_id: int | None) -> Tensor | None:
+def _rows_of(plan: Plan, cell: Cell, pooled: Sequence[Tensor], found: Found) -> Ragged:
+    """The rows of a lookup that keeps them."""
+    lookups = plan.tables[cell.table].lookups
+    number = sum(lookup.is_kept for lookup in lookups[: cell.lookup])
+    rows = pooled[(1 + number) * len(plan.tables[cell.table].dims) + cell.column][:, 0]
+    return Ragged(rows if plan.learns(cell) else rows.detach(), found.reading.lists[cell.lookup].offsets)
+
+
+def _divisor(combiner: str | Tile | Combiner | None, ids: Ragged, padding_id: int | None) -> Tensor | None:
     """What the sum of each list's weighted rows is divided by, [B]. None: by nothing."""
     if combiner not in ("mean", "sqrtn"):
         return None

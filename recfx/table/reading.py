@@ -13,7 +13,7 @@ from recfx.embeddings import Lookup
 from recfx.kernels.lists import order_ids, order_lists
 from recfx.types import NUM_SAMPLES, Ragged
 
-__all__ = ["Cells", "Found", "Reading", "cells_of", "check_num_samples", "ids_of", "in_order"]
+__all__ = ["Cells", "Found", "Kept", "Reading", "cells_of", "check_num_samples", "ids_of", "in_order"]
 
 
 class Reading(NamedTuple):
@@ -27,6 +27,15 @@ class Reading(NamedTuple):
     lists: Sequence[Ragged] = ()  # the feature of each lookup, the read-only ones last
     read_only: Reading | None = None  # of the read-only lookups, where the table has others too
     trains: Tensor | None = None  # bool [L], which cells train rows; None: all
+    kept: Sequence[Kept] = ()  # the lookups whose rows stay lists
+
+
+class Kept(NamedTuple):
+    """A lookup whose rows stay lists: where each value of its feature is among the ids of a reading."""
+
+    first_cell: int  # of the lookup, in a sample
+    position: Tensor  # i64 [values], in the reading; 0 for padding
+    cell: Tensor  # i32 [values], 0 1 2 ..., a cell for each value, -1 for padding
 
 
 class Found(NamedTuple):
@@ -74,19 +83,38 @@ def cells_of(lookups: Sequence[Lookup], device: torch.device) -> Cells:
 def in_order(lists: Sequence[Ragged], cells: Cells) -> Reading:
     """The ids of all lists in the table's order. An id that is padding has cell -1."""
     values, offsets = [r.values.contiguous() for r in lists], [r.offsets.contiguous() for r in lists]
-    lengths, weight, ends = [lookup.length for lookup in cells.lookups], None, None
+    lengths, weight, ends = [max(lookup.length, 0) for lookup in cells.lookups], None, None
+    kept_lookups = [l for l, lookup in enumerate(cells.lookups) if lookup.is_kept]
     if not any(lengths) and all(r.weights is None for r in lists):
-        if order_ids.uses_ends(values[0].device):
+        if order_ids.uses_ends(values[0].device) and not kept_lookups:
             id, cell, ends = order_ids.order_ids_ends(values, offsets)
         else:
             id, cell = order_ids.order_ids(values, offsets)
     else:
         weights = [None if r.weights is None else r.weights.contiguous() for r in lists]
         id, cell, weight = order_lists.order_lists(values, offsets, weights, lengths)
+    places = [_positions(cell, cells, l, values[l].numel()) for l in kept_lookups]
     if cells.padding is not None:
         padding_id, has_one = (t[cell % len(t)] for t in cells.padding)
         cell = torch.where(has_one & (id == padding_id), -1, cell)
-    return Reading(id, cell, cells.vocabularies, weight, ends, lists, trains=cells.trains)
+    kept = [_kept(first, position, cell) for first, position in places]
+    return Reading(id, cell, cells.vocabularies, weight, ends, lists, trains=cells.trains, kept=kept)
+
+
+def _positions(cell: Tensor, cells: Cells, lookup: int, num_values: int) -> tuple[int, Tensor]:
+    """The cell of a lookup in a sample, and the position of each value of its feature in a reading; -1 for padding."""
+    first, num_cells = sum(l.num_cells for l in cells.lookups[:lookup]), len(cells.vocabularies)
+    is_mine = (cell >= 0) & (cell % num_cells == first)
+    number = torch.where(is_mine, is_mine.cumsum(0) - 1, num_values)  # ids are in the order of the lists
+    places = torch.arange(cell.numel(), device=cell.device)
+    return first, places.new_full((num_values + 1,), -1).scatter(0, number, places)[:num_values]
+
+
+def _kept(first_cell: int, position: Tensor, cell: Tensor) -> Kept:
+    """Args: cell: of the reading, -1 for padding."""
+    numbers = torch.arange(position.numel(), dtype=torch.int32, device=cell.device)
+    at = position.clamp(min=0)
+    return Kept(first_cell, at, torch.where((position >= 0) & (cell[at] >= 0), numbers, -1))
 
 
 def ids_of(features: Mapping[str, Any], name: str) -> Ragged:
