@@ -26,10 +26,10 @@ CODE = [name for name in MODULES if not name.endswith(".__main__") and (HAS_TRIT
 LAYERS = (
     ("environment",),  # imported before torch
     ("types", "checks", "describe", "kernels"),  # the gate of a batch is a kernel, and the packing kernels make batches
-    ("features", "layers", "losses", "metrics", "data"),
+    ("features", "layers", "losses", "metrics", "ragged", "data"),
     ("embeddings", "table", "optim"),
-    ("models",),
     ("context", "generators"),
+    ("models",),
     ("step", "run_checks", "dist"),
     ("capture", "checkpoint", "rows"),
     ("recis", "train"),
@@ -43,7 +43,7 @@ SEES_ONLY = {
     "types": {"describe", "kernels"},
     "data": {"types", "checks", "kernels"},
     "checkpoint": {"types", "checks", "kernels", "generators", "embeddings", "table", "step", "run_checks", "dist"},
-    "models": {"types", "features", "layers", "losses"},
+    "models": {"types", "features", "layers", "losses", "ragged", "context"},
     "capture": {"types", "checks", "generators", "kernels", "dist", "step", "run_checks"},
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +61,9 @@ def compiled(function: Function, state: Any, sections: list[Tensor]) -> Function
     if on_cpu:
         build_ahead()
     try:
-        with warnings.catch_warnings() if device == "cuda" else nullcontext():
+        with warnings.catch_warnings():
+            # Dynamo makes an instance of each autograd.Function that it meets, and torch warns of instances.
+            warnings.filterwarnings("ignore", ".*autograd.*should not be instantiated", DeprecationWarning)
             if device == "cuda":  # which precision products have is the step's to say
                 warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
             aux = by_dynamo(state, sections)
