@@ -42,7 +42,7 @@ def build(table_rows: int, optimizer: SparseOptimizer, *, batch_size: int, devic
     step = train_step(
         features=raw_features,
         embeddings={"emb": embeddings(DIM), "bias": embeddings(1)},
-        forward=lambda params, emb, feats: deepfm.forward(params, emb, feats["numeric"]),
+        forward=deepfm.forward,
         sparse_optimizer=optimizer,
         dense_optimizer=adamw(1e-3),
         max_rows=table_rows + CHUNK,

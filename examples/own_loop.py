@@ -32,7 +32,7 @@ step = train_step(
         "emb": [Embedding(name, dim=8) for name in CATEGORICAL],
         "bias": [Embedding(name, dim=1) for name in CATEGORICAL],
     },
-    forward=lambda params, emb, feats: deepfm.forward(params, emb, feats["numeric"]),
+    forward=deepfm.forward,
     sparse_optimizer=sparse_adamw(lr=3e-3),
     dense_optimizer=adamw(lr=3e-3),
 )

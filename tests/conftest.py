@@ -99,7 +99,7 @@ def deepfm_step(**kwargs: object) -> step.Step:
     arguments = {
         "features": dict,
         "embeddings": deepfm_groups(),
-        "forward": lambda params, emb, feats: deepfm.forward(params, emb, feats["numeric"]),
+        "forward": deepfm.forward,
         "sparse_optimizer": sparse_adamw(1e-2),
         "dense_optimizer": adamw(1e-2),
         "max_rows": 512,

@@ -26,9 +26,9 @@ CODE = [name for name in MODULES if not name.endswith(".__main__") and (HAS_TRIT
 LAYERS = (
     ("environment",),  # imported before torch
     ("types", "checks", "describe", "kernels"),  # the gate of a batch is a kernel, and the packing kernels make batches
+    ("context", "generators"),
     ("features", "layers", "losses", "metrics", "ragged", "data"),
     ("embeddings", "table", "optim"),
-    ("context", "generators"),
     ("models",),
     ("step", "run_checks", "dist"),
     ("capture", "checkpoint", "rows"),

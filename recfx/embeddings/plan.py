@@ -139,9 +139,9 @@ def plan_tables(groups: Mapping[str, Sequence[Embedding]]) -> Plan:
 
     Args:     groups: embeddings by group name; a group is one tensor [B, len(group), dim] for the model, where a
               tiled embedding counts as its n cells; or, when dims differ, their concatenation [B, sum of dims]. An
-              embedding without a combiner is a group of its own, of lists of rows.
+              embedding without a combiner is alone in its group, which is lists of rows.
     Cost:     linear in the embeddings.
-    Raises:   ValueError when a group is empty or has others beside an embedding without a combiner, one shared name
+    Raises:   ValueError when a group is empty or has more than an embedding without a combiner, one shared name
               has two dims, initialisers, devices, rates or values of `unknown`, a physical table has more than 65 535
               vocabularies, or a sample 2**31 cells of one.
     Example:  >>> plan = plan_tables({"emb": [Embedding("c1", dim=8), Embedding("c2", dim=8)],
@@ -225,7 +225,7 @@ def _check_groups(groups: Any) -> None:
             if e.combiner is None and len(embeddings) > 1:
                 raise ValueError(
                     f"group '{group}': got {len(embeddings)} embeddings, expected feature '{e.feature}' alone. With "
-                    "combiner=None its rows stay lists, of different lengths. Give it a group of its own."
+                    "combiner=None its rows stay lists, of different lengths. Give it a group that has no other."
                 )
 
 

@@ -86,7 +86,7 @@ def make_step(args: Any, *, sparse_optimizer: SparseOptimizer | None = None, gro
     return train_step(
         features=log1p_features if args.numeric == "log1p" else raw_features,
         embeddings={"emb": embeddings(EMBEDDING_DIM), "bias": embeddings(1)},
-        forward=lambda params, emb, feats: deepfm.forward(params, emb, feats["numeric"]),
+        forward=deepfm.forward,
         sparse_optimizer=sparse_optimizer or sparse_adamw(args.sparse_lr, weight_decay=0.01),
         dense_optimizer=adamw(args.dense_lr, weight_decay=0.01),
         accumulation=args.gradient_accumulation_steps,

@@ -9,20 +9,17 @@ value or 1. Ref: Guo et al. 2017, arXiv:1703.04247.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from recfx.layers import full_matmul, init_linear, mlp_from_first, sums_are_loops
+from recfx.layers import init_linear, mlp_from_first, narrow_matmul, sum_over_fields, sums_are_loops
 from recfx.types import Params
 
 __all__ = ["DeepFMConfig", "forward", "init"]
-
-LANES = 16  # floats of the widest vector registers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,44 +35,47 @@ class DeepFMConfig:
 def init(config: DeepFMConfig, generator: torch.Generator) -> Params:
     """Dense parameters.
 
-    Shapes:   numeric_emb f32 [N, D], numeric_bias f32 [N, 1], dnn.<i>.weight f32 [in, out], dnn.<i>.bias f32 [out].
+    Shapes:   numeric_emb f32 [N, D] and numeric_bias f32 [N, 1] where there are numeric features; dnn.<i>.weight
+              f32 [in, out], dnn.<i>.bias f32 [out].
     """
-    params = {
-        "numeric_emb": torch.randn(config.num_numeric, config.dim, generator=generator) * 0.001,
-        "numeric_bias": torch.randn(config.num_numeric, 1, generator=generator) * 0.001,
-    }
+    params: Params = {}
+    if config.num_numeric:
+        params["numeric_emb"] = torch.randn(config.num_numeric, config.dim, generator=generator) * 0.001
+        params["numeric_bias"] = torch.randn(config.num_numeric, 1, generator=generator) * 0.001
     sizes = [(config.num_numeric + config.num_sparse) * config.dim, *config.hidden, 1]
     for i, (num_in, num_out) in enumerate(itertools.pairwise(sizes)):
         params[f"dnn.{i}.weight"], params[f"dnn.{i}.bias"] = init_linear(num_in, num_out, generator)
     return params
 
 
-def forward(params: Params, emb: dict[str, Tensor], numeric_BN: Tensor) -> Tensor:
-    """Logit f32 [B, 1] from emb["emb"] f32 [B, F, D], emb["bias"] f32 [B, F, 1] and the numeric values f32 [B, N].
+def forward(params: Params, emb: Mapping[str, Tensor], feats: Mapping[str, Any]) -> Tensor:
+    """Logit f32 [B, 1] from emb["emb"] f32 [B, F, D], emb["bias"] f32 [B, F, 1] and feats["numeric"] f32 [B, N].
 
     On a CPU every sum over fields is a matrix product or runs along contiguous memory: the textbook form reduces over a
     middle axis, which compilers turn into scalar loops. On CUDA they are plain sums, which fuse with neighbouring
     kernels. The numeric embeddings enter the MLP unscaled, the same for every sample, so their part of the first layer
     is a bias. Cost: one GEMM [B, F D] x [F D, H].
     """
-    emb_BFD, numeric_emb, weight = emb["emb"], params["numeric_emb"], params["dnn.0.weight"]
-    num_fields, dim = emb_BFD.shape[1:]
-    numeric_weight, sparse_weight = weight.split([numeric_emb.numel(), num_fields * dim])
+    emb_BFD, weight, bias = emb["emb"], params["dnn.0.weight"], params["dnn.0.bias"]
+    num_sparse = emb_BFD.shape[1] * emb_BFD.shape[2]
+    has_numeric = "numeric_emb" in params
+    numeric_weight, sparse_weight = weight.split([len(weight) - num_sparse, num_sparse])
     hidden_BH = emb_BFD.flatten(1) @ sparse_weight
-
-    numeric_terms = numeric_by_sums if sums_are_loops(numeric_BN) else numeric_by_products
-    numeric_first_B, numeric_sum_BD, numeric_squares_B = numeric_terms(params, numeric_BN)
-    first_order = emb["bias"].sum(1) + numeric_first_B
+    if has_numeric:
+        numeric_BN = feats["numeric"]
+        numeric_terms = numeric_by_sums if sums_are_loops(numeric_BN) else numeric_by_products
+        numeric_first_B, numeric_sum_BD, numeric_squares_B = numeric_terms(params, numeric_BN)
+    first_order = emb["bias"].sum(1) + numeric_first_B if has_numeric else emb["bias"].sum(1)
 
     # Squared before any reshape: one loop then adds its gradient to the product's, without copies of two matrices.
     sparse_squares_B = (emb_BFD * emb_BFD).sum((1, 2))[:, None]
-    square_of_sum_B = ((sum_over_fields(emb_BFD) + numeric_sum_BD) ** 2).sum(1, keepdim=True)
-    second_order = 0.5 * (square_of_sum_B - sparse_squares_B - numeric_squares_B)
-
-    # A sum, not a matrix product: one row is too little for a GEMM, and the loop fuses with its neighbours.
-    bias = params["dnn.0.bias"] + (numeric_emb.flatten()[:, None] * numeric_weight).sum(0)
-    num_hidden = sum(name.startswith("dnn.") for name in params) // 2 - 1
-    return first_order + second_order + mlp_from_first(params, "dnn", hidden_BH + bias, num_hidden=num_hidden)
+    sum_BD = sum_over_fields(emb_BFD) + numeric_sum_BD if has_numeric else sum_over_fields(emb_BFD)
+    twice_B = (sum_BD**2).sum(1, keepdim=True) - sparse_squares_B
+    second_order = 0.5 * (twice_B - numeric_squares_B if has_numeric else twice_B)
+    if has_numeric:
+        # A sum, not a matrix product: one row is too little for a GEMM, and the loop fuses with its neighbours.
+        bias = bias + (params["numeric_emb"].flatten()[:, None] * numeric_weight).sum(0)
+    return first_order + second_order + mlp_from_first(params, "dnn", hidden_BH + bias)
 
 
 def numeric_by_products(params: Params, numeric_BN: Tensor) -> Sequence[Tensor]:
@@ -94,27 +94,3 @@ def numeric_by_sums(params: Params, numeric_BN: Tensor) -> Sequence[Tensor]:
     first_B = (numeric_BN * params["numeric_bias"][:, 0]).sum(1, keepdim=True)
     squares_B = (numeric_BN**2 * (numeric_emb**2).sum(1)).sum(1, keepdim=True)
     return first_B, (numeric_BN[:, :, None] * numeric_emb).sum(1), squares_B
-
-
-def sum_over_fields(emb_BFD: Tensor) -> Tensor:
-    """The sum [B, D] of embeddings [B, F, D], on a CPU by loops over at least 16 contiguous numbers.
-
-    Adding rows of 8 numbers compiles there to scalar loops, 30 times slower. So groups of fields of 16 numbers are
-    added first, and a small product with stacked identity matrices adds the fields that are left side by side.
-    """
-    if sums_are_loops(emb_BFD):
-        return emb_BFD.sum(1)
-    num_samples, num_fields, dim = emb_BFD.shape
-    together = LANES // math.gcd(LANES, dim)
-    whole = num_fields - num_fields % together
-    sums = emb_BFD[:, :whole].reshape(num_samples, whole // together, together * dim).sum(1)
-    if whole < num_fields:
-        sums = torch.cat([sums, emb_BFD[:, whole:].flatten(1)], dim=1)
-    identities = torch.eye(dim, device=sums.device, dtype=sums.dtype).repeat(sums.shape[1] // dim, 1)
-    return full_matmul(sums, identities)
-
-
-def narrow_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight of few columns, padded to a full vector register: 16 columns are 3 times as fast as 10 on a CPU."""
-    num_columns = weight.shape[1]
-    return full_matmul(x, F.pad(weight, (0, -num_columns % LANES)))[:, :num_columns]

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from recfx import layers
 from recfx.capture import capture, capture_evaluation, trace
 from recfx.capture.captured import _f32_products
+from recfx.layers import in_bf16, linear, products
 from recfx.metrics import auc, binary_metrics
 from recfx.step import Step
 from recfx.types import Batch
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_the_formula():
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(*shape, generator=generator) for shape in ((16, 8), (8, 3)))
     grad = torch.randn(16, 3, generator=generator)
-    forward = layers.in_bf16(lambda params, emb, feats: feats @ params["w"])
+    forward = in_bf16(lambda params, emb, feats: feats @ params["w"])
     out, vjp = torch.func.vjp(lambda w, x: forward({"w": w}, {}, x), weight, x)
     by_weight, by_x = vjp(grad)
 
@@ -89,11 +89,11 @@ def test_gradients_are_those_of_the_formula():
 
 @pytest.mark.parametrize("loops_on", [(), ("cpu",)], ids=["as on a CPU", "as on CUDA"])
 def test_a_single_output_is_not_rounded(loops_on, monkeypatch):
-    monkeypatch.setattr(layers, "LOOPS_ON", loops_on)
+    monkeypatch.setattr(products, "LOOPS_ON", loops_on)
     params = {"w.weight": torch.randn(8, 1), "w.bias": torch.randn(1)}
     x = torch.randn(16, 8)
-    forward = layers.in_bf16(lambda params, emb, feats: layers.linear(params, "w", feats))
-    assert torch.equal(forward(params, {}, x), layers.linear(params, "w", x))
+    forward = in_bf16(lambda params, emb, feats: linear(params, "w", feats))
+    assert torch.equal(forward(params, {}, x), linear(params, "w", x))
     torch.testing.assert_close(forward(params, {}, x), x @ params["w.weight"] + params["w.bias"])
 
 
@@ -262,6 +262,6 @@ def test_one_output_as_a_loop_takes_the_shapes_that_a_product_takes(monkeypatch,
     generator = torch.Generator().manual_seed(0)
     params = {"out.weight": torch.randn(4, 1, generator=generator), "out.bias": torch.ones(1)}
     x = torch.randn(shape, generator=generator)
-    product = layers.linear(params, "out", x)
-    monkeypatch.setattr(layers, "LOOPS_ON", ("cpu",))
-    torch.testing.assert_close(layers.linear(params, "out", x), product)
+    product = linear(params, "out", x)
+    monkeypatch.setattr(products, "LOOPS_ON", ("cpu",))
+    torch.testing.assert_close(linear(params, "out", x), product)

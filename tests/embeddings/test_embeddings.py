@@ -115,7 +115,7 @@ def test_errors():
         plan_tables({"g": []})
     with pytest.raises(ValueError, match="feature 'a': got dim 0, expected at least 1"):
         Embedding("a", dim=0)
-    with pytest.raises(ValueError, match="feature 'a': got combiner 'max', expected 'sum', 'mean', 'sqrtn' or"):
+    with pytest.raises(ValueError, match="feature 'a': got combiner 'max', expected 'sum', 'mean', 'sqrtn', None or"):
         Embedding("a", dim=1, combiner="max")
     with pytest.raises(ValueError, match="bound: got 0, expected > 0"):
         truncated_normal(1.0, bound=0)

@@ -172,7 +172,7 @@ def test_read_only_lookups_insert_nothing_and_leave_rows_alone(combiner):
         )[None]
         for name in ("emb", "bias")
     }
-    expected = deepfm.forward(state.params, pooled, torch.tensor([[0.3, 0.1]]))
+    expected = deepfm.forward(state.params, pooled, {"numeric": torch.tensor([[0.3, 0.1]])})
     pure, aux = step.update(state, batch_of(samples))
     before = copy_of(state.tables[0])
     state, aux_ = step.update_(state, batch_of(samples))

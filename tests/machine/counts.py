@@ -39,7 +39,7 @@ def counted() -> list[tuple[int, dict[str, Counts]]]:
     }
     training = step.train_step(
         features=dict, embeddings=groups,
-        forward=lambda params, emb, feats: deepfm.forward(params, emb, feats["numeric"]),
+        forward=deepfm.forward,
         sparse_optimizer=sparse_adamw(1e-3), dense_optimizer=adamw(1e-3), max_rows=2**16, seed=0,
     )  # fmt: skip
     config = deepfm.DeepFMConfig(num_numeric=NUM_NUMERIC, num_sparse=LOOKUPS, dim=DIM)

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
-import recfx.layers
+import recfx.layers.products
 import recfx.step.update
 from bench.triton_sm90 import calls
 from recfx.kernels.lists import order_ids
@@ -43,7 +43,7 @@ def kernels_on_cpu() -> Iterator[None]:
             kernels.impl(name, function, "CPU", allow_override=True)
     with (
         mock.patch.object(recfx.step.update, "FUSED_ON", ("cpu", "cuda")),
-        mock.patch.object(recfx.layers, "LOOPS_ON", ("cpu", "cuda")),
+        mock.patch.object(recfx.layers.products, "LOOPS_ON", ("cpu", "cuda")),
         mock.patch.object(order_ids, "uses_ends", uses_ends),
     ):
         yield

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from recfx import layers
+from recfx.layers import in_bf16, products
 from recfx.models import deepfm
 from tests.reference import DeepFM, fm
 
@@ -28,7 +28,7 @@ SHAPES = [
 @pytest.fixture(params=["products", "sums"])
 def _form(request, monkeypatch):
     """As it is written for a CPU and for CUDA."""
-    monkeypatch.setattr(layers, "LOOPS_ON", ("cpu",) if request.param == "sums" else ())
+    monkeypatch.setattr(products, "LOOPS_ON", ("cpu",) if request.param == "sums" else ())
 
 
 @pytest.mark.usefixtures("_form")
@@ -39,7 +39,7 @@ def test_logits_and_gradients_are_the_plain_module(shape):
     params, emb = ({k: t.double().requires_grad_() for k, t in group.items()} for group in (params, emb))
     naive = DeepFM({name: p.detach() for name, p in params.items()})
     other = {name: t.detach().clone().requires_grad_() for name, t in emb.items()}
-    logit = deepfm.forward(params, emb, numeric.double())
+    logit = deepfm.forward(params, emb, {"numeric": numeric.double()})
     expected = naive(other["emb"], other["bias"], numeric.double())
     assert logit.shape == (16, 1)
     torch.testing.assert_close(logit, expected, rtol=1e-11, atol=1e-12)
@@ -58,21 +58,22 @@ def test_float32_logits(shape):
     params, emb, numeric = case(*shape)
     naive = DeepFM(params).double()
     expected = naive(emb["emb"].double(), emb["bias"].double(), numeric.double())
-    torch.testing.assert_close(deepfm.forward(params, emb, numeric).double(), expected, rtol=1e-5, atol=1e-5)
+    logit = deepfm.forward(params, emb, {"numeric": numeric}).double()
+    torch.testing.assert_close(logit, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("run", "rtol"), [(lambda f: f, 2e-5), (layers.in_bf16, 4 * 2**-8)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("run", "rtol"), [(lambda f: f, 2e-5), (in_bf16, 4 * 2**-8)], ids=["fp32", "bf16"])
 def test_both_forms_have_the_same_gradients_of_functions(shape, run, rtol, monkeypatch):
     """As a step takes them, by `torch.func`: of parameters, embeddings and biases; relative to the largest of each."""
     params, emb, numeric = case(*shape)
 
     def loss(params, emb):
-        return (run(deepfm.forward)(params, emb, numeric) * torch.linspace(-1, 1, 16)[:, None]).sum()
+        return (run(deepfm.forward)(params, emb, {"numeric": numeric}) * torch.linspace(-1, 1, 16)[:, None]).sum()
 
     both = []
     for loops_on in ((), ("cpu",)):
-        monkeypatch.setattr(layers, "LOOPS_ON", loops_on)
+        monkeypatch.setattr(products, "LOOPS_ON", loops_on)
         of_params, of_emb = torch.func.grad(loss, argnums=(0, 1))(params, emb)
         both.append({**of_params, **of_emb})
     for name, grad in both[0].items():
@@ -82,8 +83,9 @@ def test_both_forms_have_the_same_gradients_of_functions(shape, run, rtol, monke
 
 def test_on_cuda_the_widths_of_layers_alone_are_products(monkeypatch):
     """Each product is a launch there, and so is each matrix that is shaped for one."""
-    monkeypatch.setattr(layers, "LOOPS_ON", ("cpu",))
-    graph = make_fx(deepfm.forward)(*case(13, 26, 8, (64, 16))).graph
+    monkeypatch.setattr(products, "LOOPS_ON", ("cpu",))
+    params, emb, numeric = case(13, 26, 8, (64, 16))
+    graph = make_fx(deepfm.forward)(params, emb, {"numeric": numeric}).graph
     names = {node.target.__name__ for node in graph.nodes if node.op == "call_function"}
     assert len(graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)) == 2
     assert not names & {"cat.default", "eye.default", "constant_pad_nd.default", "block_diag.default"}
@@ -99,14 +101,16 @@ def test_second_order_term_is_the_double_loop_over_pairs():
     emb["bias"] = torch.zeros_like(emb["bias"])
     weight = torch.cat([numeric, torch.ones(16, 3)], dim=1)
     fields = torch.cat([params["numeric_emb"].expand(16, -1, -1), emb["emb"]], dim=1)
-    torch.testing.assert_close(deepfm.forward(params, emb, numeric), fm(weight, fields), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        deepfm.forward(params, emb, {"numeric": numeric}), fm(weight, fields), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_missing_features_contribute_nothing():
     """Zero embedding, zero bias, numeric 0: what is left is the MLP over the numeric embeddings."""
     params, emb, _ = case(2, 3, 4, (8, 4))
     zeros = {name: torch.zeros_like(t) for name, t in emb.items()}
-    logit = deepfm.forward(params, zeros, torch.zeros(16, 2))
+    logit = deepfm.forward(params, zeros, {"numeric": torch.zeros(16, 2)})
     x = torch.cat([params["numeric_emb"].flatten(), torch.zeros(12)])
     for i in range(3):
         x = x @ params[f"dnn.{i}.weight"] + params[f"dnn.{i}.bias"]

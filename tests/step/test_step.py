@@ -395,7 +395,7 @@ def test_evaluation_changes_metrics_alone_and_gives_zeros_for_unknown_ids():
         )
         for group, dim in (("emb", DIM), ("bias", 1))
     }
-    logit = deepfm.forward(state.params, pooled, torch.tensor([s.numeric for s in samples]))
+    logit = deepfm.forward(state.params, pooled, {"numeric": torch.tensor([s.numeric for s in samples])})
     torch.testing.assert_close(aux.logit[:6], logit, rtol=1e-5, atol=1e-6)
     label = torch.tensor([[s.label] for s in samples])
     loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, label)
