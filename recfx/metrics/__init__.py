@@ -13,17 +13,25 @@ from recfx.metrics.binary import (
     num_bad_labels,
     num_nonfinite,
 )
+from recfx.metrics.defaults import metric_of
+from recfx.metrics.regression import RegressionCounts, regression_metrics
+from recfx.metrics.retrieval import RetrievalCounts, retrieval_metrics
 
 __all__ = [
     "BinaryCounts",
     "Counts",
     "Metric",
+    "RegressionCounts",
+    "RetrievalCounts",
     "auc",
     "binary_metrics",
     "binary_values",
     "calibration",
     "gauc",
     "log_loss",
+    "metric_of",
     "num_bad_labels",
     "num_nonfinite",
+    "regression_metrics",
+    "retrieval_metrics",
 ]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from recfx.checks import check_function, check_number, check_type, said
-from recfx.losses import bce_with_logits
-from recfx.metrics import BinaryCounts, Counts, Metric, binary_metrics, num_bad_labels
+from recfx.losses import Bpr, InBatchSoftmax, bce_with_logits
+from recfx.metrics import BinaryCounts, Counts, Metric, metric_of, num_bad_labels
 from recfx.step.finite import kept
 from recfx.step.outputs import check_logit, check_loss, check_outputs, check_tensors
 
@@ -42,7 +42,8 @@ class Task:
               mask: name of a feature [B, 1]; samples where it is 0 have no label for this task. They add no loss,
               no gradient and nothing to its metrics, and their label may be NaN. None: all samples have one.
               sample_weight: name of a feature [B, 1] that multiplies each sample's loss of this task.
-              metrics: what is counted, such as `recfx.metrics.binary_metrics(2**10)`; None: binary_metrics().
+              metrics: what is counted, such as `recfx.metrics.binary_metrics(2**10)`; None: those of
+              `recfx.metrics.metric_of(loss)`.
               check_labels: as in `recfx.step.train_step`, for this task.
     Raises:   ValueError without a label or a batch loss, or where batch_loss is given with a label or a loss, or on a
               weight that is not positive; TypeError when a part is of another type.
@@ -77,8 +78,10 @@ class Task:
                     "the features."
                 )
             check_function("batch_loss", self.batch_loss, "output, feats, valid", "loss f32 [B, 1]")
-            if self.metrics is None:
-                raise ValueError("task: got a batch_loss without metrics, expected them. No default counts its output.")
+            if self.metrics is None and not isinstance(self.batch_loss, Bpr | InBatchSoftmax):
+                raise ValueError(
+                    "task: got a batch_loss without metrics, expected them. A user's batch loss has no default."
+                )
         check_number("weight", self.weight)
         if not 0 < self.weight < math.inf:
             raise ValueError(f"weight: got {self.weight}, expected 0 < weight < inf. Leave a task out by its absence.")
@@ -92,7 +95,7 @@ class Task:
     @property
     def counts(self) -> Metric:
         """Its metrics, or the default ones."""
-        return self.metrics or binary_metrics()
+        return self.metrics or metric_of(self.batch_loss or self.loss or bce_with_logits)
 
     @property
     def counts_labels(self) -> bool:
