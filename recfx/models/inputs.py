@@ -11,7 +11,17 @@ from torch import Tensor
 from recfx.context import Stats
 from recfx.types import Params
 
-__all__ = ["Embeddings", "Features", "Result", "fields", "first_order", "flat", "init_numeric", "with_stats"]
+__all__ = [
+    "Embeddings",
+    "Features",
+    "Result",
+    "fields",
+    "first_order",
+    "flat",
+    "init_numeric",
+    "tasks_in",
+    "with_stats",
+]
 
 Embeddings = Mapping[str, Tensor]
 Features = Mapping[str, Any]
@@ -58,3 +68,10 @@ def flat(emb: Embeddings, feats: Features, num_in: int) -> Tensor:
 def with_stats(result: Any, stats: Stats) -> Result:
     """(result, stats), or the result alone where a model has no statistics."""
     return (result, stats) if stats else result
+
+
+def tasks_in(params: Params) -> list[str]:
+    """The tasks that have parameters task.<name>.<i>, in their order."""
+    return list(
+        dict.fromkeys(name.removeprefix("task.").rsplit(".", 2)[0] for name in params if name.startswith("task."))
+    )

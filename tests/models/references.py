@@ -195,3 +195,96 @@ class FinalNet(Reference):
                 x = F.relu(x)
             logits.append(self.linear(f"out.{k}", x))
         return sum(logits) / len(logits)
+
+
+class SharedBottom(Reference):
+    def forward(self, emb, feats):
+        x = F.relu(self.mlp("shared", self.flat(emb, feats)))
+        return {task: self.mlp(f"task.{task}", x) for task in ("click", "buy")}
+
+
+class MMoE(Reference):
+    def forward(self, emb, feats):
+        x = self.flat(emb, feats)
+        outs = {}
+        for task in ("click", "buy"):
+            gate = F.softmax(x @ self[f"gate.{task}"], dim=1)
+            each = [F.relu(self.mlp(f"expert.{e}", x)) for e in range(gate.shape[1])]
+            outs[task] = self.mlp(f"task.{task}", sum(gate[:, e, None] * out for e, out in enumerate(each)))
+        return outs
+
+
+class PLE(Reference):
+    def forward(self, emb, feats):
+        x = self.flat(emb, feats)
+        inputs = {"click": x, "buy": x, "shared": x}
+        for level in range(2):
+            found = {of: [F.relu(self.mlp(f"level.{level}.{of}.{e}", inputs[of])) for e in range(2)] for of in inputs}
+            new = {}
+            for of in inputs:
+                if f"level.{level}.gate.{of}" in self:
+                    own = [*itertools.chain(*found.values())] if of == "shared" else found[of] + found["shared"]
+                    gate = F.softmax(inputs[of] @ self[f"level.{level}.gate.{of}"], dim=1)
+                    new[of] = sum(gate[:, e, None] * out for e, out in enumerate(own))
+            inputs = new
+        return {task: self.mlp(f"task.{task}", inputs[task]) for task in ("click", "buy")}
+
+
+class ESMM(Reference):
+    def forward(self, emb, feats):
+        x = self.flat(emb, feats)
+        click, after = self.mlp("click", x), self.mlp("after_click", x)
+        p = torch.sigmoid(click) * torch.sigmoid(after)
+        return {"click": click, "buy": torch.log(p / (1 - p))}
+
+
+class DIN(Reference):
+    """One sample after another; Dice needs the mean and variance over all items of all histories."""
+
+    def forward(self, emb, feats):
+        rows, offsets, target = emb["history"].values, emb["history"].offsets.tolist(), emb["target"][:, 0]
+        owners = [b for b, (i, j) in enumerate(itertools.pairwise(offsets)) for _ in range(j - i)]
+        pairs = [torch.cat([h, target[b], h - target[b], h * target[b]]) for h, b in zip(rows, owners, strict=False)]
+        hidden = self.linear("attention.0", torch.stack(pairs))
+        share = torch.sigmoid((hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + 1e-8).sqrt())
+        hidden = share * hidden + (1 - share) * self["attention.0.slope"] * hidden
+        weights = self.linear("attention.1", hidden)
+        users = [(weights[i:j] * rows[i:j]).sum(0) for i, j in itertools.pairwise(offsets)]
+        others = [emb["emb"].flatten(1), feats["numeric"]] if "emb" in emb else []
+        return self.mlp("dnn", torch.cat([target, torch.stack(users), *others], dim=1))
+
+
+class SASRec(Reference):
+    """One sample after another, on its own list of items, without padding."""
+
+    def forward(self, emb, feats):
+        rows, offsets, target = emb["history"].values, emb["history"].offsets.tolist(), emb["target"][:, 0]
+        logits = []
+        for b, (i, j) in enumerate(itertools.pairwise(offsets)):
+            items = rows[i:j][-len(self["positions"]) :]
+            if len(items) == 0:
+                logits.append(target.new_zeros(1))
+                continue
+            x = items * items.shape[1] ** 0.5 + self["positions"][: len(items)]
+            for k in range(2):
+                x = x + self.attention(f"layer.{k}", self.layer_norm(f"layer.{k}.attention.layer_norm", x))
+                inner = F.relu(self.linear(f"layer.{k}.up", self.layer_norm(f"layer.{k}.up.layer_norm", x)))
+                x = x + self.linear(f"layer.{k}.down", inner)
+            logits.append((self.layer_norm("last.layer_norm", x)[-1] * target[b]).sum()[None])
+        return torch.stack(logits)
+
+    def attention(self, name, x):
+        query, key, value = (self[f"{name}.attention.{part}"] for part in ("query", "key", "value"))
+        heads = []
+        for h in range(query.shape[1]):
+            scores = (x @ query[:, h]) @ (x @ key[:, h]).T / query.shape[2] ** 0.5
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+            heads.append(F.softmax(scores, dim=1) @ (x @ value[:, h]))
+        return self.linear(f"{name}.out", torch.cat(heads, dim=1))
+
+
+class TwoTower(Reference):
+    def forward(self, emb, feats):
+        query = self.mlp("query", torch.cat([emb["query"].flatten(1), feats["numeric"]], dim=1))
+        item = self.mlp("item", emb["item"].flatten(1))
+        return {"query": query / query.norm(dim=1, keepdim=True), "item": item / item.norm(dim=1, keepdim=True)}
