@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 import recfx
-from recfx.commands import convert, inspect, train
+from recfx.commands import convert, inspect, tabular, train
 
 __all__ = ["main", "version"]
 
@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspect.add_to(commands)
     train.add_to(commands)
     train.add_evaluate_to(commands)
+    tabular.add_score_to(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.command(args))

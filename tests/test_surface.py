@@ -34,6 +34,7 @@ LAYERS = (
     ("capture", "checkpoint", "rows"),
     ("recis", "train"),
     ("program",),
+    ("tabular",),
     ("examples", "commands"),
     ("cli", "__main__"),
 )

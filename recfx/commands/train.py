@@ -7,6 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from recfx.commands.tabular import add_model_options, written_program
+from recfx.commands.text import aligned
+
 if TYPE_CHECKING:
     from recfx.program.bar import Bar
 
@@ -27,18 +30,20 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     """Declares `recfx train`."""
     parser = commands.add_parser(
         "train",
-        help="train a program on files",
-        description="Trains a program, a module with build(args), and writes run.json, checkpoints and summary.json to "
-        "the output folder.",
+        help="train a program or a model on files",
+        description="Trains a program, a module with build(args), or a model on the columns of the files, for which it "
+        "writes program.py. Writes run.json, checkpoints and summary.json to the output folder.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("paths", nargs="+", help=f"{PATHS} to train on")
-    add("--program", required=True, metavar="FILE.py|MODULE", help="the path of its file, or its import path")
+    add("--program", metavar="FILE.py|MODULE", help="the path of its file, or its import path; None: made from the "
+        "files, see --label")  # fmt: skip
     add("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="an argument of the program, "
         "of those in its ARGUMENTS; the value is JSON, or else text; may be repeated")  # fmt: skip
-    add("--eval_paths", nargs="+", help="held-out files, evaluated after every epoch; None: no evaluation")
+    add("--eval_paths", "--eval", nargs="+", help="held-out files, evaluated after every epoch; None: no evaluation")
     add_training_options(parser)
+    add_model_options(parser)
     parser.set_defaults(command=_train)
 
 
@@ -57,6 +62,8 @@ def add_evaluate_to(commands: argparse._SubParsersAction) -> None:
     add("--program", metavar="FILE.py|MODULE", help="where the program is now; None: the path in run.json")
     add("--allow_changes", action="store_true", help="go on where the program's source has changed since")
     add("--eval_steps", type=int, help="batches to read; None: all")
+    add("--importance", action="store_true", help="by how much AUC changes when the values of a column are exchanged "
+        "between rows, for each column; reads the files once for each")  # fmt: skip
     add_rank_options(parser)
     _add_backend(parser)
     parser.set_defaults(command=_evaluate)
@@ -161,6 +168,14 @@ def check_options(args: argparse.Namespace) -> None:
             check_int(name, getattr(args, name), 1)
 
 
+def check_program(args: argparse.Namespace) -> None:
+    """Raises ValueError where both a program and a label are given."""
+    if args.program is not None:
+        raise ValueError(
+            f"label: got {args.label} with --program {args.program}, expected one of them. A program names its labels."
+        )
+
+
 def _train(args: argparse.Namespace) -> int:
     from recfx.environment import use_threads, wait_briefly
 
@@ -171,9 +186,15 @@ def _train(args: argparse.Namespace) -> int:
 
     check_options(args)
     use_threads(args.num_threads)
+    program = args.program
+    if program is None or args.label:
+        check_program(args)
+        program = written_program(args)
+        if program is None:
+            return 0
     with Bar(saves_in_background=args.save_in_background) as bar:
         given = {"paths": _one(args.paths), "held_out": _one(args.eval_paths), "arguments": dict(args.set)}
-        summary = train_from(args, args.program, **given, bar=bar)
+        summary = train_from(args, program, **given, bar=bar)
     if is_first_process():
         print(text_of(summary))
     end_ranks()
@@ -190,6 +211,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from recfx.program.summary import text_of
 
     use_threads(None)
+    if args.importance:
+        return _importance(args)
     with Bar() as bar:
         values = programs.evaluate(
             args.run,
@@ -206,6 +229,26 @@ def _evaluate(args: argparse.Namespace) -> int:
     if is_first_process():
         print(text_of({name: int(value) if name.startswith("num_") else value for name, value in values.items()}))
     end_ranks()
+    return 0
+
+
+def _importance(args: argparse.Namespace) -> int:
+    from recfx import program as programs
+    from recfx.capture import capture_evaluation
+    from recfx.tabular import importance
+
+    built, state = programs.restore(
+        args.run, checkpoint=args.checkpoint, program=args.program, allow_changes=args.allow_changes
+    )
+    batches = built.reader(_one(args.paths), "evaluate")
+    run = capture_evaluation(built.step, state, batches.first(), backend=args.backend)
+    own = {name for _, name in built.step.tasks.columns}
+    columns = [column.name for column in built.columns if column.name not in own]
+    base, found = importance(run, state, batches, columns, eval_steps=args.eval_steps)
+    names = [name for name in base if name.split("/")[-1] in ("auc", "log_loss")]
+    rows = sorted(found, key=lambda column: found[column][names[0]])
+    cells = [(column, *(f"{found[column][name]:+.4f}" for name in names)) for column in rows]
+    print(aligned([("column", *names), ("(as it is)", *(f"{base[name]:.4f}" for name in names)), *cells], num_left=1))
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,11 @@ import pyarrow.compute as pc
 
 from recfx.data.files import File
 from recfx.data.formats import Format, open_file, reading
+from recfx.data.open_file import OpenFile
 from recfx.data.schema import as_list, is_list, item_type
 from recfx.data.text.csv import check_named_columns
 
-__all__ = ["ColumnFacts", "Facts", "describe"]
+__all__ = ["ColumnFacts", "Facts", "describe", "facts_of", "first_rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,60 @@ def describe(files: Sequence[File], *, max_rows: int = 1_000_000, format: Format
     """
     check_named_columns(files, format)
     num_rows, num_units, held = 0, 0, list[pa.Table]()
+    for unit in _units(files, format):
+        if num_rows < max_rows:
+            held.append(pa.Table.from_batches([unit.read()]).slice(0, max_rows - num_rows))
+        num_rows, num_units = num_rows + unit.count(), num_units + 1
+    table = pa.concat_tables(held, promote_options="permissive") if held else _empty(files, format)
+    return Facts(
+        num_files=len(files),
+        num_bytes=sum(file.size for file in files),
+        num_units=num_units,
+        num_rows=num_rows,
+        num_described=len(table),
+        columns=tuple(facts_of(table)),
+    )
+
+
+def first_rows(files: Sequence[File], max_rows: int, *, format: Format | None = None) -> pa.Table:
+    """The first rows of the files, of all columns. What follows them is not read.
+
+    Raises:   as `describe`.
+    """
+    check_named_columns(files, format)
+    held, num_rows = list[pa.Table](), 0
+    for unit in _units(files, format):
+        held.append(pa.Table.from_batches([unit.read()]).slice(0, max_rows - num_rows))
+        num_rows += len(held[-1])
+        if num_rows >= max_rows:
+            break
+    return pa.concat_tables(held, promote_options="permissive") if held else _empty(files, format)
+
+
+def facts_of(table: pa.Table) -> list[ColumnFacts]:
+    """Facts about each column of a table."""
+    return [_describe(name, column) for name, column in zip(table.column_names, table.columns, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A unit of an open file, with the columns of the first file."""
+
+    file: File
+    source: OpenFile
+    number: int
+    names: list[str]
+
+    def read(self) -> pa.RecordBatch:
+        with reading(self.file, f" in {self.source.unit_name} {self.number}", "a whole file"):
+            return self.source.read(self.number, self.names).batch
+
+    def count(self) -> int:
+        with reading(self.file, f" in {self.source.unit_name} {self.number}", "a whole file"):
+            return self.source.num_rows(self.number)
+
+
+def _units(files: Sequence[File], format: Format | None) -> Iterator[_Unit]:
     names: list[str] | None = None
     for file in files:
         source = open_file(file, {}, format)
@@ -61,22 +116,11 @@ def describe(files: Sequence[File], *, max_rows: int = 1_000_000, format: Format
             raise ValueError(
                 f"file '{file.path}': got columns {source.schema.names}, expected {names}, as in the first file."
             )
-        num_units += source.num_units
-        for unit in range(source.num_units):
-            with reading(file, f" in {source.unit_name} {unit}", "a whole file"):
-                if num_rows < max_rows:
-                    held.append(pa.Table.from_batches([source.read(unit, names).batch]).slice(0, max_rows - num_rows))
-                num_rows += source.num_rows(unit)
-    table = pa.concat_tables(held, promote_options="permissive") if held else source.schema.empty_table()
-    columns = [_describe(name, column) for name, column in zip(table.column_names, table.columns, strict=True)]
-    return Facts(
-        num_files=len(files),
-        num_bytes=sum(file.size for file in files),
-        num_units=num_units,
-        num_rows=num_rows,
-        num_described=len(table),
-        columns=tuple(columns),
-    )
+        yield from (_Unit(file, source, number, names) for number in range(source.num_units))
+
+
+def _empty(files: Sequence[File], format: Format | None) -> pa.Table:
+    return open_file(files[0], {}, format).schema.empty_table()
 
 
 def _describe(name: str, column: pa.ChunkedArray) -> ColumnFacts:

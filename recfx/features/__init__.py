@@ -19,7 +19,16 @@ from recfx.features.lists import (
     truncate,
     truncate_lists,
 )
-from recfx.features.numbers import bucketize, clip, fill_missing, log1p, min_max, quantile_boundaries, standardize
+from recfx.features.numbers import (
+    bucketize,
+    clip,
+    fill_missing,
+    log1p,
+    min_max,
+    quantile_boundaries,
+    signed_log1p,
+    standardize,
+)
 
 __all__ = [
     "bucketize",
@@ -38,6 +47,7 @@ __all__ = [
     "quantile_boundaries",
     "select_dense",
     "select_ragged",
+    "signed_log1p",
     "split_dense",
     "standardize",
     "to_dense",

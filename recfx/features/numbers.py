@@ -14,7 +14,16 @@ from recfx.features.columns import ColumnT, on_values
 from recfx.features.lists import select_dense
 from recfx.types import Ragged
 
-__all__ = ["bucketize", "clip", "fill_missing", "log1p", "min_max", "quantile_boundaries", "standardize"]
+__all__ = [
+    "bucketize",
+    "clip",
+    "fill_missing",
+    "log1p",
+    "min_max",
+    "quantile_boundaries",
+    "signed_log1p",
+    "standardize",
+]
 
 Statistic = float | Tensor
 
@@ -27,6 +36,16 @@ def log1p(x: ColumnT) -> ColumnT:
               [[0.0, 0.0]]
     """
     return on_values(x, lambda v: torch.log1p(v.clamp(min=0)))
+
+
+def signed_log1p(x: ColumnT) -> ColumnT:
+    """sign(x) log(1 + |x|), for numbers of both signs that span orders of magnitude.
+
+    Shapes:   f32 [B, d], Ragged f32 or a dict of them -> the same.
+    Example:  >>> signed_log1p(torch.tensor([[-1.0, 0.0, 1.0]])).tolist()
+              [[-0.6931471824645996, 0.0, 0.6931471824645996]]
+    """
+    return on_values(x, lambda v: torch.sign(v) * torch.log1p(v.abs()))
 
 
 def clip(x: ColumnT, low: float, high: float) -> ColumnT:

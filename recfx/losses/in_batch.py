@@ -16,7 +16,9 @@ from torch.nn.functional import softplus
 
 from recfx.types import Ragged
 
-__all__ = ["Bpr", "InBatchSoftmax", "bpr", "in_batch_softmax", "is_negative", "item_ids"]
+__all__ = ["Bpr", "InBatchSoftmax", "bpr", "in_batch_softmax", "is_negative", "item_ids", "scores_of"]
+
+NEVER = -1e9  # score of what is not a negative: not -inf, whose slope is NaN where nothing else is left
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,13 @@ class InBatchSoftmax:
     log_q: bool
 
     def __call__(self, output: Mapping[str, Tensor], feats: Mapping[str, Any], valid: Tensor) -> Tensor:
-        scores = output["query"] @ output["item"].T / self.temperature
+        scores, own = scores_of(output)
+        scores, own = scores / self.temperature, own / self.temperature
         if self.log_q:
-            scores = scores - output["log_q"].detach().T
-        negative = is_negative(feats, self.item, valid)
-        own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        log_p = scores.masked_fill(~(negative | own), -torch.inf).log_softmax(dim=1)
-        return torch.where(valid, -log_p.diagonal()[:, None], 0.0)
+            log_q = output["log_q"].detach()
+            scores, own = scores - log_q.T, own - log_q
+        others = scores.masked_fill(~is_negative(feats, self.item, valid), NEVER).logsumexp(dim=1, keepdim=True)
+        return torch.where(valid, softplus(others - own), 0.0)
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class Bpr:
     item: str
 
     def __call__(self, output: Mapping[str, Tensor], feats: Mapping[str, Any], valid: Tensor) -> Tensor:
-        scores = output["query"] @ output["item"].T
+        scores, own = scores_of(output)
         negative = is_negative(feats, self.item, valid)
-        pairs = torch.where(negative, softplus(scores - scores.diagonal()[:, None]), 0.0)
+        pairs = torch.where(negative, softplus(scores - own), 0.0)
         mean = pairs.sum(1, keepdim=True) / negative.sum(1, keepdim=True).clamp(min=1)
         return torch.where(valid, mean, 0.0)
 
@@ -98,6 +100,12 @@ def item_ids(feats: Mapping[str, Any], item: str) -> Tensor:
     first = column.offsets[:-1].long()
     ids = column.values[first.clamp(max=column.values.numel() - 1)]
     return torch.where(column.offsets.diff() > 0, ids, 0)
+
+
+def scores_of(output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """<query, item> of each pair, [B, B], and of each query and its own item, [B, 1]."""
+    query, item = output["query"], output["item"]
+    return query @ item.T, (query * item).sum(1, keepdim=True)
 
 
 def is_negative(feats: Mapping[str, Any], item: str, valid: Tensor) -> Tensor:

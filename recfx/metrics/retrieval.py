@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recfx.losses.in_batch import is_negative
+from recfx.losses.in_batch import is_negative, scores_of
 from recfx.metrics.binary import Metric
 
 __all__ = ["RetrievalCounts", "retrieval_metrics"]
@@ -40,8 +40,8 @@ def retrieval_metrics(*, item: str, at: Sequence[int] = (1, 10)) -> Metric:
     def update_(
         counts: RetrievalCounts, output: Mapping[str, Tensor], feats: Mapping[str, Any], loss: Tensor, valid: Tensor
     ) -> RetrievalCounts:
-        scores = output["query"].float() @ output["item"].float().T
-        own, is_good = scores.diagonal()[:, None], valid & loss.isfinite()
+        scores, own = scores_of(output)
+        is_good = valid & loss.isfinite()
         before = (is_negative(feats, item, valid) & ~(scores < own)).sum(1, keepdim=True)
         counts.hits.add_(torch.stack([(is_good & (before < k)).sum() for k in ranks]))
         bad = (valid & ~is_good).sum().double()

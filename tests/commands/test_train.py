@@ -100,7 +100,6 @@ def test_errors_of_evaluate_are_one_line(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "x"], "the following arguments are required: --program"),
         (["train", "--program=x.py"], "the following arguments are required: paths"),
         (["train", "x", "--program=x.py", "--set", "lr"], "--set: got 'lr', expected NAME=VALUE"),
         (["train", "x", "--program=x.py", "--set", "=1"], "--set: got '=1', expected NAME=VALUE"),

@@ -45,6 +45,7 @@ OPS = {
     "murmur_hash": lambda b: ops.murmur_hash(b["tags"]),
     "select_dense": lambda b: (ops.select_dense(b["x"]), ops.select_dense(b["n"], 2), ops.select_dense([b["n"]] * 2)),
     "select_ragged": lambda b: ops.select_ragged(b["ids"]),
+    "signed_log1p": lambda b: ops.signed_log1p(b["n"]),
     "split_dense": lambda b: ops.split_dense(b["x"], ["a", "b"]),
     "standardize": lambda b: ops.standardize(b["x"], torch.ones(2), torch.zeros(2)),
     "to_dense": lambda b: ops.to_dense(b["ids"], 2, fill=-1),

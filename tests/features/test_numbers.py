@@ -43,6 +43,7 @@ def min_max(x):
 
 OPS = {
     "log1p": (ops.log1p, log1p),
+    "signed_log1p": (ops.signed_log1p, lambda x: math.copysign(math.log1p(abs(x)), x) if x == x else x),
     "clip": (lambda x: ops.clip(x, -1.5, 2.0), clip),
     "standardize": (lambda x: ops.standardize(x, 0.5, 0.25), standardize),
     "min_max": (lambda x: ops.min_max(x, -2.0, 3.0), min_max),
