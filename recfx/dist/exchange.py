@@ -129,6 +129,7 @@ class Exchange:
         for i, num in enumerate(most):
             if not self.capacities[i] or num > self.capacities[i]:
                 self.capacities[i] = max(1, math.ceil(HEADROOM * num / UNIT)) * UNIT
+                _check_places(self.plans[self.sections[i].table], self.capacities[i], self.group.world_size)
 
     def _largest(self, reading: Reading) -> int:
         """Ids in the largest bucket of this rank."""
@@ -313,6 +314,16 @@ class Exchange:
             reading = Reading(id, torch.where(counts, tag, -1), number // 2, trains=trains)
             readings[i] = readings[i]._replace(read_only=reading) if i in readings else reading
         return list(readings.values())
+
+
+def _check_places(plan: TablePlan, capacity: int, world_size: int) -> None:
+    """Raises ValueError where buckets have more places than 32 bits can number."""
+    if capacity * world_size >= 2**31:
+        raise ValueError(
+            f"features '{plan.lookups[0].feature}' to '{plan.lookups[-1].feature}': got buckets of {capacity} ids for "
+            f"each of {world_size} ranks, expected fewer than 2**31 places in all. They have 32-bit numbers. Use "
+            "smaller batches, or truncate long lists."
+        )
 
 
 def _without_new(s: TableState, found: Found) -> Found:

@@ -77,6 +77,8 @@ class RankReader:
         if self.by_row and len(own) > 1:
             plan = replace(plan, decoder=plan.decoder.keeping(self.kept))
         self.streams = {v: _Stream(replace(plan, rank=v), self.per_stream, 1, False, None, False) for v in own}
+        for v, stream in self.streams.items():  # one of them warns of columns that no file has
+            stream.has_warned_of_absent = v != own[0] or not group.is_first
         if not own:
             warnings.warn(
                 f"recfx: rank {group.rank} has no rows: they are dealt to {group.streams} streams, the number of the "

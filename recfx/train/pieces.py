@@ -98,7 +98,7 @@ class Loop:
         self.checked = progress.step, self.position
         self.hear_all()
         if self.should_stop() or self.is_last_epoch_over():
-            if progress.stopped != "interrupted":
+            if progress.stopped != "interrupted" and self.group.is_first:
                 warnings.warn(
                     f"recfx: nothing is left to train: {found} has come to the end of this run. Give other "
                     "data, more epochs or more steps.",

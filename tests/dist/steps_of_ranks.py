@@ -12,12 +12,14 @@ import time
 import numpy as np
 import torch
 from torch import distributed
+from torch.utils._pytree import tree_leaves
 
 from recfx import dist
 from recfx.capture import capture, capture_evaluation, capture_prediction
 from recfx.embeddings import Embedding, truncated_normal
 from recfx.optim import adamw, clip_global_norm, sparse_adamw, sparse_rowwise_adagrad
-from recfx.step import train_step
+from recfx.ragged import segment_softmax, segment_sum
+from recfx.step import Task, train_step
 from recfx.table.policies import Life, at_least
 from recfx.types import NUM_SAMPLES, Ragged, pack
 
@@ -60,12 +62,17 @@ def share(columns, first, last, size):
 def forward(params, emb, feats, context):
     pairs = torch.tanh(emb["emb"][:, 0]) * emb["emb"][:, 1]
     pairs = context.dropout(pairs, 0.2, "pairs")
-    return (
+    logit = (
         emb["emb"].flatten(1) @ params["w"] + emb["bias"].sum(1) + feats["x"] @ params["v"] + pairs.sum(1, keepdim=True)
     )
+    if "kept" not in emb:
+        return logit
+    rows, offsets = emb["kept"].values, emb["kept"].offsets
+    weights = segment_softmax(rows.sum(1, keepdim=True), offsets)
+    return {"one": logit + segment_sum(weights * rows, offsets).sum(1, keepdim=True), "two": logit * 0.5}
 
 
-def built(group, *, optimizer="adamw", accumulation=3, clip=False, admit=0, **options):
+def built(group, *, optimizer="adamw", accumulation=3, clip=False, admit=0, kept=False, **options):
     sparse = {"adamw": sparse_adamw, "adagrad": sparse_rowwise_adagrad}[optimizer](1e-2)
     life = Life(admit=at_least(admit), candidates=4096, every=10**6) if admit else None
     step = train_step(
@@ -78,7 +85,9 @@ def built(group, *, optimizer="adamw", accumulation=3, clip=False, admit=0, **op
                 Embedding("read", read_only=True, **SHARED),
             ],
             "bias": [Embedding(name, dim=1, init=INIT) for name in IDS[:3]],
+            **({"kept": [Embedding("a", combiner=None, **SHARED)]} if kept else {}),
         },
+        tasks={name: Task(label="label", weight=w) for name, w in (("one", 1.0), ("two", 0.3))} if kept else None,
         forward=forward,
         sparse_optimizer=sparse,
         dense_optimizer=adamw(1e-2),
@@ -128,16 +137,17 @@ def trained(group, *, num=9, run="eager", shrink=False, nan=False, **options):
             num_repeated += bool(shrink and k % 2 and step.exchange and min(step.exchange.capacities) > 2)
             losses.append(float(aux.loss))
     state = step.flush_(state)
-    counts = [t.clone() for t in state.metrics]
+    counts = [t.clone() for t in tree_leaves(state.metrics)]
     logits = []
     evaluate, predict = (make(step, state, first, backend="eager") for make in (capture_evaluation, capture_prediction))
-    for t in state.metrics:
+    for t in tree_leaves(state.metrics):
         t.zero_()
     for columns in batches(3, seed=1):
         for mine in shares(group, columns):
             state, _ = evaluate(state, mine)
-            logits += predict(state, mine)[: int(mine[NUM_SAMPLES])].flatten().tolist()
-    held_out = [t.clone() for t in state.metrics]
+            for logit in tree_leaves(predict(state, mine)):
+                logits += logit[: int(mine[NUM_SAMPLES])].flatten().tolist()
+    held_out = [t.clone() for t in tree_leaves(state.metrics)]
     if group is not None:
         for t in (*counts, *held_out):
             group.sum_(t)

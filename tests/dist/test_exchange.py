@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from recfx.dist import join
+from recfx.dist.exchange import _check_places
+from recfx.embeddings import Embedding, plan_tables
 from tests.dist.launching import launch
 from tests.dist.steps_of_ranks import STREAMS, digest, trained
 
@@ -25,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "NaN is left out": {"nan": True, "on_nonfinite": "skip"},
     "NaN is noted": {"nan": True, "num": 5},
     "admission by count": {"admit": 2},
+    "two tasks, rows of lists": {"kept": True},
+    "deterministic, two tasks": {"kept": True, "deterministic": True},
     "deterministic": {"deterministic": True},
     "deterministic, half overflow": {"deterministic": True, "shrink": True, "clip": True},
 }
@@ -125,3 +129,10 @@ def test_the_same_bytes_from_run_to_run(tmp_path: Path) -> None:
     cases = {"compiled": {**LONG["compiled"], "num": 30}}
     first, second = (on_ranks(2, cases, tmp_path)["compiled"] for _ in range(2))
     assert digest(first) == digest(second)
+
+
+def test_buckets_have_places_of_32_bits():
+    plan = plan_tables({"emb": [Embedding("c1", dim=8), Embedding("c2", dim=8)]}).tables[0]
+    _check_places(plan, 2**30, 1)
+    with pytest.raises(ValueError, match="features 'c1' to 'c2': got buckets of 1073741824 ids for each of 2 ranks"):
+        _check_places(plan, 2**30, 2)
