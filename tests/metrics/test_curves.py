@@ -1,6 +1,7 @@
 """PR-AUC, entropy, calibration per bin, slices and AUC by group beside loops over the samples."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from recfx.metrics import GroupedAuc, binary_metrics, gauc, sliced_metrics
 from recfx.optim import adamw, sparse_adamw
 from recfx.step import Task, train_step
 from recfx.train import check_labels, evaluate
+from recfx.train.grouped import gauc_values
 from recfx.types import Ragged, pack
 
 BINS = 2**16
@@ -261,6 +263,21 @@ def test_evaluation_gives_gauc_of_each_task_and_leaves_out_what_has_no_label():
     assert values["click/gauc"] == pytest.approx(gauc(p["user"], p["logit"], p["label"]))
     p = {name: t[p["shown"] > 0] for name, t in p.items()}
     assert values["buy/gauc"] == pytest.approx(gauc(p["user"], p["logit"], p["buy"]))
+
+
+def test_gauc_is_over_the_samples_of_all_ranks():
+    class Two:
+        def gather(self, own):
+            return [own, pickle.loads(pickle.dumps(other))]
+
+    g = torch.Generator().manual_seed(7)
+    user, score, label = torch.randint(0, 4, (40,), generator=g), torch.rand(40, generator=g), torch.arange(40) % 2
+    own, other = GroupedAuc(), GroupedAuc()
+    for part, of_rank in ((slice(0, 25), own), (slice(25, 40), other)):
+        of_rank.add(user[part], score[part], label[part])
+    values = gauc_values(step_of().tasks, {"": own}, Two())
+    assert values == {"gauc": pytest.approx(gauc(user, score, label))}
+    assert own.num_samples == 25
 
 
 def test_gauc_by_what_is_not_there():
