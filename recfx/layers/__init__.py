@@ -1,6 +1,6 @@
 """Layers as pure functions of (params, name, x)."""
 
-from recfx.layers.activations import dice, init_activation, prelu
+from recfx.layers.activations import dice, init_dice, init_prelu, prelu
 from recfx.layers.interactions import (
     cross,
     field_attention,
@@ -33,13 +33,14 @@ __all__ = [
     "full_matmul",
     "gated",
     "in_bf16",
-    "init_activation",
     "init_cross",
+    "init_dice",
     "init_field_attention",
     "init_gate",
     "init_linear",
     "init_mlp",
     "init_norm",
+    "init_prelu",
     "layer_norm",
     "linear",
     "mlp",

@@ -168,7 +168,13 @@ def _line_on(file: TextIO) -> _Line | None:
 
 def _held_out(progress: Progress) -> str:
     names = {"auc": "AUC", "log_loss": "log loss", "calibration": "calibration"}
-    values = ", ".join(f"{names.get(k, k)} {v:.4f}" for k, v in progress.evaluation.items() if not k.startswith("num_"))
+    of_files = ("pr_auc", "normalised_entropy", "ece")  # in metrics.jsonl, not on the line
+    shown = {
+        k: v
+        for k, v in progress.evaluation.items()
+        if "@" not in k and not (own := k.split("/")[-1]).startswith("num_") and own not in of_files
+    }
+    values = ", ".join(f"{names.get(k, k)} {v:.4f}" for k, v in shown.items())
     bad = int(progress.evaluation.get("num_nonfinite", 0))
     more = f", {bad:,} samples with NaN or infinity" if bad else ""
     return f"{progress.epoch_text}, step {progress.step:,}, held out: {values}{more}"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from recfx.checks import check_function, check_number, check_type, said
 from recfx.losses import Bpr, InBatchSoftmax, bce_with_logits
-from recfx.metrics import BinaryCounts, Counts, Metric, metric_of, num_bad_labels
+from recfx.metrics import BinaryCounts, Counts, Metric, SlicedCounts, metric_of, num_bad_labels
+from recfx.metrics.slices import total_of, values_of
 from recfx.step.finite import kept
 from recfx.step.outputs import check_logit, check_loss, check_outputs, check_tensors
 
@@ -128,7 +129,7 @@ class Task:
     def init(self, device: torch.device) -> Counts:
         """Counts of no sample."""
         counts: Any = self.counts.init(device)
-        if self.counts_labels or not isinstance(counts, BinaryCounts):
+        if self.counts_labels or not isinstance(counts, BinaryCounts | SlicedCounts):
             return counts
         return counts._replace(sums=counts.sums[:5].clone())
 
@@ -144,12 +145,15 @@ class Task:
     ) -> None:
         """Adds the samples that have a label to the counts."""
         target = feats if self.label is None else feats[self.label]
+        given: tuple[Any, ...] = output, target, loss_B, there
+        if self.counts.by is not None:
+            given = *given, values_of(feats, self.counts.by)
         if not sums_exactly:
-            self.counts.update_(counts, output, target, loss_B, there)
+            self.counts.update_(counts, *given)
             return
         sums = {name: t for name, t in counts._asdict().items() if t.is_floating_point()}
         zeros = {name: torch.zeros_like(t) for name, t in sums.items()}
-        new = self.counts.update_(counts._replace(**zeros), output, target, loss_B, there)
+        new = self.counts.update_(counts._replace(**zeros), *given)
         for name, total in sums.items():
             total.add_((getattr(new, name) / UNIT).round() * UNIT)
 
@@ -241,8 +245,8 @@ class Tasks:
         found: dict[str, int] = {}
         for name, task in self.by_name.items():
             of_task = self.named(counts)[name]
-            if task.counts_labels and task.label is not None and isinstance(of_task, BinaryCounts):
-                number = num_bad_labels(of_task)
+            if task.counts_labels and task.label is not None and isinstance(of_task, BinaryCounts | SlicedCounts):
+                number = num_bad_labels(total_of(of_task) if isinstance(of_task, SlicedCounts) else of_task)
                 found |= {task.label: max(number, found.get(task.label, 0))} if number else {}
         return found
 

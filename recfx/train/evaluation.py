@@ -14,6 +14,7 @@ from recfx.dist import Group, current
 from recfx.step import TrainState
 from recfx.step.tasks import Tasks
 from recfx.train.checks import Run, check_not_trained, check_run, tasks_of, times_trained, without_warning
+from recfx.train.grouped import collect, gauc_values, grouped_of
 from recfx.train.labels import check_held_out_labels
 from recfx.train.progress import Progress
 from recfx.train.ranks import of_ranks, summed
@@ -28,6 +29,7 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     eval_steps: int | None = None,
+    gauc_by: str | None = None,
     group: Group | None = None,
 ) -> dict[str, float]:
     """AUC, log loss, calibration and number of samples of held-out batches; the state's own metrics come out unchanged.
@@ -37,6 +39,8 @@ def evaluate(
     Padding of a short batch counts for nothing: give a reader with drop_remainder=False, and every row is evaluated.
 
     Args:     run: `step.evaluate_` or its capture.  eval_steps: whole batches to read; None: all.
+              gauc_by: name of a feature i64 [B, 1], or Ragged with one id each, such as "user": "gauc" is added for
+              each task with a label, exact over all batches and ranks, see `recfx.metrics.GroupedAuc`.
               group: the ranks that evaluate together: the values are those of all their rows, and every rank must call
               this, with its part of the reader, see `recfx.dist`. None: the group that was joined, or one process.
     Raises:   ValueError when there is no batch, eval_steps is below 1, or a label is outside [0, 1] and the step is one
@@ -54,15 +58,18 @@ def evaluate(
     if first is None:
         raise ValueError(f"batches: got none from {stream}, expected one at least. There is nothing to evaluate.")
     tasks = tasks_of(run, state)
+    grouped = grouped_of(tasks, gauc_by)
     kept, num = tree_map(Tensor.clone, state.metrics), 0
     try:
         reset_metrics_(state)
         for batch in itertools.islice(itertools.chain([first], stream), most):
-            state, _ = run(state, batch)
+            state, aux = run(state, batch)
+            if gauc_by is not None:
+                collect(run, tasks, gauc_by, batch, aux, grouped)
             num += 1
         check_not_trained(before, state)
         counts = summed(group, state.metrics)
-        values = tasks.values(counts)
+        values = tasks.values(counts) | gauc_values(tasks, grouped, group)
         check_held_out_labels(tasks, counts, run, state, batches, num, group)
     finally:
         for target, source in zip(tree_leaves(state.metrics), tree_leaves(kept), strict=True):

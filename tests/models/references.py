@@ -239,15 +239,19 @@ class ESMM(Reference):
 
 
 class DIN(Reference):
-    """One sample after another; Dice needs the mean and variance over all items of all histories."""
+    """One sample after another; Dice in training needs the mean and variance over all items of all histories."""
 
-    def forward(self, emb, feats):
+    def forward(self, emb, feats, stats=None):
         rows, offsets, target = emb["history"].values, emb["history"].offsets.tolist(), emb["target"][:, 0]
         owners = [b for b, (i, j) in enumerate(itertools.pairwise(offsets)) for _ in range(j - i)]
         pairs = [torch.cat([h, target[b], h - target[b], h * target[b]]) for h, b in zip(rows, owners, strict=False)]
         hidden = self.linear("attention.0", torch.stack(pairs))
-        share = torch.sigmoid((hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + 1e-8).sqrt())
-        hidden = share * hidden + (1 - share) * self["attention.0.slope"] * hidden
+        if "attention.0.slope" in self:
+            hidden = torch.stack([torch.where(h > 0, h, h * self["attention.0.slope"]) for h in hidden])
+        else:
+            mean, var = stats or (hidden.mean(0), hidden.var(0, unbiased=False))
+            share = torch.sigmoid((hidden - mean) / (var + 1e-8).sqrt())
+            hidden = share * hidden + (1 - share) * self["attention.0.dice.slope"] * hidden
         weights = self.linear("attention.1", hidden)
         users = [(weights[i:j] * rows[i:j]).sum(0) for i, j in itertools.pairwise(offsets)]
         others = [emb["emb"].flatten(1), feats["numeric"]] if "emb" in emb else []

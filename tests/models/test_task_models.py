@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from recfx.capture import capture
+from recfx.context import Context
 from recfx.embeddings import Embedding, normal
 from recfx.losses import in_batch_softmax
 from recfx.models import din, esmm, mmoe, ple, sasrec, shared_bottom, two_tower
@@ -25,10 +26,32 @@ TASKS = {
 SEQUENCES = {
     "din": (din, din.DINConfig(**SIZES, attention=5, hidden=(6,)), refs.DIN),
     "din_alone": (din, din.DINConfig(dim=D, attention=5, hidden=(6,)), refs.DIN),
+    "din_dice": (din, din.DINConfig(**SIZES, attention=5, hidden=(6,), activation="dice"), refs.DIN),
     "sasrec": (sasrec, sasrec.SASRecConfig(dim=D, length=4, hidden=5), refs.SASRec),
     "two_tower": (two_tower, two_tower.TwoTowerConfig(num_query=F, num_item=2, num_numeric=N, dim=D), refs.TwoTower),
 }
 MODELS = TASKS | SEQUENCES
+
+
+def initial(name, generator):
+    """Parameters, and statistics where the model has some."""
+    result = MODELS[name][0].init(MODELS[name][1], generator)
+    return result if isinstance(result, tuple) else (result, {})
+
+
+def forward_of(name, *, stats=None, training=True):
+    """forward(params, emb, feats) -> outputs, new statistics."""
+    if name != "din_dice":
+        return lambda *given: (MODELS[name][0].forward(*given), {})
+    context = Context(
+        training=training,
+        valid=torch.ones(B, 1, dtype=torch.bool),
+        stats={k: t.double() for k, t in (stats or initial(name, torch.Generator())[1]).items()},
+        seed=0,
+        step=torch.tensor(1),
+        sample=torch.arange(B),
+    )
+    return lambda *given: din.forward(*given, context)
 
 
 def case(name):
@@ -37,7 +60,7 @@ def case(name):
     def drawn(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    params = MODELS[name][0].init(MODELS[name][1], g)
+    params, _ = initial(name, g)
     params = {k: p.double() + 0.2 * drawn(*p.shape) for k, p in params.items()}
     emb = {"emb": drawn(B, F, D)}
     if name in SEQUENCES:
@@ -47,7 +70,7 @@ def case(name):
             "query": drawn(B, F, D),
             "item": drawn(B, 2, D),
         }
-        emb |= {"emb": drawn(B, F, D)} if name == "din" else {}
+        emb |= {"emb": drawn(B, F, D)} if name in ("din", "din_dice") else {}
     return params, emb, {} if name == "din_alone" else {"numeric": drawn(B, N)}
 
 
@@ -67,12 +90,12 @@ def total(output):
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_and_gradients_are_those_of_the_plain_module(name):
     params, emb, feats = case(name)
-    module, _, reference = MODELS[name]
+    reference, forward = MODELS[name][2], forward_of(name)
     emb["history"] = emb.get("history", torch.zeros(0, D))
     emb["history"][sum(LENGTHS) :] = 9.0  # after the last list
 
     def loss(params, emb):
-        output = module.forward(params, as_ragged(emb), feats)
+        output, _ = forward(params, as_ragged(emb), feats)
         return total(output), output
 
     (of_params, of_emb), output = torch.func.grad(loss, argnums=(0, 1), has_aux=True)(params, emb)
@@ -112,8 +135,7 @@ def batch_of(seed, *, real=B):
 
 
 def step_of(name):
-    module, config, _ = MODELS[name]
-    params = module.init(config, torch.Generator().manual_seed(1))
+    params, stats = initial(name, torch.Generator().manual_seed(1))
 
     def on(feature, **how):
         return Embedding(feature, dim=D, init=normal(0.3), **how)
@@ -129,18 +151,18 @@ def step_of(name):
             "target": [on("item", shared_name="items")],
             "history": [on("history", shared_name="items", combiner=None)],
         }
-        groups |= {"emb": sparse} if name == "din" else {}
+        groups |= {"emb": sparse} if name in ("din", "din_dice") else {}
         tasks = Task(label="click")
     step = train_step(
         features=dict,
         embeddings=groups,
-        forward=module.forward,
+        forward=MODELS[name][0].forward,
         tasks=tasks,
         sparse_optimizer=sparse_adamw(2e-2),
         dense_optimizer=adamw(2e-2),
         max_rows=64,
     )
-    return step, lambda: step.init({k: p.clone() for k, p in params.items()})
+    return step, lambda: step.init({k: p.clone() for k, p in params.items()}, stats=stats)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -172,6 +194,34 @@ def test_a_compiled_step_is_the_step(name):
         other, compiled = run(other, batch_of(seed))
         for a, b in zip(leaves_of(compiled.logit), leaves_of(aux.logit), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_dice_keeps_the_moments_of_what_is_there_and_uses_them_in_evaluation():
+    params, emb, feats = case("din_dice")
+    emb["history"][sum(LENGTHS) :] = torch.nan  # after the last list
+    logit, stats = forward_of("din_dice")(params, as_ragged(emb), feats)
+    assert bool(logit.isfinite().all())
+    owners = torch.repeat_interleave(torch.arange(B), torch.tensor(LENGTHS))
+    rows, target = emb["history"][: sum(LENGTHS)], emb["target"][owners, 0]
+    both = torch.cat([rows, target, rows - target, rows * target], dim=1)
+    hidden = both @ params["attention.0.weight"] + params["attention.0.bias"]
+    torch.testing.assert_close(stats["attention.0.dice.mean"], 0.1 * hidden.mean(0))
+    torch.testing.assert_close(stats["attention.0.dice.var"], 0.9 + 0.1 * hidden.var(0))
+    evaluated, same = forward_of("din_dice", stats=stats, training=False)(params, as_ragged(emb), feats)
+    assert all(torch.equal(same[name], t) for name, t in stats.items())
+    moments = stats["attention.0.dice.mean"], stats["attention.0.dice.var"]
+    torch.testing.assert_close(evaluated, refs.DIN(params)(as_ragged(emb), feats, moments).detach())
+
+
+def test_dice_without_a_single_item_keeps_its_moments():
+    params, emb, feats = case("din_dice")
+    emb["history"] = Ragged(emb["history"], torch.zeros(B + 1, dtype=torch.int32))
+    before = {"attention.0.dice.mean": torch.full((5,), 0.3), "attention.0.dice.var": torch.full((5,), 2.0)}
+    logit, stats = forward_of("din_dice", stats=before)(params, emb, feats)
+    assert bool(logit.isfinite().all())
+    assert all(torch.equal(stats[name], t.double()) for name, t in before.items())
+    with pytest.raises(ValueError, match="context: got None, expected the context of the step"):
+        din.forward(params, emb, feats)
 
 
 def test_position_t_of_sasrec_does_not_see_what_follows():
