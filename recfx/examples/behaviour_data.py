@@ -15,10 +15,10 @@ from recfx.examples.generated import auc, sigmoid, written_once
 
 __all__ = ["clicks_and_purchases", "clicks_with_history", "item_sequences"]
 
-NUM_ITEMS, NUM_CLASSES, LONGEST = 5_000, 100, 1_000
-NUM_INTERESTS, NOISE = 6, 0.2
+NUM_ITEMS, NUM_CLASSES, LONGEST = 1_000, 20, 1_000
+NUM_INTERESTS, NOISE = 3, 0.2
 NUM_NEXT, FOLLOWS, LENGTH = 500, 0.7, 20
-NUM_USERS, NUM_SHOPS, NUM_PRICES = 2_000, 300, 8
+NUM_USERS, NUM_SHOPS, NUM_PRICES = 500, 100, 8
 
 Folder = str | os.PathLike[str]
 Drawn = tuple[pa.Table, dict[str, float]]
@@ -29,8 +29,8 @@ def clicks_with_history(folder: Folder, *, rows: int, seed: int, files: int = 4)
 
         logit = -1.5 + 3 [the item's class is one of the user's interests] + effect of the item's class
 
-    A user has six interests out of 100 classes. They show in the history alone: four of five of its items are of one of
-    them, so a mean over the history dilutes each of them. Lists have 1 to 1000 items, 30 on average.
+    A user has three interests out of 20 classes. They show in the history alone: four of five of its items are of one
+    of them, so a mean over the history dilutes each of them. Lists have 1 to 1000 items, 30 on average.
 
     Info:     parameters; best_auc, of the true probabilities on the evaluation rows.
     """

@@ -96,10 +96,12 @@ def _generated(
     group, planted = join_ranks(args.output_dir, **how, resume=resume), {}
     with together(group):
         if group.is_first:
-            bar.write(f"no --data_paths: using generated click logs in {args.generated_dir}")
+            bar.write(f"no --data_paths: using generated data in {args.generated_dir}")
             with bar.phase("generating"):
                 planted = generate(args)
-            bar.write(f"best possible AUC on the held-out rows: {planted['best_auc']:.4f}")
+            for name in (name for name in planted if name.startswith("best_") and not name.endswith("loss")):
+                what = name.removeprefix("best_").replace("_", " ").replace("auc", "AUC")
+                bar.write(f"best possible {what} on the held-out rows: {planted[name]:.4f}")
     return group.from_first(planted)
 
 

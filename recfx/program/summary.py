@@ -47,11 +47,15 @@ def summary_of(
     rows = sum(num_live(t) for t in state.tables)
     refused = sum(int(t.num_refused) for t in state.tables)
     rows, refused, peak = of_ranks(group or current()).sum_(torch.tensor([rows, refused, peak])).tolist()
+    values: dict[str, float | None] = {"auc": progress.auc, "log_loss": progress.loss, **progress.evaluation}
+    values = values if "auc" in progress.evaluation or not progress.evaluation else {**progress.evaluation}
+    if "auc" in values:
+        values = {"auc": values["auc"], **planted, "log_loss": values["log_loss"]}
+        values["calibration"] = progress.evaluation.get("calibration")
+    else:  # of another task, or of several
+        values = {name: v for name, v in values.items() if "num_" not in name} | dict(planted)
     summary = {
-        "auc": progress.evaluation.get("auc", progress.auc),
-        **planted,
-        "log_loss": progress.evaluation.get("log_loss", progress.loss),
-        "calibration": progress.evaluation.get("calibration"),
+        **values,
         "samples_per_s": progress.samples_per_s,
         "first_step_s": progress.first_step_s,
         "train_s": progress.train_s,

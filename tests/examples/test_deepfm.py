@@ -115,7 +115,7 @@ def test_captured_end_to_end_on_generated_data(tmp_path, capsys):
     assert Path("out/step-000000040").is_dir()
 
     out, err = capsys.readouterr()
-    assert "no --data_paths: using generated click logs in made" in out
+    assert "no --data_paths: using generated data in made" in out
     assert f"best possible AUC on the held-out rows: {info['best_auc']:.4f}" in out
     names = {"auc": "AUC", "log_loss": "log loss", "calibration": "calibration"}  # not of the training rows
     held_out = ", ".join(f"{said} {summary[name]:.4f}" for name, said in names.items())
