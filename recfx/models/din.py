@@ -78,7 +78,8 @@ def attended(params: Params, history: Ragged, target: Tensor, context: Context |
     rows, offsets = history.values, history.offsets
     of_target = spread(target, offsets, len(rows))
     both = torch.cat([rows, of_target, rows - of_target, rows * of_target], dim=1)
-    hidden, stats = linear(params, "attention.0", both), {}
+    stats: Stats = {}
+    hidden = linear(params, "attention.0", both)
     if "attention.0.slope" in params:
         hidden = prelu(params, "attention.0", hidden)
     else:
