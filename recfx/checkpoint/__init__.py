@@ -7,10 +7,10 @@
 No capacity, index, time or host name is written, so equal states give equal bytes.
 """
 
-from recfx.checkpoint.folders import latest
+from recfx.checkpoint.folders import best, latest
 from recfx.checkpoint.loading import load
 from recfx.checkpoint.matching import held
 from recfx.checkpoint.merging import compact, diff
 from recfx.checkpoint.saving import Saver, save
 
-__all__ = ["Saver", "compact", "diff", "held", "latest", "load", "save"]
+__all__ = ["Saver", "best", "compact", "diff", "held", "latest", "load", "save"]

@@ -25,6 +25,7 @@ from recfx.checkpoint.folders import (
     PREFIX,
     STATE,
     UNFINISHED,
+    best,
     delete,
     finished,
     hide,
@@ -96,6 +97,7 @@ def contents_of(step: Step, state: TrainState, *, number: int, loop: dict, since
     if int(state.window.num_batches):
         raise ValueError("state: got an open accumulation window, expected none. Save between optimiser steps.")
     tables, small = [], {d.name: d.tensor for d in dense_tensors(state)} | {"step": state.step}
+    small |= {"rate": state.rate} if isinstance(state.rate, Tensor) else {}
     if step.draws.happened:
         small |= {f"{GENERATOR}{kind}": s for kind, s in generator_states(state.step.device).items()}
     for i, table in enumerate(state.tables):
@@ -204,8 +206,9 @@ def told(error: OSError, scratch: Path) -> OSError:
 
 
 def delete_older(folder: Path, target: Path, max_to_keep: int) -> None:
-    """Deletes all but the `max_to_keep` newest checkpoints, `target` among them."""
-    others = [path for path in finished(folder) if path != target and not path.is_symlink()]  # save creates no links
+    """Deletes all but the `max_to_keep` newest checkpoints, `target` among them, and the one that best.json names."""
+    kept = (target, best(folder))
+    others = [path for path in finished(folder) if path not in kept and not path.is_symlink()]  # save creates no links
     for old in others[: max(len(others) + 1 - max_to_keep, 0)]:
         delete(hide(old))
 

@@ -21,6 +21,7 @@ from recfx.checkpoint.files import MANIFEST, read_checked, write_file
 __all__ = [
     "FolderLock",
     "Part",
+    "best",
     "clear_unfinished",
     "delete",
     "digest_of",
@@ -38,7 +39,7 @@ __all__ = [
 
 FORMAT = 2  # of a folder that one process, or one rank, has written
 RANKS_FORMAT = 1002  # of a folder that holds those of several ranks: a kind, not a later version
-STATE, LOCK = "state.safetensors", ".lock"
+STATE, LOCK, BEST = "state.safetensors", ".lock", "best.json"
 PREFIX, UNFINISHED = "step-", ".unfinished-"
 DIGITS = 9  # names sort like their numbers
 NAME = re.compile(rf"{PREFIX}([0-9]{{{DIGITS}}})")
@@ -202,6 +203,15 @@ def latest(folder: str | Path) -> Path | None:
     """
     paths = finished(Path(folder))
     return paths[-1] if paths else None
+
+
+def best(folder: str | Path) -> Path | None:
+    """The whole checkpoint below `folder` that its best.json names, or None. `recfx.train.train` writes that file."""
+    try:
+        name = json.loads(Path(folder, BEST).read_text())["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return next((path for path in finished(Path(folder)) if path.name == name), None)
 
 
 def clear_unfinished(folder: Path) -> None:

@@ -106,6 +106,8 @@ def load(
         target.copy_(saved)
     small, loop = sources[0].small, sources[0].manifest["loop"]
     state.step.copy_(small.get("step", torch.tensor(loop["step"])))  # older checkpoints have it in the manifest only
+    if isinstance(state.rate, Tensor) and "rate" in small:
+        state.rate.copy_(small["rate"])
     generators = {name.removeprefix(GENERATOR): t for name, t in small.items() if name.startswith(GENERATOR)}
     if generators and (dense is None or dense):
         set_generator_states(generators, state.step.device)

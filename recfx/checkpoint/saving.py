@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 
 from recfx.checkpoint.background import Job
 from recfx.checkpoint.contents import Contents, contents_of, write
-from recfx.checkpoint.folders import MANIFEST, FolderLock, clear_unfinished, delete, finished, hide, name_of, rank_name
+from recfx.checkpoint.folders import (
+    BEST,
+    MANIFEST,
+    FolderLock,
+    clear_unfinished,
+    delete,
+    finished,
+    hide,
+    name_of,
+    rank_name,
+)
 from recfx.checkpoint.ranks import (
     RanksFolder,
     commit,
@@ -55,7 +65,7 @@ class Saver:
     rank that leaves the context by an exception exchanges nothing: what was being saved is still finished if the other
     ranks write their part.
 
-    Args:     max_to_keep: checkpoints kept, >= 1.
+    Args:     max_to_keep: checkpoints kept, >= 1, besides the one that a file best.json in the folder names.
               full_every: 1: every save holds every row. k: one of k saves does; the others hold the rows touched since
               the previous save and link its files. The first save of a process, and the first after an error, is
               full. `compact` makes any of them full.
@@ -152,6 +162,8 @@ class Saver:
         with together(self._group):
             for path in finished(self._folder) if self._group.is_first else ():
                 delete(hide(path))
+            if self._group.is_first:
+                (self._folder / BEST).unlink(missing_ok=True)
         self._last = None
 
     def close(self) -> None:

@@ -27,6 +27,8 @@ __all__ = [
     "dense_optimizer",
     "rate_at",
     "row_optimizer",
+    "scheduled_rate",
+    "with_rates_times",
 ]
 
 Schedule = Callable[[Tensor], Tensor]  # steps taken before this one, f64 [] -> learning rate, f64 []
@@ -110,8 +112,26 @@ class SparseOptimizer(NamedTuple):
         return self.checked.apply_
 
 
+_factor: list[Tensor] = []  # of all learning rates, of the step that runs or is traced now; a list, as dynamo traces it
+
+
+def with_rates_times(factor: Tensor, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function in which optimisers multiply their learning rates by factor f64 []."""
+    _factor.append(factor)
+    try:
+        return function(*args)
+    finally:
+        _factor.pop()
+
+
 def rate_at(lr: Rate, t: Tensor) -> Tensor:
-    """The learning rate of step t f64 [], f64 []."""
+    """The learning rate of step t f64 [], f64 []: that of `lr`, times the factor of `with_rates_times`."""
+    rate = scheduled_rate(lr, t)
+    return rate * _factor[-1].double() if _factor else rate
+
+
+def scheduled_rate(lr: Rate, t: Tensor) -> Tensor:
+    """The learning rate that `lr` gives for step t f64 [], f64 []."""
     if isinstance(lr, Tensor):
         return lr.double()
     if not callable(lr):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recfx.optim.building import Rate, Schedule, rate_at
+from recfx.optim.building import Rate, Schedule, scheduled_rate
 
 __all__ = ["constant", "cosine", "exponential", "linear", "piecewise", "warm_up"]
 
@@ -82,7 +82,7 @@ def warm_up(lr: Rate, num_steps: int) -> Schedule:
     _check(num_steps=num_steps)
     if not callable(lr) and not isinstance(lr, Tensor):
         _check(lr=lr)
-    return lambda step: rate_at(lr, (step - num_steps).clamp(min=0) + 1) * ((step + 1) / num_steps).clamp(max=1)
+    return lambda step: scheduled_rate(lr, (step - num_steps).clamp(min=0) + 1) * ((step + 1) / num_steps).clamp(max=1)
 
 
 def _check(**values: float) -> None:

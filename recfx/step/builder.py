@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from recfx.checks import check_choice, check_int
+from recfx.checks import check_choice, check_int, check_type
 from recfx.context import Stats, with_context
 from recfx.dist import Group, current
 from recfx.dist.exchange import Exchange
@@ -62,6 +62,7 @@ def train_step(
     precision: Precision = "fp32",
     on_nonfinite: OnNonFinite = "stop",
     check_labels: bool | None = None,
+    rate_factor: bool = False,
     group: Group | None = None,
 ) -> Step:
     """Composes feature function, embeddings, model and optimisers into one step.
@@ -100,6 +101,8 @@ def train_step(
               check_labels: whether labels of real samples that are not in [0, 1], NaN too, are counted, so that
               `recfx.train` raises before it saves or logs, and after an evaluation. None: with the default loss, which
               has no minimum at such a label. False accepts them; True checks them with another loss too.
+              rate_factor: whether the state holds `rate` f64 [], 1 at first, which multiplies all learning rates: a
+              loop can lower them without another graph, see `recfx.train.TrainConfig.reduce_after`.
               group: the ranks that train this model together, see `recfx.dist`. None: the group that this process has
               joined, or one process.
     Raises:   ValueError when accumulation is below 1, precision or on_nonfinite is not one of the words above, or a
@@ -111,6 +114,7 @@ def train_step(
     alone = {"label": label, "loss": loss, "sample_weight": sample_weight, "metrics": metrics}
     of_tasks = tasks_of(tasks, {**alone, "check_labels": check_labels})
     check_int("accumulation", accumulation, 1)
+    check_type("rate_factor", rate_factor, bool)
     check_choice("precision", precision, get_args(Precision))
     check_choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite))
     check_bound(sparse_optimizer, accumulation, max_unique)
@@ -149,6 +153,7 @@ def train_step(
         and exchange is None,
         draws=Draws(),
         exchange=exchange,
+        has_rate=rate_factor,
     )
     return _step_of(parts, precision)
 
@@ -252,6 +257,7 @@ def _init(parts: StepParts, params: Params, *, stats: Stats | None = None) -> Tr
         window=Window(grads=sums, num_samples=counter(), num_batches=counter()),
         nonfinite=NonFinite(first_step=counter(), first_batch=counter(), num_batches=counter()),
         exchange=() if parts.exchange is None else parts.exchange.init(),
+        rate=torch.ones((), dtype=torch.float64, device=device) if parts.has_rate else (),
     )
 
 

@@ -45,6 +45,7 @@ class StepParts:
     fuses: bool  # whether nothing comes between the sums of row gradients and the sparse optimiser
     draws: Draws
     exchange: Exchange | None  # where ranks share tables
+    has_rate: bool  # whether the state holds a factor of all learning rates
 
     @property
     def skips(self) -> bool:

@@ -52,6 +52,7 @@ class TrainState(NamedTuple):
     window: Window
     nonfinite: NonFinite
     exchange: ExchangeState | tuple[()] = ()  # between ranks; () in one process
+    rate: Tensor | tuple[()] = ()  # f64 [], factor of all learning rates; () without train_step(rate_factor=True)
 
     def __repr__(self) -> str:
         return or_plain(state_text)(self)

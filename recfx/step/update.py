@@ -14,6 +14,7 @@ from recfx.context import Stats
 from recfx.dist.exchange import Requests
 from recfx.dist.group import exchanging
 from recfx.kernels.definitions import definitions
+from recfx.optim.building import with_rates_times
 from recfx.step.finite import clean_padding, count_nonfinite_, gradients_finite, outputs_finite, untouch_
 from recfx.step.forward import aux_of, context_of, look_up, num_ids, read, real_samples, total_loss
 from recfx.step.parts import Features, StepParts
@@ -95,6 +96,12 @@ def grow_(parts: StepParts, state: TrainState, ids: Sequence[int]) -> TrainState
 
 
 def _learn_(parts: StepParts, state: TrainState, feats: Features) -> tuple[TrainState, Aux]:
+    if isinstance(state.rate, Tensor):
+        return with_rates_times(state.rate, _learned_, parts, state, feats)
+    return _learned_(parts, state, feats)
+
+
+def _learned_(parts: StepParts, state: TrainState, feats: Features) -> tuple[TrainState, Aux]:
     """One micro-batch, and an optimiser step where it is the last of its window. Writes into the state."""
     valid = real_samples(parts, feats)
     feats = clean_padding(feats, valid)
@@ -145,15 +152,22 @@ def flush_(parts: StepParts, state: TrainState) -> TrainState:
     due = is_open & (window.num_samples > 0) if parts.skips else is_open
     scale = 1.0 / window.num_samples.clamp(min=1).float()
     scale = scale if parts.clip is None else parts.clip(window.grads, state.tables, scale)
-    parts.dense.update_(state.dense, state.params, window.grads, scale, due)
-    for t, s in zip(parts.tables, state.tables, strict=True):
-        if parts.life is not None:
-            t.count_steps_(s, due)
-        parts.sparse.apply_(s, scale, due, t.columns, s.unique_rows.numel())
+    if isinstance(state.rate, Tensor):
+        with_rates_times(state.rate, _apply_window_, parts, state, scale, due)
+    else:
+        _apply_window_(parts, state, scale, due)
     state.step.add_(is_open)
     for tensor in (*window.grads.values(), window.num_samples, window.num_batches):
         tensor.zero_()
     return state
+
+
+def _apply_window_(parts: StepParts, state: TrainState, scale: Tensor, due: Tensor) -> None:
+    parts.dense.update_(state.dense, state.params, state.window.grads, scale, due)
+    for t, s in zip(parts.tables, state.tables, strict=True):
+        if parts.life is not None:
+            t.count_steps_(s, due)
+        parts.sparse.apply_(s, scale, due, t.columns, s.unique_rows.numel())
 
 
 def _checked_early(parts: StepParts, got: Pass) -> Pass:

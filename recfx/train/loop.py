@@ -12,6 +12,8 @@ from recfx.train.pieces import EvaluateWith, Loop, OnEvent
 from recfx.train.progress import Progress, Reader, TrainConfig
 from recfx.train.ranks import check_dealt, group_of, together
 from recfx.train.signals import interrupts
+from recfx.train.stopping import check_evaluated
+from recfx.train.watching import MetricsFile
 
 __all__ = ["train"]
 
@@ -39,11 +41,14 @@ def train(
               bytes are the same as never having stopped. When a run over other data ended with it, this run begins
               at the start of its data.
               overwrite: delete the checkpoints in output_dir before the first step.
-              evaluate_with: state -> values by name, called after every epoch and after `train_steps`; a resumed run
-              that has nothing left to train is evaluated too. Torch's generators are restored after it.
-              on_event: called with every event.
+              evaluate_with: state -> values by name, called after every epoch, every `eval_every` steps and after
+              `train_steps`; a resumed run that has nothing left to train is evaluated too. Torch's generators are
+              restored after it. What follows from its values: see `TrainConfig.watch`.
+              on_event: called with every event. It ends the run by returning "stop" or by `progress.stop()`: the step
+              in progress is finished, the run saved, and a resumed one goes on from there.
     Returns:  the state after the last step, and where training stands.
 
+    Rank 0 writes <output_dir>/metrics.jsonl, see `recfx.train.watching`; it goes on where a run is resumed.
     Ranks that train together call it at the same time, each with what `recfx.dist.streams.deal(reader, group)` returns.
     A signal to any of them stops all after the same step. Losses, counts and samples are those of all ranks, samples as
     of the last log line or end of an epoch. What was trained since the last checkpoint is lost where held-out data
@@ -62,6 +67,7 @@ def train(
     check_run(run, state, "step.update_")
     check_reader(reader)
     check_type("config", config, TrainConfig)
+    check_evaluated(config, state, is_evaluated=evaluate_with is not None)
     group = group_of(step)
     check_dealt(reader, group)
     same = {**vars(config), "steps_per_replay": steps_per_replay, "resume": resume, "overwrite": overwrite}
@@ -77,7 +83,10 @@ def train(
         found = group.from_first(checkpoint.latest(config.output_dir))
         if found is not None and resume:
             loop.resume_from(found)
+        loop.read_rate()
+        loop.metrics_file = MetricsFile(config.output_dir, step, group, loop.progress.step)
         loop.begin(found)
+        loop.evaluate_missed()
         while loop.has_more():
             loop.run_epoch()
         loop.end()

@@ -6,6 +6,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from recfx.train.labels import check_labels, find_bad_label
 from recfx.train.nonfinite import check_finite, find_nonfinite, is_stopped
 from recfx.train.progress import Event, Progress, Reader, TrainConfig
 from recfx.train.ranks import group_of
+from recfx.train.stopping import Watch
+from recfx.train.watching import MetricsFile, write_best
 from recfx.types import NUM_SAMPLES, Batch
 
 __all__ = ["EvaluateWith", "Loop", "OnEvent"]
 
-OnEvent = Callable[[Event, Progress, TrainState], None]
+OnEvent = Callable[[Event, Progress, TrainState], Any]  # "stop" ends the run, as `Progress.stop` does
 EvaluateWith = Callable[[TrainState], dict[str, float]]
 
 
@@ -40,10 +43,16 @@ class Loop:
     began, started: the optimiser step that `train_steps` counts from, and the one this call begins at.
     checked: the last step after which all was finite and every label in [0, 1], and the position then.
     clock: when the last call of `run` ended.
-    saving: whether a save has begun whose "after_save" is still to come.
+    saving: whether a save has begun whose "after_save" is still to come; saved: its step.
+    watch: what the run decides from its evaluations.  evaluated: the step of the last one in this call, -1: none.
+    best_is_new: whether the last evaluation was the best one and no checkpoint of it has been saved.
+    best_values: of the best evaluation in this call.
+    in_epoch: steps of the epoch in progress that this call has trained, and whether that is all of them.
+    epoch_steps: steps of a whole epoch, once one has been trained.
     """
 
     saver: checkpoint.Saver
+    metrics_file: MetricsFile
     interrupted: list[int]  # signals received
     overwrite: bool
 
@@ -69,7 +78,11 @@ class Loop:
         self.began = self.started = self.progress.step
         self.checked: tuple[int, dict | None] = self.progress.step, None
         self.begun_s = self.clock = time.perf_counter()
-        self.saving = False
+        self.saving, self.saved = False, -1
+        self.watch, self.evaluated, self.best_is_new = Watch.of(config), -1, False
+        self.best_values: dict[str, float] = {}
+        self.in_epoch: tuple[int, bool] = 0, True
+        self.epoch_steps: int | None = None
 
     # A run: it begins, has epochs, and ends.
 
@@ -81,6 +94,7 @@ class Loop:
         if loop.get("reader", self.identity) == self.identity:
             self.progress.epoch, self.position = loop.get("epoch", 0), loop.get("position")
             self.began = loop.get("began", 0)
+            self.watch.restore(loop.get("watch"))
         elif not loop.get("ended"):
             got, expected = data_of(self.described, self.identity), data_of(loop.get("data"), loop["reader"])
             raise ValueError(
@@ -88,6 +102,13 @@ class Loop:
                 "saved in the middle of other data, the rest of which would never be trained. Finish it with its "
                 "reader, or leave it: give train a state loaded from there, without resume."
             )
+
+    def evaluate_missed(self) -> None:
+        """Evaluates where a resumed run was stopped before an evaluation that was due, so that it decides the same."""
+        at_end = self.position is None and self.progress.epoch > 0
+        is_due = self.watch.evaluated < self.progress.step and (at_end or self.is_evaluation_due())
+        if self.watch.key is not None and is_due and not self.progress.stopped and not self.is_last_epoch_over():
+            self.evaluate_or_save()
 
     def begin(self, found: Path | None) -> None:
         """Checks the state that training starts from. Where nothing is left to train, it is only evaluated."""
@@ -98,7 +119,7 @@ class Loop:
         self.checked = progress.step, self.position
         self.hear_all()
         if self.should_stop() or self.is_last_epoch_over():
-            if progress.stopped != "interrupted" and self.group.is_first:
+            if not progress.was_cut and self.group.is_first:
                 warnings.warn(
                     f"recfx: nothing is left to train: {found} has come to the end of this run. Give other "
                     "data, more epochs or more steps.",
@@ -114,22 +135,30 @@ class Loop:
     def should_stop(self) -> bool:
         if self.config.train_steps is not None and self.progress.step - self.began >= self.config.train_steps:
             self.progress.stopped = "train_steps"
+        elif self.watch.stops:
+            self.progress.stopped = "stop_after"
         elif self.is_stopping:
-            self.progress.stopped = "interrupted"
+            self.progress.stopped = "listener" if self.group.most([self.progress.asked_to_stop])[0] else "interrupted"
         return bool(self.progress.stopped)
 
     def hear_all(self) -> None:
         """Learns at a point where all ranks are, between their batches, whether one of them got a signal."""
-        self.stops = bool(self.group.most([self.stops or bool(self.interrupted)])[0])
+        self.stops = bool(self.group.most([self.stops or self.was_asked])[0])
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether this rank got a signal, or its listener ends the run."""
+        return bool(self.interrupted) or self.progress.asked_to_stop
 
     def end(self) -> None:
         """Saves what was trained."""
         progress = self.progress
         self.read_progress()
         progress.train_s = time.perf_counter() - self.begun_s
-        if progress.step > self.started or progress.stopped != "interrupted":
-            self.save(is_end=progress.stopped != "interrupted" or self.is_last_epoch_over())
+        if progress.step > self.started or not progress.was_cut:
+            self.save(is_end=not progress.was_cut or self.is_last_epoch_over())
         self.report_saved(wait=True)
+        self.metrics_file.end(progress, self.state)
 
     def is_last_epoch_over(self) -> bool:
         return self.progress.epoch >= self.config.train_epoch
@@ -145,20 +174,18 @@ class Loop:
         batches = reader.epoch(progress.epoch) if self.position is None else reader.start_at(self.position)
         if not progress.first_step_s:
             without_warning(batches)
-        if self.train_on(batches):
-            self.end_epoch(batches)
-        try:
-            self.evaluate()
-        except Exception:  # held-out data that cannot be read must not cost what was trained
-            if self.group.world_size == 1:  # other ranks may be elsewhere, and a save is of all
-                self.save(is_end=self.is_last_epoch_over())
-            raise
+        self.in_epoch = 0, self.position is None
+        is_due = self.train_on(batches) and self.end_epoch(batches)
+        self.evaluate_or_save()
+        is_due = is_due or self.best_is_new
+        if is_due and not self.is_last_epoch_over() and not self.should_stop():  # at its end a run saves anyway
+            self.save()
 
     def train_on(self, batches: Any) -> bool:
         """Trains until the batches end, or until the run is to stop. Returns whether they have ended."""
         stream: Iterator[Batch] = iter(batches)
         self.window, self.clock = 0, time.perf_counter()
-        while some := self.read_some(batches, stream):
+        while some := self.read_timed(batches, stream):
             num_steps = self.run_some(some)
             if self.group.world_size == 1 or self.is_position_due(num_steps):
                 self.position = batches.position
@@ -169,17 +196,34 @@ class Loop:
             if not self.window and self.should_stop():
                 batches.close()
                 return False
-            if self.progress.step % self.config.save_steps == 0:
+            if self.progress.step % self.config.save_steps == 0 or self.best_is_new:
                 stream = self.save_unless_last(batches, stream)
                 self.clock = time.perf_counter()
         return True
+
+    def read_timed(self, batches: Any, stream: Iterator[Batch]) -> list[Batch]:
+        """The next batches, and the time that they took to come."""
+        with self.timed("reading"):
+            return self.read_some(batches, stream)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the time of a block to `progress.times`."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add_time(phase, time.perf_counter() - begun)
+
+    def add_time(self, phase: str, seconds: float) -> None:
+        self.progress.times[phase] = self.progress.times.get(phase, 0.0) + seconds
 
     def read_some(self, batches: Any, stream: Iterator[Batch], most: int | None = None) -> list[Batch]:
         """The next batches. Ranks tell each other with every batch whether one of them got a signal."""
         most = self.most_batches() if most is None else most
         if self.group.world_size == 1:
             return list(itertools.islice(stream, most))
-        batches.interrupted = self.stops or bool(self.interrupted)
+        batches.interrupted = self.stops or self.was_asked
         some = list(itertools.islice(stream, most))
         self.stops = self.stops or bool(batches.is_interrupted)
         return some
@@ -188,17 +232,19 @@ class Loop:
         """Whether the position is needed after so many more steps: to save it, or to read again what follows it."""
         config, step = self.config, self.progress.step + num_steps
         due = step % config.log_steps == 0 or step % config.save_steps == 0 or self.stops
+        due = due or (config.eval_every is not None and step % config.eval_every == 0)
         return num_steps > 0 and (due or step - self.began == config.train_steps)
 
     @property
     def is_stopping(self) -> bool:
         """Whether a signal ends the run after this step. Of many ranks it is one that all of them know of."""
-        return self.stops or (self.group.world_size == 1 and bool(self.interrupted))
+        return self.stops or (self.group.world_size == 1 and self.was_asked)
 
     def most_batches(self) -> int:
         """Batches that may be run before the loop has to look at the state."""
         config, accumulation, done = self.config, self.step.accumulation, self.progress.step
-        intervals = config.log_steps, config.save_steps, self.step.sweep_every or config.save_steps
+        whole = config.save_steps
+        intervals = config.log_steps, whole, self.step.sweep_every or whole, config.eval_every or whole
         steps = 1 if self.is_stopping else min(n - done % n for n in intervals)
         if config.train_steps is not None:
             steps = min(steps, self.began + config.train_steps - done)
@@ -210,13 +256,15 @@ class Loop:
         if self.overwrite and self.progress.step == self.began:  # now there is something to train on
             self.saver.delete_all()
         if self.window == 0 or self.window + len(batches) > accumulation:
+            self.metrics_file.begin(self.progress, self.state)
             self.tell("before_step")
+        begun = time.perf_counter()
         self.state, _ = self.run_batches(self.state, batches)  # type: ignore[arg-type]
-        self.count(batches)
+        self.count(batches, begun)
         num_steps, self.window = divmod(self.window + len(batches), accumulation)
         return num_steps
 
-    def count(self, batches: list[Batch]) -> None:
+    def count(self, batches: list[Batch], begun: float) -> None:
         """Counts the samples and the time of a call of `run`."""
         progress, now = self.progress, time.perf_counter()
         num = sum(int(batch[NUM_SAMPLES]) for batch in batches)
@@ -229,6 +277,8 @@ class Loop:
         else:
             progress.first_step_s = now - self.clock + compile_s
         self.clock = now
+        self.add_time("compiling", compile_s)
+        self.add_time("training", now - begun - compile_s)
         if self.group.world_size == 1:
             self.add_samples()
 
@@ -245,16 +295,41 @@ class Loop:
         read_metrics(self.progress, self.state, group=self.group, tasks=self.step.tasks)
 
     def after_steps(self, num: int) -> None:
-        self.progress.step += num
-        self.step.sweep_(self.state, self.progress.step)
-        if self.progress.step % self.config.log_steps == 0:
+        progress = self.progress
+        progress.step, progress.num_steps = progress.step + num, progress.num_steps + num
+        self.in_epoch = self.in_epoch[0] + num, self.in_epoch[1]
+        self.step.sweep_(self.state, progress.step)
+        if progress.step % self.config.log_steps == 0:
             self.check()
             self.read_progress()
+            self.count_left()
+            self.metrics_file.log(progress, self.state)
             self.tell("log")
+        if self.is_evaluation_due() and not self.is_stopping:
+            self.check()
+            self.evaluate_or_save()
+            self.clock = time.perf_counter()
         self.tell("after_step")
 
-    def end_epoch(self, batches: Any) -> None:
-        """Completes the last accumulation window; saves where a save is due and another epoch follows."""
+    def is_evaluation_due(self) -> bool:
+        """Whether an evaluation follows this step, besides that of an epoch's end."""
+        return self.config.eval_every is not None and self.progress.step % self.config.eval_every == 0
+
+    def count_left(self) -> None:
+        """How many steps are left, where that is known."""
+        progress, config, left = self.progress, self.config, None
+        if self.epoch_steps is not None:
+            left = max((config.train_epoch - progress.epoch) * self.epoch_steps - self.in_epoch[0], 0)
+        if config.train_steps is not None:
+            most = self.began + config.train_steps - progress.step
+            left = most if left is None else min(left, most)
+        progress.steps_left = left
+
+    def end_epoch(self, batches: Any) -> bool:
+        """Completes the last accumulation window. Returns whether a save is due, and another epoch follows.
+
+        Where nothing is watched it is saved here, before the evaluation.
+        """
         progress = self.progress
         if self.position is None and not progress.first_step_s:
             raise ValueError(
@@ -266,18 +341,26 @@ class Loop:
             self.after_steps(1)
         self.check()
         self.add_samples()
+        self.epoch_steps = self.in_epoch[0] if self.in_epoch[1] else self.epoch_steps
         progress.epoch, self.position = progress.epoch + 1, None
         self.checked = progress.step, None
         self.tell("after_epoch")
         self.hear_all()
         goes_on = not self.is_last_epoch_over()
         stops = bool(goes_on or self.window) and self.should_stop()  # a window that was flushed may be the last step
-        if goes_on and not stops and progress.step % self.config.save_steps == 0:
+        is_due = goes_on and not stops and progress.step % self.config.save_steps == 0
+        if is_due and self.watch.key is None:
             self.save()
+            return False
+        return is_due
 
     # Saving, checking, evaluating.
 
     def save(self, *, is_end: bool = False) -> None:
+        with self.timed("saving"):
+            self._save(is_end=is_end)
+
+    def _save(self, *, is_end: bool) -> None:
         self.report_saved(wait=True)
         self.check()
         self.tell("before_save")
@@ -287,8 +370,10 @@ class Loop:
         dealt = getattr(self.reader, "group", None) or self.group
         if dealt.streams > 1 or dealt.deterministic:
             of_run |= {"streams": dealt.streams, "deterministic": dealt.deterministic}
+        if self.watch.key is not None:
+            of_run |= {"watch": self.watch.record()}
         write(self.state, number=self.progress.step, loop=of_reader | of_run)
-        self.saving = True
+        self.saving, self.saved, self.best_is_new = True, self.progress.step, False
         self.report_saved()
 
     def save_unless_last(self, batches: Any, stream: Iterator[Batch]) -> Iterator[Batch]:
@@ -308,7 +393,13 @@ class Loop:
         if self.saving and (wait or not self.group.most([self.saver.busy])[0]):
             self.saver.finish()
             self.saving = False
+            self.name_best()
             self.tell("after_save")
+
+    def name_best(self) -> None:
+        """Names the checkpoint that is on disk now in best.json, where its evaluation was the best one so far."""
+        if self.group.is_first and self.watch.best_step == self.saved and self.best_values:
+            write_best(self.config.output_dir, self.watch, self.best_values)
 
     def check(self) -> None:
         """Raises when a step since the last check met a label outside [0, 1], NaN or infinity."""
@@ -334,12 +425,38 @@ class Loop:
         except Exception as error:  # only the message suffers
             return f"{steps}, which could not be read again ({str(error) or type(error).__name__})"
 
+    def evaluate_or_save(self) -> None:
+        """Evaluates, once a step. Held-out data that cannot be read must not cost what was trained."""
+        try:
+            if self.evaluated != self.progress.step:
+                self.evaluate()
+        except Exception:
+            if self.group.world_size == 1:  # other ranks may be elsewhere, and a save is of all
+                self.save(is_end=self.is_last_epoch_over())
+            raise
+
     def evaluate(self) -> None:
-        if self.evaluate_with is not None and self.progress.stopped != "interrupted":
-            self.tell("before_evaluation")
-            with torch.random.fork_rng([self.state.step.device] if self.state.step.is_cuda else []):
-                self.progress.evaluation = self.evaluate_with(self.state)
-            self.tell("after_evaluation")
+        progress = self.progress
+        if self.evaluate_with is None or progress.was_cut:
+            return
+        self.tell("before_evaluation")
+        cuda = [self.state.step.device] if self.state.step.is_cuda else []
+        with self.timed("evaluating"), torch.random.fork_rng(cuda):
+            progress.evaluation = self.evaluate_with(self.state)
+        self.evaluated = progress.step
+        decision = self.watch.take(progress.step, progress.evaluation)
+        self.best_is_new = decision.improved
+        self.best_values = dict(progress.evaluation) if decision.improved else self.best_values
+        if decision.reduces and isinstance(self.state.rate, torch.Tensor):
+            self.state.rate.mul_(self.config.reduce_by)
+        self.read_rate()
+        self.metrics_file.evaluation(progress, self.state)
+        self.tell("after_evaluation")
+
+    def read_rate(self) -> None:
+        """The factor of all learning rates, of a state that has one."""
+        self.progress.rate_factor = float(self.state.rate) if isinstance(self.state.rate, torch.Tensor) else 1.0
 
     def tell(self, event: Event) -> None:
-        self.on_event(event, self.progress, self.state)
+        if self.on_event(event, self.progress, self.state) == "stop":
+            self.progress.stop()

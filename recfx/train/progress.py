@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from recfx.checks import check_int
+from recfx.checks import check_int, check_number, check_type
 
 __all__ = ["Event", "Progress", "Reader", "TrainConfig"]
 
@@ -13,6 +13,10 @@ Event = Literal[
     "before_epoch", "after_epoch", "before_step", "after_step", "log", "before_save", "after_save", "before_evaluation",
     "after_evaluation",
 ]  # fmt: skip
+
+
+OTHERS = ("output_dir", "save_in_background", "watch", "reduce_by")  # settings that are not counts
+OPTIONAL = ("train_steps", "eval_every", "stop_after", "reduce_after")
 
 
 class Reader(Protocol):
@@ -40,7 +44,15 @@ class TrainConfig:
               reached them, one with the same reader trains nothing more.  train_epoch: passes over the data.
               max_to_keep: checkpoints kept.  full_save_every: of so many saves one holds every row, see `Saver`.
               save_in_background: training goes on while a checkpoint is written, see `Saver`.
-    Raises:   TypeError when a count is not an int, ValueError when it is below 1.
+              eval_every: steps between evaluations within an epoch, besides the one at its end; None: only that one.
+              watch: a value of the evaluations, such as "auc" or "click/log_loss". After each evaluation that is the
+              best so far by it, a checkpoint is saved; <output_dir>/best.json names it, and it is kept besides the
+              newest max_to_keep. None: "auc" where one of the next two is given, or else nothing.
+              stop_after: the run ends after so many evaluations in a row without a better one; None: it does not.
+              reduce_after: after so many in a row, all learning rates are multiplied by `reduce_by`, and again after
+              as many more. It needs a step built with train_step(rate_factor=True). None: they are not.
+              reduce_by: above 0 and below 1.
+    Raises:   TypeError when a count is not an int, ValueError when it is below 1, or reduce_by out of range.
     """
 
     output_dir: str = "./ckpt"
@@ -51,12 +63,29 @@ class TrainConfig:
     max_to_keep: int = 5
     full_save_every: int = 1
     save_in_background: bool = False
+    eval_every: int | None = None
+    watch: str | None = None
+    stop_after: int | None = None
+    reduce_after: int | None = None
+    reduce_by: float = 0.5
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name in ("output_dir", "save_in_background") or (name == "train_steps" and value is None):
-                continue
-            check_int(name, value, 1)
+            if name not in OTHERS and not (name in OPTIONAL and value is None):
+                check_int(name, value, 1)
+        check_type("watch", self.watch, str | None, "It is the name of a value of the evaluation, such as 'auc'.")
+        check_number("reduce_by", self.reduce_by)
+        if not 0 < self.reduce_by < 1:
+            raise ValueError(
+                f"reduce_by: got {self.reduce_by}, expected 0 < reduce_by < 1. Learning rates are lowered."
+            )
+
+    @property
+    def watched(self) -> str | None:
+        """The value of the evaluations that is followed; None: none."""
+        if self.watch is None and (self.stop_after is not None or self.reduce_after is not None):
+            return "auc"
+        return self.watch
 
 
 @dataclass
@@ -80,8 +109,32 @@ class Progress:
     auc: float = float("nan")  # of several tasks, that of the first one that has it
     metrics: dict[str, float] = field(default_factory=dict)  # all that is counted since the epoch began, by name
     num_nonfinite: int = 0  # micro-batches with NaN or infinity, which `on_nonfinite="skip"` leaves out
-    stopped: str = ""  # "train_steps", "interrupted" or ""
+    stopped: str = ""  # "train_steps", "stop_after", "interrupted", "listener" or ""
     evaluation: dict[str, float] = field(default_factory=dict)
+    steps_left: int | None = None  # of the run; None: not known, as in the first epoch without `train_steps`
+    num_steps: int = 0  # optimiser steps trained in this run
+    times: dict[str, float] = field(default_factory=dict)  # seconds of this run by phase: "reading", "evaluating", ...
+    rate_factor: float = 1.0  # of all learning rates, see `TrainConfig.reduce_after`
+    asked_to_stop: bool = False  # by `stop`
+
+    def stop(self) -> None:
+        """Ends the run after the step in progress, as ctrl-C does: it saves, and a resumed run goes on from there.
+
+        For a listener of `train`; one that returns "stop" does the same. On many ranks one of them is enough.
+        """
+        self.asked_to_stop = True
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether the run was ended before it had come to its end, by a signal or a listener."""
+        return self.stopped in ("interrupted", "listener")
+
+    @property
+    def eta_s(self) -> float:
+        """Seconds that the rest of the training steps takes at the speed so far; NaN where that is not known."""
+        if self.steps_left is None or not self.num_steps or not self.num_samples:
+            return float("nan")
+        return self.steps_left * (self.num_samples / self.num_steps) / self.samples_per_s
 
     @property
     def samples_per_s(self) -> float:
