@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recfx import metrics
+from recfx.capture import capture, capture_evaluation
 from recfx.embeddings import Embedding, normal
 from recfx.losses import bce_with_logits
 from recfx.metrics import GroupedAuc, binary_metrics, gauc, sliced_metrics
@@ -300,6 +301,20 @@ def test_a_step_counts_slices():
         expected = float(bce_with_logits(p["logit"][mine], p["label"][mine]).mean())
         assert values[f"log_loss@hour={hour}"] == pytest.approx(expected, rel=1e-5)
     assert int(state.metrics.slice_sums[:, 0].sum()) == int(state.metrics.sums[0]) == 39
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_captured_step_counts_the_same_slices(backend):
+    step = step_of(metrics=sliced_metrics(by="hour", values=[0, 1]))
+    expected, state = trained(step), step.init({"w": torch.ones(2, 1)})
+    run = capture(step, state, batches(1)[0], backend=backend)
+    for batch in batches():
+        state, _ = run(state, batch)
+    assert torch.equal(state.metrics.slice_histogram.sum((1, 2)), expected.metrics.slice_histogram.sum((1, 2)))
+    torch.testing.assert_close(state.metrics.slice_sums, expected.metrics.slice_sums, rtol=1e-4, atol=1e-6)
+    evaluate_ = capture_evaluation(step, state, batches(1)[0], backend=backend)
+    one, other = (evaluate(run, state, batches(), gauc_by="user") for run in (evaluate_, step.evaluate_))
+    assert one == pytest.approx(other, rel=1e-4)
 
 
 def test_labels_of_a_step_that_counts_slices_are_checked():
