@@ -32,7 +32,10 @@ PADDING = -1
 def _one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    # The few batches are soon learnt by heart. Denormal gradients would then slow the side that has taken more steps.
+    torch.set_flush_denormal(True)
     yield
+    torch.set_flush_denormal(False)
     torch.set_num_threads(before)
 
 
