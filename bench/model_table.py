@@ -1,6 +1,6 @@
 """Every CTR model on files of clicks, and the same models of other libraries where they are installed.
 
-    python -m bench.model_table FOLDER [--seeds 3] [--most_epochs 24] [--models lr,fm] [--peers deepctr_torch]
+    python -m bench.model_table FOLDER [--seeds 3] [--most_epochs 24] [--models lr,fm] [--libraries recfx,deepctr_torch]
 
 FOLDER: four ORC files as those of `recfx.examples.deepfm`. Prints a row of a table for each model, trained on the first
 three and tested on the last. Every model has 26 sparse features of width 8, 13 numeric ones as log(1 + x), Adam without
@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -53,12 +54,16 @@ FIRST_ORDER = ("lr", "fm", "fwfm", "wide_deep", "deepfm")  # they read emb["bias
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a model gave after some epochs. compiling, training: seconds; training is of all epochs so far."""
+    """What a model gave after some epochs.
+
+    compiling, training: seconds.  cpu: seconds of a processor.  Both are of all epochs so far, without reading.
+    """
 
     auc: float
     log_loss: float
-    compiling: float
     training: float
+    cpu: float
+    compiling: float
 
 
 def auc(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -107,15 +112,15 @@ def train_model(name: str, trained: list[Batch], tested: list[Batch], seed: int,
     state = step.init(params)
     begun = time.perf_counter()
     run = capture(step, state, trained[0])
-    compiling, training, found = time.perf_counter() - begun, 0.0, []
+    compiling, training, cpu, found = time.perf_counter() - begun, 0.0, 0.0, []
     predict = capture_prediction(step, state, tested[0], backend="eager")
     for _ in range(epochs):
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), time.process_time()
         for batch in trained:
             state, _ = run(state, batch)
-        training += time.perf_counter() - begun
+        training, cpu = training + time.perf_counter() - begun, cpu + time.process_time() - busy
         logits = np.concatenate([predict(state, b)[: int(b[NUM_SAMPLES]), 0].numpy().astype("f8") for b in tested])
-        found.append(outcome(logits, labels_of(tested), compiling, training))
+        found.append(outcome(logits, labels_of(tested), training, cpu, compiling))
     return found
 
 
@@ -126,13 +131,13 @@ def train_other(
     sizes, trained, tested = data
     labels = torch.cat([labels for *_, labels in tested]).numpy()
     return [
-        outcome(logits, labels, 0.0, seconds)
-        for logits, seconds in train_peer(make, seed, sizes, trained, tested, epochs, RATE)
+        outcome(logits, labels, *seconds, 0.0)
+        for logits, *seconds in train_peer(make, seed, sizes, trained, tested, epochs, RATE)
     ]
 
 
-def outcome(logits: np.ndarray, labels: np.ndarray, compiling: float, training: float) -> Outcome:
-    return Outcome(auc(logits, labels), log_loss(logits, labels), compiling, training)
+def outcome(logits: np.ndarray, labels: np.ndarray, *seconds: float) -> Outcome:
+    return Outcome(auc(logits, labels), log_loss(logits, labels), *seconds)
 
 
 def labels_of(batches: list[Batch]) -> np.ndarray:
@@ -140,16 +145,16 @@ def labels_of(batches: list[Batch]) -> np.ndarray:
     return np.concatenate([b["label"][: int(b[NUM_SAMPLES]), 0].numpy() for b in batches])
 
 
-def row_of(name: str, choose: Callable, final: Callable, seeds: int, most: int) -> str:
+def row_of(name: str, choose: Callable, final: Callable, args: argparse.Namespace) -> str:
     """One line of the table. choose, final: (seed, epochs) -> outcomes by epoch, on the third file and on the last."""
-    chosen = 1 + int(np.argmin([one.log_loss for one in choose(0, most)]))
-    outcomes = [final(seed, chosen)[-1] for seed in range(seeds)]
+    chosen = args.epochs or 1 + int(np.argmin([one.log_loss for one in choose(0, args.most_epochs)]))
+    outcomes = [final(seed, chosen)[-1] for seed in range(args.seeds)]
     each = ", ".join(f"{one.auc:.4f}" for one in outcomes)
-    value, loss, compiling, training = (
+    value, loss, training, cpu, compiling = (
         np.mean([getattr(one, f.name) for one in outcomes]) for f in dataclasses.fields(Outcome)
     )
     compiled = f"{compiling:.0f}" if compiling else ""
-    return f"| {name} | {chosen} | {each} | {value:.4f} | {loss:.4f} | {training:.2f} | {compiled} |"
+    return f"| {name} | {chosen} | {each} | {value:.4f} | {loss:.4f} | {training:.2f} | {cpu:.2f} | {compiled} |"
 
 
 def main() -> None:
@@ -157,8 +162,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     for option, default in (("most_epochs", 24), ("seeds", 3), ("batch_size", 250)):
         parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--epochs", type=int, help="None: those of the least log loss on the third file")
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--peers", default=",".join(PEERS), help="libraries; '' for none")
+    parser.add_argument("--libraries", default=",".join(["recfx", *PEERS]), help="those whose models are trained")
     args = parser.parse_args()
     torch.set_num_threads(1)
     of_file = [
@@ -170,16 +176,22 @@ def main() -> None:
     error = standard_error(0.7, positives, rows - positives)
     print(f"{len(first + third)} batches of {args.batch_size}; {rows} rows tested, {positives} clicks;")
     print(f"standard error of an AUC of 0.7 on as many rows: {error:.3f}\n")
-    print("| model | epochs | AUC of each seed | AUC | log loss | training, s | compiling, s |\n" + "|---" * 7 + "|")
-    for name in filter(None, args.models.split(",")):
-        choose = functools.partial(train_model, name, first, third)
-        final = functools.partial(train_model, name, first + third, last)
-        print(row_of(name, choose, final, args.seeds, args.most_epochs), flush=True)
-    for library in filter(None, args.peers.split(",")):
-        for name, make in PEERS[library].items():
-            choose = functools.partial(train_other, make, remapped(first, third))
-            final = functools.partial(train_other, make, remapped(first + third, last))
-            print(row_of(f"{name}, {library}", choose, final, args.seeds, args.most_epochs), flush=True)
+    print(
+        "| model | epochs | AUC of each seed | AUC | log loss | training, s | CPU, s | compiling, s |\n"
+        + "|---" * 8
+        + "|"
+    )
+    for library, name in itertools.product(args.libraries.split(","), args.models.split(",")):
+        if library == "recfx":
+            choose = functools.partial(train_model, name, first, third)
+            final = functools.partial(train_model, name, first + third, last)
+        elif name in PEERS[library]:
+            choose = functools.partial(train_other, PEERS[library][name], remapped(first, third))
+            final = functools.partial(train_other, PEERS[library][name], remapped(first + third, last))
+        else:
+            continue
+        label = name if library == "recfx" else f"{name}, {library}"
+        print(row_of(label, choose, final, args), flush=True)
 
 
 if __name__ == "__main__":

@@ -51,24 +51,24 @@ def _of_batches(batches: list[Batch], known: list[np.ndarray]) -> Data:
 def train_peer(
     make: Callable[[list[int], int], Made], seed: int, sizes: list[int], trained: Data, tested: Data, epochs: int,
     rate: float,
-) -> Iterator[tuple[np.ndarray, float]]:  # fmt: skip
-    """After each epoch: logits of the tested samples, and seconds of training so far."""
+) -> Iterator[tuple[np.ndarray, float, float]]:  # fmt: skip
+    """After each epoch: logits of the tested samples, seconds of training so far, and seconds of a processor."""
     torch.manual_seed(seed)
     model, probability = make(sizes, seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    seconds = 0.0
+    seconds = cpu = 0.0
     for _ in range(epochs):
         model.train()
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), time.process_time()
         for ids, numeric, labels in trained:
             optimizer.zero_grad()
             nn.functional.binary_cross_entropy(probability(ids, numeric), labels).backward()
             optimizer.step()
-        seconds += time.perf_counter() - begun
+        seconds, cpu = seconds + time.perf_counter() - begun, cpu + time.process_time() - busy
         model.eval()
         with torch.no_grad():
             found = torch.cat([probability(ids, numeric) for ids, numeric, _ in tested]).double()
-        yield torch.logit(found, SMALLEST).numpy(), seconds
+        yield torch.logit(found, SMALLEST).numpy(), seconds, cpu
 
 
 def _deepctr(name: str, **options: Any) -> Callable[[list[int], int], Made]:
