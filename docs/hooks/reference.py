@@ -28,7 +28,7 @@ PAGES = {
     "models": ("Layers, losses, models", ["layers", "losses", "models.deepfm"]),
     "step": ("The step", ["step", "context"]),
     "capture": ("Capture", ["capture"]),
-    "train": ("Training and programs", ["train", "program"]),
+    "train": ("Training and programs", ["train", "program", "tabular"]),
     "dist": ("Many workers", ["dist", "dist.streams"]),
     "metrics": ("Metrics", ["metrics"]),
     "table": ("Tables", ["table", "table.policies"]),
