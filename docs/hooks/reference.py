@@ -18,6 +18,11 @@ WIDTH = 100  # characters of a signature in one line
 SECTION = re.compile(r"[A-Z][a-z]+:(?: {2,}|$)")  # of a docstring: "Args:     lr: step size"
 LINK = re.compile(r"\]\((\.\./[^)#\s]+)")  # to a file of the repository outside docs/
 
+MODELS = (
+    *("lr", "fm", "fwfm", "wide_deep", "deepfm", "dcnv2", "dlrm", "autoint", "masknet", "finalmlp", "finalnet"),
+    *("shared_bottom", "mmoe", "ple", "esmm", "din", "sasrec", "two_tower"),
+)
+
 # The pages of the reference, in reading order: title, and the modules whose public names they list.
 PAGES = {
     "types": ("Batches", ["types"]),
@@ -25,7 +30,7 @@ PAGES = {
     "features": ("Feature ops", ["features"]),
     "embeddings": ("Embeddings", ["embeddings"]),
     "optim": ("Optimisers", ["optim", "optim.schedules"]),
-    "models": ("Layers, losses, models", ["layers", "losses", "models.deepfm"]),
+    "models": ("Layers, losses, models", ["layers", "losses", *(f"models.{name}" for name in MODELS)]),
     "step": ("The step", ["step", "context"]),
     "capture": ("Capture", ["capture"]),
     "train": ("Training and programs", ["train", "program"]),
