@@ -1,4 +1,4 @@
-"""DCN-v2, FinalNet and DIN: the captured step of `recfx.models`, and torch.compile of a plain nn.Module of the same model.
+"""DCN-v2, FinalNet and DIN: the captured step of `recfx.models`, and torch.compile of plain modules of the same models.
 
 Both train on the same batches from the same weights, AdamW on all dense parameters and on the rows that a batch
 touches. recfx gets 64-bit ids, the opponent their rows of one stacked table (missing or padding: a last row of zeros),
@@ -7,6 +7,7 @@ and its whole step is one compiled graph, with the ids in column order (see `bas
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -142,7 +143,7 @@ def step_of(name: str) -> Step:
 
 
 def linears(*sizes: int) -> nn.ModuleList:
-    return nn.ModuleList(nn.Linear(n, m) for n, m in zip(sizes[:-1], sizes[1:], strict=True))
+    return nn.ModuleList(nn.Linear(n, m) for n, m in itertools.pairwise(sizes))
 
 
 def through(layers: nn.ModuleList, x: Tensor) -> Tensor:

@@ -18,22 +18,21 @@ WIDTH = 100  # characters of a signature in one line
 SECTION = re.compile(r"[A-Z][a-z]+:(?: {2,}|$)")  # of a docstring: "Args:     lr: step size"
 LINK = re.compile(r"\]\((\.\./[^)#\s]+)")  # to a file of the repository outside docs/
 
-MODELS = (
-    *("lr", "fm", "fwfm", "wide_deep", "deepfm", "dcnv2", "dlrm", "autoint", "masknet", "finalmlp", "finalnet"),
-    *("shared_bottom", "mmoe", "ple", "esmm", "din", "sasrec", "two_tower"),
-)
-
 # The pages of the reference, in reading order: title, and the modules whose public names they list.
+MODELS = [
+    f"models.{path.stem}" for path in sorted((ROOT / "recfx" / "models").glob("[!_]*.py")) if path.stem != "inputs"
+]
+
 PAGES = {
     "types": ("Batches", ["types"]),
     "data": ("Reading", ["data"]),
     "features": ("Feature ops", ["features"]),
     "embeddings": ("Embeddings", ["embeddings"]),
     "optim": ("Optimisers", ["optim", "optim.schedules"]),
-    "models": ("Layers, losses, models", ["layers", "losses", *(f"models.{name}" for name in MODELS)]),
+    "models": ("Layers, losses, models", ["layers", "losses", "ragged", *MODELS]),
     "step": ("The step", ["step", "context"]),
     "capture": ("Capture", ["capture"]),
-    "train": ("Training and programs", ["train", "program"]),
+    "train": ("Training and programs", ["train", "program", "tabular"]),
     "dist": ("Many workers", ["dist", "dist.streams"]),
     "metrics": ("Metrics", ["metrics"]),
     "table": ("Tables", ["table", "table.policies"]),
