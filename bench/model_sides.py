@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from bench.baselines_torch import LR, WEIGHT_DECAY, adamw, unique, update_dense_
-from bench.harness import NUM_THREADS
 from bench.recfx_side import insert_universe
 from bench.workload import CATEGORICAL, DIM, NUM_COLUMNS, NUM_NUMERICS, make_batches, raw_ids
 from recfx.capture import capture
@@ -296,15 +295,15 @@ def theirs(name: str, max_distinct: int, *, compiled: bool = True) -> Callable[[
 # --- in a child process: see harness.Child ---------------------------------------------------------------------------
 
 
-def child_loop(name: str, batch_size: int) -> tuple[Callable[[int], Tensor], Callable[[Tensor], None]]:
-    torch.set_num_threads(NUM_THREADS)
+def child_loop(name: str, batch_size: int, threads: int) -> tuple[Callable[[int], Tensor], Callable[[Tensor], None]]:
+    torch.set_num_threads(threads)
     work = work_of(name, batch_size)
     step = theirs(name, work.max_distinct)
     return (lambda k: step(work.plain[k % NUM_BATCHES])), lambda _: None
 
 
-def share_of_theirs(name: str, batch_size: int) -> float:
-    torch.set_num_threads(NUM_THREADS)
+def share_of_theirs(name: str, batch_size: int, threads: int) -> float:
+    torch.set_num_threads(threads)
     work = work_of(name, batch_size)
     return share_of_products(theirs(name, work.max_distinct), work.plain)
 
