@@ -45,21 +45,27 @@ def captured_step(
 
 def fill(step: Step, state: TrainState, work: Workload, weights: dict[str, Tensor]) -> None:
     """Inserts the universe in order, so that row numbers equal the baselines', then writes their weights."""
+    insert_universe(step, state, work.universe)
+    write_weights_(state, weights)
+
+
+def insert_universe(step: Step, state: TrainState, universe: dict[str, Tensor]) -> None:
+    """Inserts the ids of the columns in order: their positions end to end are their row numbers."""
     (plan,), (rows,) = step.plan.tables, state.tables
     inserter = table(plan, optimizer_slots=2, seed=42)
     empty = Ragged(torch.zeros(0, dtype=torch.int64), torch.zeros(2, dtype=torch.int32))
+    features = {lookup.feature for lookup in plan.lookups}
     for name in CATEGORICAL:
-        for ids in work.universe[name].split(CHUNK):
+        for ids in universe[name].split(CHUNK):
             offsets = torch.tensor([0, len(ids)], dtype=torch.int32)
-            features = dict.fromkeys(CATEGORICAL, empty) | {name: Ragged(ids, offsets)}
             inserter.grow_(rows, len(ids))
-            inserter.insert_(rows, inserter.read(features))
+            inserter.insert_(rows, inserter.read(dict.fromkeys(features, empty) | {name: Ragged(ids, offsets)}))
             rows.num_unique.zero_()
             rows.step.add_(1)  # each chunk is a separate step: its unique numbers start at 0
+    num_rows = sum(map(len, universe.values()))
     rows.step.zero_()
-    rows.seen[: work.table_rows] = -1
-    assert int(rows.num_rows) == work.table_rows
-    write_weights_(state, weights)
+    rows.seen[:num_rows] = -1
+    assert int(rows.num_rows) == num_rows
 
 
 def write_weights_(state: TrainState, weights: dict[str, Tensor]) -> None:

@@ -19,13 +19,17 @@ SECTION = re.compile(r"[A-Z][a-z]+:(?: {2,}|$)")  # of a docstring: "Args:     l
 LINK = re.compile(r"\]\((\.\./[^)#\s]+)")  # to a file of the repository outside docs/
 
 # The pages of the reference, in reading order: title, and the modules whose public names they list.
+MODELS = [
+    f"models.{path.stem}" for path in sorted((ROOT / "recfx" / "models").glob("[!_]*.py")) if path.stem != "inputs"
+]
+
 PAGES = {
     "types": ("Batches", ["types"]),
     "data": ("Reading", ["data"]),
     "features": ("Feature ops", ["features"]),
     "embeddings": ("Embeddings", ["embeddings"]),
     "optim": ("Optimisers", ["optim", "optim.schedules"]),
-    "models": ("Layers, losses, models", ["layers", "losses", "models.deepfm"]),
+    "models": ("Layers, losses, models", ["layers", "losses", "ragged", *MODELS]),
     "step": ("The step", ["step", "context"]),
     "capture": ("Capture", ["capture"]),
     "train": ("Training and programs", ["train", "program", "tabular"]),

@@ -59,9 +59,9 @@ def build(args: Any) -> Program:
 
 def first_state(step: Step, args: Any) -> TrainState:
     """The state before training: parameters of the seed, empty tables."""
-    config = din.DINConfig(dim=DIM, attention=16, hidden=(32, 16))
-    params = din.init(config, torch.Generator().manual_seed(args.seed))
-    return step.init({name: p.to(args.device) for name, p in params.items()})
+    config = din.DINConfig(dim=DIM, attention=16, activation="dice", hidden=(32, 16))
+    params, stats = din.init(config, torch.Generator().manual_seed(args.seed))
+    return step.init({name: p.to(args.device) for name, p in params.items()}, stats=stats)
 
 
 def read(args: Any, paths: Any, *, drop_remainder: bool) -> Reader:

@@ -26,8 +26,8 @@ def retrieval_metrics(*, item: str, at: Sequence[int] = (1, 10)) -> Metric:
     """Counts of hits within the batch, for outputs {"query": [B, D], "item": [B, D]}.
 
     Values: loss; hit_rate_1, hit_rate_10, the share of samples whose own item has fewer than 1, 10 negatives with an
-    equal or larger <query, item>; num_samples, num_nonfinite. They depend on the batch size: a larger batch has more
-    negatives.
+    equal or larger <query, item>; num_samples, num_nonfinite. NaN as soon as one loss is not finite. They depend on the
+    batch size: a larger batch has more negatives.
 
     Args:     item: see `recfx.losses.in_batch_softmax`: padding and equal items are not negatives.
     """
@@ -52,7 +52,7 @@ def retrieval_metrics(*, item: str, at: Sequence[int] = (1, 10)) -> Metric:
         num, loss, bad = counts.sums.tolist()
         usable = num and not bad
         rates = {
-            f"hit_rate_{k}": hits / num if num else math.nan
+            f"hit_rate_{k}": hits / num if usable else math.nan
             for k, hits in zip(ranks, counts.hits.tolist(), strict=True)
         }
         return {"loss": loss / num if usable else math.nan, **rates, "num_samples": num, "num_nonfinite": bad}

@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from graphs.dataflow import flow_of, handed_on, is_op, stages_of, tensors
 from graphs.many_features import NUM_FEATURES, dicts_of_columns, op_counts
+from graphs.model_ops import MODEL_OPS, MODELS, model_ops_text
+from graphs.model_ops import op_counts as model_op_counts
 from graphs.rank import EXCHANGES, FILE, captured, ops_text
 from graphs.render import (
     FOLDER,
@@ -77,6 +79,19 @@ def test_graphs_are_the_reviewed_ones(name, request):
 
 def test_many_features_are_the_reviewed_few_ops(request):
     review(request, render_features())
+
+
+def test_every_model_is_the_reviewed_ops(request):
+    review(request, {MODEL_OPS: model_ops_text()})
+    every = {path.stem for path in (FOLDER.parent / "recfx" / "models").glob("[!_]*.py")} - {"inputs"}
+    assert every <= {*MODELS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_reads_nothing_on_the_host_and_has_no_shape_that_depends_on_data(name):
+    ops = {op.split(".")[1] for op in model_op_counts(name) if op != "views"}
+    assert ops
+    assert not ops & {*READ_BY_THE_HOST, *SHAPED_BY_DATA}
 
 
 def test_a_rank_s_exchanges_are_the_reviewed_ones(request):

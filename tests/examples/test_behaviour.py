@@ -61,7 +61,7 @@ def test_seq2seq_finds_the_rule(tmp_path):
 
 
 def test_din_learns_interests(tmp_path):
-    args = ["--generated_rows=16000", "--train_epoch=4", "--batch_size=128"]
+    args = ["--generated_rows=40000", "--train_epoch=2", "--batch_size=128", "--sparse_lr=2e-2"]
     summary = trained(din, tmp_path, *args)
     assert 0.55 < summary["auc"] <= summary["best_auc"] + 0.02
 

@@ -161,6 +161,35 @@ def test_a_step_learns_what_belongs_together(loss):
     assert after["hit_rate_10"] >= after["hit_rate_1"]
 
 
+@pytest.mark.parametrize("loss", [in_batch_softmax(item="item"), bpr(item="item")], ids=["softmax", "bpr"])
+def test_nan_in_padding_reaches_nothing(loss):
+    step = retrieval_step(loss)
+    start = {"q": torch.randn(2, D, generator=torch.Generator().manual_seed(0))}
+    states = []
+    for fill in (0.0, math.nan):
+        batch = dict(retrieval_batch())
+        batch["x"] = batch["x"].clone()
+        batch["x"][30:] = fill
+        state, aux = step.update_(step.init({"q": start["q"].clone()}), pack(batch))
+        states.append((aux.loss, state.params["q"], state.tables[0].rows, *state.metrics))
+    for one, other in zip(*states, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert bool(states[1][0].isfinite())
+
+
+def test_hit_rates_are_nan_as_soon_as_a_loss_is():
+    output, feats, valid = batch_case()
+    metric = metric_of(bpr(item="item"))
+    bad = torch.ones(B, 1)
+    bad[REAL] = math.nan  # of padding
+    counts = metric.update_(metric.init(), output, feats, bad, valid)
+    assert metric.read(counts)["hit_rate_10"] == 1.0
+    bad[0] = math.nan
+    values = metric.read(metric.update_(counts, output, feats, bad, valid))
+    assert values["num_nonfinite"] == 1
+    assert math.isnan(values["hit_rate_10"])
+
+
 def test_under_accumulation_losses_of_micro_batches_are_added():
     start = {"q": torch.randn(2, D, generator=torch.Generator().manual_seed(2))}
     loss = in_batch_softmax(item="item")

@@ -1,6 +1,7 @@
 """PR-AUC, entropy, calibration per bin, slices and AUC by group beside loops over the samples."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recfx import metrics
+from recfx.capture import capture, capture_evaluation
 from recfx.embeddings import Embedding, normal
 from recfx.losses import bce_with_logits
 from recfx.metrics import GroupedAuc, binary_metrics, gauc, sliced_metrics
 from recfx.optim import adamw, sparse_adamw
 from recfx.step import Task, train_step
 from recfx.train import check_labels, evaluate
+from recfx.train.grouped import gauc_values
 from recfx.types import Ragged, pack
 
 BINS = 2**16
@@ -263,6 +266,21 @@ def test_evaluation_gives_gauc_of_each_task_and_leaves_out_what_has_no_label():
     assert values["buy/gauc"] == pytest.approx(gauc(p["user"], p["logit"], p["buy"]))
 
 
+def test_gauc_is_over_the_samples_of_all_ranks():
+    class Two:
+        def gather(self, own):
+            return [own, pickle.loads(pickle.dumps(other))]
+
+    g = torch.Generator().manual_seed(7)
+    user, score, label = torch.randint(0, 4, (40,), generator=g), torch.rand(40, generator=g), torch.arange(40) % 2
+    own, other = GroupedAuc(), GroupedAuc()
+    for part, of_rank in ((slice(0, 25), own), (slice(25, 40), other)):
+        of_rank.add(user[part], score[part], label[part])
+    values = gauc_values(step_of().tasks, {"": own}, Two())
+    assert values == {"gauc": pytest.approx(gauc(user, score, label))}
+    assert own.num_samples == 25
+
+
 def test_gauc_by_what_is_not_there():
     step = step_of()
     state = trained(step)
@@ -283,6 +301,20 @@ def test_a_step_counts_slices():
         expected = float(bce_with_logits(p["logit"][mine], p["label"][mine]).mean())
         assert values[f"log_loss@hour={hour}"] == pytest.approx(expected, rel=1e-5)
     assert int(state.metrics.slice_sums[:, 0].sum()) == int(state.metrics.sums[0]) == 39
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_captured_step_counts_the_same_slices(backend):
+    step = step_of(metrics=sliced_metrics(by="hour", values=[0, 1]))
+    expected, state = trained(step), step.init({"w": torch.ones(2, 1)})
+    run = capture(step, state, batches(1)[0], backend=backend)
+    for batch in batches():
+        state, _ = run(state, batch)
+    assert torch.equal(state.metrics.slice_histogram.sum((1, 2)), expected.metrics.slice_histogram.sum((1, 2)))
+    torch.testing.assert_close(state.metrics.slice_sums, expected.metrics.slice_sums, rtol=1e-4, atol=1e-6)
+    evaluate_ = capture_evaluation(step, state, batches(1)[0], backend=backend)
+    one, other = (evaluate(run, state, batches(), gauc_by="user") for run in (evaluate_, step.evaluate_))
+    assert one == pytest.approx(other, rel=1e-4)
 
 
 def test_labels_of_a_step_that_counts_slices_are_checked():
