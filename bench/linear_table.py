@@ -175,9 +175,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch_size", type=int, default=1000)
+    parser.add_argument("--batch_size", type=int, default=250)
     parser.add_argument("--train_rows", type=int, default=35_000, help="the others are tested: 7 eighths and 1")
     args = parser.parse_args()
     use_threads(args.threads)
@@ -192,15 +192,15 @@ def main() -> None:
             "LR, FTRL: recfx": recfx_side(lr, tables, args.batch_size, 0.1),
             "LR, FTRL: Vowpal Wabbit": vw_side(train, test, folder, "--ftrl --ftrl_alpha 0.1 --ftrl_beta 1"),
         }
-        for rate in (0.05, 0.2):
+        for rate in (0.02, 0.05):
             sides[f"FM, Adagrad {rate}: recfx"] = recfx_side(fm, tables, args.batch_size, rate)
             sides[f"FM, Adagrad {rate}: modern-fm"] = modern_fm_side(train, test, rate, args.threads)
         runs: dict[str, list[Run]] = {name: [] for name in sides}
         for number in range(args.rounds + 1):
             for name, side in sides.items():
-                found = side()
+                one_run = side()
                 if number:  # the first warms up
-                    runs[name].append(found)
+                    runs[name].append(one_run)
     print(f"{'':28}{'rows/s, median':>16}{'quartiles':>24}{'AUC':>8}{'log loss':>10}")
     for name, found in runs.items():
         low, middle, high = statistics.quantiles([args.train_rows / run.seconds for run in found], n=4)
