@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from recfx.checks import check_function, check_number, check_type, said
 from recfx.losses import Bpr, InBatchSoftmax, bce_with_logits
@@ -83,9 +84,25 @@ class Task:
                 raise ValueError(
                     "task: got a batch_loss without metrics, expected them. A user's batch loss has no default."
                 )
+        self._check_counts()
         check_number("weight", self.weight)
         if not 0 < self.weight < math.inf:
             raise ValueError(f"weight: got {self.weight}, expected 0 < weight < inf. Leave a task out by its absence.")
+
+    def _check_counts(self) -> None:
+        """Raises TypeError when the metrics count in something that a training run and an evaluation cannot read."""
+        if self.metrics is None:
+            return
+        counts = self.metrics.init()
+        if self.metrics.values is None:
+            advice = "That is what recfx.train reads. Give others a function `values`, see recfx.metrics.Metric."
+            check_type("metrics.init()", counts, BinaryCounts, advice)
+        fields = [*getattr(counts, "_fields", ())]
+        if not fields or not all(isinstance(t, Tensor) for t in tree_leaves(counts)):
+            raise TypeError(
+                f"metrics.init(): got {said(counts)}, expected a NamedTuple of tensors. They are added over batches "
+                "and ranks."
+            )
 
     @property
     def columns(self) -> dict[str, str]:
@@ -258,6 +275,7 @@ def tasks_of(tasks: Task | Mapping[str, Task] | None, alone: Mapping[str, Any]) 
     Raises:   TypeError or ValueError when `tasks` is of another type, is empty, or comes with arguments for one task.
     """
     if tasks is None:
+        check_type("label", alone["label"], str, "It is the name of a feature.")
         return Tasks(by_name={ALONE: Task(**alone)}, are_named=False)
     default = {"label": "label", "loss": bce_with_logits}
     given = [name for name, value in alone.items() if value is not default.get(name) and value != default.get(name)]

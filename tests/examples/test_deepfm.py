@@ -336,6 +336,7 @@ def test_checkpoints_are_saved_and_kept_as_told(data, eager):
     call(data, "--gradient_accumulation_steps=1", "--save_steps=10", "--max_to_keep=2")
     assert sorted(p.name for p in Path("out").iterdir()) == [
         ".lock",
+        "metrics.jsonl",
         "run.json",
         "step-000000030",
         "step-000000033",

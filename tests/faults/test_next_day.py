@@ -134,7 +134,13 @@ def test_overwrite_deletes_what_is_there_and_nothing_else(tmp_path):
     step = deepfm_step()
     config = TrainConfig(output_dir=str(tmp_path), train_steps=3)
     train(step, step.update_, fresh(step), reader_of(6), config, overwrite=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "notes.txt", "step-000000003", "step-best"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".lock",
+        "metrics.jsonl",
+        "notes.txt",
+        "step-000000003",
+        "step-best",
+    ]
     with pytest.raises(ValueError, match="overwrite: got True with resume=True, expected one of them"):
         train(step, step.update_, fresh(step), reader_of(6), config, overwrite=True, resume=True)
 
