@@ -71,7 +71,7 @@ def roles_of(
               dense, sparse, drop: names of columns that are numbers, ids, or left out whatever their type.
     Raises:   ValueError naming the column: of a name that the files do not have or that is given twice, of a label that
               is missing throughout or constant, is a list or has other values than 0 and 1, of a column that cannot be
-              what it is to be; without a column of ids.
+              what it is to be; without a column of ids; of one called numeric besides dense ones.
     """
     given = {
         "label": list(labels),
@@ -103,6 +103,11 @@ def roles_of(
         raise ValueError(
             f"columns: got {sample.column_names}, of which none is an id, expected one at least. Models have "
             "embeddings of ids. Name a column of whole numbers or strings with sparse."
+        )
+    if "numeric" in roles.named("label", "weight", "sparse", "text", "bool") and roles.named("dense"):
+        raise ValueError(
+            "column 'numeric': got it next to dense columns, expected another name. Models have their numbers in a "
+            "feature of that name. Rename the column, or leave it out with drop."
         )
     return roles
 

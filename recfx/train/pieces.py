@@ -366,12 +366,12 @@ class Loop:
         self.tell("before_save")
         write = self.saver.save_in_background if self.config.save_in_background else self.saver.save
         of_reader = {"position": self.position, "reader": self.identity, "data": self.described}
-        of_run = {"epoch": self.progress.epoch, "began": self.began, "ended": is_end}
+        of_run: dict[str, Any] = {"epoch": self.progress.epoch, "began": self.began, "ended": is_end}
         dealt = getattr(self.reader, "group", None) or self.group
         if dealt.streams > 1 or dealt.deterministic:
             of_run |= {"streams": dealt.streams, "deterministic": dealt.deterministic}
         if self.watch.key is not None:
-            of_run |= {"watch": self.watch.record()}
+            of_run["watch"] = self.watch.record()
         write(self.state, number=self.progress.step, loop=of_reader | of_run)
         self.saving, self.saved, self.best_is_new = True, self.progress.step, False
         self.report_saved()

@@ -64,8 +64,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def steps(folder: Path) -> list[Path]:
-    """Everything in the folder but the lock."""
-    return sorted(path for path in folder.iterdir() if path.name != ".lock")
+    """Everything in the folder but the lock, and what a run writes for people to watch."""
+    return sorted(path for path in folder.iterdir() if path.name not in (".lock", "metrics.jsonl"))
 
 
 def flip(path: Path, place: int) -> None:

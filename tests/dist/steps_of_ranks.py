@@ -15,7 +15,7 @@ from torch import distributed
 from torch.utils._pytree import tree_leaves
 
 from recfx import dist
-from recfx.capture import capture, capture_evaluation, capture_prediction
+from recfx.capture import capture, capture_evaluation, capture_prediction, capture_steps
 from recfx.embeddings import Embedding, truncated_normal
 from recfx.optim import adamw, clip_global_norm, sparse_adamw, sparse_rowwise_adagrad
 from recfx.ragged import segment_softmax, segment_sum
@@ -116,6 +116,16 @@ def shares(group, columns):
     ]
 
 
+def two_at_a_time(group, step, state, whole):
+    """The state, and the losses, after calls of two batches each; the last is of one."""
+    todo = [mine for columns in whole for mine in shares(group, columns)]
+    call, losses = capture_steps(step, state, todo[0], steps_per_replay=2, backend="eager"), []
+    for k in range(0, len(todo), 2):
+        state, auxes = call(state, todo[k : k + 2])
+        losses += [float(aux.loss) for aux in auxes]
+    return state, losses
+
+
 def trained(group, *, num=9, run="eager", shrink=False, nan=False, **options):
     """Trains, evaluates and predicts; what this rank holds then."""
     step, state = built(group, **options)
@@ -127,9 +137,11 @@ def trained(group, *, num=9, run="eager", shrink=False, nan=False, **options):
         "eager": lambda: capture(step, state, first, backend="eager"),
         "inductor": lambda: capture(step, state, first),
     }
-    call = call[run]() if run in call else getattr(step, run)
+    call = call[run]() if run in call else getattr(step, run, None)
     losses, num_repeated = [], 0
-    for k, columns in enumerate(whole):
+    if run == "two at a time":
+        state, losses = two_at_a_time(group, step, state, whole)
+    for k, columns in enumerate([] if losses else whole):
         for mine in shares(group, columns):
             if shrink and k % 2 and step.exchange is not None:
                 step.exchange.capacities = [2] * len(step.exchange.capacities)

@@ -22,6 +22,7 @@ SCRIPT = Path(__file__).with_name("steps_of_ranks.py")
 CASES: dict[str, dict[str, Any]] = {
     "accumulation": {},
     "uncaptured": {"run": "update_"},
+    "two at a time": {"run": "two at a time"},
     "half of the steps overflow": {"shrink": True, "optimizer": "adagrad", "accumulation": 1},
     "clipped": {"clip": True, "accumulation": 1},
     "NaN is left out": {"nan": True, "on_nonfinite": "skip"},
@@ -50,6 +51,8 @@ def on_ranks(nproc: int, cases: dict[str, dict[str, Any]], folder: Path) -> dict
 def alone(case: dict[str, Any]) -> dict[str, Any]:
     """What one process holds at the end of a case."""
     options = {name: value for name, value in case.items() if name not in ("shrink", "deterministic")}
+    if options.get("run") == "two at a time":
+        del options["run"]  # one process takes single steps
     if "deterministic" not in case:
         return trained(None, **options)
     return trained(join(streams=STREAMS, deterministic=True, use=False), **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -365,6 +366,24 @@ def test_a_pass_without_a_batch_warns(files: str) -> None:
     dealt = deal(read(files, filter=[("n", ">", 1e6)]), Group(rank=0, world_size=1, streams=2, deterministic=False))
     with pytest.warns(UserWarning, match=r"got no batch in a pass over the data, but 0 rows for rank 0"):
         assert list(dealt) == []
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("streams", [2, 4, 12])  # by unit, by row
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_column_that_no_file_has_is_warned_of_once(tmp_path: Path, absent: bool, streams: int) -> None:
+    """Over all streams and ranks; a column that one file has is none."""
+    for k in range(4):
+        columns = {"n": [1.0] * 24} | ({} if absent or k != 2 else {"x": [2.0] * 24})
+        parquet.write_table(pa.table(columns), tmp_path / f"{k}.parquet")
+    plain = reader(str(tmp_path), [fixedlen("n", [0.0]), fixedlen("x", [0.0], missing="empty")], 12, format="parquet")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for rank in range(2):
+            dealt = deal(plain, Group(rank=rank, world_size=2, streams=streams, deterministic=False))
+            for stream in dealt.streams.values():
+                assert list(stream)
+    assert len([w for w in caught if "got no columns ['x']" in str(w.message)]) == absent
 
 
 def test_a_transform_that_changes_the_number_of_samples(files: str) -> None:

@@ -7,6 +7,8 @@ from recfx.capture import capture, capture_prediction
 from recfx.embeddings import Embedding, normal, tile
 from recfx.optim import adamw, sgd, sparse_adamw, sparse_sgd
 from recfx.step import train_step
+from recfx.table import stats
+from recfx.table.policies import Life, at_least, unseen_for
 from recfx.train import evaluate
 from recfx.types import Ragged, pack
 from tests.reference import assert_same_table, is_close
@@ -78,12 +80,13 @@ HOW = [
     {"history": {"unknown": "initial"}, "shared": None},
     {"history": {"frozen": True}, "shared": None},
     {"accumulation": 2},
+    {"life": Life(admit=at_least(2), expire=unseen_for(1), every=1)},
     {"on_nonfinite": "skip"},
 ]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("how", HOW, ids=str)
+@pytest.mark.parametrize("how", HOW, ids=lambda how: "life" if "life" in how else str(how))
 def test_rows_are_those_of_tile(how, weighted):
     kept, tiled = step_of(None, **how), step_of(tile(LONGEST), **how)
     one, other = kept.init(params()), tiled.init(params())
@@ -97,6 +100,10 @@ def test_rows_are_those_of_tile(how, weighted):
         pure, _ = kept.update(pure, batch)
         captured, of_graph = run(captured, batch)
         assert torch.equal(of_graph.logit, aux.logit)
+        for step, state in ((kept, one), (tiled, other), (kept, pure), (kept, captured)):
+            step.sweep_(state, seed + 1)
+    if "life" in how:
+        assert sum(stats(t).evicted for t in one.tables) > 0
     for name, p in one.params.items():
         assert is_close(p, other.params[name])
         assert is_close(p, pure.params[name])

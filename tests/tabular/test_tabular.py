@@ -221,6 +221,9 @@ def test_a_label_without_a_value_is_named():
     table = pa.table({"click": pa.nulls(3, pa.int64()), "user": [1, 2, 3]})
     with pytest.raises(ValueError, match="label 'click': got no value in any row"):
         roles_of(table, labels=["click"])
+    with pytest.raises(ValueError, match="column 'numeric': got it next to dense columns, expected another name"):
+        roles_of(pa.table({"click": [0, 1], "numeric": [1, 2], "price": [0.5, 1.0]}), labels=["click"])
+    assert roles_of(pa.table({"click": [0, 1], "numeric": [1, 2]}), labels=["click"]).ids == ["numeric"]
     with pytest.raises(ValueError, match="of which none is an id"):
         roles_of(pa.table({"click": [0, 1], "price": [0.5, 1.0]}), labels=["click"])
 
