@@ -13,6 +13,7 @@ Of the lines of bash, the targets of make, the modules, scripts and subcommands 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -356,9 +357,23 @@ def test_every_module_has_its_line_among_the_files():
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_example(script, tmp_path, forks):
     """From another folder than its own; under 100 lines; without private names."""
+    for package in re.findall(r"^pip install (\w+)", script.read_text(), flags=re.MULTILINE):
+        pytest.importorskip(package, reason="an optional package")
     assert run_script(forks, script, tmp_path)
     assert list(tmp_path.iterdir()) == []
     code = script.read_text()
     assert len(code.splitlines()) < 100
     assert not re.search(r"^\s*(from recfx\S* import|import recfx).*\b_\w", code, flags=re.MULTILINE)
     assert not re.search(r"\b(step|state|ops|deepfm|capture)\._(?!replace)\w", code)
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """Its cells in their order, as a kernel runs them."""
+    notebook = json.loads((ROOT / "examples" / "notebook.ipynb").read_text())
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell.get("outputs", []) == [] for cell in notebook["cells"])
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "notebook"}
+    for cell in code:
+        exec(compile(cell, "notebook.ipynb", "exec"), names)
+    assert names["values"]["auc"] > 0.9

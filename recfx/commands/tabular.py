@@ -93,7 +93,7 @@ def written_program(args: argparse.Namespace) -> str | None:
     is_csv = open_file(files[0], {}, format).cells_are_bytes
     roles = roles_of(sample, labels=args.label, flags_are_text=is_csv, **names)
     how = {"model": args.model, "negative_rate": args.negative_rate, "format": None if format is None else repr(format)}
-    text = program_text(roles, **how)
+    text = program_text(roles, **how, rate_factor=args.reduce_after is not None)
     if is_first_process():
         print(_table(roles, len(sample)))
         for column, label, auc in leaks_in(sample, roles):

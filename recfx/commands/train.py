@@ -76,7 +76,16 @@ def add_training_options(parser: argparse.ArgumentParser, *, output_dir: str = "
     add("--log_steps", type=int, default=log_steps, help="optimiser steps between log lines")
     add("--save_steps", type=int, default=2000, help="optimiser steps between checkpoints; one more at the end")
     add("--eval_steps", type=int, help="batches per evaluation; None: all")
-    add("--max_to_keep", type=int, default=5, help="checkpoints kept")
+    add("--eval_every", type=int, help="optimiser steps between evaluations within an epoch; None: at its end only")
+    add("--watch", metavar="VALUE", help="a value of the evaluation, such as auc or click/log_loss: the best "
+        "checkpoint by it is kept, and named in best.json; None: auc with the next two options")  # fmt: skip
+    add("--stop_after", type=int, help="stop after so many evaluations in a row that are not the best")
+    add("--reduce_after", type=int, help="after so many, multiply all learning rates by reduce_by; the program's step "
+        "needs rate_factor=True")  # fmt: skip
+    add("--reduce_by", type=float, default=0.5, help="what learning rates are multiplied by")
+    add("--tensorboard", type=flag, nargs="?", const=True, default=False, help="write <output_dir>/tensorboard too; "
+        "needs the package tensorboard")  # fmt: skip
+    add("--max_to_keep", type=int, default=5, help="checkpoints kept, besides the best one")
     add("--full_save_every", type=int, default=1, help="of so many checkpoints one is full, the others hold what "
         "changed")  # fmt: skip
     add("--save_in_background", type=flag, nargs="?", const=True, default=False, help="train on while saving")
@@ -130,6 +139,11 @@ def train_from(
         max_to_keep=args.max_to_keep,
         full_save_every=args.full_save_every,
         save_in_background=args.save_in_background,
+        eval_every=args.eval_every,
+        watch=args.watch,
+        stop_after=args.stop_after,
+        reduce_after=args.reduce_after,
+        reduce_by=args.reduce_by,
     )
     state, progress = programs.train(
         program,
@@ -145,6 +159,7 @@ def train_from(
         streams=args.virtual_shards,
         deterministic=args.deterministic,
         bar=bar,
+        tensorboard=args.tensorboard,
     )
     summary = summary_of(progress, state, known or {})
     if is_first_process():

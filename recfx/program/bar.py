@@ -101,6 +101,7 @@ class Bar:
             f"AUC {progress.auc:.4f}",
             *([f"{rate:,.0f} samples/s"] if rate == rate else []),
             f"{progress.num_samples:,} samples",
+            *([f"{_duration(progress.eta_s)} left"] if progress.eta_s == progress.eta_s else []),
             *([f"{progress.num_nonfinite:,} batches with NaN or infinity"] if progress.num_nonfinite else []),
         ]
         self._status = ", ".join(parts)
@@ -164,6 +165,15 @@ def _line_on(file: TextIO) -> _Line | None:
     # tqdm draws nothing on a terminal of 0 columns and lines.
     size: dict[str, Any] = {"dynamic_ncols": True} if width else {"ncols": WIDTH, "nrows": HEIGHT}
     return _Line(bar_format="{desc}", file=file, leave=True, mininterval=0, **size)
+
+
+def _duration(seconds: float) -> str:
+    """ "42 s", "3:05 min", "2:03:04 h"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{m:02}:{s:02} h"
+    return f"{m}:{s:02} min" if m else f"{s} s"
 
 
 def _held_out(progress: Progress) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from recfx.program.record import (
     record_of,
     write_text,
 )
+from recfx.program.tensorboard import TensorBoard
 from recfx.step import Step, TrainState
 from recfx.train import Event, Progress, TrainConfig, check_output
 from recfx.train.ranks import together
+from recfx.train.stopping import check_evaluated
 from recfx.types import Batch
 
 __all__ = ["evaluate", "load", "restore", "train"]
@@ -40,6 +42,7 @@ __all__ = ["evaluate", "load", "restore", "train"]
 COMPARED = ("recfx", "torch")  # versions that `load` warns of
 
 
+# long: its arguments, and ranks that agree between the phases
 def train(
     program: str | os.PathLike[str],
     paths: Any,
@@ -55,6 +58,7 @@ def train(
     streams: int | None = None,
     deterministic: bool = False,
     bar: Bar | None = None,
+    tensorboard: bool = False,
 ) -> tuple[TrainState, Progress]:
     """Builds a program, captures its step and trains it; writes <output_dir>/run.json before the first step.
 
@@ -65,6 +69,7 @@ def train(
               streams, deterministic: see `recfx.dist.join`; streams of None: those of the checkpoint that the run
               goes on from, or as many as there are ranks.
               bar: shows what is going on, on rank 0; None: nothing is shown.
+              tensorboard: whether <output_dir>/tensorboard is written too, see `recfx.program.tensorboard`.
 
     Under torchrun every rank calls it, with the same arguments. A worker that torchrun restarts after its first step
     goes on from the newest checkpoint, whatever `resume` and `overwrite` say.
@@ -91,6 +96,7 @@ def train(
     batches = deal_to(group, batches)
     batches_held_out = None if held_out is None else deal_to(group, batches_held_out)
     state = built.init()
+    check_evaluated(config, state, is_evaluated=held_out is not None)
     given, device = {"train": paths, "evaluate": held_out}, str(state.step.device)
     record = record_of(found, config.output_dir, arguments=chosen, paths=given, device=device)
     record |= ranks_of(group)
@@ -111,7 +117,9 @@ def train(
         run = _captured(step, state, first, steps_per_replay, backend)
     if bar is not None:
         bar.watch(run)
-    on_event = _recording(Path(config.output_dir, FILE), record if group.is_first else None, bar)
+    listeners: list[Callable[..., None]] = [] if bar is None else [bar.on_event]
+    listeners += [TensorBoard(config.output_dir).on_event] if tensorboard and group.is_first else []
+    on_event = _recording(Path(config.output_dir, FILE), record if group.is_first else None, listeners)
     how = {"steps_per_replay": steps_per_replay, "resume": resume, "overwrite": overwrite}
     return loop.train(step, run, state, batches, config, **how, evaluate_with=evaluate_with, on_event=on_event)
 
@@ -201,8 +209,11 @@ def _captured(step: Step, state: TrainState, batch: Batch, steps_per_replay: int
     return capture_steps(step, state, batch, steps_per_replay=steps_per_replay, backend=backend)
 
 
-def _recording(path: Path, record: Mapping[str, Any] | None, bar: Bar | None) -> Callable[..., None]:
-    """A listener that writes the record before the first step, when the run can no longer be rejected.
+def _recording(
+    path: Path, record: Mapping[str, Any] | None, listeners: Sequence[Callable[..., None]]
+) -> Callable[..., None]:
+    """A listener that writes the record before the first step, when the run can no longer be rejected, and notifies
+    others.
 
     Args:     record: None on ranks other than the first, which write nothing.
     """
@@ -214,8 +225,8 @@ def _recording(path: Path, record: Mapping[str, Any] | None, bar: Bar | None) ->
             write_text(path, text)
             mark_launch(path.parent)
             text = None
-        if bar is not None:
-            bar.on_event(event, progress, state)
+        for listener in listeners:
+            listener(event, progress, state)
 
     return on_event
 

@@ -126,7 +126,7 @@ def run_program(run: Callable[[Any], Mapping[str, Any]], args: Any) -> None:
     """
     try:
         summary = run(args)
-    except (ValueError, OSError, FloatingPointError, RankError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, RankError) as error:
         line = f"{rank_prefix()}error: {_line_of(error)}"
         if rank_prefix():
             end_at_once(1, line)

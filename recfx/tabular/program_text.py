@@ -13,7 +13,13 @@ __all__ = ["program_text"]
 
 
 def program_text(
-    roles: Roles, *, model: str, negative_rate: float = 1.0, format: str | None = None, arguments: dict | None = None
+    roles: Roles,
+    *,
+    model: str,
+    negative_rate: float = 1.0,
+    format: str | None = None,
+    rate_factor: bool = False,
+    arguments: dict | None = None,
 ) -> str:
     """A program with `build(args)`, see `recfx.program`.
 
@@ -21,6 +27,7 @@ def program_text(
               negative_rate: the share of negatives that the training files kept: evaluation and scores add its
               logarithm to the logit.
               format: of the files, as an expression of Python; None: by their names.
+              rate_factor: of `recfx.step.train_step`.
               arguments: of the program and their defaults.
     """
     labels = roles.named("label")
@@ -36,7 +43,7 @@ def program_text(
         *(f"{name} = {_literal(names)}" for name, names in _names(roles).items()),
         _columns(roles),
         _features(roles),
-        _build(roles, chosen, negative_rate, format),
+        _build(roles, chosen, negative_rate, format, rate_factor),
     ]
     return "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:-2]) + "\n\n\n" + "\n\n\n".join(parts[-2:]) + "\n"
 
@@ -107,7 +114,7 @@ def _features(roles: Roles) -> str:
     return "\n".join([*lines, "    return feats"])
 
 
-def _build(roles: Roles, model: Model, negative_rate: float, format: str | None) -> str:
+def _build(roles: Roles, model: Model, negative_rate: float, format: str | None, rate_factor: bool) -> str:
     several, weight = len(roles.named("label")) > 1, roles.named("weight")
     sparse = " + ".join(n for n in ("IDS", "TEXTS", "FLAGS") if n in _names(roles))
     has_lists = "LISTS" in _names(roles)
@@ -149,6 +156,7 @@ def _build(roles: Roles, model: Model, negative_rate: float, format: str | None)
         "        dense_optimizer=adamw(args.dense_lr),",
         "        accumulation=args.accumulation,",
         "        seed=args.seed,",
+        *(["        rate_factor=True,  # for --reduce_after"] if rate_factor else []),
         "    )",
         "    return Program(",
         "        step=step,",

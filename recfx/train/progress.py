@@ -132,7 +132,7 @@ class Progress:
     @property
     def eta_s(self) -> float:
         """Seconds that the rest of the training steps takes at the speed so far; NaN where that is not known."""
-        if self.steps_left is None or not self.num_steps or not self.num_samples:
+        if self.steps_left is None or not self.num_steps or not self.timed_samples:
             return float("nan")
         return self.steps_left * (self.num_samples / self.num_steps) / self.samples_per_s
 

@@ -44,6 +44,14 @@ def run(bar: Bar, phase_s: float = 0.0) -> None:
         bar.on_event("after_save", progress())
 
 
+@pytest.mark.parametrize(("left", "text"), [(84, "42 s"), (370, "3:05 min"), (14768, "2:03:04 h")])
+def test_the_time_that_is_left(left, text):
+    file = io.StringIO()
+    known = progress(num_steps=1, num_samples=1, timed_samples=2, seconds=1.0, steps_left=left)
+    Bar(file=file).on_event("log", known)
+    assert file.getvalue().endswith(f"1 samples, {text} left\n")
+
+
 def without_seconds(text: str) -> str:
     return re.sub(r"\d+\.\d s", "N s", text)
 

@@ -247,3 +247,14 @@ def _forget_programs():
         if str(getattr(module, "__file__", "")).endswith(("program.py", "mine.py"))
     ]:
         del sys.modules[name]
+
+
+def test_rates_are_reduced_and_the_best_is_kept(data, tmp_path):
+    out = tmp_path / "run"
+    args = ("--label", "click", "--drop", "leak", "--train_epoch", 6, "--watch", "auc", "--reduce_after", 1)
+    train(data, out, *args, "--set", "batch_size=500", "--eval_every", 2)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["event"] == "start"
+    assert sum(line["event"] == "evaluation" for line in lines) >= 6
+    assert (out / "best.json").exists()
+    assert "rate_factor=True" in (out / "program.py").read_text()

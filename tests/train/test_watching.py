@@ -17,7 +17,7 @@ from recfx.capture import capture
 from recfx.train import Progress, TrainConfig, train
 from recfx.train.stopping import Watch
 from recfx.train.watching import FILE, read_metrics_file
-from tests.conftest import deepfm_step
+from tests.conftest import deepfm_step, linear_params, linear_step
 from tests.loop import Log, fresh, go, interrupt, last_bytes, reader_of, saved
 
 
@@ -256,3 +256,19 @@ def test_lines_of_a_missing_or_damaged_file(tmp_path):
     assert read_metrics_file(tmp_path / FILE) == []
     (tmp_path / FILE).write_text('nonsense\n[1]\n{"event": "log", "step": 1}\n{"step": 2}\n')
     assert read_metrics_file(tmp_path / FILE) == [{"event": "log", "step": 1}]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_factor_is_read_by_a_compiled_graph(accumulation):
+    step = linear_step(rate_factor=True, accumulation=accumulation)
+    state, other = step.init(linear_params()), step.init(linear_params())
+    batches = reader_of(4).batches
+    run = capture(step, state, batches[0], new_layout="raise")
+    for number, batch in enumerate(batches):
+        if number == 2:
+            state.rate.fill_(0.25)
+            other.rate.fill_(0.25)
+        state, _ = run(state, batch)
+        other, _ = step.update_(other, batch)
+    torch.testing.assert_close(state.params["bias"], other.params["bias"])
+    torch.testing.assert_close(state.tables[0].rows, other.tables[0].rows)
