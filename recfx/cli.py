@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 import recfx
-from recfx.commands import convert, inspect, tabular, train
+from recfx.commands import convert, inspect, report, tabular, train
 
 __all__ = ["main", "version"]
 
@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_to(commands)
     train.add_evaluate_to(commands)
     tabular.add_score_to(commands)
+    report.add_to(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.command(args))

@@ -34,7 +34,7 @@ LAYERS = (
     ("capture", "checkpoint", "rows"),
     ("recis", "train"),
     ("program",),
-    ("tabular",),
+    ("tabular", "report"),
     ("examples", "commands"),
     ("cli", "__main__"),
 )
