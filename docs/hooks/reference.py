@@ -32,7 +32,7 @@ PAGES = {
     "models": ("Layers, losses, models", ["layers", "losses", "ragged", *MODELS]),
     "step": ("The step", ["step", "context"]),
     "capture": ("Capture", ["capture"]),
-    "train": ("Training and programs", ["train", "program", "tabular"]),
+    "train": ("Training and programs", ["train", "program", "tabular", "report"]),
     "dist": ("Many workers", ["dist", "dist.streams"]),
     "metrics": ("Metrics", ["metrics"]),
     "table": ("Tables", ["table", "table.policies"]),

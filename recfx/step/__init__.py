@@ -4,6 +4,7 @@ update.py     `update_`, one micro-batch in about thirty lines, and the pure `up
 forward.py    features -> rows -> logit and loss; evaluation and prediction
 finite.py     what a step does about NaN and infinity
 state.py      what a step changes (`TrainState`), what it returns (`Aux`), its functions (`Step`)
+gradients.py  norms of a batch's gradients, by parameter and feature
 parts.py      what is fixed when a step is built
 tasks.py      what outputs are trained for: labels, losses, masks, what is counted (`Task`)
 builder.py    `train_step`: from a user's functions to a `Step`

@@ -26,6 +26,7 @@ from recfx.metrics import Metric
 from recfx.optim import DenseOptimizer, SparseOptimizer
 from recfx.step.checks import check_bound, check_functions, check_kinds, params_of, stats_of, with_names
 from recfx.step.forward import evaluate_, ids_in, predict, read
+from recfx.step.gradients import gradient_norms
 from recfx.step.parts import Clip, StepParts
 from recfx.step.state import NonFinite, OnNonFinite, Precision, Step, TrainState, Window
 from recfx.step.tasks import Task, tasks_of
@@ -171,6 +172,7 @@ def _step_of(parts: StepParts, precision: Precision) -> Step:
         ids_in=partial(ids_in, parts),
         grow_=partial(grow_, parts),
         sweep_=partial(_sweep_, parts),
+        gradient_norms=partial(gradient_norms, parts),
         read=partial(read, parts),
         plan=parts.plan,
         accumulation=parts.accumulation,

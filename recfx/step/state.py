@@ -88,6 +88,9 @@ class Step:
     grow_:      (state, ids) -> state; makes room for that many new ids per table. Runs between steps, on the host.
     sweep_:     (state, number) -> state; deletes rows that the step's `Life` expires after step `number`. Call it
                 after every optimiser step, with the steps taken so far.
+    gradient_norms: (state, batch) -> norms by "parameter 'w'" and "feature 'item'": Euclidean, of the gradient of the
+                batch's mean loss, NaN where it is not finite; of a feature over the rows of all its ids, and of ids
+                without one. Changes nothing. On ranks it is of a rank's samples, and all must call it.
     read:       (batch) -> features by name, `recfx.types.NUM_SAMPLES` among them.
     plan:       the physical tables, one per entry of TrainState.tables.
     accumulation: micro-batches per optimiser step.
@@ -114,6 +117,7 @@ class Step:
     ids_in: Callable[[Batch], tuple[int, ...]]
     grow_: Callable[[TrainState, Sequence[int]], TrainState]
     sweep_: Callable[[TrainState, int], TrainState]
+    gradient_norms: Callable[[TrainState, Batch], dict[str, float]]
     read: Callable[[Batch], dict[str, Any]]
     plan: Plan
     accumulation: int

@@ -106,7 +106,7 @@ class Loop:
     def evaluate_missed(self) -> None:
         """Evaluates where a resumed run was stopped before an evaluation that was due, so that it decides the same."""
         at_end = self.position is None and self.progress.epoch > 0
-        is_due = self.watch.evaluated < self.progress.step and (at_end or self.is_evaluation_due())
+        is_due = 0 < self.progress.step > self.watch.evaluated and (at_end or self.is_evaluation_due())
         if self.watch.key is not None and is_due and not self.progress.stopped and not self.is_last_epoch_over():
             self.evaluate_or_save()
 
