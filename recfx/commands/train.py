@@ -79,9 +79,9 @@ def add_training_options(parser: argparse.ArgumentParser, *, output_dir: str = "
     add("--eval_every", type=int, help="optimiser steps between evaluations within an epoch; None: at its end only")
     add("--watch", metavar="VALUE", help="a value of the evaluation, such as auc or click/log_loss: the best "
         "checkpoint by it is kept, and named in best.json; None: auc with the next two options")  # fmt: skip
-    add("--stop_after", type=int, help="stop after so many evaluations in a row that are not the best")
+    add("--stop_after", type=int, help="stop after so many evaluations in a row without a best one; None: do not stop")
     add("--reduce_after", type=int, help="after so many, multiply all learning rates by reduce_by; the program's step "
-        "needs rate_factor=True")  # fmt: skip
+        "needs rate_factor=True; None: they stay")  # fmt: skip
     add("--reduce_by", type=float, default=0.5, help="what learning rates are multiplied by")
     add("--tensorboard", type=flag, nargs="?", const=True, default=False, help="write <output_dir>/tensorboard too; "
         "needs the package tensorboard")  # fmt: skip

@@ -125,7 +125,7 @@ def test_captured_end_to_end_on_generated_data(tmp_path, capsys):
     assert phases == ["generating", "reading", "compiling", *["reading", "evaluating"] * 2, "saving"]
     compiling = float(re.search(r"^compiling \.\.\. (\d+\.\d) s$", err, flags=re.MULTILINE)[1])
     assert compiling > 0.5
-    log = r"epoch 2 of 2, step 40: loss 0\.\d{4}, AUC 0\.\d{4}, [\d,]+ samples/s, 40,000 samples"
+    log = r"epoch 2 of 2, step 40: loss 0\.\d{4}, AUC 0\.\d{4}, [\d,]+ samples/s, 40,000 samples, 0 s left"
     assert re.search(rf"^{log}$", err, flags=re.MULTILINE)
     assert "\r" not in out + err
 
@@ -233,6 +233,7 @@ def test_every_argument_reaches_what_it_names(data, eager, monkeypatch):
         "--gradient_accumulation_steps=2", "--log_steps=5", "--save_steps=6", "--eval_steps=7", "--max_to_keep=8",
         "--full_save_every=9", "--save_in_background", "--train_steps=1", "--train_epoch=11", "--sparse_lr=0.12",
         "--dense_lr=0.13", "--seed=14", "--precision=bf16", "--max_rows=15000", "--num_threads=2",
+        "--eval_every=21", "--watch=log_loss", "--stop_after=22", "--reduce_by=0.25",
     )  # fmt: skip
     assert torch.get_num_threads() == 2
     assert got["sparse_adamw"] == [{"lr": 0.12, "weight_decay": 0.01}]
@@ -249,7 +250,8 @@ def test_every_argument_reaches_what_it_names(data, eager, monkeypatch):
     assert got["TrainConfig"] == [
         {
             "output_dir": "out", "log_steps": 5, "save_steps": 6, "train_steps": 1, "train_epoch": 11, "max_to_keep": 8,
-            "full_save_every": 9, "save_in_background": True,
+            "full_save_every": 9, "save_in_background": True, "eval_every": 21, "watch": "log_loss", "stop_after": 22,
+            "reduce_after": None, "reduce_by": 0.25,
         }
     ]  # fmt: skip
     assert [e["eval_steps"] for e in got["evaluate"]] == [7]
