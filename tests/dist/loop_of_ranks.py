@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from recfx.program.ranks import end_ranks
 from recfx.program.summary import summary_of
 from recfx.train import TrainConfig, evaluate, train
 from recfx.train.ranks import together
+from recfx.train.watching import FILE, read_metrics_file
 from tests.conftest import deepfm_batches, deepfm_params, deepfm_step, linear_params, linear_step
 from tests.loop import Log, MemoryIterator, MemoryReader
 
@@ -85,13 +87,15 @@ def go(
     listener: Callable = lambda *_: None,
     make: Callable = linear_step,
     params: Callable = linear_params,
+    evaluated: Callable | None = None,
     **config: Any,
 ) -> Any:
     step = make(group=group)
     reader = Dealt(batches, group)
     settings = TrainConfig(output_dir=folder, **config)
     state = step.init(params())
-    return step, *train(step, step.update_, state, reader, settings, on_event=listener)
+    evaluate_with = None if evaluated is None else partial(evaluated, step)
+    return step, *train(step, step.update_, state, reader, settings, on_event=listener, evaluate_with=evaluate_with)
 
 
 def error_of(function: Callable, *args: Any, **kwargs: Any) -> str:
@@ -125,6 +129,7 @@ def facts(group: Group, folder: str) -> dict[str, Any]:
     found["summary_rows"] = summary_of(progress, state, {}, group=group)["rows"]
     found["own_rows"] = int(state.tables[0].num_rows)
     found["evaluation"] = evaluate(step.evaluate_, state, Dealt(batches_of(group.rank, num=3), group), group=group)
+    found |= watched(group, folder)
     bad = batches_of(group.rank)
     if group.rank == 1:
         bad[6]["label"][2] = 7.0
@@ -144,6 +149,26 @@ def facts(group: Group, folder: str) -> dict[str, Any]:
     )
     found["fails"] = error_of(fails_on, 1, group)
     return found
+
+
+def watched(group: Group, folder: str) -> dict[str, Any]:
+    """Evaluations within an epoch that end the run and lower its rates, and a listener of rank 1 that ends it."""
+
+    def evaluated(step: Any, state: Any) -> dict[str, float]:
+        values = evaluate(step.evaluate_, state, Dealt(batches_of(group.rank, num=2), group), group=group)
+        return values | {"auc": {3: 0.6}.get(int(state.step), 0.5)}
+
+    def stop(event: str, progress: Any, state: Any) -> str | None:
+        return "stop" if group.rank == 1 and (event, progress.step) == ("after_step", 3) else None
+
+    make, how = partial(linear_step, rate_factor=True), {"eval_every": 3, "stop_after": 2, "reduce_after": 1}
+    _, state, early = go(group, f"{folder}/early", batches_of(group.rank), make=make, evaluated=evaluated, **how)
+    lines = [(line["event"], line["step"]) for line in read_metrics_file(Path(folder, "early", FILE))]
+    rows = read_metrics_file(Path(folder, "early", FILE))[-1]["tables"][0]["rows"]
+    found = {"early": [early.step, early.stopped, float(state.rate), saved[-1]], "lines": lines, "line_rows": rows}
+    own = int(state.tables[0].num_rows)
+    _, _, heard = go(group, f"{folder}/heard", batches_of(group.rank), stop)
+    return found | {"early_rows": own, "heard": [heard.step, heard.stopped]}
 
 
 def main() -> None:

@@ -52,6 +52,18 @@ def test_an_evaluation_counts_the_rows_of_all_ranks(facts):
     assert facts[0]["evaluation"]["num_samples"] == 2 * 3 * BATCH_SIZE
 
 
+def test_ranks_decide_the_same_from_their_evaluations(facts):
+    """The best one is saved; two that are worse lower the rates twice and end the run. Rank 0 writes each line once."""
+    assert [of_rank["early"] for of_rank in facts] == [[9, "stop_after", 0.25, [3, 9]]] * 2
+    expected = [["start", 0], ["evaluation", 3], ["evaluation", 6], ["evaluation", 9], ["end", 9]]
+    assert [line for line in facts[0]["lines"] if line[0] != "log"] == expected
+    assert facts[0]["line_rows"] == facts[0]["early_rows"] + facts[1]["early_rows"]
+
+
+def test_a_listener_of_one_rank_stops_all(facts):
+    assert [of_rank["heard"] for of_rank in facts] == [[4, "listener"]] * 2
+
+
 def test_errors_on_batches_name_their_rank_on_all_ranks(facts):
     for name, place in (
         ("label", "the batch of rank 1 that follows position {'batch': 6}"),
